@@ -1,0 +1,13 @@
+"""favae: frequency-aware image tokenizers for latent diffusion."""
+
+from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel
+from favae.pipelines import LightningDiTPipeline
+from favae.wavelets import InverseWaveletTransform2D, WaveletTransform2D
+
+__all__ = [
+    "AutoencoderKLFA",
+    "InverseWaveletTransform2D",
+    "LightningDiTPipeline",
+    "LightningDiTTransformer2DModel",
+    "WaveletTransform2D",
+]

@@ -1,0 +1,411 @@
+"""Images from a folder, a Hugging Face dataset, a parquet file, or the photographs inside the scikit-image wheel.
+
+A *source* reads image i as an RGB `PIL.Image`; `ImageDataset` crops, flips and scales it to a tensor in [-1, 1];
+`TrainingStream` turns any dataset into an endless shuffled sequence that is a pure function of the seed and the
+position, so that resuming needs no state and the number of processes changes nothing.
+"""
+
+import importlib.resources
+import itertools
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+READ_ERRORS = (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
+
+
+class DataError(ValueError):
+    """Nothing usable where images were asked for."""
+
+
+class UnusableImage(ValueError):
+    """One image that cannot be used; the message says why."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts where the meaning is obvious: greyscale, palette, CMYK, 16-bit greyscale; transparency over white.
+
+    Raises:
+        UnusableImage: for modes whose value range is unknown (32-bit integers beyond 16 bits, floating point).
+    """
+    image.load()  # decoded here, so that a damaged file fails here
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit greyscale, which PIL opens as "I;16" or as "I"
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UnusableImage(f"integer pixels from {values.min()} to {values.max()}, at most 16 bits are understood")
+        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UnusableImage("floating-point pixels of unknown range")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Scales the shorter side to `size` (box filter by halves, then bicubic) and crops the middle.
+
+    The preprocessing of the class-conditional ImageNet literature (Dhariwal and Nichol, 2021).
+    """
+    image = _shorter_side_to(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """As `center_crop`, but the window is drawn uniformly."""
+    image = _shorter_side_to(image, size)
+    left, top = rng.integers(image.width - size + 1), rng.integers(image.height - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _shorter_side_to(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    target = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
+    return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """round((x + 1) * 127.5), clamped: the one conversion to 8 bits in this project. Any shape, [-1, 1]."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+class Source(Protocol):
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def label(self, index: int) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def read(self, index: int) -> Image.Image: ...
+
+
+class FolderSource:
+    """Every image below `path`; the class is the first folder below it (ImageFolder's layout), if there is one.
+
+    Headers are read once at the start: a file that is no image, or whose shorter side is below `min_size` pixels, is
+    left out with a warning that names it.
+
+    Raises:
+        DataError: if the folder does not exist or nothing in it is usable.
+    """
+
+    def __init__(self, path: str | Path, min_size: int = 16):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise DataError(f"{path}: no such folder")
+        files = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
+        self.files, skipped = [], 0
+        for file in files:
+            reason = self._unusable(file, min_size)
+            if reason is None:
+                self.files.append(file)
+            else:
+                skipped += 1
+                logger.warning("skipped %s: %s", file, reason)
+        if skipped:
+            logger.warning("skipped %d of %d images in %s", skipped, len(files), path)
+        if not self.files:
+            raise DataError(f"{path}: no usable image ({len(files)} image files found, {skipped} skipped)")
+        folders = [file.relative_to(self.path).parts[0] for file in self.files if file.parent != self.path]
+        self.classes = sorted(set(folders)) or ["image"]
+        if folders and len(folders) < len(self.files):
+            raise DataError(f"{path}: some images are in class folders and some are not")
+        index = {name: i for i, name in enumerate(self.classes)}
+        self._labels = [index[name] for name in folders] or [0] * len(self.files)
+
+    @staticmethod
+    def _unusable(file: Path, min_size: int) -> str | None:
+        try:
+            with Image.open(file) as image:
+                if min(image.size) < min_size:
+                    return f"{image.width}x{image.height} pixels, the shorter side must have {min_size} (data.min_size)"
+        except READ_ERRORS as error:
+            return str(error)
+        return None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+    def read(self, index: int) -> Image.Image:
+        with Image.open(self.files[index]) as image:
+            return to_rgb(image)
+
+
+class HuggingFaceSource:
+    """A dataset of the `datasets` library, from the hub or from a local parquet file.
+
+    Raises:
+        DataError: if a column is missing.
+    """
+
+    def __init__(self, path: str, split: str, image_column: str, label_column: str):
+        import datasets
+
+        if path.endswith(".parquet"):
+            data = datasets.load_dataset("parquet", data_files=path, split="train")
+        else:
+            data = datasets.load_dataset(path, split=split)
+        if image_column not in data.column_names:
+            raise DataError(
+                f"{path}: no column '{image_column}' (data.image_column), there are {', '.join(data.column_names)}"
+            )
+        self.path = path
+        self.data = data.cast_column(image_column, datasets.Image())
+        self.image_column = image_column
+        labels = data[label_column] if label_column in data.column_names else [0] * len(data)
+        feature = data.features.get(label_column)
+        named = getattr(feature, "names", None)
+        self.classes = list(named or map(str, sorted(set(labels))))
+        index = {value: i for i, value in enumerate(range(len(named)) if named else sorted(set(labels)))}
+        self._labels = [index[value] for value in labels]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+    def name(self, index: int) -> str:
+        return f"{self.path}[{index}]"
+
+    def read(self, index: int) -> Image.Image:
+        return to_rgb(self.data[index][self.image_column])
+
+
+class PhotoSource:
+    """Square crops of the photographs that are inside the scikit-image wheel; class = photograph.
+
+    Splits: "train" takes crops from the left three quarters of each photograph, "validation" from the right quarter,
+    and "heldout" from two photographs that the other splits never touch. Crop i is a pure function of i: its
+    photograph is i modulo their number, its side is log-uniform between 64 pixels and the region's shorter side.
+
+    Args:
+        split: one of `SPLITS`.
+        size: the number of crops; None takes the split's default.
+
+    Raises:
+        DataError: if the split is unknown.
+    """
+
+    PHOTOS = {  # name: (file, description)
+        "astronaut": ("astronaut.png", "a smiling astronaut in an orange suit"),
+        "brick": ("brick.png", "a brick wall"),
+        "cat": ("chelsea.png", "the face of a tabby cat"),
+        "coffee": ("coffee.png", "a cup of coffee on a wooden table"),
+        "galaxies": ("hubble_deep_field.jpg", "distant galaxies in the Hubble deep field"),
+        "grass": ("grass.png", "a patch of grass"),
+        "gravel": ("gravel.png", "a patch of gravel"),
+        "motorcycle": ("motorcycle_left.png", "a motorcycle in a workshop"),
+        "retina": ("retina.jpg", "the retina of an eye"),
+        "rocket": ("rocket.jpg", "a rocket on its launch pad at night"),
+        "tissue": ("ihc.png", "stained tissue under a microscope"),
+    }
+    SPLITS = {"train": 2048, "validation": 256, "heldout": 256}
+    HELDOUT = ("coffee", "motorcycle")
+    TRAIN_SHARE = 0.75
+
+    def __init__(self, split: str = "train", size: int | None = None):
+        if split not in self.SPLITS:
+            raise DataError(f"photos: no split '{split}', there are {', '.join(self.SPLITS)}")
+        self.split = split
+        self.size = size or self.SPLITS[split]
+        self.classes = [name for name in self.PHOTOS if (name in self.HELDOUT) == (split == "heldout")]
+        self._regions = [self._region(name) for name in self.classes]
+
+    def _region(self, name: str) -> Image.Image:
+        file = importlib.resources.files("skimage.data") / self.PHOTOS[name][0]
+        with importlib.resources.as_file(file) as path, Image.open(path) as image:
+            image = to_rgb(image)
+        if min(image.size) > 512:  # so that a crop of the largest photographs still shows something
+            image = _shorter_side_to(image, 512)
+        seam = round(self.TRAIN_SHARE * image.width)
+        if self.split == "train":
+            return image.crop((0, 0, seam, image.height))
+        if self.split == "validation":
+            return image.crop((seam, 0, image.width, image.height))
+        return image
+
+    def __len__(self) -> int:
+        return self.size
+
+    def label(self, index: int) -> int:
+        return index % len(self.classes)
+
+    def name(self, index: int) -> str:
+        return f"photos:{self.split}[{index}]"
+
+    def read(self, index: int) -> Image.Image:
+        region = self._regions[self.label(index)]
+        rng = np.random.default_rng([index, list(self.SPLITS).index(self.split)])
+        longest = min(region.size)
+        side = round(64 * (longest / 64) ** rng.random())
+        left, top = rng.integers(region.width - side + 1), rng.integers(region.height - side + 1)
+        return region.crop((left, top, left + side, top + side))
+
+
+def open_source(
+    path: str,
+    split: str = "train",
+    *,
+    image_column: str = "image",
+    label_column: str = "label",
+    min_size: int = 16,
+) -> Source:
+    """Opens images by one name.
+
+    Args:
+        path: "photos" (built in), a folder, a .parquet file, or "hf:NAME" for a dataset of the Hugging Face hub.
+            ":SPLIT" may follow "photos" and stands for `split`.
+        split: of "photos" and of hub datasets.
+        image_column, label_column: of parquet files and hub datasets; without a label column all images are class 0.
+        min_size: images of a folder with a shorter side than this many pixels are skipped.
+
+    Raises:
+        DataError: if there is nothing usable.
+    """
+    if path == "photos" or path.startswith("photos:"):
+        return PhotoSource(path.partition(":")[2] or split)
+    if path.startswith("hf:"):
+        return HuggingFaceSource(path.removeprefix("hf:"), split, image_column, label_column)
+    if path.endswith(".parquet"):
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file")
+        return HuggingFaceSource(path, split, image_column, label_column)
+    return FolderSource(path, min_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Datasets
+
+
+class ImageDataset(Dataset):
+    """Images of a source as tensors.
+
+    Args:
+        source: where images come from.
+        resolution: height and width of the result.
+
+    `dataset[i]` is {"image": (3, R, R) in [-1, 1], "label": int, "index": int} of the centre crop, or None if the file
+    cannot be decoded after all (`skip_missing` drops these from batches; the warning names the file).
+    `sample(i, rng)` gives a random crop and flip of the image, and the next readable image in place of a broken one.
+    """
+
+    def __init__(self, source: Source, resolution: int, *, crop: str = "random", flip: bool = True):
+        self.source = source
+        self.resolution = resolution
+        self.crop = crop
+        self.flip = flip
+        self.unreadable: set[int] = set()
+
+    @property
+    def classes(self) -> list[str]:
+        return self.source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _read(self, index: int) -> Image.Image | None:
+        try:
+            return self.source.read(index)
+        except READ_ERRORS as error:
+            if index not in self.unreadable:
+                self.unreadable.add(index)
+                name = self.source.name(index)
+                logger.warning("skipped %s: %s (%d unreadable so far)", name, error, len(self.unreadable))
+            return None
+
+    def _item(self, index: int, image: Image.Image) -> dict:
+        return {"image": to_tensor(image), "label": self.source.label(index), "index": index}
+
+    def __getitem__(self, index: int) -> dict | None:
+        image = self._read(index)
+        return None if image is None else self._item(index, center_crop(image, self.resolution))
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict:
+        """Raises `DataError` if not one image can be read."""
+        for candidate in range(index, index + len(self)):
+            image = self._read(candidate % len(self))
+            if image is not None:
+                break
+        else:
+            raise DataError("not one of the images can be read")
+        crop = center_crop(image, self.resolution)
+        if self.crop == "random":
+            crop = random_crop(image, self.resolution, rng)
+        if self.flip and rng.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._item(candidate % len(self), crop)
+
+
+def skip_missing(items: list[dict | None]) -> dict | None:
+    """Collates what is there; None if nothing is."""
+    items = [item for item in items if item is not None]
+    return torch.utils.data.default_collate(items) if items else None
+
+
+class TrainingStream(Dataset):
+    """An endless shuffled sequence over a dataset with `sample(index, rng)`: item p depends on (seed, p) alone.
+
+    Args:
+        dataset: anything with `__len__` and `sample`.
+        seed: of the order and of every random choice in `sample`.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+        self._epoch, self._order = None, None
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, offset = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        return self.dataset.sample(int(self._order[offset]), np.random.default_rng([self.seed, position, 1]))
+
+    def batches(
+        self, batch_size: int, first_batch: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
+    ) -> DataLoader:
+        """Batches of this process, from batch `first_batch` on; batch k of rank r holds one slice of k's positions."""
+        slices = (
+            range((batch * world_size + rank) * batch_size, (batch * world_size + rank + 1) * batch_size)
+            for batch in itertools.count(first_batch)
+        )
+        return DataLoader(
+            self,
+            batch_sampler=slices,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

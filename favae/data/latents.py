@@ -1,0 +1,316 @@
+"""The latent cache: what a tokenizer makes of a set of images, written once, read memory-mapped.
+
+    python -m favae.data.latents --tokenizer runs/favae_f16d32/final --data IMAGES --resolution 256 --output latents/
+    torchrun --nproc_per_node 8 -m favae.data.latents ...      (any number of processes writes the same files)
+
+A folder of `shard-NNNNN.safetensors` with, for image n and v = 0 (the image) or 1 (its mirror image),
+    mean, logvar (n, v, C, h, w)    moments of the posterior, not a sample: normalisation and noise stay open
+    labels (n,), indices (n,)       class, and the image's place in its source
+and a `manifest.json`, written last: counts, classes, the tokenizer's hash, and the mean and standard deviation of each
+latent channel over all latents. A killed command goes on with the shards that are missing when it is run again.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import sys
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import AutoModel, ModelMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from favae.data.images import DataError, ImageDataset, open_source, skip_missing
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATISTICS_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+
+
+class CacheError(RuntimeError):
+    """A cache that cannot be used or continued; the message says what to do."""
+
+
+def load_tokenizer(path: str) -> ModelMixin:
+    """Opens an autoencoder of ours or of diffusers, by the class named in its config.
+
+    Raises:
+        CacheError: if there is none, or it has no posterior (`latent_dist`) to cache.
+    """
+    import favae
+
+    try:
+        name = AutoModel.load_config(path)["_class_name"]
+        model = getattr(favae, name, None) or getattr(__import__("diffusers"), name)
+        return model.from_pretrained(path)
+    except (OSError, KeyError, AttributeError) as error:
+        raise CacheError(f"{path}: no autoencoder could be opened here ({str(error).splitlines()[0]})") from error
+
+
+def tokenizer_hash(tokenizer: ModelMixin) -> str:
+    """SHA-256 of what determines the latents: class, configuration without its statistics, weights."""
+    ignored = STATISTICS_KEYS + ("_diffusers_version", "_name_or_path", "_use_default_values")
+    config = {key: value for key, value in tokenizer.config.items() if key not in ignored}
+    digest = hashlib.sha256(json.dumps([type(tokenizer).__name__, config], sort_keys=True, default=list).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@torch.no_grad()
+def write_cache(
+    tokenizer: ModelMixin,
+    images: ImageDataset,
+    output: str | Path,
+    *,
+    data_name: str = "",
+    batch_size: int = 32,
+    shard_size: int = 4096,
+    dtype: torch.dtype = torch.float32,
+    num_workers: int = 0,
+) -> dict:
+    """Encodes every image and its mirror image; called by every process there is.
+
+    Args:
+        tokenizer: gives `encode(x).latent_dist`.
+        images: read through the centre crop; unreadable ones are left out.
+        output: a new folder, or one that the same call was writing.
+        dtype: of the stored moments.
+    Returns:
+        The manifest.
+    Raises:
+        CacheError: if the folder holds a cache of another tokenizer, data set, size or dtype.
+    """
+    state = PartialState()
+    output = Path(output)
+    plan = {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "data": data_name,
+        "images": len(images),
+        "resolution": images.resolution,
+        "shard_size": shard_size,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        _check_plan(output, plan)
+    state.wait_for_everyone()
+    _check_plan(output, plan)
+
+    tokenizer = tokenizer.to(state.device).eval()
+    shards = range(math.ceil(len(images) / shard_size))
+    mine = [k for k in shards if k % state.num_processes == state.process_index and not _shard(output, k).exists()]
+    for k in tqdm(mine, desc="latents", unit="shard", disable=not state.is_main_process):
+        part = Subset(images, range(k * shard_size, min((k + 1) * shard_size, len(images))))
+        loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
+        tensors = _encode(tokenizer, (batch for batch in loader if batch is not None), state.device, dtype)
+        temporary = output / f".writing-{k:05}"
+        save_file(tensors, temporary)
+        temporary.rename(_shard(output, k))
+    state.wait_for_everyone()
+
+    if state.is_main_process:
+        manifest = {**plan, "classes": images.classes, **_summary(output, len(shards))}
+        temporary = output / ".writing-manifest"
+        temporary.write_text(json.dumps(manifest, indent=1))
+        temporary.rename(output / MANIFEST)
+    state.wait_for_everyone()
+    return json.loads((output / MANIFEST).read_text())
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def _check_plan(output: Path, plan: dict) -> None:
+    """A folder is written for one plan: the first process leaves it there, every later one must agree with it."""
+    file = output / "plan.json"
+    if not file.exists():
+        if any(output.iterdir()):
+            raise CacheError(f"{output} is not empty and not a latent cache; choose another --output")
+        file.write_text(json.dumps(plan, indent=1))
+    written = json.loads(file.read_text())
+    changed = [key for key, value in plan.items() if written.get(key) != value]
+    if changed:
+        raise CacheError(
+            f"{output} holds a cache made with another {', '.join(changed)}; delete it or choose another --output"
+        )
+
+
+def _encode(tokenizer: ModelMixin, batches, device, dtype: torch.dtype) -> dict[str, Tensor]:
+    columns = {"mean": [], "logvar": [], "labels": [], "indices": []}
+    for batch in batches:
+        x = batch["image"].to(device, tokenizer.dtype)
+        views = [tokenizer.encode(view).latent_dist for view in (x, x.flip(-1))]
+        for name in ("mean", "logvar"):
+            columns[name].append(torch.stack([getattr(view, name) for view in views], dim=1).to("cpu", dtype))
+        columns["labels"].append(batch["label"])
+        columns["indices"].append(batch["index"])
+    return {name: torch.cat(values).contiguous() for name, values in columns.items() if values}
+
+
+def _count(shard: safe_open) -> int:
+    """Images in an open shard; a shard of unreadable images is empty."""
+    names = list(shard.keys())
+    return shard.get_slice("labels").get_shape()[0] if names else 0
+
+
+def _summary(output: Path, num_shards: int) -> dict:
+    """Counts per shard, and each channel's mean and deviation over all latents, in float64.
+
+    The deviation is that of the samples a generator sees: Var z = Var mean + E exp(logvar).
+    """
+    counts, first, second, variance, total = [], 0, 0, 0, 0
+    for k in range(num_shards):
+        with safe_open(_shard(output, k), framework="pt") as shard:
+            if not _count(shard):
+                counts.append(0)
+                continue
+            mean, logvar = shard.get_tensor("mean").double(), shard.get_tensor("logvar").double()
+        counts.append(len(mean))
+        first = first + mean.sum((0, 1, 3, 4))
+        second = second + mean.square().sum((0, 1, 3, 4))
+        variance = variance + logvar.exp().sum((0, 1, 3, 4))
+        total += mean.numel() // mean.shape[2]
+        shape = list(mean.shape[2:])
+    if not total:
+        raise CacheError(f"{output}: not one image could be read")
+    average = first / total
+    deviation = (second / total - average.square() + variance / total).sqrt()
+    return {
+        "counts": counts,
+        "latent_shape": shape,
+        "latents_mean": average.tolist(),
+        "latents_std": deviation.tolist(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class LatentDataset(Dataset):
+    """A latent cache, normalised to zero mean and unit deviation per channel.
+
+    Args:
+        folder: of the cache.
+        tokenizer: if given, the cache must come from it.
+        flip: whether `sample` may take the mirror image.
+
+    `sample(i, rng)` draws a latent from the posterior of image i: {"latent": (C, h, w), "label": int}.
+    `moments(i, view)` is what was stored.
+
+    Raises:
+        CacheError: for a folder without manifest, another tokenizer's cache, a missing or a truncated shard.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: ModelMixin | None = None, flip: bool = True):
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).is_file():
+            raise CacheError(f"{folder}: no finished latent cache; write it with python -m favae.data.latents")
+        self.manifest = json.loads((self.folder / MANIFEST).read_text())
+        if tokenizer is not None and tokenizer_hash(tokenizer) != self.manifest["tokenizer"]:
+            raise CacheError(
+                f"{folder} was made by another tokenizer than data.tokenizer; give the one that wrote it, or write the "
+                "cache again into another folder"
+            )
+        self.flip = flip
+        self.classes = self.manifest["classes"]
+        self.latent_shape = tuple(self.manifest["latent_shape"])
+        self.mean = torch.tensor(self.manifest["latents_mean"]).view(-1, 1, 1)
+        self.std = torch.tensor(self.manifest["latents_std"]).view(-1, 1, 1)
+        self._ends = list(accumulate(self.manifest["counts"]))
+        self._open: dict[int, safe_open] = {}
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        for number, count in enumerate(self.manifest["counts"]):
+            path = _shard(self.folder, number)
+            if not path.is_file():
+                raise CacheError(f"{path} is missing; write the cache again with the same command, it fills the gap")
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    found = _count(shard)
+            except SafetensorError as error:
+                raise CacheError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+            if found != count:
+                raise CacheError(f"{path} holds {found} images where the manifest says {count}; delete the cache")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[safe_open, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        if number not in self._open:  # opened in the worker that reads it: memory-mapped, not loaded
+            self._open[number] = safe_open(_shard(self.folder, number), framework="pt")
+        return self._open[number], index - (self._ends[number - 1] if number else 0)
+
+    def moments(self, index: int, view: int = 0) -> tuple[Tensor, Tensor, int]:
+        """Mean and logvar (C, h, w) as stored, and the label; `view` 1 is the mirror image."""
+        shard, row = self._locate(index)
+        mean = shard.get_slice("mean")[row : row + 1, view][0]
+        logvar = shard.get_slice("logvar")[row : row + 1, view][0]
+        return mean, logvar, int(shard.get_slice("labels")[row : row + 1])
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict:
+        view = int(self.flip and rng.random() < 0.5)
+        mean, logvar, label = self.moments(index, view)
+        noise = torch.from_numpy(rng.standard_normal(tuple(mean.shape), dtype=np.float32))
+        latent = mean.float() + (0.5 * logvar.float()).exp() * noise
+        return {"latent": (latent - self.mean) / self.std, "label": label}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}  # memory maps do not travel to workers
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="a saved autoencoder: folder or hub name")
+    parser.add_argument("--data", required=True, help="photos[:SPLIT], a folder, a .parquet file, or hf:NAME")
+    parser.add_argument("--split", default="train", help="of a hub dataset")
+    parser.add_argument("--resolution", type=int, required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--shard-size", type=int, default=4096, help="images per shard")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--num-workers", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    try:
+        images = ImageDataset(open_source(arguments.data, arguments.split), arguments.resolution)
+        manifest = write_cache(
+            load_tokenizer(arguments.tokenizer),
+            images,
+            arguments.output,
+            data_name=arguments.data,
+            batch_size=arguments.batch_size,
+            shard_size=arguments.shard_size,
+            dtype=getattr(torch, arguments.dtype),
+            num_workers=arguments.num_workers,
+        )
+    except (CacheError, DataError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if PartialState().is_main_process:
+        print(f"{sum(manifest['counts']):,} images and their mirror images in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The patch discriminator, its hinge losses, and the weight that keeps a loss in proportion to another."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+
+class PatchDiscriminator(ModelMixin, ConfigMixin):
+    """Judges overlapping patches (70 x 70 pixels with the defaults) as real or not.
+
+    Args:
+        in_channels: channels of the image.
+        channels: width of the first layer, doubled by each next one up to eight times that.
+        num_layers: layers of stride 2.
+
+    Source: PatchGAN of Isola et al., CVPR 2017, with the layout common to VQGAN and VA-VAE.
+    """
+
+    @register_to_config
+    def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3):
+        super().__init__()
+        widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
+        layers = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, num_layers + 1):
+            stride = 2 if i < num_layers else 1
+            layers += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(widths[i]),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> one logit per patch, (B, 1, h, w)."""
+        return self.layers(images)
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """(mean relu(1 - real) + mean relu(1 + fake)) / 2, a scalar. Source: Lim and Ye, 2017."""
+    return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()) / 2
+
+
+def adversarial_loss(fake_logits: Tensor) -> Tensor:
+    """-mean(logits): what the generator minimises against a hinge discriminator; a scalar."""
+    return -fake_logits.float().mean()
+
+
+def adaptive_weight(reference: Tensor, loss: Tensor, weights: list[Tensor], maximum: float) -> Tensor:
+    """The factor that gives `loss` the same gradient norm as `reference` at the given weights.
+
+    w = ||d reference / d W|| / (||d loss / d W|| + 1e-4 ||d reference / d W||), at most `maximum`, not differentiated.
+
+    The published epsilon is absolute (1e-4) and the published ceiling so high that a loss about to vanish gets an
+    enormous factor; here both are relative, so the factor does not depend on how losses are scaled.
+
+    Args:
+        reference, loss: scalars with a graph to `weights`.
+        weights: tensors of the last layer that both losses reach.
+        maximum: the ceiling.
+    Returns:
+        Scalar >= 0.
+    Source: Esser et al., CVPR 2021 (VQGAN), eq. 7.
+    """
+    norms = []
+    for value in (reference, loss):
+        gradients = torch.autograd.grad(value, weights, retain_graph=True)
+        norms.append(torch.sqrt(sum(g.float().square().sum() for g in gradients)))
+    return (norms[0] / (norms[1] + 1e-4 * norms[0]).clamp_min(1e-12)).clamp(0, maximum).detach()

@@ -1,0 +1,35 @@
+"""Alignment of latents with the features of a frozen vision model."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def vision_foundation_alignment(
+    projected: Tensor, features: Tensor, *, distmat_margin: float = 0.25, cosine_margin: float = 0.5
+) -> Tensor:
+    """Pulls latents towards a feature map, token by token and in how the tokens relate to each other.
+
+    L = mean_{i,j} relu(|cos(z_i, z_j) - cos(f_i, f_j)| - distmat_margin)
+        + mean_i relu(1 - cosine_margin - cos(z_i, f_i))
+
+    where i, j run over the h*w positions of one image. Computed in float32.
+
+    Args:
+        projected: (B, C, h, w), the latents mapped linearly to the feature's channels.
+        features: (B, C, h, w), not differentiated.
+        distmat_margin, cosine_margin: differences smaller than these cost nothing.
+    Returns:
+        Scalar >= 0.
+    Raises:
+        ValueError: if the shapes differ.
+    Source: Yao et al., CVPR 2025 (VA-VAE, arXiv 2501.01423), eq. 3-6; their defaults.
+    """
+    if projected.shape != features.shape:
+        raise ValueError(f"latents {tuple(projected.shape)} and features {tuple(features.shape)} differ in shape")
+    with torch.autocast(projected.device.type, enabled=False):
+        z = F.normalize(projected.float().flatten(2), dim=1)  # (B, C, N)
+        f = F.normalize(features.detach().float().flatten(2), dim=1)
+        distances = (z.transpose(1, 2) @ z - f.transpose(1, 2) @ f).abs()  # (B, N, N)
+        cosine = (z * f).sum(dim=1)  # (B, N)
+        return F.relu(distances - distmat_margin).mean() + F.relu(1 - cosine_margin - cosine).mean()

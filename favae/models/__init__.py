@@ -1,0 +1,6 @@
+"""Networks that `save_pretrained` writes. Their modules' paths are part of the file format of saved pipelines."""
+
+from favae.models.autoencoder_kl_fa import AutoencoderKLFA
+from favae.models.lightningdit_transformer_2d import LightningDiTTransformer2DModel
+
+__all__ = ["AutoencoderKLFA", "LightningDiTTransformer2DModel"]

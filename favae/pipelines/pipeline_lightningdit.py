@@ -1,0 +1,150 @@
+"""`LightningDiTPipeline`: class labels to images, with any KL autoencoder and diffusers' flow-matching scheduler."""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from favae.models import LightningDiTTransformer2DModel
+
+
+class LightningDiTPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional generation with a [`LightningDiTTransformer2DModel`].
+
+    Parameters:
+        transformer: predicts the velocity data - noise at time t, 0 = noise.
+        vae: an [`AutoencoderKL`] or a subclass. Latents are scaled back by its `latents_mean` and `latents_std`, or,
+            where these are None, by `scaling_factor` and `shift_factor`.
+        scheduler: a [`FlowMatchEulerDiscreteScheduler`]; its `shift` is 1 / s for LightningDiT's timestep shift s.
+        id2label: class index -> name, for `get_label_ids`.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        transformer: LightningDiTTransformer2DModel,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        id2label: dict[int, str] | None = None,
+    ):
+        super().__init__()
+        if transformer.config.in_channels != vae.config.latent_channels:
+            raise ValueError(
+                f"the transformer was built for {transformer.config.in_channels} latent channels, "
+                f"the autoencoder has {vae.config.latent_channels}"
+            )
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class names and their indices."""
+        return {name: int(index) for index, name in (self.config.id2label or {}).items()}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class indices of one or more class names.
+
+        Raises:
+            ValueError: for a name the pipeline does not know.
+        """
+        names = [label] if isinstance(label, str) else label
+        for name in names:
+            if name not in self.labels:
+                raise ValueError(f"no class '{name}', there are {', '.join(self.labels)}")
+        return [self.labels[name] for name in names]
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) -> images (B, 3, H, W) around [-1, 1]."""
+        config = self.vae.config
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1)
+            std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1)
+            latents = latents * std + mean
+        else:
+            latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype)).sample
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Args:
+            class_labels: one class index per image; see `get_label_ids`.
+            guidance_scale: classifier-free guidance, v = v_null + scale (v_class - v_null); 1 switches it off.
+            guidance_interval: guidance acts where time t, 0 = noise and 1 = data, is in this closed interval.
+            guidance_channels: guide only the first so many latent channels, as LightningDiT's published numbers do
+                (3); None guides all.
+            num_inference_steps: Euler steps; each is one evaluation of the transformer, two with guidance.
+            generator: one, or one per image; with one per image a sample does not depend on its batch.
+            latents: (B, C, h, w) standard normal noise to start from, in place of drawing it.
+            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (normalised).
+
+        Returns:
+            [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: for a class index the transformer does not have, or latents of another shape.
+        """
+        transformer, config = self.transformer, self.transformer.config
+        device = self._execution_device
+        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+        if bool(((labels < 0) | (labels >= config.num_classes)).any()):
+            raise ValueError(f"class labels go from 0 to {config.num_classes - 1}, got {labels.tolist()}")
+        if guidance_scale != 1 and config.class_dropout_prob == 0:
+            raise ValueError("guidance needs a transformer trained with class_dropout_prob > 0; use guidance_scale=1")
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        latents = latents.to(device, torch.float32)
+        null_labels = torch.full_like(labels, config.num_classes)
+
+        # The exact grid of LightningDiT; set_timesteps(N) alone ends above zero and shifts its end twice.
+        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            time = 1 - timestep / self.scheduler.config.num_train_timesteps  # 0 = noise
+            guided = guidance_scale != 1 and guidance_interval[0] <= time <= guidance_interval[1]
+            batch = torch.cat([latents, latents]) if guided else latents
+            classes = torch.cat([labels, null_labels]) if guided else labels
+            velocity = transformer(
+                batch.to(transformer.dtype), time.expand(len(batch)).float(), classes, return_dict=False
+            )[0].float()
+            if guided:
+                velocity = self._guide(velocity, guidance_scale, guidance_channels)
+            # the scheduler runs from data to noise, so its output is the negative of ours
+            latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
+
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    @staticmethod
+    def _guide(velocity: Tensor, scale: float, channels: int | None) -> Tensor:
+        conditional, unconditional = velocity.chunk(2)
+        guided = unconditional + scale * (conditional - unconditional)
+        if channels is None:
+            return guided
+        return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)

@@ -1,0 +1,154 @@
+"""Checkpoints that are complete or absent: written under a temporary name, renamed, found by step."""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+
+
+def find_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints below `folder`, oldest first: [(step, path)]."""
+    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in Path(folder).glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """A diffusers model as a folder that `from_pretrained` opens, any other module as a safetensors file."""
+    if isinstance(module, ModelMixin):
+        module.save_pretrained(path)
+    else:
+        safetensors.torch.save_model(module, f"{path}.safetensors")
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """Reads what `save_module` wrote into a module that exists."""
+    if isinstance(module, ModelMixin):
+        module.load_state_dict(type(module).from_pretrained(path).state_dict())
+    else:
+        safetensors.torch.load_model(module, f"{path}.safetensors")
+
+
+def write_folder(final: Path, write) -> None:
+    """Calls `write(temporary_folder)` and renames the folder, replacing an older one of that name."""
+    temporary = final.with_name(f".writing-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+class Ema:
+    """diffusers' `EMAModel` of one model, in float32, that lends its weights to the model for the length of a block.
+
+    Args:
+        model: unwrapped. decay: the ceiling; early steps average over fewer. device: where the average is kept.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | str = "cpu"):
+        self.model = model
+        self.average = EMAModel(model.parameters(), decay=decay)
+        self.average.to(device, dtype=torch.float32)
+
+    def step(self) -> None:
+        self.average.step(self.model.parameters())
+
+    def __enter__(self) -> nn.Module:
+        self.average.store(self.model.parameters())
+        self.average.copy_to(self.model.parameters())
+        return self.model
+
+    def __exit__(self, *error) -> None:
+        self.average.restore(self.model.parameters())
+
+    def load(self, path: Path, steps: int) -> None:
+        """Reads averaged weights that `save_module` wrote, and how many steps they stand for."""
+        with self as model:
+            load_module(model, path)
+            for shadow, parameter in zip(self.average.shadow_params, model.parameters()):
+                shadow.copy_(parameter.detach())
+        self.average.optimization_step = steps
+
+
+class Checkpointer:
+    """Saves and restores everything a run needs to go on as if nothing had happened.
+
+    A checkpoint holds each module of `modules` in loadable form (once: accelerate's own copy of the weights is left
+    out), accelerate's state (optimisers, gradient scaler, random states of every process), and a small JSON.
+
+    Args:
+        accelerator: after `prepare`.
+        folder: holds the `step-N` folders.
+        modules: by name, unwrapped.
+        ema: saved as one more module, "ema".
+        total_limit: how many checkpoints are kept; None keeps all.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        modules: dict[str, nn.Module],
+        ema: Ema | None,
+        total_limit: int | None,
+    ):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.modules = modules
+        self.ema = ema
+        self.total_limit = total_limit
+        accelerator.register_save_state_pre_hook(lambda models, weights, output: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+    def save(self, step: int, state: dict) -> Path:
+        """Writes `step-N`; called by every process."""
+        final = self.folder / f"step-{step}"
+        temporary = self.folder / f".writing-step-{step}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        if self.accelerator.is_main_process:
+            for name, module in self.modules.items():
+                save_module(module, temporary / name)
+            if self.ema is not None:
+                with self.ema as averaged:
+                    save_module(averaged, temporary / "ema")
+                state = {**state, "ema_steps": self.ema.average.optimization_step}
+            (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            self._prune()
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def _prune(self) -> None:
+        if self.total_limit is not None:
+            for _, path in find_checkpoints(self.folder)[: -self.total_limit]:
+                shutil.rmtree(path)
+
+    def load(self, path: Path) -> dict:
+        """Restores a checkpoint and returns the state given to `save`, with its step."""
+        for name, module in self.modules.items():
+            load_module(module, path / name)
+        self.accelerator.load_state(str(path))
+        state = json.loads((path / STATE_FILE).read_text())
+        if self.ema is not None:
+            self.ema.load(path / "ema", state["ema_steps"])
+        logger.info("resumed from %s", path)
+        return state

@@ -1,0 +1,240 @@
+"""The schema of both training scripts: dataclasses, merged as defaults <- YAML <- key=value, and checked."""
+
+import argparse
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from favae.losses.flow_matching import FlowMatchingConfig
+from favae.losses.tokenizer_loss import TokenizerLossConfig
+from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel
+
+TOKENIZERS = {"AutoencoderKLFA": AutoencoderKLFA, "AutoencoderKL": diffusers.AutoencoderKL}
+GENERATORS = {"LightningDiTTransformer2DModel": LightningDiTTransformer2DModel}
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type or impossible; the message is one line and names the key."""
+
+
+@dataclass
+class ImageDataConfig:
+    path: str | None = None  # "photos", a folder, a .parquet file, or hf:NAME
+    split: str = "train"  # of photos and hub datasets
+    image_column: str = "image"
+    label_column: str = "label"
+    min_size: int = 16  # a folder's images with a shorter side below this are skipped
+    crop: str = "random"  # "random" or "center", after scaling the shorter side to the resolution
+    flip: bool = True
+    num_images: int | None = None  # what the recipe was written for: steps per epoch in a dry run without the data
+
+    def __post_init__(self):
+        one_of("data.crop", self.crop, ("random", "center"))
+        at_least("data.min_size", self.min_size, 1)
+
+
+@dataclass
+class LatentDataConfig:
+    latents: str | None = None  # a cache written by favae.data.latents
+    tokenizer: str | None = None  # the autoencoder that wrote it: a folder or hub name
+    flip: bool = True
+    num_images: int | None = None  # as above
+
+
+@dataclass
+class TrainConfig:
+    """What both trainings share. Step counts are optimiser steps; batch_size is per process and per micro-batch."""
+
+    steps: int = 100_000
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.0
+    lr_scheduler: str = "constant_with_warmup"  # any name of diffusers.optimization.get_scheduler
+    lr_warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    ema_decay: float = 0.0  # 0: no average is kept
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    num_workers: int = 4
+    log_every: int = 100
+    sample_every: int = 5_000  # 0: never
+    checkpoint_every: int = 5_000
+    checkpoints_total_limit: int | None = 3
+    max_skipped_steps: int = 20  # non-finite steps in a row after which the run ends
+    tracker: str | None = "tensorboard"
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("lr_warmup_steps", "num_workers", "sample_every", "max_skipped_steps"):
+            at_least(f"train.{name}", getattr(self, name), 0)
+        if self.learning_rate <= 0:
+            raise ConfigError(f"train.learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if len(self.betas) != 2:
+            raise ConfigError(f"train.betas must be two numbers, got {list(self.betas)}")
+        one_of("train.mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
+        one_of("train.tracker", self.tracker, (None, "tensorboard", "wandb"))
+        schedules = [kind.value for kind in diffusers.optimization.SchedulerType if kind.value != "piecewise_constant"]
+        one_of("train.lr_scheduler", self.lr_scheduler, schedules)
+
+
+@dataclass
+class TokenizerTrainConfig(TrainConfig):
+    resolution: int = 256
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])  # as VQGAN and VA-VAE
+    discriminator_learning_rate: float | None = None  # None: as learning_rate
+
+
+@dataclass
+class GeneratorTrainConfig(TrainConfig):
+    ema_decay: float = 0.9999
+    learning_rate: float = 2e-4
+
+
+@dataclass
+class SamplingConfig:
+    """Of the sample grids, and the scheduler that is saved with the pipeline."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # in time, 0 = noise
+    shift: float = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
+    num_images: int = 16
+
+
+@dataclass
+class RunConfig:
+    output: str | None = None  # run folder; None: runs/<name of the recipe>
+    seed: int = 0
+    resume: str = "auto"  # "auto": go on from the newest complete checkpoint; "never"; or a checkpoint's folder
+
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TokenizerConfig(RunConfig):
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
+
+    def __post_init__(self):
+        check_model(self.model, TOKENIZERS)
+        factor = 2 ** (len(self.model.get("block_out_channels", (0,) * 5)) - 1)
+        if self.train.resolution % factor:
+            raise ConfigError(
+                f"train.resolution must be a multiple of {factor} (model.block_out_channels), "
+                f"got {self.train.resolution}"
+            )
+
+
+@dataclass
+class GeneratorConfig(RunConfig):
+    data: LatentDataConfig = field(default_factory=LatentDataConfig)
+    loss: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    train: GeneratorTrainConfig = field(default_factory=GeneratorTrainConfig)
+
+    def __post_init__(self):
+        check_model(self.model, GENERATORS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def one_of(key: str, value: Any, allowed) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value}")
+
+
+def at_least(key: str, value: float, minimum: float) -> None:
+    if value < minimum:
+        raise ConfigError(f"{key} must be at least {minimum}, got {value}")
+
+
+def check_model(settings: dict, classes: dict[str, type]) -> None:
+    """`model:` is the constructor's arguments and the class's name."""
+    if "name" not in settings:
+        raise ConfigError(f"model.name is missing; it is one of {', '.join(classes)}")
+    one_of("model.name", settings["name"], classes)
+    allowed = [name for name in inspect.signature(classes[settings["name"]].__init__).parameters if name != "self"]
+    for key in settings:
+        if key not in allowed and key != "name":
+            raise ConfigError(f"unknown key model.{key}; {settings['name']} takes {', '.join(allowed)}")
+
+
+def build_model(settings: dict, classes: dict[str, type]):
+    """The model that a checked `model:` section describes.
+
+    Raises:
+        ConfigError: if its constructor refuses the values.
+    """
+    arguments = {key: value for key, value in settings.items() if key != "name"}
+    try:
+        return classes[settings["name"]](**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+Config = TypeVar("Config", TokenizerConfig, GeneratorConfig)
+
+
+def load_config(schema: type[Config], file: str | Path, overrides: list[str] = ()) -> Config:
+    """Defaults <- YAML file <- `key=value` overrides, as dataclasses.
+
+    Raises:
+        ConfigError: for a missing file, an unknown key, a wrong type or an impossible value.
+    """
+    if not Path(file).is_file():
+        raise ConfigError(f"{file}: no such file")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"'{override}' is not of the form key=value")
+    try:
+        recipe = OmegaConf.load(file)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, DictConfig):
+        raise ConfigError(f"{file}: expected a mapping of settings")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), recipe, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(schema, error)) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
+    config.output = config.output or f"runs/{Path(file).stem}"
+    return config
+
+
+def _unknown_key(schema: type, error: ConfigKeyError) -> str:
+    section, _, _ = (error.full_key or str(error.key)).rpartition(".")
+    for name in filter(None, section.split(".")):
+        fields = {f.name: f.default_factory for f in dataclasses.fields(schema)}
+        schema = fields[name]
+    allowed = ", ".join(f.name for f in dataclasses.fields(schema))
+    return f"unknown key {error.full_key}; {section or 'the top level'} takes {allowed}"
+
+
+def to_yaml(config: RunConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def parse_arguments(schema: type[Config], description: str, argv: list[str] | None = None) -> tuple[Config, bool]:
+    """The command line of both scripts: CONFIG.yaml [key=value ...] [--dry-run]."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a recipe, such as those in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
+    arguments = parser.parse_intermixed_args(argv)
+    return load_config(schema, arguments.config, arguments.overrides), arguments.dry_run

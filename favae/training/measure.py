@@ -1,0 +1,42 @@
+"""How big a model is and what it costs: parameters, floats per image, FLOPs."""
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from favae.training.config import RunConfig
+
+
+def floats_per_image(vae: nn.Module, resolution: int) -> int:
+    """Numbers in the latent of one square image."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels * (resolution // factor) ** 2
+
+
+@torch.no_grad()
+def flops_per_image(vae: nn.Module, resolution: int) -> int:
+    """Floating-point operations of encoding and decoding one square image; a multiplication and an addition are two."""
+    device = next(vae.parameters()).device
+    image = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device, dtype=vae.dtype)
+    with FlopCounterMode(display=False) as counter:
+        moments = vae.encode(image).latent_dist.parameters
+        vae.decode(moments[:, : vae.config.latent_channels])
+    return counter.get_total_flops()
+
+
+def describe_tokenizer(vae: nn.Module, resolution: int) -> str:
+    return (
+        f"tokenizer: {vae.num_parameters():,} parameters, {floats_per_image(vae, resolution):,} floats per "
+        f"{resolution} px image, {flops_per_image(vae, resolution) / 1e9:.2f} GFLOP to encode and decode one"
+    )
+
+
+def describe_run(config: RunConfig, num_images: int | None, num_processes: int = 1) -> str:
+    """Batch, steps per epoch and epochs, as far as the number of images is known."""
+    train = config.train
+    batch = train.batch_size * train.gradient_accumulation_steps * num_processes
+    text = f"training: {train.steps:,} steps of {batch} images ({num_processes} process(es))"
+    if num_images is None:
+        return f"{text}; steps per epoch: unknown without data"
+    epochs = train.steps * batch / num_images
+    return f"{text}; {num_images:,} images, {num_images / batch:,.1f} steps per epoch, {epochs:,.2f} epochs"

@@ -1,0 +1,151 @@
+#!/usr/bin/env python
+"""Trains a class-conditional generator by flow matching on a latent cache.
+
+    tokenizer first   python train_tokenizer.py ...; python -m favae.data.latents ...
+    one process       python train_generator.py configs/generator/photos_lightningdit.yaml
+    8 GPUs            accelerate launch --num_processes 8 train_generator.py CONFIG.yaml data.latents=... data.tokenizer=...
+    2 CPU processes   torchrun --nproc_per_node 2 train_generator.py CONFIG.yaml
+    what would run    python train_generator.py CONFIG.yaml --dry-run
+
+Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again goes
+on from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by default
+runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (guided, from the averaged weights),
+checkpoints/step-N/ and, at the end, final/: a pipeline for `DiffusionPipeline.from_pretrained`, tokenizer included.
+"""
+
+import contextlib
+import logging
+import sys
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torchvision.utils import save_image
+
+from favae.data.latents import CacheError, LatentDataset, load_tokenizer
+from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
+from favae.pipelines import LightningDiTPipeline
+from favae.training.config import GENERATORS, ConfigError, GeneratorConfig, build_model, parse_arguments, to_yaml
+from favae.training.loop import NonFiniteLossError, Run
+from favae.training.measure import describe_run
+
+
+def dry_run(config: GeneratorConfig) -> None:
+    print(to_yaml(config))
+    with torch.device("meta"):
+        transformer = build_model(config.model, GENERATORS)
+    shape = transformer.config
+    print(
+        f"generator: {transformer.num_parameters():,} parameters, "
+        f"{shape.in_channels * shape.sample_size**2:,} floats per image, "
+        f"{(shape.sample_size // shape.patch_size) ** 2:,} tokens"
+    )
+    images = config.data.num_images
+    if config.data.latents is not None:
+        dataset = LatentDataset(config.data.latents)
+        check_shapes(config, transformer, dataset)
+        images = len(dataset)
+    print(describe_run(config, images))
+
+
+def check_shapes(config: GeneratorConfig, transformer, dataset: LatentDataset) -> None:
+    """A generator is built for one latent shape and number of classes; the cache must have them."""
+    built = transformer.config
+    expected = (built.in_channels, built.sample_size, built.sample_size)
+    if dataset.latent_shape != expected:
+        raise ConfigError(
+            f"{config.data.latents} holds latents of shape {dataset.latent_shape}, "
+            f"the generator is built for {expected} (model.in_channels, model.sample_size)"
+        )
+    if len(dataset.classes) > built.num_classes:
+        raise ConfigError(
+            f"{config.data.latents} has {len(dataset.classes)} classes, "
+            f"the generator {built.num_classes} (model.num_classes)"
+        )
+
+
+def train(config: GeneratorConfig) -> None:
+    run = Run(config)
+    train = config.train
+    for key in ("latents", "tokenizer"):
+        if getattr(config.data, key) is None:
+            raise ConfigError(f"data.{key} is missing")
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    dataset = LatentDataset(config.data.latents, tokenizer, flip=config.data.flip)
+    transformer = build_model(config.model, GENERATORS)
+    check_shapes(config, transformer, dataset)
+    if train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    # The pipeline carries the statistics that its latents were normalised with.
+    tokenizer.register_to_config(
+        latents_mean=dataset.manifest["latents_mean"], latents_std=dataset.manifest["latents_std"]
+    )
+    pipeline = LightningDiTPipeline(
+        transformer,
+        tokenizer.to(run.device).eval(),
+        FlowMatchEulerDiscreteScheduler(shift=config.sampling.shift),
+        id2label=dict(enumerate(dataset.classes)),
+    )
+
+    run.add("generator", transformer, train.learning_rate)
+    model = run.prepare({"transformer": transformer}, averaged=transformer)["generator"]
+    run.resume()
+
+    for batch in run.batches(dataset):
+        transformer.train()
+        with run.accelerator.accumulate(model):
+            times = sample_times(len(batch["label"]), config.loss.time_sampling, run.device)
+            noise = torch.randn_like(batch["latent"])
+            noisy, velocity = interpolate(batch["latent"], noise, times)
+            prediction = model(noisy, times, batch["label"], return_dict=False)[0]
+            loss, terms = flow_matching_loss(prediction, velocity, cosine_weight=config.loss.cosine_weight)
+            finite = run.optimise("generator", loss)
+
+        if run.end_step(terms, finite):
+            if run.due(train.sample_every) and run.is_main:
+                save_samples(run, config, pipeline)
+            if run.due(train.checkpoint_every):
+                run.save_checkpoint()
+
+    with averaged(run):
+        run.finish(pipeline.save_pretrained)
+
+
+def averaged(run: Run):
+    """The averaged weights for the length of a block, if an average is kept."""
+    return contextlib.nullcontext() if run.ema is None else run.ema
+
+
+def save_samples(run: Run, config: GeneratorConfig, pipeline: LightningDiTPipeline) -> None:
+    """samples/step-N.png: classes in turn, the same noise each time."""
+    folder = run.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    sampling = config.sampling
+    classes = min(pipeline.transformer.config.num_classes, len(pipeline.labels))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.eval()
+    with averaged(run):
+        images = pipeline(
+            [i % classes for i in range(sampling.num_images)],
+            guidance_scale=sampling.guidance_scale,
+            guidance_interval=tuple(sampling.guidance_interval),
+            num_inference_steps=sampling.num_inference_steps,
+            generator=torch.Generator().manual_seed(config.seed),
+            output_type="pt",
+        ).images
+    save_image(images, folder / f"step-{run.step:07}.png", nrow=min(classes, 8))
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    try:
+        config, dry = parse_arguments(GeneratorConfig, __doc__, argv)
+        (dry_run if dry else train)(config)
+    except (ConfigError, CacheError, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()

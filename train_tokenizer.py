@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Trains a tokenizer: AutoencoderKLFA, or a stock AutoencoderKL under the same loop.
+
+    one process       python train_tokenizer.py configs/tokenizer/photos_favae.yaml
+    8 GPUs            accelerate launch --num_processes 8 train_tokenizer.py CONFIG.yaml data.path=IMAGES
+    2 CPU processes   torchrun --nproc_per_node 2 train_tokenizer.py CONFIG.yaml
+    what would run    python train_tokenizer.py CONFIG.yaml --dry-run
+
+Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again goes
+on from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by default
+runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (original over reconstruction),
+checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pretrained`.
+"""
+
+import logging
+import sys
+
+import torch
+from torchvision.utils import save_image
+
+from favae.data.images import DataError, ImageDataset, open_source
+from favae.foundation import FoundationModel, MissingWeights
+from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
+from favae.losses.perceptual import LPIPS
+from favae.losses.tokenizer_loss import TokenizerLoss, TokenizerTrainee
+from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, parse_arguments, to_yaml
+from favae.training.loop import NonFiniteLossError, Run
+from favae.training.measure import describe_run, describe_tokenizer
+
+
+def dry_run(config: TokenizerConfig) -> None:
+    print(to_yaml(config))
+    with torch.device("meta"):
+        vae = build_model(config.model, TOKENIZERS)
+        if config.loss.adversarial.weight:
+            discriminator = PatchDiscriminator(channels=config.loss.adversarial.channels)
+            print(f"discriminator: {discriminator.num_parameters():,} parameters")
+    print(describe_tokenizer(vae, config.train.resolution))
+    images = config.data.num_images
+    if config.data.path is not None:
+        images = len(open_data(config))
+    print(describe_run(config, images))
+
+
+def open_data(config: TokenizerConfig) -> ImageDataset:
+    data = config.data
+    if data.path is None:
+        raise ConfigError("data.path is missing: photos, a folder, a .parquet file, or hf:NAME")
+    source = open_source(
+        data.path,
+        data.split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        min_size=data.min_size,
+    )
+    return ImageDataset(source, config.train.resolution, crop=data.crop, flip=data.flip)
+
+
+def train(config: TokenizerConfig) -> None:
+    run = Run(config)
+    train, loss_config = config.train, config.loss
+
+    # Data, models and frozen networks. What is missing is said here, before anything is written.
+    dataset = open_data(config)
+    vae = build_model(config.model, TOKENIZERS)
+    if train.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    foundation = lpips = None
+    if loss_config.alignment.weight:
+        foundation = FoundationModel(loss_config.alignment.backbone, loss_config.alignment.weights, "loss.alignment")
+    if loss_config.perceptual:
+        lpips = LPIPS(loss_config.perceptual_weights)
+    trainee = TokenizerTrainee(vae, foundation.channels if foundation else None)
+    run.add("generator", trainee, train.learning_rate)
+    modules = {"tokenizer": vae}
+    if trainee.projection is not None:
+        modules["projection"] = trainee.projection
+    discriminator = None
+    if loss_config.adversarial.weight:
+        discriminator = modules["discriminator"] = PatchDiscriminator(channels=loss_config.adversarial.channels)
+        rate = train.discriminator_learning_rate or train.learning_rate
+        run.add("discriminator", discriminator, rate, first_step=loss_config.adversarial.start_step)
+    models = run.prepare(modules, averaged=vae)
+    trainee = models["generator"]
+    objective = TokenizerLoss(loss_config, vae, foundation, lpips).to(run.device)
+    run.resume()
+    preview = torch.stack([dataset[i]["image"] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
+
+    for batch in run.batches(dataset):
+        images = batch["image"]
+        adversarial = discriminator is not None and run.step >= loss_config.adversarial.start_step
+        trainee.train()
+        with run.accelerator.accumulate(*models.values()):
+            # Generator: reconstruct, judge, step. The discriminator's own weights get no gradient from this.
+            reconstruction, moments, projected = trainee(images)
+            if discriminator is not None:
+                discriminator.requires_grad_(False)
+            loss, terms = objective(images, reconstruction, moments, projected, discriminator if adversarial else None)
+            finite = run.optimise("generator", loss)
+
+            if adversarial:
+                discriminator.requires_grad_(True)
+                judge = models["discriminator"]
+                loss = hinge_discriminator_loss(judge(images), judge(reconstruction.detach()))
+                terms["discriminator"] = loss.detach()
+                finite = run.optimise("discriminator", loss) and finite
+
+        if run.end_step(terms, finite):
+            if run.due(train.sample_every) and run.is_main:
+                save_preview(run, vae, preview)
+            if run.due(train.checkpoint_every):
+                run.save_checkpoint()
+
+    run.finish(lambda folder: save_final(run, vae, folder))
+
+
+@torch.no_grad()
+def save_preview(run: Run, vae, images: torch.Tensor) -> None:
+    """samples/step-N.png: originals above reconstructions, both from the middle of the training images."""
+    folder = run.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    vae.eval()
+    reconstruction = vae(images.to(run.device)).sample.cpu()
+    rows = torch.cat([images, reconstruction]).clamp(-1, 1)
+    save_image(rows, folder / f"step-{run.step:07}.png", nrow=len(images), normalize=True, value_range=(-1, 1))
+
+
+def save_final(run: Run, vae, folder) -> None:
+    if run.ema is None:
+        vae.save_pretrained(folder)
+    else:
+        with run.ema as averaged:
+            averaged.save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    try:
+        config, dry = parse_arguments(TokenizerConfig, __doc__, argv)
+        (dry_run if dry else train)(config)
+    except (ConfigError, DataError, MissingWeights, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
