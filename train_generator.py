@@ -3,7 +3,7 @@
 
     tokenizer first   python train_tokenizer.py ...; python -m favae.data.latents ...
     one process       python train_generator.py configs/generator/photos_lightningdit.yaml
-    8 GPUs            accelerate launch --num_processes 8 train_generator.py CONFIG.yaml data.latents=... data.tokenizer=...
+    8 GPUs            accelerate launch --num_processes 8 train_generator.py CONFIG.yaml data.latents=LATENTS
     2 CPU processes   torchrun --nproc_per_node 2 train_generator.py CONFIG.yaml
     what would run    python train_generator.py CONFIG.yaml --dry-run
 
@@ -16,6 +16,7 @@ checkpoints/step-N/ and, at the end, final/: a pipeline for `DiffusionPipeline.f
 import contextlib
 import logging
 import sys
+from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -29,7 +30,7 @@ from favae.training.loop import NonFiniteLossError, Run
 from favae.training.measure import describe_run
 
 
-def dry_run(config: GeneratorConfig) -> None:
+def dry_run(config: GeneratorConfig, num_processes: int) -> None:
     print(to_yaml(config))
     with torch.device("meta"):
         transformer = build_model(config.model, GENERATORS)
@@ -40,11 +41,11 @@ def dry_run(config: GeneratorConfig) -> None:
         f"{(shape.sample_size // shape.patch_size) ** 2:,} tokens"
     )
     images = config.data.num_images
-    if config.data.latents is not None:
+    if config.data.latents is not None and Path(config.data.latents).exists():
         dataset = LatentDataset(config.data.latents)
         check_shapes(config, transformer, dataset)
         images = len(dataset)
-    print(describe_run(config, images))
+    print(describe_run(config, images, num_processes))
 
 
 def check_shapes(config: GeneratorConfig, transformer, dataset: LatentDataset) -> None:
@@ -139,8 +140,11 @@ def save_samples(run: Run, config: GeneratorConfig, pipeline: LightningDiTPipeli
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
-        config, dry = parse_arguments(GeneratorConfig, __doc__, argv)
-        (dry_run if dry else train)(config)
+        config, arguments = parse_arguments(GeneratorConfig, __doc__, argv)
+        if arguments.dry_run:
+            dry_run(config, arguments.processes)
+        else:
+            train(config)
     except (ConfigError, CacheError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -28,7 +28,7 @@ from favae.training.loop import NonFiniteLossError, Run
 from favae.training.measure import describe_run, describe_tokenizer
 
 
-def dry_run(config: TokenizerConfig) -> None:
+def dry_run(config: TokenizerConfig, num_processes: int) -> None:
     print(to_yaml(config))
     with torch.device("meta"):
         vae = build_model(config.model, TOKENIZERS)
@@ -39,7 +39,7 @@ def dry_run(config: TokenizerConfig) -> None:
     images = config.data.num_images
     if config.data.path is not None:
         images = len(open_data(config))
-    print(describe_run(config, images))
+    print(describe_run(config, images, num_processes))
 
 
 def open_data(config: TokenizerConfig) -> ImageDataset:
@@ -136,8 +136,11 @@ def save_final(run: Run, vae, folder) -> None:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
-        config, dry = parse_arguments(TokenizerConfig, __doc__, argv)
-        (dry_run if dry else train)(config)
+        config, arguments = parse_arguments(TokenizerConfig, __doc__, argv)
+        if arguments.dry_run:
+            dry_run(config, arguments.processes)
+        else:
+            train(config)
     except (ConfigError, DataError, MissingWeights, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -231,8 +231,8 @@ class PhotoSource:
         "rocket": ("rocket.jpg", "a rocket on its launch pad at night"),
         "tissue": ("ihc.png", "stained tissue under a microscope"),
     }
-    SPLITS = {"train": 2048, "validation": 256, "heldout": 256}
-    HELDOUT = ("coffee", "motorcycle")
+    SPLITS = {"train": 1024, "validation": 128, "heldout": 128}
+    HELDOUT = ("cat", "gravel")
     TRAIN_SHARE = 0.75
 
     def __init__(self, split: str = "train", size: int | None = None):

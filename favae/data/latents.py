@@ -60,8 +60,7 @@ def load_tokenizer(path: str) -> ModelMixin:
 
 def tokenizer_hash(tokenizer: ModelMixin) -> str:
     """SHA-256 of what determines the latents: class, configuration without its statistics, weights."""
-    ignored = STATISTICS_KEYS + ("_diffusers_version", "_name_or_path", "_use_default_values")
-    config = {key: value for key, value in tokenizer.config.items() if key not in ignored}
+    config = {k: v for k, v in tokenizer.config.items() if k not in STATISTICS_KEYS and not k.startswith("_")}
     digest = hashlib.sha256(json.dumps([type(tokenizer).__name__, config], sort_keys=True, default=list).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode())

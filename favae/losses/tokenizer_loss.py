@@ -19,7 +19,7 @@ class AlignmentConfig:
     distmat_margin: float = 0.25
     cosine_margin: float = 0.5
     adaptive: bool = True  # scale to the gradient of the reconstruction at the encoder's last layer
-    max_weight: float = 1e4
+    max_weight: float = 10.0  # the most that may come out of it
 
 
 @dataclass
@@ -28,7 +28,7 @@ class AdversarialConfig:
     start_step: int = 5_000  # in generator steps
     channels: int = 64
     adaptive: bool = True  # scale to the gradient of the reconstruction at the decoder's last layer
-    max_weight: float = 1e4
+    max_weight: float = 10.0  # the most that may come out of it
 
 
 @dataclass
@@ -54,8 +54,8 @@ class TokenizerLoss(nn.Module):
     """L = reconstruction + w_p LPIPS + w_kl KL + w_a a alignment + w_g g adversarial.
 
     Terms of weight 0 are not computed; a and g are adaptive (see `adaptive_weight`) or 1. Everything is per element of
-    the image: reconstruction is the mean of |x - x'| or (x - x')^2, and KL the sum over the latent divided by the number
-    of image elements. That is the published sum per image divided by 3HW, so published weights keep their meaning.
+    the image: reconstruction is the mean of |x - x'| or (x - x')^2, and KL is the sum over the latent divided by 3HW.
+    That is the published sum per image divided by 3HW throughout, so published weights keep their meaning.
 
     Args:
         config: weights and settings.
@@ -94,7 +94,7 @@ class TokenizerLoss(nn.Module):
             projected: (B, F, h, w), latents in the space of the foundation model's features.
             discriminator: judges the reconstruction; None before its start step.
         Returns:
-            The total, and each term before weighting, detached.
+            The total, and each term before weighting, detached, with the factors that adaptive weights came to.
         """
         config = self.config
         images, reconstruction = images.float(), reconstruction.float()
@@ -122,7 +122,8 @@ class TokenizerLoss(nn.Module):
             )
             scale = alignment.weight
             if alignment.adaptive:
-                scale = scale * adaptive_weight(fidelity, value, self._latent_layers, alignment.max_weight)
+                terms["alignment_scale"] = adaptive_weight(fidelity, value, self._latent_layers, alignment.max_weight)
+                scale = scale * terms["alignment_scale"]
             terms["alignment"] = value
             total = total + scale * value
 
@@ -131,7 +132,8 @@ class TokenizerLoss(nn.Module):
             value = adversarial_loss(discriminator(reconstruction))
             scale = adversarial.weight
             if adversarial.adaptive:
-                scale = scale * adaptive_weight(fidelity, value, self._last_layers, adversarial.max_weight)
+                terms["adversarial_scale"] = adaptive_weight(fidelity, value, self._last_layers, adversarial.max_weight)
+                scale = scale * terms["adversarial_scale"]
             terms["adversarial"] = value
             total = total + scale * value
 

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ class AutoencoderKLFA(AutoencoderKL):
         latents_std: tuple[float, ...] | None = None,
         force_upcast: bool = False,
     ):
-        super(AutoencoderKL, self).__init__()  # everything but the networks of AutoencoderKL
+        ModelMixin.__init__(self)  # everything of AutoencoderKL but its networks
         low_channels = latent_channels - high_latent_channels
         if not 0 < high_latent_channels < latent_channels:
             raise ValueError(

@@ -211,6 +211,10 @@ def load_config(schema: type[Config], file: str | Path, overrides: list[str] = (
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(schema, error)) from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # a section of its own that checks itself
+        raise ConfigError(str(error)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
     config.output = config.output or f"runs/{Path(file).stem}"
@@ -230,11 +234,14 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def parse_arguments(schema: type[Config], description: str, argv: list[str] | None = None) -> tuple[Config, bool]:
-    """The command line of both scripts: CONFIG.yaml [key=value ...] [--dry-run]."""
+def parse_arguments(
+    schema: type[Config], description: str, argv: list[str] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """The command line of both scripts: CONFIG.yaml [key=value ...] [--dry-run [--processes N]]."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a recipe, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
+    parser.add_argument("--processes", type=int, default=1, help="how many a dry run counts with")
     arguments = parser.parse_intermixed_args(argv)
-    return load_config(schema, arguments.config, arguments.overrides), arguments.dry_run
+    return load_config(schema, arguments.config, arguments.overrides), arguments

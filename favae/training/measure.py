@@ -31,7 +31,7 @@ def describe_tokenizer(vae: nn.Module, resolution: int) -> str:
     )
 
 
-def describe_run(config: RunConfig, num_images: int | None, num_processes: int = 1) -> str:
+def describe_run(config: RunConfig, num_images: int | None, num_processes: int) -> str:
     """Batch, steps per epoch and epochs, as far as the number of images is known."""
     train = config.train
     batch = train.batch_size * train.gradient_accumulation_steps * num_processes

@@ -1,0 +1,44 @@
+# make demo: the whole chain on a CPU. make test: lint and tests. Both install into .venv first. Python >= 3.10 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+PHOTOS := --resolution 64 --features efficientnet-lite0
+
+.PHONY: install demo test format clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: favae needs Python 3.10 or newer')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[offline,test]"
+	touch $@
+
+# Each line is a command of its own; an interrupted demo goes on where it was.
+demo: install
+	$(BIN)/python train_tokenizer.py configs/tokenizer/photos_favae.yaml output=$(DEMO)/favae
+	$(BIN)/python train_tokenizer.py configs/tokenizer/photos_vavae.yaml output=$(DEMO)/vavae
+	$(BIN)/python -m favae.data.latents --tokenizer $(DEMO)/favae/final --data photos --resolution 64 --output $(DEMO)/latents
+	$(BIN)/python train_generator.py configs/generator/photos_lightningdit.yaml \
+		data.latents=$(DEMO)/latents data.tokenizer=$(DEMO)/favae/final output=$(DEMO)/generator
+	$(BIN)/python -m favae.eval.reconstruction --model vavae=$(DEMO)/vavae/final --model favae=$(DEMO)/favae/final \
+		--data photos:heldout $(PHOTOS) --output $(DEMO)/reconstruction
+	$(BIN)/python -m favae.eval.reconstruction --model vavae=$(DEMO)/vavae/final --model favae=$(DEMO)/favae/final \
+		--data photos:validation $(PHOTOS) --output $(DEMO)/reconstruction_validation
+	$(BIN)/python -m favae.eval.generation --pipeline $(DEMO)/generator/final --reference photos \
+		--num-images 450 --num-inference-steps 25 --guidance-scale 1.5 \
+		--features efficientnet-lite0 --output $(DEMO)/generation
+	$(BIN)/python -m favae.eval.report $(DEMO)
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs

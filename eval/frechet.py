@@ -1,0 +1,38 @@
+"""The Fréchet distance between two Gaussians."""
+
+import numpy as np
+
+
+def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D) of features (N, D), unbiased, float64.
+
+    Raises:
+        ValueError: with fewer than two rows.
+    """
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
+    features = np.asarray(features, dtype=np.float64)
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64.
+
+    tr (S1 S2)^(1/2) is the sum of the square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric, so
+    nothing becomes complex, also where N < D leaves the covariances rank-deficient.
+
+    Args:
+        mu1, mu2: (D,). sigma1, sigma2: (D, D), symmetric.
+    Returns:
+        The distance, >= 0 up to rounding.
+    Raises:
+        ValueError: if shapes do not fit.
+    Source: Heusel et al., NeurIPS 2017 (FID); Dowson and Landau, 1982.
+    """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (mu1.size, mu1.size):
+        raise ValueError(f"statistics of different sizes: {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
+    values, vectors = np.linalg.eigh(sigma1)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)).sum()
+    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)

@@ -1,0 +1,122 @@
+"""Tiny models and data that many tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from favae import AutoencoderKLFA
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY_FAVAE = {
+    "block_out_channels": (8, 8, 16),
+    "high_block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 6,
+    "high_latent_channels": 2,
+    "sample_size": 16,
+}
+TINY_LIGHTNINGDIT = {
+    "sample_size": 4,
+    "in_channels": 6,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_classes": 3,
+}
+
+
+torch.set_num_threads(1)  # tiny tensors; threads would only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_favae() -> AutoencoderKLFA:
+    return AutoencoderKLFA(**TINY_FAVAE).eval()
+
+
+@pytest.fixture
+def tiny_kl() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        norm_num_groups=4,
+        latent_channels=6,
+        sample_size=16,
+    ).eval()
+
+
+def write_images(folder: Path, classes: int = 3, per_class: int = 4, size: tuple[int, int] = (24, 20)) -> Path:
+    """An ImageFolder of smooth random images."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for i in range(per_class):
+            small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            small.resize(size, Image.Resampling.BICUBIC).save(folder / f"class{label}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+def tiny_tokenizer_recipe(folder: Path, images: str | Path) -> Path:
+    """A recipe that trains in seconds, with every term that needs no weights."""
+    file = folder / "tokenizer.yaml"
+    file.write_text(
+        f"""
+model: {{name: AutoencoderKLFA, block_out_channels: [8, 8, 16], high_block_out_channels: [8, 8], layers_per_block: 1,
+  norm_num_groups: 4, latent_channels: 6, high_latent_channels: 2, sample_size: 16}}
+data: {{path: {images}}}
+loss: {{adversarial: {{weight: 0.1, start_step: 3, channels: 8}}}}
+train: {{resolution: 16, batch_size: 2, steps: 8, learning_rate: 1.0e-3, num_workers: 0, log_every: 1, sample_every: 4,
+  checkpoint_every: 2, ema_decay: 0.9, lr_scheduler: cosine, lr_warmup_steps: 2, tracker: null}}
+"""
+    )
+    return file
+
+
+def tiny_generator_recipe(folder: Path, latents: str | Path, tokenizer: str | Path) -> Path:
+    file = folder / "generator.yaml"
+    file.write_text(
+        f"""
+model: {{name: LightningDiTTransformer2DModel, sample_size: 4, in_channels: 6, num_layers: 2, num_attention_heads: 2,
+  attention_head_dim: 8, num_classes: 3}}
+data: {{latents: {latents}, tokenizer: {tokenizer}}}
+sampling: {{num_inference_steps: 3, num_images: 6}}
+train: {{batch_size: 4, steps: 6, num_workers: 0, log_every: 1, sample_every: 3, checkpoint_every: 2, ema_decay: 0.9,
+  tracker: null}}
+"""
+    )
+    return file
+
+
+def run(*command: str | Path, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs a script or `-m module` of the project as a user would, on one thread per process."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher += ["--master_port", "0", "--standalone"]
+        if command[0] != "-m":
+            command = (ROOT / command[0], *command[1:])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result

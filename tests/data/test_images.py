@@ -1,0 +1,157 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+from favae.data.images import (
+    DataError,
+    FolderSource,
+    ImageDataset,
+    PhotoSource,
+    TrainingStream,
+    UnusableImage,
+    center_crop,
+    open_source,
+    skip_missing,
+    to_rgb,
+    to_uint8,
+)
+
+
+def test_conversions():
+    assert to_rgb(Image.new("L", (2, 2), 100)).getpixel((0, 0)) == (100, 100, 100)
+    assert to_rgb(Image.new("CMYK", (2, 2), (0, 0, 0, 255))).getpixel((0, 0)) == (0, 0, 0)
+    assert to_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(Image.new("LA", (2, 2), (10, 255))).getpixel((0, 0)) == (10, 10, 10)
+    assert to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+    sixteen = Image.fromarray(np.array([[0, 65535], [257 * 7, 257 * 9]], dtype=np.uint16))
+    assert [to_rgb(sixteen).getpixel(xy)[0] for xy in ((0, 0), (1, 0), (0, 1), (1, 1))] == [0, 255, 7, 9]
+    for image in (Image.new("F", (2, 2)), Image.fromarray(np.full((2, 2), 70_000, dtype=np.int32))):
+        with pytest.raises(UnusableImage):
+            to_rgb(image)
+
+
+def test_saved_oddities_are_read_and_broken_files_are_named(tmp_path, caplog):
+    folder = write_images(tmp_path / "images", classes=2, per_class=1) / "class0"
+    Image.new("CMYK", (20, 20)).save(folder / "cmyk.jpg")
+    Image.fromarray(np.zeros((20, 20), dtype=np.uint16)).save(folder / "sixteen.png")
+    Image.new("LA", (20, 20)).save(folder / "alpha.png")
+    Image.new("RGB", (5, 50)).save(folder / "tiny.png")
+    (folder / "text.png").write_text("not an image")
+    (folder / "empty.jpg").touch()
+    (folder / "notes.txt").write_text("no image, and not called one")
+    with caplog.at_level(logging.WARNING):
+        source = FolderSource(tmp_path / "images")
+    assert len(source) == 5 and source.classes == ["class0", "class1"]
+    assert [source.label(i) for i in range(5)] == [0, 0, 0, 0, 1]
+    assert all(source.read(i).mode == "RGB" for i in range(5))
+    for name in ("tiny.png", "text.png", "empty.jpg"):
+        assert name in caplog.text
+    assert "skipped 3 of 8" in caplog.text
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no usable image"):
+        open_source(str(tmp_path))
+    (tmp_path / "a.png").write_text("not an image")
+    with pytest.raises(DataError, match=r"1 image files found, 1 skipped"):
+        open_source(str(tmp_path))
+    with pytest.raises(DataError, match="no such folder"):
+        open_source(str(tmp_path / "missing"))
+    with pytest.raises(DataError, match="no split 'tset'"):
+        open_source("photos:tset")
+
+
+def test_truncated_file_is_skipped_with_a_warning(image_folder, caplog):
+    file = sorted(image_folder.rglob("*.png"))[1]
+    file.write_bytes(file.read_bytes()[:300])  # the header is whole, the pixels are not
+    dataset = ImageDataset(open_source(str(image_folder)), 16)
+    with caplog.at_level(logging.WARNING):
+        assert dataset[1] is None
+    assert str(file) in caplog.text
+    batch = skip_missing([dataset[0], dataset[1], dataset[2]])
+    assert batch["index"].tolist() == [0, 2]
+    assert dataset.sample(1, np.random.default_rng(0))["index"] == 2  # training takes the next one
+    assert skip_missing([None]) is None
+
+
+def test_center_crop_scales_the_shorter_side():
+    image = Image.new("RGB", (100, 40))
+    image.paste((255, 0, 0), (30, 0, 70, 40))
+    crop = center_crop(image, 16)
+    assert crop.size == (16, 16)
+    assert np.array(crop)[:, 2:14, 0].min() > 200  # the red middle fills it
+    assert center_crop(Image.new("RGB", (7, 9)), 16).size == (16, 16)
+
+
+def test_tensors_and_bytes():
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
+    source = type("S", (), {"__len__": lambda s: 1, "read": lambda s, i: image, "label": lambda s, i: 0})()
+    tensor = ImageDataset(source, 16)[0]["image"]
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert torch.equal(to_uint8(tensor), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_photos_split_without_overlap():
+    train, validation, heldout = (PhotoSource(split) for split in PhotoSource.SPLITS)
+    assert not set(train.classes) & set(heldout.classes) and train.classes == validation.classes
+    assert len(heldout.classes) == 2
+    for name, left, right in zip(train.classes, train._regions, validation._regions):
+        whole = PhotoSource("heldout")
+        full = whole._region(name)  # the heldout split does not cut
+        assert left.width + right.width == full.width, name
+        assert np.array_equal(np.array(full)[:, : left.width], np.array(left))
+        assert np.array_equal(np.array(full)[:, left.width :], np.array(right))
+    assert np.array_equal(np.array(train.read(5)), np.array(PhotoSource("train").read(5)))
+    assert min(train.read(i).width for i in range(40)) >= 64
+
+
+def test_parquet_and_missing_columns(tmp_path):
+    import datasets
+
+    images = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(4)]
+    data = datasets.Dataset.from_dict(
+        {"image": images, "label": [7, 3, 7, 3]},
+        features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64")),
+    )
+    data.to_parquet(tmp_path / "images.parquet")
+    source = open_source(str(tmp_path / "images.parquet"))
+    assert len(source) == 4 and source.classes == ["3", "7"]
+    assert [source.label(i) for i in range(4)] == [1, 0, 1, 0]
+    assert source.read(2).getpixel((0, 0)) == (2, 0, 0)
+    with pytest.raises(DataError, match="no column 'picture'.*image, label"):
+        open_source(str(tmp_path / "images.parquet"), image_column="picture")
+
+
+class Counting:
+    def __len__(self):
+        return 5
+
+    def sample(self, index, rng):
+        return {"index": index, "draw": int(rng.integers(1 << 30))}
+
+
+def test_stream_is_a_function_of_seed_and_position():
+    stream = TrainingStream(Counting(), seed=3)
+    items = [stream[p] for p in range(15)]
+    assert [stream[p] for p in reversed(range(15))] == items[::-1]
+    for epoch in range(3):
+        assert sorted(item["index"] for item in items[5 * epoch : 5 * epoch + 5]) == list(range(5))
+    assert len({item["draw"] for item in items}) == 15
+    assert [TrainingStream(Counting(), seed=4)[p] for p in range(15)] != items
+
+
+def test_batches_do_not_depend_on_processes_or_where_they_start():
+    stream = TrainingStream(Counting(), seed=3)
+
+    def take(count, **arguments):
+        return [batch["draw"].tolist() for _, batch in zip(range(count), stream.batches(**arguments))]
+
+    whole = take(6, batch_size=4, first_batch=0)
+    assert take(4, batch_size=4, first_batch=2) == whole[2:]
+    halves = [take(6, batch_size=2, first_batch=0, rank=rank, world_size=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*halves)] == whole

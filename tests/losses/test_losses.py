@@ -1,0 +1,136 @@
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
+
+from favae.foundation import MissingWeights
+from favae.losses.adversarial import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
+from favae.losses.alignment import vision_foundation_alignment
+from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
+from favae.losses.perceptual import LPIPS
+from favae.losses.tokenizer_loss import (
+    AdversarialConfig,
+    AlignmentConfig,
+    TokenizerLoss,
+    TokenizerLossConfig,
+    TokenizerTrainee,
+)
+
+
+def test_alignment_against_its_formula():
+    z, f = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    value = vision_foundation_alignment(z, f, distmat_margin=0.1, cosine_margin=0.2)
+    expected = 0.0
+    for image in range(2):
+        a, b = z[image].flatten(1), f[image].flatten(1)
+        cos = nn.functional.cosine_similarity
+        distances = sum(
+            max(0.0, abs(cos(a[:, i], a[:, j], dim=0) - cos(b[:, i], b[:, j], dim=0)) - 0.1)
+            for i in range(12)
+            for j in range(12)
+        )
+        angles = sum(max(0.0, 1 - 0.2 - cos(a[:, i], b[:, i], dim=0)) for i in range(12))
+        expected += (distances / 144 + angles / 12) / 2
+    assert value.item() == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_alignment_of_equals_is_zero_and_margins_forgive():
+    f = torch.randn(1, 5, 3, 3)
+    assert vision_foundation_alignment(3 * f, f, distmat_margin=0, cosine_margin=0).item() == pytest.approx(0, abs=1e-5)
+    z = torch.randn(1, 5, 3, 3, requires_grad=True)
+    assert vision_foundation_alignment(z, f, distmat_margin=2, cosine_margin=2).item() == 0
+    with pytest.raises(ValueError, match="differ in shape"):
+        vision_foundation_alignment(z, torch.zeros(1, 5, 2, 2))
+
+
+def test_hinge_loss():
+    assert hinge_discriminator_loss(torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])).item() == pytest.approx(0.75)
+
+
+def test_adaptive_weight_balances_gradients_whatever_the_scale():
+    layer = nn.Linear(4, 4)
+    x = torch.randn(3, 4)
+    reference, loss = layer(x).square().mean(), layer(x).abs().mean()
+    weight = adaptive_weight(reference, loss, [layer.weight], maximum=1e4)
+    norm = [torch.autograd.grad(v, layer.weight, retain_graph=True)[0].norm() for v in (reference, loss)]
+    assert weight.item() == pytest.approx((norm[0] / norm[1]).item(), rel=1e-3)
+    scaled = adaptive_weight(1e-6 * reference, 1e-6 * loss, [layer.weight], maximum=1e4)
+    assert scaled.item() == pytest.approx(weight.item(), rel=1e-3)
+    assert adaptive_weight(reference, 0 * loss, [layer.weight], maximum=7.0).item() == 7.0
+    assert not weight.requires_grad
+
+
+def test_tokenizer_loss_adds_its_weighted_terms(tiny_favae):
+    config = TokenizerLossConfig(
+        kl=1e-3,
+        alignment=AlignmentConfig(weight=0.5, adaptive=False, distmat_margin=0, cosine_margin=0),
+        adversarial=AdversarialConfig(weight=0.3, adaptive=False),
+    )
+    trainee = TokenizerTrainee(tiny_favae, feature_channels=7)
+    assert trainee.projection.in_channels == tiny_favae.low_latent_channels
+    features = torch.randn(2, 7, 4, 4)
+    loss = TokenizerLoss(config, tiny_favae, foundation=lambda images, grid: features)
+    discriminator = PatchDiscriminator(channels=4, num_layers=1)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    reconstruction, moments, projected = trainee(images)
+    total, terms = loss(images, reconstruction, moments, projected, discriminator)
+    assert terms["reconstruction"].item() == pytest.approx((reconstruction - images).abs().mean().item())
+    kl = DiagonalGaussianDistribution(moments).kl().mean() / (3 * 16 * 16)
+    assert terms["kl"].item() == pytest.approx(kl.item())
+    expected = terms["reconstruction"] + 1e-3 * terms["kl"] + 0.5 * terms["alignment"] + 0.3 * terms["adversarial"]
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    total.backward()
+    assert trainee.projection.weight.grad.abs().sum() > 0
+    assert not list(loss.parameters())  # nothing of it is trained or saved
+
+
+def test_terms_of_weight_zero_are_not_computed(tiny_favae):
+    def never(*_):
+        raise AssertionError("computed although its weight is 0")
+
+    loss = TokenizerLoss(TokenizerLossConfig(kl=0.0), tiny_favae, foundation=never)
+    images = torch.rand(1, 3, 16, 16)
+    reconstruction, moments, _ = TokenizerTrainee(tiny_favae)(images)
+    assert set(loss(images, reconstruction, moments)[1]) == {"reconstruction"}
+
+
+def test_lpips_from_a_local_file(tmp_path):
+    import torchvision
+
+    torch.manual_seed(1)
+    vgg = torchvision.models.vgg16(weights=None)
+    torch.save(vgg.state_dict(), tmp_path / "vgg16.pth")
+    lpips = LPIPS(str(tmp_path / "vgg16.pth"))
+    first = dict(lpips.net.net.named_parameters())["slice1.0.weight"]
+    assert torch.equal(first, vgg.features[0].weight)
+    image, other = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64, requires_grad=True)
+    assert torch.equal(lpips(image, image), torch.zeros(2))
+    assert lpips(other, image).shape == (2,)
+    lpips(other, image).mean().backward()
+    assert other.grad.abs().sum() > 0
+    assert not lpips.train().net.training
+
+
+def test_missing_lpips_weights_name_the_settings(tmp_path):
+    with pytest.raises(MissingWeights, match="loss.perceptual_weights"):
+        LPIPS(str(tmp_path / "nothing.pth"))
+
+
+def test_flow_matching_path_and_loss():
+    data, noise, times = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.0, 0.5, 1.0])
+    noisy, velocity = interpolate(data, noise, times)
+    assert torch.equal(noisy[0], noise[0]) and torch.equal(noisy[2], data[2])
+    assert torch.allclose(noisy[1] + 0.5 * velocity[1], data[1], atol=1e-6)
+    assert flow_matching_loss(velocity, velocity)[0].item() == pytest.approx(0, abs=1e-6)
+    total, terms = flow_matching_loss(-velocity, velocity, cosine_weight=0.5)
+    assert terms["cosine"].item() == pytest.approx(2, abs=1e-5)
+    assert total.item() == pytest.approx(terms["velocity"].item() + 1.0, rel=1e-5)
+    assert set(flow_matching_loss(velocity, velocity, cosine_weight=0)[1]) == {"velocity"}
+
+
+def test_times():
+    times = sample_times(20_000, "logit_normal")
+    assert times.min() > 0 and times.max() < 1
+    logits = torch.logit(times.double())
+    assert abs(logits.mean()) < 0.05 and abs(logits.std() - 1) < 0.05
+    assert abs(sample_times(20_000, "uniform").mean() - 0.5) < 0.02

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from conftest import TINY_LIGHTNINGDIT
+
+from favae import LightningDiTTransformer2DModel
+from favae.models.lightningdit_transformer_2d import axial_rotary_embedding
+
+
+def tiny(**options) -> LightningDiTTransformer2DModel:
+    model = LightningDiTTransformer2DModel(**{**TINY_LIGHTNINGDIT, **options}).eval()
+    for parameter in model.parameters():  # adaLN-Zero starts as zero, which would hide everything
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_forward_save_load(patch_size, tmp_path):
+    model = tiny(patch_size=patch_size, qk_norm=True)
+    latents, times, labels = torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 3])
+    output = model(latents, times, labels).sample
+    assert output.shape == latents.shape
+    assert torch.equal(model(latents, times, labels, return_dict=False)[0], output)
+    model.save_pretrained(tmp_path)
+    loaded = LightningDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(latents, times, labels).sample, output)
+
+
+@pytest.mark.parametrize(
+    "layers, heads, head_dim, published",
+    [(12, 12, 64, 130.6), (24, 16, 64, 458.2), (28, 16, 72, 675.26)],
+)
+def test_published_sizes(layers, heads, head_dim, published):
+    with torch.device("meta"):
+        model = LightningDiTTransformer2DModel(
+            num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim
+        )
+    # the published counts include the fixed positions, which are no parameters here
+    count = model.num_parameters() + model.patch_embed.pos_embed.numel()
+    assert count / 1e6 == pytest.approx(published, abs=0.05)
+
+
+def test_starts_at_zero_and_learns():
+    model = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
+    latents, times, labels = torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 1])
+    assert torch.equal(model(latents, times, labels).sample, torch.zeros_like(latents))
+    model(latents, times, labels).sample.sub(latents).square().mean().backward()
+    assert model.proj_out.weight.grad.abs().sum() > 0
+
+
+def test_time_class_and_place_matter():
+    model = tiny()
+    latents, times, labels = torch.randn(1, 6, 4, 4), torch.tensor([0.3]), torch.tensor([1])
+    output = model(latents, times, labels).sample
+    assert not torch.allclose(model(latents, torch.tensor([0.301]), labels).sample, output)
+    assert not torch.allclose(model(latents, times, torch.tensor([2])).sample, output)
+    assert not torch.allclose(model(latents.flip(-1), times, labels).sample.flip(-1), output, atol=1e-3)
+
+
+def test_rotary_embedding_depends_on_the_offset_only():
+    cos, sin = axial_rotary_embedding(4, 4, 8)
+    query, key = torch.randn(8), torch.randn(8)
+
+    def turn(x, place):
+        pairs = x.view(-1, 2)
+        turned = torch.stack([-pairs[:, 1], pairs[:, 0]], dim=1).flatten()
+        return x * cos[place] + turned * sin[place]
+
+    def score(q_place, k_place):
+        return (turn(query, q_place) * turn(key, k_place)).sum()
+
+    one_right_one_down = [
+        score(row * 4 + column, (row + 1) * 4 + column + 1) for row in range(3) for column in range(3)
+    ]
+    assert torch.allclose(torch.stack(one_right_one_down), one_right_one_down[0], atol=1e-5)
+    assert not torch.allclose(score(0, 1), score(0, 4))  # a step right is not a step down
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = tiny(class_dropout_prob=0.0).train()
+    arguments = (torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 1]))
+    model(*arguments).sample.square().mean().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    model(*arguments).sample.square().mean().backward()
+    assert all(torch.allclose(p.grad, e, atol=1e-6) for p, e in zip(model.parameters(), expected))
+
+
+def test_other_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"built for latents of shape \(6, 4, 4\), got \(6, 8, 8\)"):
+        tiny()(torch.zeros(1, 6, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_LIGHTNINGDIT
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
+
+NAMES = {0: "cat", 1: "dog", 2: "fish"}
+
+
+@pytest.fixture
+def pipeline(tiny_favae) -> LightningDiTPipeline:
+    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT).eval()
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pipe = LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler(shift=1 / 0.3), id2label=NAMES)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def hand_written_euler(transformer, latents, labels, steps, shift, scale=1.0, channels=None, interval=(0.0, 1.0)):
+    """LightningDiT's sampler: t from 0 (noise) to 1 (data), t' = s t / (1 + (s - 1) t), x += dt v."""
+    t = np.linspace(0, 1, steps + 1)
+    t = shift * t / (1 + (shift - 1) * t)
+    null = torch.full_like(labels, 3)
+    with torch.no_grad():
+        for now, then in zip(t, t[1:]):
+            time = torch.full((len(labels),), float(now))
+            velocity = transformer(latents, time, labels).sample
+            if scale != 1 and interval[0] <= now <= interval[1]:
+                unconditional = transformer(latents, time, null).sample
+                guided = unconditional + scale * (velocity - unconditional)
+                velocity = guided if channels is None else torch.cat([guided[:, :channels], velocity[:, channels:]], 1)
+            latents = latents + float(then - now) * velocity
+    return latents
+
+
+@pytest.mark.parametrize(
+    "steps, shift, guidance",
+    [
+        (10, 0.3, {}),
+        (10, 1.0, {}),
+        (50, 0.3, {}),
+        (10, 0.3, {"scale": 4.0}),
+        (10, 0.3, {"scale": 4.0, "channels": 3}),
+        (10, 1.0, {"scale": 4.0, "interval": (0.25, 0.75)}),
+    ],
+)
+def test_sampler_is_euler(pipeline, steps, shift, guidance):
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / shift)
+    latents, labels = torch.randn(2, 6, 4, 4), torch.tensor([0, 2])
+    names = {"scale": "guidance_scale", "channels": "guidance_channels", "interval": "guidance_interval"}
+    arguments = {"guidance_scale": 1.0} | {names[key]: value for key, value in guidance.items()}
+    output = pipeline(labels, num_inference_steps=steps, latents=latents, output_type="latent", **arguments).images
+    expected = hand_written_euler(pipeline.transformer, latents, labels, steps, shift, **guidance)
+    assert torch.allclose(output, expected, atol=1e-5)
+
+
+def test_guidance_at_scale_one_is_none(pipeline):
+    latents = torch.randn(2, 6, 4, 4)
+    plain = pipeline([0, 1], guidance_scale=1.0, latents=latents, num_inference_steps=4, output_type="latent").images
+    nearly = pipeline(
+        [0, 1], guidance_scale=1 + 1e-7, latents=latents, num_inference_steps=4, output_type="latent"
+    ).images
+    strong = pipeline([0, 1], guidance_scale=3.0, latents=latents, num_inference_steps=4, output_type="latent").images
+    assert torch.allclose(plain, nearly, atol=1e-5) and not torch.allclose(plain, strong, atol=1e-2)
+
+
+def test_a_sample_does_not_depend_on_its_batch(pipeline):
+    def sample(labels, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(labels, generator=generators, num_inference_steps=3, output_type="pt").images
+
+    together = sample([0, 1, 2], [5, 6, 7])
+    assert together.shape == (3, 3, 16, 16) and together.min() >= 0 and together.max() <= 1
+    assert torch.allclose(sample([1], [6])[0], together[1], atol=1e-5)
+
+
+def test_latent_statistics_are_undone(pipeline, tiny_favae):
+    z = torch.randn(1, 6, 4, 4)
+    mean, std = torch.arange(6.0), torch.arange(1.0, 7.0)
+    pipeline.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    expected = tiny_favae.decode(z * std.view(1, 6, 1, 1) + mean.view(1, 6, 1, 1)).sample
+    assert torch.allclose(pipeline.decode_latents(z), expected, atol=1e-6)
+    pipeline.vae.register_to_config(latents_mean=None, latents_std=None, scaling_factor=0.5, shift_factor=0.25)
+    assert torch.allclose(pipeline.decode_latents(z), tiny_favae.decode(z / 0.5 + 0.25).sample, atol=1e-6)
+
+
+def test_saved_and_loaded_by_diffusers(pipeline, tmp_path):
+    pipeline.vae.register_to_config(latents_mean=[0.1] * 6, latents_std=[2.0] * 6)
+    pipeline.save_pretrained(tmp_path)
+    latents = torch.randn(1, 6, 4, 4)
+    expected = pipeline([1], latents=latents, num_inference_steps=3, output_type="np").images
+    for cls in (DiffusionPipeline, LightningDiTPipeline):
+        loaded = cls.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert isinstance(loaded, LightningDiTPipeline)
+        assert loaded.get_label_ids(["fish", "cat"]) == [2, 0]
+        output = loaded([1], latents=latents, num_inference_steps=3, output_type="np").images
+        assert np.array_equal(output, expected)
+    assert pipeline([0], num_inference_steps=2).images[0].size == (16, 16)  # PIL by default
+
+
+def test_bad_arguments(pipeline, tiny_favae):
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        pipeline([3])
+    with pytest.raises(ValueError, match="no class 'bird', there are cat, dog, fish"):
+        pipeline.get_label_ids("bird")
+    with pytest.raises(ValueError, match="must have shape"):
+        pipeline([0], latents=torch.zeros(1, 6, 8, 8))
+    other = LightningDiTTransformer2DModel(**{**TINY_LIGHTNINGDIT, "in_channels": 5})
+    with pytest.raises(ValueError, match="5 latent channels.*has 6"):
+        LightningDiTPipeline(other, tiny_favae, pipeline.scheduler)

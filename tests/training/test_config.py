@@ -1,0 +1,99 @@
+import pytest
+from conftest import ROOT, run, tiny_tokenizer_recipe
+
+from favae.training.config import ConfigError, GeneratorConfig, TokenizerConfig, load_config
+
+RECIPES = sorted(ROOT.glob("configs/*/*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return tiny_tokenizer_recipe(tmp_path, "photos")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.stepz=3", r"unknown key train.stepz; train takes steps, batch_size"),
+        ("trian.steps=3", r"unknown key trian; the top level takes output, seed"),
+        ("loss.alignment.wieght=1", r"unknown key loss.alignment.wieght; loss.alignment takes weight, backbone"),
+        ("model.latent_chanels=4", r"unknown key model.latent_chanels; AutoencoderKLFA takes in_channels"),
+        ("model.name=VAE", r"model.name must be one of AutoencoderKLFA, AutoencoderKL, got VAE"),
+        ("train.steps=many", r"train.steps: .*many"),
+        ("train.steps=0", r"train.steps must be at least 1, got 0"),
+        ("train.resolution=18", r"train.resolution must be a multiple of 4"),
+        ("train.mixed_precision=fp8", r"train.mixed_precision must be one of no, fp16, bf16, got fp8"),
+        ("train.lr_scheduler=sine", r"train.lr_scheduler must be one of linear, cosine"),
+        ("loss.reconstruction=l3", r"loss.reconstruction must be l1 or l2, got l3"),
+        ("loss.adversarial.weight=-1", r"loss.adversarial.weight must be at least 0"),
+        ("data.crop=left", r"data.crop must be one of random, center"),
+        ("steps", r"'steps' is not of the form key=value"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(recipe, override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(TokenizerConfig, recipe, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(TokenizerConfig, tmp_path / "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: }")
+    with pytest.raises(ConfigError, match="broken.yaml") as error:
+        load_config(TokenizerConfig, tmp_path / "broken.yaml")
+    assert "\n" not in str(error.value)
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_config(TokenizerConfig, tmp_path / "list.yaml")
+
+
+def test_defaults_then_file_then_command_line(recipe):
+    config = load_config(TokenizerConfig, recipe, ["train.steps=5", "loss.kl=1e-4"])
+    assert (config.train.steps, config.train.batch_size, config.loss.kl) == (5, 2, 1e-4)
+    assert config.train.betas == [0.5, 0.9] and config.output == "runs/tokenizer"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_resolves_and_dry_runs(recipe):
+    tokenizer = recipe.parent.name == "tokenizer"
+    config = load_config(TokenizerConfig if tokenizer else GeneratorConfig, recipe)
+    script = "train_tokenizer.py" if tokenizer else "train_generator.py"
+    output = run(script, recipe, "--dry-run", "--processes", "8").stdout
+    assert f"steps: {config.train.steps}" in output  # the resolved config
+    assert "parameters" in output and "floats per" in output and "steps per epoch" in output
+    assert not (ROOT / config.output).exists() or config.output.startswith("runs/photos")
+
+
+def test_recipes_are_comparable():
+    """Equal latent, steps, data and losses; FLOPs within 5 % on the photographs."""
+    import torch
+
+    from favae.training.config import TOKENIZERS, build_model
+    from favae.training.measure import floats_per_image, flops_per_image
+
+    for ours, baseline in (("photos_favae", "photos_vavae"), ("favae_f16d32", "vavae_f16d32")):
+        a, b = (load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml") for name in (ours, baseline))
+        assert a.loss == b.loss and a.data == b.data
+        assert (a.train.steps, a.train.batch_size) == (b.train.steps, b.train.batch_size)
+        with torch.device("meta"):
+            a, b = (build_model(config.model, TOKENIZERS) for config in (a, b))
+        size = a.config.sample_size
+        assert floats_per_image(a, size) == floats_per_image(b, size)
+        ratio = flops_per_image(a, size) / flops_per_image(b, size)
+        assert 0.95 <= ratio <= 1.05 if ours == "photos_favae" else ratio < 1
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    recipe = tiny_tokenizer_recipe(tmp_path, tmp_path / "nowhere")
+    for arguments, message in (
+        (["train.stepz=1"], "error: unknown key train.stepz"),
+        ([f"output={tmp_path / 'run'}"], "nowhere: no such folder"),
+        ([f"output={tmp_path / 'run'}", "loss.alignment.weight=1", "data.path=photos"], "vit_large_patch14_dinov2"),
+    ):
+        result = run("train_tokenizer.py", recipe, *arguments, check=False)
+        assert result.returncode == 1
+        last = result.stderr.strip().splitlines()[-1]
+        assert message in last and "Traceback" not in result.stderr
+    assert "loss.alignment.weights=FILE" in last and "loss.alignment.weight=0" in last
+    assert not list((tmp_path / "run").glob("*"))

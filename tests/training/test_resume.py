@@ -1,0 +1,140 @@
+"""Real processes: killed and run again, alone and in pairs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
+
+
+def weights(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+def kill_after_checkpoint(script: str, recipe, output, step: int, *overrides: str) -> None:
+    """Starts a training and kills it, without warning, once the checkpoint of `step` is there."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, script, str(recipe), f"output={output}", *overrides],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / f"checkpoints/step-{step}").exists():
+            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def steps_logged(output) -> list[int]:
+    return [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_killed_tokenizer_training_ends_with_the_same_weights(tmp_path):
+    recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
+    more = ["train.steps=40", "train.checkpoint_every=2", "train.gradient_accumulation_steps=2"]
+    run("train_tokenizer.py", recipe, f"output={tmp_path / 'whole'}", *more)
+    killed = tmp_path / "killed"
+    kill_after_checkpoint("train_tokenizer.py", recipe, killed, 4, *more)
+    assert not (killed / "final").exists()
+    (killed / "checkpoints/.writing-step-6").mkdir(exist_ok=True)  # as a kill in the middle of writing leaves it
+    run("train_tokenizer.py", recipe, f"output={killed}", *more, "resume=auto")
+    assert weights(tmp_path / "whole/final") == weights(killed / "final")
+    last = "checkpoints/step-40"
+    assert weights(tmp_path / "whole" / last) == weights(killed / last)
+    assert set(weights(killed / last)) == {
+        f"{name}/diffusion_pytorch_model.safetensors" for name in ("tokenizer", "ema", "discriminator")
+    }
+    assert steps_logged(killed) == list(range(1, 41))
+
+    before = weights(killed)
+    run("train_tokenizer.py", recipe, f"output={killed}", *more)  # a finished run has nothing left to do
+    assert weights(killed) == before and steps_logged(killed) == list(range(1, 41))
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """A tokenizer of two steps and its cache, written by two processes; and the same cache by one."""
+    folder = tmp_path_factory.mktemp("latents")
+    recipe = tiny_tokenizer_recipe(folder, write_images(folder / "images"))
+    run("train_tokenizer.py", recipe, f"output={folder / 'tokenizer'}", "train.steps=2")
+    command = ("-m", "favae.data.latents", "--tokenizer", folder / "tokenizer/final", "--data", folder / "images")
+    command += ("--resolution", "16", "--shard-size", "5", "--batch-size", "5")
+    run(*command, "--output", folder / "one")
+    run(*command, "--output", folder / "two", processes=2)
+    return folder
+
+
+def test_two_processes_write_the_same_cache(latents):
+    names = sorted(path.name for path in (latents / "one").iterdir())
+    assert len(names) == 5 and names == sorted(path.name for path in (latents / "two").iterdir())
+    for name in names:
+        assert (latents / "one" / name).read_bytes() == (latents / "two" / name).read_bytes(), name
+
+
+def test_killed_generator_training_ends_with_the_same_weights(latents, tmp_path):
+    recipe = tiny_generator_recipe(tmp_path, latents / "one", latents / "tokenizer/final")
+    more = ["train.steps=40", "train.checkpoint_every=2"]
+    run("train_generator.py", recipe, f"output={tmp_path / 'whole'}", *more)
+    killed = tmp_path / "killed"
+    kill_after_checkpoint("train_generator.py", recipe, killed, 4, *more)
+    run("train_generator.py", recipe, f"output={killed}", *more)
+    assert weights(tmp_path / "whole/final") == weights(killed / "final")
+
+
+def test_generator_refuses_what_does_not_fit(latents, tmp_path):
+    recipe = tiny_generator_recipe(tmp_path, latents / "one", latents / "tokenizer/final")
+    other = tmp_path / "other.yaml"
+    other.write_text(tiny_tokenizer_recipe(tmp_path, latents / "images").read_text())
+    run("train_tokenizer.py", other, f"output={tmp_path / 'tokenizer'}", "train.steps=1", "seed=5")
+    for override, message in (
+        (f"data.tokenizer={tmp_path / 'tokenizer/final'}", "was made by another tokenizer"),
+        ("model.sample_size=8", "holds latents of shape (6, 4, 4), the generator is built for (6, 8, 8)"),
+        ("model.num_classes=2", "has 3 classes, the generator 2"),
+        (f"data.latents={tmp_path}", "no finished latent cache"),
+        (f"data.tokenizer={tmp_path}", "no autoencoder"),
+    ):
+        result = run("train_generator.py", recipe, f"output={tmp_path / 'run'}", override, check=False)
+        assert result.returncode == 1 and message in result.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_two_processes_train_and_evaluate_as_one(latents, tmp_path):
+    recipe = tiny_tokenizer_recipe(tmp_path, latents / "images")
+    run("train_tokenizer.py", recipe, f"output={tmp_path / 'tokenizer'}", "train.steps=4", processes=2)
+    assert steps_logged(tmp_path / "tokenizer") == [1, 2, 3, 4]
+
+    recipe = tiny_generator_recipe(tmp_path, latents / "one", latents / "tokenizer/final")
+    run("train_generator.py", recipe, f"output={tmp_path / 'generator'}", "train.steps=4", processes=2)
+    assert (tmp_path / "generator/final/model_index.json").exists()
+
+    # 11 images: the processes' shares differ in size
+    sorted((latents / "images").rglob("*.png"))[3].unlink()
+    common = ("--features", "efficientnet-lite0", "--batch-size", "4")
+    reconstruction = ("-m", "favae.eval.reconstruction", "--model", f"tiny={latents / 'tokenizer/final'}")
+    reconstruction += ("--data", latents / "images", "--resolution", "16", *common)
+    generation = ("-m", "favae.eval.generation", "--pipeline", tmp_path / "generator/final", "--num-images", "7")
+    generation += ("--reference", latents / "images", "--num-inference-steps", "2", "--guidance-scale", "2", *common)
+    for name, command in (("reconstruction", reconstruction), ("generation", generation)):
+        results = []
+        for processes in (1, 2):
+            output = tmp_path / f"{name}{processes}"
+            run(*command, "--output", output, processes=processes)
+            results.append(json.loads((output / "results.json").read_text()))
+        one, two = (r["models"]["tiny"] if name == "reconstruction" else r for r in results)
+        keys = (
+            ("recon", "low", "high", "psnr", "ssim", "rfd") if name == "reconstruction" else ("fd", "is", "precision")
+        )
+        for key in keys:
+            assert two[key] == pytest.approx(one[key], rel=1e-4), key
+        assert one["num_images"] == two["num_images"] == (11 if name == "reconstruction" else 7)
