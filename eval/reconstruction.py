@@ -25,7 +25,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm.auto import tqdm
 
 from favae.data.images import DataError, ImageDataset, open_source, skip_missing, to_uint8
-from favae.data.latents import CacheError, load_tokenizer
+from favae.data.latents import CacheError, check_resolution, load_tokenizer
 from favae.eval.features import FeatureExtractor, gather_rows, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import format_table, save_comparison
@@ -152,6 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
     images = ImageDataset(open_source(arguments.data, arguments.split), arguments.resolution)
     extractor = FeatureExtractor(arguments.features, arguments.weights)
     models = {name: load_tokenizer(path) for name, path in arguments.model}
+    for vae in models.values():
+        check_resolution(vae, arguments.resolution)
     lpips = None
     try:
         lpips = LPIPS(arguments.lpips_weights, "--lpips-weights").to(PartialState().device)

@@ -58,6 +58,13 @@ def load_tokenizer(path: str) -> ModelMixin:
         raise CacheError(f"{path}: no autoencoder could be opened here ({str(error).splitlines()[0]})") from error
 
 
+def check_resolution(tokenizer: ModelMixin, resolution: int) -> None:
+    """Raises `CacheError` for an image size that the tokenizer's factor does not divide (a stock one would round)."""
+    factor = 2 ** (len(tokenizer.config.block_out_channels) - 1)
+    if resolution % factor:
+        raise CacheError(f"--resolution must be a multiple of {factor} for this autoencoder, got {resolution}")
+
+
 def tokenizer_hash(tokenizer: ModelMixin) -> str:
     """SHA-256 of what determines the latents: class, configuration without its statistics, weights."""
     config = {k: v for k, v in tokenizer.config.items() if k not in STATISTICS_KEYS and not k.startswith("_")}
@@ -94,10 +101,12 @@ def write_cache(
     Returns:
         The manifest.
     Raises:
-        CacheError: if the folder holds a cache of another tokenizer, data set, size or dtype.
+        CacheError: if the folder holds a cache of another tokenizer, data set, size or dtype, or if the tokenizer
+            cannot encode images of this size.
     """
     state = PartialState()
     output = Path(output)
+    check_resolution(tokenizer, images.resolution)
     plan = {
         "tokenizer": tokenizer_hash(tokenizer),
         "data": data_name,

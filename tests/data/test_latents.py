@@ -129,6 +129,13 @@ def test_hash_is_about_latents_only(tiny_favae, tmp_path):
     assert tokenizer_hash(tiny_favae) != digest
 
 
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tiny_kl, image_folder, tmp_path):
+    images = ImageDataset(open_source(str(image_folder)), 18)
+    with pytest.raises(CacheError, match="multiple of 4 for this autoencoder, got 18"):
+        write_cache(tiny_kl, images, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_stock_autoencoders_can_be_cached(tiny_kl, images, tmp_path):
     tiny_kl.save_pretrained(tmp_path / "vae")
     loaded = load_tokenizer(str(tmp_path / "vae"))
