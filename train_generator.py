@@ -13,21 +13,19 @@ runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (
 checkpoints/step-N/ and, at the end, final/: a pipeline for `DiffusionPipeline.from_pretrained`, tokenizer included.
 """
 
-import contextlib
-import logging
-import sys
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torchvision.utils import save_image
 
-from favae.data.latents import CacheError, LatentDataset, load_tokenizer
+from favae.data.latents import LatentDataset, load_tokenizer
 from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
 from favae.pipelines import LightningDiTPipeline
-from favae.training.config import GENERATORS, ConfigError, GeneratorConfig, build_model, parse_arguments, to_yaml
-from favae.training.loop import NonFiniteLossError, Run
+from favae.training.config import GENERATORS, ConfigError, GeneratorConfig, build_model, to_yaml
+from favae.training.loop import Run
 from favae.training.measure import describe_run
+from favae.training.script import main
 
 
 def dry_run(config: GeneratorConfig, num_processes: int) -> None:
@@ -108,13 +106,8 @@ def train(config: GeneratorConfig) -> None:
             if run.due(train.checkpoint_every):
                 run.save_checkpoint()
 
-    with averaged(run):
+    with run.averaged():
         run.finish(pipeline.save_pretrained)
-
-
-def averaged(run: Run):
-    """The averaged weights for the length of a block, if an average is kept."""
-    return contextlib.nullcontext() if run.ema is None else run.ema
 
 
 def save_samples(run: Run, config: GeneratorConfig, pipeline: LightningDiTPipeline) -> None:
@@ -125,7 +118,7 @@ def save_samples(run: Run, config: GeneratorConfig, pipeline: LightningDiTPipeli
     classes = min(pipeline.transformer.config.num_classes, len(pipeline.labels))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
-    with averaged(run):
+    with run.averaged():
         images = pipeline(
             [i % classes for i in range(sampling.num_images)],
             guidance_scale=sampling.guidance_scale,
@@ -137,19 +130,5 @@ def save_samples(run: Run, config: GeneratorConfig, pipeline: LightningDiTPipeli
     save_image(images, folder / f"step-{run.step:07}.png", nrow=min(classes, 8))
 
 
-def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    try:
-        config, arguments = parse_arguments(GeneratorConfig, __doc__, argv)
-        if arguments.dry_run:
-            dry_run(config, arguments.processes)
-        else:
-            train(config)
-    except (ConfigError, CacheError, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
-
-
 if __name__ == "__main__":
-    main()
+    main(GeneratorConfig, __doc__, train, dry_run)

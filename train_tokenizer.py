@@ -12,20 +12,18 @@ runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (
 checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pretrained`.
 """
 
-import logging
-import sys
-
 import torch
 from torchvision.utils import save_image
 
-from favae.data.images import DataError, ImageDataset, open_source
-from favae.foundation import FoundationModel, MissingWeights
+from favae.data.images import ImageDataset, open_source, skip_missing
+from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.tokenizer_loss import TokenizerLoss, TokenizerTrainee
-from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, parse_arguments, to_yaml
-from favae.training.loop import NonFiniteLossError, Run
+from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, to_yaml
+from favae.training.loop import Run
 from favae.training.measure import describe_run, describe_tokenizer
+from favae.training.script import main
 
 
 def dry_run(config: TokenizerConfig, num_processes: int) -> None:
@@ -33,13 +31,18 @@ def dry_run(config: TokenizerConfig, num_processes: int) -> None:
     with torch.device("meta"):
         vae = build_model(config.model, TOKENIZERS)
         if config.loss.adversarial.weight:
-            discriminator = PatchDiscriminator(channels=config.loss.adversarial.channels)
+            discriminator = build_discriminator(config)
             print(f"discriminator: {discriminator.num_parameters():,} parameters")
     print(describe_tokenizer(vae, config.train.resolution))
     images = config.data.num_images
     if config.data.path is not None:
         images = len(open_data(config))
     print(describe_run(config, images, num_processes))
+
+
+def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
+    settings = config.loss.adversarial
+    return PatchDiscriminator(channels=settings.channels, num_layers=settings.num_layers)
 
 
 def open_data(config: TokenizerConfig) -> ImageDataset:
@@ -77,14 +80,14 @@ def train(config: TokenizerConfig) -> None:
         modules["projection"] = trainee.projection
     discriminator = None
     if loss_config.adversarial.weight:
-        discriminator = modules["discriminator"] = PatchDiscriminator(channels=loss_config.adversarial.channels)
+        discriminator = modules["discriminator"] = build_discriminator(config)
         rate = train.discriminator_learning_rate or train.learning_rate
         run.add("discriminator", discriminator, rate, first_step=loss_config.adversarial.start_step)
     models = run.prepare(modules, averaged=vae)
     trainee = models["generator"]
     objective = TokenizerLoss(loss_config, vae, foundation, lpips).to(run.device)
     run.resume()
-    preview = torch.stack([dataset[i]["image"] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
+    preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
 
     for batch in run.batches(dataset):
         images = batch["image"]
@@ -106,12 +109,13 @@ def train(config: TokenizerConfig) -> None:
                 finite = run.optimise("discriminator", loss) and finite
 
         if run.end_step(terms, finite):
-            if run.due(train.sample_every) and run.is_main:
-                save_preview(run, vae, preview)
+            if run.due(train.sample_every) and run.is_main and preview is not None:
+                save_preview(run, vae, preview["image"])
             if run.due(train.checkpoint_every):
                 run.save_checkpoint()
 
-    run.finish(lambda folder: save_final(run, vae, folder))
+    with run.averaged():
+        run.finish(vae.save_pretrained)
 
 
 @torch.no_grad()
@@ -120,32 +124,11 @@ def save_preview(run: Run, vae, images: torch.Tensor) -> None:
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
     vae.eval()
-    reconstruction = vae(images.to(run.device)).sample.cpu()
+    with run.averaged():
+        reconstruction = vae(images.to(run.device)).sample.cpu()
     rows = torch.cat([images, reconstruction]).clamp(-1, 1)
     save_image(rows, folder / f"step-{run.step:07}.png", nrow=len(images), normalize=True, value_range=(-1, 1))
 
 
-def save_final(run: Run, vae, folder) -> None:
-    if run.ema is None:
-        vae.save_pretrained(folder)
-    else:
-        with run.ema as averaged:
-            averaged.save_pretrained(folder)
-
-
-def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    try:
-        config, arguments = parse_arguments(TokenizerConfig, __doc__, argv)
-        if arguments.dry_run:
-            dry_run(config, arguments.processes)
-        else:
-            train(config)
-    except (ConfigError, DataError, MissingWeights, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
-
-
 if __name__ == "__main__":
-    main()
+    main(TokenizerConfig, __doc__, train, dry_run)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
+from favae.distributed import process_state
 from favae.foundation import OFFLINE_BACKBONE, FoundationModel, MissingWeights
 
 INCEPTION = "inception"
@@ -34,13 +34,13 @@ class FeatureExtractor:
         else:
             self.model = FoundationModel(name, weights, setting="--features")
             self._extract = lambda images: self.model.pooled(images.float() / 127.5 - 1)
-        self.model.to(PartialState().device)
+        self.model.to(process_state().device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         if images.dtype != torch.uint8:
             raise TypeError(f"expected uint8 images, got {images.dtype}")
-        features, logits = self._extract(images.to(PartialState().device))
+        features, logits = self._extract(images.to(process_state().device))
         return features.float(), None if logits is None else logits.float()
 
     def metric(self, name: str) -> str:
@@ -75,7 +75,7 @@ def _inception(weights: str | None) -> tuple[torch.nn.Module, Callable]:
 
 def own_indices(total: int) -> range:
     """The items of this process: every n-th one, from its rank on."""
-    state = PartialState()
+    state = process_state()
     return range(state.process_index, total, state.num_processes)
 
 
@@ -89,7 +89,7 @@ def gather_rows(rows: Tensor, indices: Tensor | range, total: int) -> Tensor:
     Returns:
         (at most total, ...).
     """
-    device = PartialState().device
+    device = process_state().device
     indices = torch.as_tensor(list(indices) if isinstance(indices, range) else indices, device=device)
     everything = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype, device=device)
     everything[indices] = rows.to(device)

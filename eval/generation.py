@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 import favae  # noqa: F401  its pipelines become known to DiffusionPipeline
 from favae.data.images import DataError, ImageDataset, open_source, skip_missing, to_uint8
+from favae.distributed import process_state
 from favae.eval.features import FeatureExtractor, gather_rows, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import save_samples
@@ -94,7 +94,7 @@ def sample_images(pipeline, labels: list[int], *, seed: int, batch_size: int, **
     images = []
     indices = list(own_indices(len(labels)))
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    for batch in tqdm(batches, desc="sampling", disable=not PartialState().is_main_process):
+    for batch in tqdm(batches, desc="sampling", disable=not process_state().is_main_process):
         generators = [image_generator(seed, i) for i in batch]
         output = pipeline([labels[i] for i in batch], generator=generators, output_type="pt", **settings)
         images.append(to_uint8(output.images.cpu() * 2 - 1))
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     extractor = FeatureExtractor(arguments.features, arguments.weights)
-    pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline).to(PartialState().device)
+    pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline).to(process_state().device)
     resolution = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     reference = ImageDataset(open_source(arguments.reference, arguments.split), resolution)
     classes = len(pipeline.labels) or pipeline.transformer.config.num_classes
@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
     real, _ = extract(extractor, batches, len(reference))
     result = measure(real, fake, logits, splits=min(10, max(1, len(labels) // 100)))
     grid = gather_rows(samples, mine, len(labels))[: 8 * classes]
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
 
     output = Path(arguments.output)
@@ -200,6 +200,7 @@ def run(arguments: argparse.Namespace) -> None:
         "sampler": type(pipeline.scheduler).__name__,
         "shift": pipeline.scheduler.config.shift,
         "seed": arguments.seed,
+        "num_processes": process_state().num_processes,
         "uint8": "round((x + 1) * 127.5)",
         **settings,
     }

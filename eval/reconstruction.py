@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 
 from favae.data.images import DataError, ImageDataset, open_source, skip_missing, to_uint8
 from favae.data.latents import CacheError, check_resolution, load_tokenizer
+from favae.distributed import process_state
 from favae.eval.features import FeatureExtractor, gather_rows, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import format_table, save_comparison
@@ -84,13 +84,13 @@ def evaluate_reconstruction(
     Returns:
         The results by name, and the errors of each image (N, 6) in the order of `PER_IMAGE`.
     """
-    device = PartialState().device
+    device = process_state().device
     vae = vae.to(device).eval()
     indices = own_indices(len(images))
     loader = DataLoader(Subset(images, indices), batch_size, num_workers=num_workers, collate_fn=skip_missing)
-    generator = torch.Generator().manual_seed(PartialState().process_index)
+    generator = torch.Generator().manual_seed(process_state().process_index)
     rows, real, fake, places, seconds = [], [], [], [], 0.0
-    for batch in tqdm(loader, desc="reconstruction", disable=not PartialState().is_main_process):
+    for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
         if batch is None:
             continue
         x = batch["image"].to(device)
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_resolution(vae, arguments.resolution)
     lpips = None
     try:
-        lpips = LPIPS(arguments.lpips_weights, "--lpips-weights").to(PartialState().device)
+        lpips = LPIPS(arguments.lpips_weights, "--lpips-weights").to(process_state().device)
     except MissingWeights as error:
         if arguments.lpips_weights:
             raise
@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             num_workers=arguments.num_workers,
         )
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
 
     output = Path(arguments.output)
@@ -186,12 +186,13 @@ def run(arguments: argparse.Namespace) -> None:
         "uint8": "round((x + 1) * 127.5)",
         "features": extractor.name,
         "reference": "the same images",
+        "num_processes": process_state().num_processes,
     }
     (output / "results.json").write_text(json.dumps({"settings": settings, "models": results}, indent=1))
     chosen = np.linspace(0, len(images) - 1, min(arguments.examples, len(images))).astype(int)
     examples = torch.stack([images[int(i)]["image"] for i in chosen])
     with torch.no_grad():
-        decoded = {name: reconstruct(vae, examples.to(PartialState().device)).cpu() for name, vae in models.items()}
+        decoded = {name: reconstruct(vae, examples.to(process_state().device)).cpu() for name, vae in models.items()}
     save_comparison(output / "comparison.png", examples, decoded)
     print(f"{len(images)} images of {arguments.data} at {arguments.resolution} px, posterior {arguments.posterior}")
     print(format_table(results, extractor.metric("rFID")))

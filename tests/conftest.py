@@ -83,7 +83,7 @@ def tiny_tokenizer_recipe(folder: Path, images: str | Path) -> Path:
 model: {{name: AutoencoderKLFA, block_out_channels: [8, 8, 16], high_block_out_channels: [8, 8], layers_per_block: 1,
   norm_num_groups: 4, latent_channels: 6, high_latent_channels: 2, sample_size: 16}}
 data: {{path: {images}}}
-loss: {{adversarial: {{weight: 0.1, start_step: 3, channels: 8}}}}
+loss: {{adversarial: {{weight: 0.1, start_step: 3, channels: 8, num_layers: 1}}}}
 train: {{resolution: 16, batch_size: 2, steps: 8, learning_rate: 1.0e-3, num_workers: 0, log_every: 1, sample_every: 4,
   checkpoint_every: 2, ema_decay: 0.9, lr_scheduler: cosine, lr_warmup_steps: 2, tracker: null}}
 """

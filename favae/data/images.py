@@ -407,5 +407,6 @@ class TrainingStream(Dataset):
             batch_sampler=slices,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # else each new iterator draws from the generator that training resumes with
             pin_memory=torch.cuda.is_available(),
         )

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import AutoModel, ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from favae.data.images import DataError, ImageDataset, open_source, skip_missing
+from favae.distributed import process_state
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def write_cache(
         CacheError: if the folder holds a cache of another tokenizer, data set, size or dtype, or if the tokenizer
             cannot encode images of this size.
     """
-    state = PartialState()
+    state = process_state()
     output = Path(output)
     check_resolution(tokenizer, images.resolution)
     plan = {
@@ -316,8 +316,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     except (CacheError, DataError, ValueError) as error:
         sys.exit(f"error: {error}")
-    if PartialState().is_main_process:
-        print(f"{sum(manifest['counts']):,} images and their mirror images in {arguments.output}")
+    if process_state().is_main_process:
+        count, processes = sum(manifest["counts"]), process_state().num_processes
+        print(f"{count:,} images and their mirror images in {arguments.output}, by {processes} process(es)")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class AdversarialConfig:
     weight: float = 0.0
     start_step: int = 5_000  # in generator steps
     channels: int = 64
+    num_layers: int = 3  # of stride 2; patches of 70 pixels
     adaptive: bool = True  # scale to the gradient of the reconstruction at the decoder's last layer
     max_weight: float = 10.0  # the most that may come out of it
 

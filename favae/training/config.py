@@ -1,6 +1,5 @@
 """The schema of both training scripts: dataclasses, merged as defaults <- YAML <- key=value, and checked."""
 
-import argparse
 import dataclasses
 import inspect
 from dataclasses import dataclass, field
@@ -136,6 +135,12 @@ class TokenizerConfig(RunConfig):
                 f"train.resolution must be a multiple of {factor} (model.block_out_channels), "
                 f"got {self.train.resolution}"
             )
+        smallest = 3 * 2**self.loss.adversarial.num_layers
+        if self.loss.adversarial.weight and self.train.resolution < smallest:
+            raise ConfigError(
+                f"train.resolution must be at least {smallest} for a discriminator of "
+                f"{self.loss.adversarial.num_layers} layers (loss.adversarial.num_layers), got {self.train.resolution}"
+            )
 
 
 @dataclass
@@ -211,12 +216,10 @@ def load_config(schema: type[Config], file: str | Path, overrides: list[str] = (
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(schema, error)) from error
-    except ConfigError:
-        raise
-    except ValueError as error:  # a section of its own that checks itself
-        raise ConfigError(str(error)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
+    except ValueError as error:  # a section that checks itself
+        raise ConfigError(str(error)) from error
     config.output = config.output or f"runs/{Path(file).stem}"
     return config
 
@@ -232,16 +235,3 @@ def _unknown_key(schema: type, error: ConfigKeyError) -> str:
 
 def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def parse_arguments(
-    schema: type[Config], description: str, argv: list[str] | None = None
-) -> tuple[Config, argparse.Namespace]:
-    """The command line of both scripts: CONFIG.yaml [key=value ...] [--dry-run [--processes N]]."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a recipe, such as those in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
-    parser.add_argument("--processes", type=int, default=1, help="how many a dry run counts with")
-    arguments = parser.parse_intermixed_args(argv)
-    return load_config(schema, arguments.config, arguments.overrides), arguments

@@ -1,5 +1,6 @@
 """What both training scripts share: the run folder, resuming, logging, and steps that are skipped."""
 
+import contextlib
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from favae.data.images import TrainingStream
+from favae.distributed import on_cpu
 from favae.training.checkpoints import STATE_FILE, Checkpointer, Ema, find_checkpoints, write_folder
 from favae.training.config import ConfigError, RunConfig, TrainConfig, to_yaml
 
@@ -45,6 +47,7 @@ def make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
     # passes would change tensors that the backward pass still needs.
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
+        cpu=on_cpu(),
         mixed_precision=train.mixed_precision,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         log_with=train.tracker,
@@ -79,9 +82,6 @@ class Run:
         self.ema: Ema | None = None
         self._trained: dict[str, tuple] = {}  # name: (model, optimiser, schedule)
         self.checkpoint = self._checkpoint_to_resume()
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
         set_seed(config.seed)
 
     @property
@@ -158,7 +158,9 @@ class Run:
         if self.checkpoint is not None:
             state = self.checkpointer.load(self.checkpoint)
             self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(self.config))
             self._drop_metrics_after(self.step)
         if self.train.tracker:
@@ -263,6 +265,10 @@ class Run:
         if self.train.tracker:
             self.accelerator.log(record, step=self.step)
         self._sums, self._count = {}, 0
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """The averaged weights for the length of a block, if an average is kept."""
+        return contextlib.nullcontext() if self.ema is None else self.ema
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) is due now."""
