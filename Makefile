@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/python -m favae.eval.reconstruction --model vavae=$(DEMO)/vavae/final --model favae=$(DEMO)/favae/final \
 		--data photos:validation $(PHOTOS) --output $(DEMO)/reconstruction_validation
 	$(BIN)/python -m favae.eval.generation --pipeline $(DEMO)/generator/final --reference photos \
-		--num-images 450 --num-inference-steps 25 --guidance-scale 1.5 \
+		--num-images 270 --num-inference-steps 20 --guidance-scale 1.5 \
 		--features efficientnet-lite0 --output $(DEMO)/generation
 	$(BIN)/python -m favae.eval.report $(DEMO)
 

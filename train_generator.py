@@ -115,7 +115,7 @@ def save_samples(run: Run, config: GeneratorConfig, pipeline: LightningDiTPipeli
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
     sampling = config.sampling
-    classes = min(pipeline.transformer.config.num_classes, len(pipeline.labels))
+    classes = len(pipeline.config.id2label)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
     with run.averaged():

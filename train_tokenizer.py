@@ -25,6 +25,12 @@ from favae.training.loop import Run
 from favae.training.measure import describe_run, describe_tokenizer
 from favae.training.script import main
 
+ALIGNMENT_REMEDY = (
+    "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network, "
+    "loss.alignment.weight=0 does without"
+)
+PERCEPTUAL_REMEDY = "loss.perceptual_weights=FILE takes a local file, loss.perceptual=0 does without"
+
 
 def dry_run(config: TokenizerConfig, num_processes: int) -> None:
     print(to_yaml(config))
@@ -70,9 +76,9 @@ def train(config: TokenizerConfig) -> None:
         vae.enable_gradient_checkpointing()
     foundation = lpips = None
     if loss_config.alignment.weight:
-        foundation = FoundationModel(loss_config.alignment.backbone, loss_config.alignment.weights, "loss.alignment")
+        foundation = FoundationModel(loss_config.alignment.backbone, loss_config.alignment.weights, ALIGNMENT_REMEDY)
     if loss_config.perceptual:
-        lpips = LPIPS(loss_config.perceptual_weights)
+        lpips = LPIPS(loss_config.perceptual_weights, PERCEPTUAL_REMEDY)
     trainee = TokenizerTrainee(vae, foundation.channels if foundation else None)
     run.add("generator", trainee, train.learning_rate)
     modules = {"tokenizer": vae}

@@ -51,7 +51,9 @@ def main() -> None:
     models = {}
     for name in RECIPES:
         config = load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml")
-        models[name] = build_model(config.model, TOKENIZERS).to(arguments.device, dtype).eval()
+        models[name] = build_model(config.model, TOKENIZERS).to(arguments.device).eval()
+        if dtype != torch.float32:
+            models[name].to(dtype)
         seconds_per_batch(models[name], images)  # warm-up
     rounds = [{name: seconds_per_batch(vae, images) for name, vae in models.items()} for _ in range(arguments.rounds)]
 

@@ -14,6 +14,8 @@ from favae.foundation import OFFLINE_BACKBONE, FoundationModel, MissingWeights
 INCEPTION = "inception"
 INCEPTION_HASH = "6726825d"  # of torch-fidelity's weights-inception-2015-12-05-6726825d.pth
 
+REMEDY = f"--weights FILE takes a local file, --features {OFFLINE_BACKBONE} needs no network"
+
 
 class FeatureExtractor:
     """uint8 images (B, 3, H, W) -> features (B, D) and class logits (B, K) or None, float32.
@@ -32,7 +34,7 @@ class FeatureExtractor:
         if name == INCEPTION:
             self.model, self._extract = _inception(weights)
         else:
-            self.model = FoundationModel(name, weights, setting="--features")
+            self.model = FoundationModel(name, weights, REMEDY)
             self._extract = lambda images: self.model.pooled(images.float() / 127.5 - 1)
         self.model.to(process_state().device)
 
@@ -44,10 +46,12 @@ class FeatureExtractor:
         return features.float(), None if logits is None else logits.float()
 
     def metric(self, name: str) -> str:
-        """How a number on these features may be called: FID and IS are names of Inception's numbers alone."""
-        if self.name == INCEPTION:
-            return name
-        return f"{name.replace('FID', 'FD')}({self.name})"
+        return metric_name(name, self.name)
+
+
+def metric_name(name: str, features: str) -> str:
+    """How a number on some features may be called: FID and IS are names of Inception's numbers alone."""
+    return name if features == INCEPTION else f"{name.replace('FID', 'FD')}({features})"
 
 
 def _inception(weights: str | None) -> tuple[torch.nn.Module, Callable]:
@@ -67,15 +71,20 @@ def _inception(weights: str | None) -> tuple[torch.nn.Module, Callable]:
     except (OSError, RuntimeError) as error:
         raise MissingWeights(
             f"the Inception weights (weights-inception-2015-12-05-{INCEPTION_HASH}.pth, torch-fidelity) could not be "
-            f"downloaded ({type(error).__name__}). --weights FILE takes a local file, --features {OFFLINE_BACKBONE} "
-            "does without"
+            f"downloaded ({type(error).__name__}); {REMEDY}"
         ) from error
     return model, model
 
 
 def own_indices(total: int) -> range:
-    """The items of this process: every n-th one, from its rank on."""
+    """The items of this process: every n-th one, from its rank on.
+
+    Raises:
+        ValueError: if some process would get none.
+    """
     state = process_state()
+    if total < state.num_processes:
+        raise ValueError(f"{total} images are too few for {state.num_processes} processes")
     return range(state.process_index, total, state.num_processes)
 
 

@@ -22,7 +22,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 import favae  # noqa: F401  its pipelines become known to DiffusionPipeline
-from favae.data.images import DataError, ImageDataset, open_source, skip_missing, to_uint8
+from favae.data.images import (
+    DataError,
+    ImageDataset,
+    add_data_arguments,
+    open_data_arguments,
+    skip_missing,
+    to_uint8,
+)
 from favae.distributed import process_state
 from favae.eval.features import FeatureExtractor, gather_rows, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
@@ -69,11 +76,21 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, tile: int =
     real, fake = (torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (real, fake))
 
     def radii(points: Tensor) -> Tensor:
-        return torch.cat([torch.cdist(part, points).kthvalue(k + 1, dim=1).values for part in points.split(tile)])
+        reach = []
+        for part in points.split(tile):
+            nearest = torch.full((len(part), k + 1), torch.inf)
+            for other in points.split(tile):
+                candidates = torch.cat([nearest, torch.cdist(part, other)], dim=1)
+                nearest = candidates.topk(k + 1, dim=1, largest=False).values
+            reach.append(nearest[:, k])
+        return torch.cat(reach)
 
     def covered(points: Tensor, centres: Tensor, reach: Tensor) -> float:
-        inside = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in points.split(tile)]
-        return float(torch.cat(inside).double().mean())
+        inside = 0
+        for part in points.split(tile):
+            tiles = zip(centres.split(tile), reach.split(tile))
+            inside += int(torch.stack([(torch.cdist(part, c) <= r).any(dim=1) for c, r in tiles]).any(dim=0).sum())
+        return inside / len(points)
 
     return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
 
@@ -122,8 +139,12 @@ def extract(extractor: FeatureExtractor, batches, total: int) -> tuple[np.ndarra
 
 
 def measure(real: np.ndarray, fake: np.ndarray, fake_logits: np.ndarray | None, splits: int = 10) -> dict:
-    """fd, is, is_std, precision, recall from features; `is` is None where the extractor has no classes."""
-    precision, recall = precision_recall(real, fake)
+    """fd, is, is_std, precision, recall from features; `is` is None where the extractor has no classes.
+
+    Precision and recall look at 10,000 of the real images at most, always the same, as ADM's evaluator does.
+    """
+    chosen = np.random.default_rng(0).permutation(len(real))[:10_000]
+    precision, recall = precision_recall(real[chosen], fake)
     order = np.random.default_rng(0).permutation(len(fake))  # consecutive splits must not follow the classes
     score = (None, None) if fake_logits is None else inception_score(fake_logits[order], splits)
     return {
@@ -138,8 +159,7 @@ def measure(real: np.ndarray, fake: np.ndarray, fake_logits: np.ndarray | None, 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="a saved pipeline: folder or hub name")
-    parser.add_argument("--reference", required=True, help="photos[:SPLIT], a folder, a .parquet file, or hf:NAME")
-    parser.add_argument("--split", default="train", help="of a hub dataset")
+    add_data_arguments(parser, "--reference", split="train")
     parser.add_argument("--num-images", type=int, default=50_000)
     parser.add_argument("--output", required=True)
     parser.add_argument("--features", default="inception", help="inception, efficientnet-lite0, or a timm model")
@@ -162,8 +182,10 @@ def run(arguments: argparse.Namespace) -> None:
     extractor = FeatureExtractor(arguments.features, arguments.weights)
     pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline).to(process_state().device)
     resolution = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    reference = ImageDataset(open_source(arguments.reference, arguments.split), resolution)
-    classes = len(pipeline.labels) or pipeline.transformer.config.num_classes
+    reference = ImageDataset(open_data_arguments(arguments), resolution)
+    names = pipeline.config.id2label or {i: str(i) for i in range(pipeline.transformer.config.num_classes)}
+    names = {int(index): name for index, name in names.items()}
+    classes = len(names)
 
     labels = [i % classes for i in range(arguments.num_images)]
     settings = {
@@ -184,17 +206,22 @@ def run(arguments: argparse.Namespace) -> None:
     )
     batches = ((batch["index"], to_uint8(batch["image"])) for batch in loader if batch is not None)
     real, _ = extract(extractor, batches, len(reference))
-    result = measure(real, fake, logits, splits=min(10, max(1, len(labels) // 100)))
-    grid = gather_rows(samples, mine, len(labels))[: 8 * classes]
+    shown = min(classes, 16)  # in the picture: eight of each of the first classes
+    places = torch.tensor([place for place in range(len(labels))[: 8 * classes] if labels[place] < shown])
+    here = torch.isin(mine, places)
+    grid = gather_rows(samples[here], torch.searchsorted(places, mine[here]), len(places))
     if not process_state().is_main_process:
         return
+    result = measure(real, fake, logits, splits=min(10, max(1, len(labels) // 100)))
 
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     result |= {
         "num_images": len(labels),
         "features": extractor.name,
-        "reference": arguments.reference,
+        "reference": arguments.data,
+        "reference_split": arguments.split,
+        "crop": "center",
         "num_reference": len(real),
         "labels": "balanced",
         "sampler": type(pipeline.scheduler).__name__,
@@ -205,8 +232,7 @@ def run(arguments: argparse.Namespace) -> None:
         **settings,
     }
     (output / "results.json").write_text(json.dumps(result, indent=1))
-    names = {index: name for name, index in pipeline.labels.items()}
-    save_samples(output / "samples.png", grid, [names.get(i, str(i)) for i in range(classes)])
+    save_samples(output / "samples.png", grid, [names[i] for i in range(shown)])
     for name, key in (("FID", "fd"), ("IS", "is"), ("precision", "precision"), ("recall", "recall")):
         value = "-" if result[key] is None else f"{result[key]:.4f}"
         print(f"{extractor.metric(name):36} {value}")

@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +22,21 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from favae.data.images import DataError, ImageDataset, open_source, skip_missing, to_uint8
+from favae.data.images import (
+    DataError,
+    ImageDataset,
+    add_data_arguments,
+    open_data_arguments,
+    skip_missing,
+    to_uint8,
+)
 from favae.data.latents import CacheError, check_resolution, load_tokenizer
 from favae.distributed import process_state
 from favae.eval.features import FeatureExtractor, gather_rows, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import format_table, save_comparison
 from favae.foundation import MissingWeights
-from favae.losses.perceptual import LPIPS
+from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.training.measure import floats_per_image, flops_per_image
 from favae.wavelets import WaveletTransform2D
 
@@ -51,21 +57,21 @@ def reconstruct(vae, images: Tensor, posterior: str = "mode", generator: torch.G
 
 
 def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = None) -> Tensor:
-    """The columns of `PER_IMAGE`, one row per image: (B, 6) float64; LPIPS is NaN without its network.
+    """The columns of `PER_IMAGE`, one row per image: (B, 6) float64, on the CPU; LPIPS is NaN without its network.
 
     Args:
         images, reconstructions: (B, 3, H, W), H and W even, images in [-1, 1].
     """
     images, reconstructions = images.float(), reconstructions.float()
     low, high = WaveletTransform2D("haar").to(images.device)(reconstructions - images)
-    recon = (reconstructions - images).double().square().mean((1, 2, 3))
-    first, second = to_uint8(images).double() / 255, to_uint8(reconstructions).double() / 255
+    recon = (reconstructions - images).square().mean((1, 2, 3))
+    first, second = to_uint8(images).float() / 255, to_uint8(reconstructions).float() / 255
     squared = (first - second).square().mean((1, 2, 3))
     psnr = -10 * squared.clamp_min(1e-10).log10()  # at most 100 dB
-    ssim = structural_similarity_index_measure(second.float(), first.float(), data_range=1.0, reduction="none")
+    ssim = structural_similarity_index_measure(second, first, data_range=1.0, reduction="none").reshape(-1)
     distance = torch.full_like(recon, torch.nan) if lpips is None else lpips(reconstructions.clamp(-1, 1), images)
-    columns = [recon, low.double().square().mean((1, 2, 3)), high.double().square().mean((1, 2, 3, 4)), psnr]
-    return torch.stack([column.double() for column in (*columns, ssim, distance)], dim=1)
+    columns = [recon, low.square().mean((1, 2, 3)), high.square().mean((1, 2, 3, 4)), psnr, ssim, distance]
+    return torch.stack([column.cpu().double() for column in columns], dim=1)
 
 
 @torch.no_grad()
@@ -89,15 +95,13 @@ def evaluate_reconstruction(
     indices = own_indices(len(images))
     loader = DataLoader(Subset(images, indices), batch_size, num_workers=num_workers, collate_fn=skip_missing)
     generator = torch.Generator().manual_seed(process_state().process_index)
-    rows, real, fake, places, seconds = [], [], [], [], 0.0
+    rows, real, fake, places = [], [], [], []
     for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
         if batch is None:
             continue
         x = batch["image"].to(device)
-        started = time.perf_counter()
         y = reconstruct(vae, x, posterior, generator)
-        seconds += time.perf_counter() - started
-        rows.append(image_errors(x, y, lpips).cpu())
+        rows.append(image_errors(x, y, lpips).float())
         real.append(extractor(to_uint8(x))[0].cpu())
         fake.append(extractor(to_uint8(y))[0].cpu())
         places.append(batch["index"])
@@ -105,6 +109,7 @@ def evaluate_reconstruction(
         raise DataError("not one of the images can be read")
     places = torch.cat(places)
     rows, real, fake = (gather_rows(torch.cat(column), places, len(images)) for column in (rows, real, fake))
+    rows = rows.double()
     mean = {name: float(value) for name, value in zip(PER_IMAGE, rows.mean(dim=0))}
     return {
         **mean,
@@ -114,7 +119,6 @@ def evaluate_reconstruction(
         "params": vae.num_parameters(),
         "flops": flops_per_image(vae, images.resolution),
         "num_images": len(rows),
-        "images_per_second": len(places) / seconds,
     }, rows
 
 
@@ -129,13 +133,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", action="append", required=True, type=named_model, metavar="[NAME=]PATH", help="may be repeated"
     )
-    parser.add_argument("--data", required=True, help="photos[:SPLIT], a folder, a .parquet file, or hf:NAME")
-    parser.add_argument("--split", default="validation", help="of a hub dataset")
+    add_data_arguments(parser, "--data", split="validation")
     parser.add_argument("--resolution", type=int, required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--features", default="inception", help="inception, efficientnet-lite0, or a timm model")
     parser.add_argument("--weights", help="local weights for --features")
-    parser.add_argument("--lpips-weights", help="local VGG16 weights; without them and without a network: no LPIPS")
+    parser.add_argument(
+        "--lpips-weights", help="VGG16: a file, or 'download'; without this, LPIPS is measured if they are cached"
+    )
     parser.add_argument("--posterior", choices=["mode", "sample"], default="mode")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-workers", type=int, default=0)
@@ -149,18 +154,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    images = ImageDataset(open_source(arguments.data, arguments.split), arguments.resolution)
+    images = ImageDataset(open_data_arguments(arguments), arguments.resolution)
     extractor = FeatureExtractor(arguments.features, arguments.weights)
     models = {name: load_tokenizer(path) for name, path in arguments.model}
     for vae in models.values():
         check_resolution(vae, arguments.resolution)
     lpips = None
-    try:
-        lpips = LPIPS(arguments.lpips_weights, "--lpips-weights").to(process_state().device)
-    except MissingWeights as error:
-        if arguments.lpips_weights:
-            raise
-        logger.warning("no LPIPS: %s", error)
+    if arguments.lpips_weights or cached_vgg16():
+        file = None if arguments.lpips_weights == "download" else arguments.lpips_weights or cached_vgg16()
+        lpips = LPIPS(file, "--lpips-weights FILE takes a local file").to(process_state().device)
+    else:
+        logger.warning("no LPIPS: its VGG16 weights are not cached; --lpips-weights FILE, or --lpips-weights download")
 
     results = {}
     for name, vae in models.items():
@@ -180,6 +184,7 @@ def run(arguments: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings = {
         "data": arguments.data,
+        "split": arguments.split,
         "resolution": arguments.resolution,
         "crop": "center",
         "posterior": arguments.posterior,
@@ -189,13 +194,16 @@ def run(arguments: argparse.Namespace) -> None:
         "num_processes": process_state().num_processes,
     }
     (output / "results.json").write_text(json.dumps({"settings": settings, "models": results}, indent=1))
-    chosen = np.linspace(0, len(images) - 1, min(arguments.examples, len(images))).astype(int)
-    examples = torch.stack([images[int(i)]["image"] for i in chosen])
-    with torch.no_grad():
-        decoded = {name: reconstruct(vae, examples.to(process_state().device)).cpu() for name, vae in models.items()}
-    save_comparison(output / "comparison.png", examples, decoded)
-    print(f"{len(images)} images of {arguments.data} at {arguments.resolution} px, posterior {arguments.posterior}")
-    print(format_table(results, extractor.metric("rFID")))
+    chosen = np.random.default_rng(0).permutation(len(images))[: arguments.examples]
+    examples = skip_missing([images[int(i)] for i in chosen])
+    if examples is not None:
+        x = examples["image"].to(process_state().device)
+        with torch.no_grad():
+            decoded = {name: reconstruct(vae, x, arguments.posterior).cpu() for name, vae in models.items()}
+        save_comparison(output / "comparison.png", examples["image"], decoded)
+    count = next(iter(results.values()))["num_images"]
+    print(f"{count} images of {arguments.data} at {arguments.resolution} px, posterior {arguments.posterior}")
+    print(format_table(results, extractor.name))
 
 
 if __name__ == "__main__":

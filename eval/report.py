@@ -21,21 +21,35 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 from favae.data.images import to_uint8
+from favae.eval.features import metric_name
 
 INK, MUTED, BASELINE, OURS = "#1a1a1a", "#777777", "#b5651d", "#1f5fa8"
 
 
-def format_table(results: dict[str, dict], rfid: str) -> str:
+def tokenizer_columns(result: dict, features: str) -> dict[str, str]:
+    """The numbers of one tokenizer as they are shown, by heading."""
+    return {
+        "Recon": f"{result['recon']:.5f}",
+        "Low": f"{result['low']:.5f}",
+        "High": f"{result['high']:.5f}",
+        "LPIPS": "-" if result["lpips"] is None else f"{result['lpips']:.4f}",
+        metric_name("rFID", features): f"{result['rfd']:.3f}",
+        "PSNR": f"{result['psnr']:.2f}",
+        "SSIM": f"{result['ssim']:.4f}",
+        "floats/image": f"{result['floats_per_image']:,}",
+        "parameters": f"{result['params'] / 1e6:.2f}M",
+        "GFLOP": f"{result['flops'] / 1e9:.2f}",
+    }
+
+
+def format_table(results: dict[str, dict], features: str) -> str:
     """One line per model for people; the numbers are those of results.json."""
-    width = max(map(len, results), default=5) + 2
-    columns = ["Recon", "Low", "High", "LPIPS", rfid, "PSNR", "SSIM", "floats", "params", "GFLOP"]
-    lines = ["model".ljust(width) + "  ".join(name.rjust(8) for name in columns)]
-    for name, r in results.items():
-        lpips = "-" if r["lpips"] is None else f"{r['lpips']:.4f}"
-        values = [f"{r['recon']:.5f}", f"{r['low']:.5f}", f"{r['high']:.5f}", lpips, f"{r['rfd']:.3f}"]
-        values += [f"{r['psnr']:.2f}", f"{r['ssim']:.4f}", f"{r['floats_per_image']:,}"]
-        values += [f"{r['params'] / 1e6:.2f}M", f"{r['flops'] / 1e9:.2f}"]
-        lines.append(name.ljust(width) + "  ".join(v.rjust(max(8, len(c))) for v, c in zip(values, columns)))
+    rows = {name: tokenizer_columns(result, features) for name, result in results.items()}
+    name_width = max(map(len, ("model", *rows))) + 2
+    widths = {column: max(len(column), 8) for column in next(iter(rows.values()))}
+    lines = ["model".ljust(name_width) + "  ".join(column.rjust(width) for column, width in widths.items())]
+    for name, row in rows.items():
+        lines.append(name.ljust(name_width) + "  ".join(row[c].rjust(width) for c, width in widths.items()))
     return "\n".join(lines)
 
 
@@ -165,30 +179,39 @@ def verdict(ours: dict, baseline: dict) -> str:
 
 
 STYLE = f"""
-body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 1000px; margin: 2em auto; padding: 0 1em; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 1240px; margin: 2em auto; padding: 0 1em; }}
 h1 {{ font-size: 1.5em }} h2 {{ font-size: 1.15em; margin-top: 2em }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }}
-th, td {{ padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+th, td {{ padding: .3em .6em; font-size: 14px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
 th:first-child, td:first-child {{ text-align: left }}
 img {{ max-width: 100%; }} p.note {{ color: {MUTED}; }}
 """
 
 
-def _tokenizer_rows(tokenizers: dict[str, dict], part: str | None) -> str:
-    rows = []
-    for name, entry in tokenizers.items():
-        r = entry[part] if part else entry
-        lpips = "&ndash;" if r["lpips"] is None else f"{r['lpips']:.4f}"
-        cells = [f"{r['recon']:.5f}", f"{r['low']:.5f}", f"{r['high']:.5f}", lpips, f"{r['rfd']:.2f}"]
-        cells += [f"{r['psnr']:.2f}", f"{r['ssim']:.4f}", f"{r['floats_per_image']:,}", f"{r['params'] / 1e6:.2f} M"]
-        cells += [f"{r['flops'] / 1e9:.2f}", f"{entry['seconds']:.0f}"]
-        rows.append(f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "\n".join(rows)
-
-
-def _table(headings: list[str], rows: str) -> str:
+def _table(headings: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{heading}</th>" for heading in headings)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _tokenizer_table(tokenizers: dict[str, dict], features: str, part: str | None = None) -> str:
+    rows, headings = [], []
+    for name, entry in tokenizers.items():
+        columns = {"tokenizer": html.escape(name), **tokenizer_columns(entry[part] if part else entry, features)}
+        columns["training s"] = f"{entry['seconds']:.0f}"
+        headings = list(columns)
+        rows.append(list(columns.values()))
+    return _table(headings, rows)
+
+
+def _generator_table(generator: dict) -> str:
+    values = {"FID": f"{generator['fd']:.2f}", "IS": "-" if generator["is"] is None else f"{generator['is']:.2f}"}
+    values |= {name: f"{generator[name]:.3f}" for name in ("precision", "recall")}
+    columns = {"generator": "LightningDiT on favae", "images": f"{generator['num_images']:,}"}
+    columns |= {metric_name(name, generator["features"]): value for name, value in values.items()}
+    columns |= {"guidance": f"{generator['guidance_scale']}", "Euler steps": str(generator["num_inference_steps"])}
+    columns["training s"] = f"{generator['seconds']:.0f}"
+    return _table(list(columns), [list(columns.values())])
 
 
 def write_report(folder: Path) -> Path:
@@ -200,44 +223,31 @@ def write_report(folder: Path) -> Path:
     metrics = collect(folder)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     tokenizers, generator, features = metrics["tokenizers"], metrics["generator"], metrics["settings"]["features"]
-    named = (
-        (lambda name: name) if features == "inception" else (lambda name: f"{name.replace('FID', 'FD')}({features})")
-    )
-    headings = ["tokenizer", "Recon", "Low", "High", "LPIPS", named("rFID"), "PSNR", "SSIM"]
-    headings += ["floats/image", "parameters", "GFLOP", "training s"]
     logs = {
         "favae": (read_log(folder / "favae"), OURS),
         "vavae": (read_log(folder / "vavae"), BASELINE),
     }
-    terms = [
-        t for t in ("reconstruction", "alignment", "kl", "adversarial", "discriminator") if t in logs["favae"][0][-1]
-    ]
-    score = "&ndash;" if generator["is"] is None else f"{generator['is']:.2f}"
-    generator_cells = [f"{generator['num_images']:,}", f"{generator['fd']:.2f}", score]
-    generator_cells += [f"{generator['precision']:.3f}", f"{generator['recall']:.3f}", f"{generator['guidance_scale']}"]
-    generator_cells += [str(generator["num_inference_steps"]), f"{generator['seconds']:.0f}"]
-    generator_headings = ["generator", "images", *map(named, ("FID", "IS", "precision", "recall"))]
-    generator_headings += ["guidance", "Euler steps", "training s"]
-    generator_row = "<tr><td>LightningDiT on favae</td>" + "".join(f"<td>{c}</td>" for c in generator_cells) + "</tr>"
+    shown = ("reconstruction", "alignment", "kl", "adversarial", "discriminator")
+    terms = [term for term in shown if term in logs["favae"][0][-1]]
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>favae demo</title><style>{STYLE}</style></head><body>
 <h1>favae demo: two tokenizers at equal latent size, and a generator on one of them</h1>
 <p>{verdict(tokenizers["favae"], tokenizers["vavae"])}</p>
 <h2>Reconstruction of photographs never trained on</h2>
-{_table(headings, _tokenizer_rows(tokenizers, None))}
+{_tokenizer_table(tokenizers, features)}
 <p class="note">{tokenizers["favae"]["num_images"]} crops of two photographs at {metrics["settings"]["resolution"]} px,
 posterior {metrics["settings"]["posterior"]}. Recon, Low, High: mean squared error in [-1, 1] of the image, its LL band,
 and the mean of LH, HL and HH; Recon = (Low + 3 High) / 4. LPIPS needs weights that may not be at hand.
 vavae is a stock AutoencoderKL.</p>
 <h2>Reconstruction of unseen regions of the trained photographs</h2>
-{_table(headings, _tokenizer_rows(tokenizers, "validation"))}
+{_tokenizer_table(tokenizers, features, "validation")}
 <h2>Originals, baseline, FA-VAE, errors</h2>
 {_image((folder / "reconstruction/comparison.png").read_bytes(), "originals, reconstructions and their errors")}
 <h2>Training of the tokenizers</h2>
 {_curves(logs, terms)}
 <h2>Generated images, one row per class</h2>
-{_table(generator_headings, generator_row)}
+{_generator_table(generator)}
 <p class="note">Against {generator["num_reference"]:,} training crops; few images and a small network: these numbers
 compare runs of this demo, nothing else.</p>
 {_image((folder / "generation/samples.png").read_bytes(), "generated images by class")}

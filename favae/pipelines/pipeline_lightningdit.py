@@ -45,7 +45,7 @@ class LightningDiTPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class names and their indices."""
+        """Class names and their indices; of two classes with the same name, the last."""
         return {name: int(index) for index, name in (self.config.id2label or {}).items()}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:

@@ -40,16 +40,6 @@ def load_module(module: nn.Module, path: Path) -> None:
         safetensors.torch.load_model(module, f"{path}.safetensors")
 
 
-def write_folder(final: Path, write) -> None:
-    """Calls `write(temporary_folder)` and renames the folder, replacing an older one of that name."""
-    temporary = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-
-
 class Ema:
     """diffusers' `EMAModel` of one model, in float32, that lends its weights to the model for the length of a block.
 

@@ -82,6 +82,8 @@ class TrainConfig:
             raise ConfigError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
         if len(self.betas) != 2:
             raise ConfigError(f"train.betas must be two numbers, got {list(self.betas)}")
+        if self.checkpoints_total_limit is not None:
+            at_least("train.checkpoints_total_limit", self.checkpoints_total_limit, 1)
         one_of("train.mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
         one_of("train.tracker", self.tracker, (None, "tensorboard", "wandb"))
         schedules = [kind.value for kind in diffusers.optimization.SchedulerType if kind.value != "piecewise_constant"]
@@ -111,6 +113,14 @@ class SamplingConfig:
     shift: float = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
     num_images: int = 16
 
+    def __post_init__(self):
+        for name in ("num_inference_steps", "num_images"):
+            at_least(f"sampling.{name}", getattr(self, name), 1)
+        if len(self.guidance_interval) != 2:
+            raise ConfigError(f"sampling.guidance_interval must be two numbers, got {list(self.guidance_interval)}")
+        if self.shift <= 0:
+            raise ConfigError(f"sampling.shift must be above 0, got {self.shift}")
+
 
 @dataclass
 class RunConfig:
@@ -129,12 +139,15 @@ class TokenizerConfig(RunConfig):
 
     def __post_init__(self):
         check_model(self.model, TOKENIZERS)
+        at_least("train.resolution", self.train.resolution, 1)
         factor = 2 ** (len(self.model.get("block_out_channels", (0,) * 5)) - 1)
         if self.train.resolution % factor:
             raise ConfigError(
                 f"train.resolution must be a multiple of {factor} (model.block_out_channels), "
                 f"got {self.train.resolution}"
             )
+        if self.train.mixed_precision == "fp16" and self.loss.adversarial.weight:
+            raise ConfigError("train.mixed_precision=fp16 has one gradient scale and cannot serve two losses; use bf16")
         smallest = 3 * 2**self.loss.adversarial.num_layers
         if self.loss.adversarial.weight and self.train.resolution < smallest:
             raise ConfigError(
@@ -152,6 +165,8 @@ class GeneratorConfig(RunConfig):
 
     def __post_init__(self):
         check_model(self.model, GENERATORS)
+        if self.model.get("class_dropout_prob") == 0 and self.sampling.guidance_scale != 1:
+            raise ConfigError("sampling.guidance_scale must be 1 without a null class (model.class_dropout_prob=0)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,10 +224,14 @@ def load_config(schema: type[Config], file: str | Path, overrides: list[str] = (
         recipe = OmegaConf.load(file)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, DictConfig):
         raise ConfigError(f"{file}: expected a mapping of settings")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), recipe, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), recipe, changes)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(schema, error)) from error

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from favae.data.images import TrainingStream
 from favae.distributed import on_cpu
-from favae.training.checkpoints import STATE_FILE, Checkpointer, Ema, find_checkpoints, write_folder
+from favae.files import write_file, write_folder
+from favae.training.checkpoints import STATE_FILE, Checkpointer, Ema, find_checkpoints
 from favae.training.config import ConfigError, RunConfig, TrainConfig, to_yaml
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class Run:
         if resume != "auto":
             if not (Path(resume) / STATE_FILE).is_file():
                 raise ConfigError(f"resume: {resume} is not a checkpoint; it is auto, never, or a step-N folder")
+            if checkpoints:
+                raise ConfigError(f"{self.folder} holds a run already; choose another output to go on from {resume}")
             return Path(resume)
         if not checkpoints:
             return None
@@ -109,7 +112,7 @@ class Run:
         if changed:
             raise ConfigError(
                 f"{self.folder} holds a run with other settings ({', '.join(changed)}); choose another output, "
-                f"or start from its weights with resume={checkpoints[-1][1]} output=..."
+                f"or go on from its last checkpoint elsewhere with resume={checkpoints[-1][1]} output=..."
             )
         return checkpoints[-1][1]
 
@@ -156,12 +159,16 @@ class Run:
         # Model weights were drawn from the same seed everywhere; what follows differs by process.
         set_seed(self.config.seed, device_specific=True)
         if self.checkpoint is not None:
-            state = self.checkpointer.load(self.checkpoint)
+            try:
+                state = self.checkpointer.load(self.checkpoint)
+            except (RuntimeError, ValueError, KeyError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"resume: {self.checkpoint} does not fit these settings ({reason})") from error
             self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(self.config))
+            write_file(self.folder / "config.yaml", to_yaml(self.config))
             self._drop_metrics_after(self.step)
         if self.train.tracker:
             self.accelerator.init_trackers(self.folder.name)
@@ -173,7 +180,7 @@ class Run:
         file = self.folder / "metrics.jsonl"
         if file.exists():
             lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be torn
-            file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+            write_file(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
     def batches(self, dataset: Dataset) -> Iterable[dict]:
         """This process's micro-batches from the current step on, on its device."""

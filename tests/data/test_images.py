@@ -123,6 +123,9 @@ def test_parquet_and_missing_columns(tmp_path):
     assert len(source) == 4 and source.classes == ["3", "7"]
     assert [source.label(i) for i in range(4)] == [1, 0, 1, 0]
     assert source.read(2).getpixel((0, 0)) == (2, 0, 0)
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match="broken.parquet .*cannot be opened"):
+        open_source(str(tmp_path / "broken.parquet"))
     with pytest.raises(DataError, match="no column 'picture'.*image, label"):
         open_source(str(tmp_path / "images.parquet"), image_column="picture")
 

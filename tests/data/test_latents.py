@@ -1,6 +1,7 @@
 import json
 import logging
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -91,11 +92,14 @@ def test_another_tokenizer_or_plan_is_refused_and_nothing_written_over(tiny_fava
 
 
 @pytest.mark.parametrize("keep", [10, 300])
-def test_truncated_shard(cache, keep):
+def test_truncated_shard(tiny_favae, images, cache, keep):
     shard = cache / "shard-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:keep])
     with pytest.raises(CacheError, match="shard-00002.safetensors is damaged"):
         LatentDataset(cache)
+    (cache / "manifest.json").unlink()
+    with pytest.raises(CacheError, match="shard-00002.safetensors is damaged"):
+        write_cache(tiny_favae, images, cache, shard_size=5)
 
 
 def test_unfinished_cache(cache):
@@ -143,4 +147,9 @@ def test_stock_autoencoders_can_be_cached(tiny_kl, images, tmp_path):
     assert LatentDataset(tmp_path / "cache", loaded).latent_shape == (6, 4, 4)
     with pytest.raises(CacheError, match="no autoencoder"):
         load_tokenizer(str(tmp_path))
+    diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
+        tmp_path / "tiny"
+    )
+    with pytest.raises(CacheError, match="a AutoencoderTiny has no posterior"):
+        load_tokenizer(str(tmp_path / "tiny"))
     assert json.loads((tmp_path / "cache/manifest.json").read_text())["dtype"] == "float32"

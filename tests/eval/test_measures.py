@@ -126,3 +126,8 @@ def test_reconstruction_results(tiny_favae, tmp_path, extractor):
     assert torch.allclose(rows[[0, 11], 0].float(), torch.stack(expected), rtol=1e-4)
     assert result["floats_per_image"] == 6 * 4 * 4 and result["params"] == tiny_favae.num_parameters()
     assert result["lpips"] is None and result["rfd"] > 0
+
+    broken = images.source.files[5]
+    broken.write_bytes(broken.read_bytes()[:300])
+    without, rest = evaluate_reconstruction(tiny_favae, images, extractor, batch_size=5)
+    assert without["num_images"] == 11 and torch.allclose(rest[:, :5], rows[torch.arange(12) != 5, :5], rtol=1e-4)

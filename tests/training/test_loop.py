@@ -6,7 +6,8 @@ import torch
 from conftest import tiny_tokenizer_recipe
 from torch import nn
 
-from favae.training.checkpoints import Ema, find_checkpoints, write_folder
+from favae.files import write_folder
+from favae.training.checkpoints import Ema, find_checkpoints
 from favae.training.config import ConfigError, TokenizerConfig, load_config, to_yaml
 from favae.training.loop import NonFiniteLossError, Run, changed_settings
 
@@ -94,11 +95,13 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, "photos")
     output = f"output={tmp_path / 'run'}"
     (tmp_path / "run/checkpoints/step-2").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-2/trainer_state.json").touch()
     (tmp_path / "run/config.yaml").write_text(to_yaml(load_config(TokenizerConfig, recipe)))
     for overrides, message in (
         (["seed=1"], "other settings .seed."),
         (["resume=never"], "holds a run already"),
         (["resume=/nowhere"], "not a checkpoint"),
+        ([f"resume={tmp_path / 'run/checkpoints/step-2'}"], "holds a run already; choose another output to go on"),
     ):
         with pytest.raises(ConfigError, match=message):
             Run(load_config(TokenizerConfig, recipe, [output, *overrides]))

@@ -111,8 +111,18 @@ def test_generator_refuses_what_does_not_fit(latents, tmp_path):
 
 def test_two_processes_train_and_evaluate_as_one(latents, tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, latents / "images")
-    run("train_tokenizer.py", recipe, f"output={tmp_path / 'tokenizer'}", "train.steps=4", processes=2)
-    assert steps_logged(tmp_path / "tokenizer") == [1, 2, 3, 4]
+    accumulate = "train.gradient_accumulation_steps=2"
+    for steps in (4, 6):  # the second resumes
+        run(
+            "train_tokenizer.py",
+            recipe,
+            f"output={tmp_path / 'tokenizer'}",
+            f"train.steps={steps}",
+            accumulate,
+            processes=2,
+        )
+    assert steps_logged(tmp_path / "tokenizer") == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "tokenizer/checkpoints/step-6/random_states_1.pkl").exists()
 
     recipe = tiny_generator_recipe(tmp_path, latents / "one", latents / "tokenizer/final")
     run("train_generator.py", recipe, f"output={tmp_path / 'generator'}", "train.steps=4", processes=2)
