@@ -75,10 +75,12 @@ def train(config: TokenizerConfig) -> None:
     if train.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     foundation = lpips = None
-    if loss_config.alignment.weight:
-        foundation = FoundationModel(loss_config.alignment.backbone, loss_config.alignment.weights, ALIGNMENT_REMEDY)
-    if loss_config.perceptual:
-        lpips = LPIPS(loss_config.perceptual_weights, PERCEPTUAL_REMEDY)
+    with run.accelerator.main_process_first():  # one process downloads, the others find it
+        if loss_config.alignment.weight:
+            alignment = loss_config.alignment
+            foundation = FoundationModel(alignment.backbone, alignment.weights, ALIGNMENT_REMEDY)
+        if loss_config.perceptual:
+            lpips = LPIPS(loss_config.perceptual_weights, PERCEPTUAL_REMEDY)
     trainee = TokenizerTrainee(vae, foundation.channels if foundation else None)
     run.add("generator", trainee, train.learning_rate)
     modules = {"tokenizer": vae}

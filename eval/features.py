@@ -1,5 +1,6 @@
 """Feature extractors for evaluation, their names in results, and rows that several processes computed."""
 
+import argparse
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,14 @@ class FeatureExtractor:
 
     def metric(self, name: str) -> str:
         return metric_name(name, self.name)
+
+
+def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that computes features of images."""
+    parser.add_argument("--features", default=INCEPTION, help=f"{INCEPTION}, {OFFLINE_BACKBONE}, or a timm model")
+    parser.add_argument("--weights", help="local weights for --features")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-workers", type=int, default=0)
 
 
 def metric_name(name: str, features: str) -> str:

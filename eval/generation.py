@@ -26,12 +26,13 @@ from favae.data.images import (
     DataError,
     ImageDataset,
     add_data_arguments,
+    data_name,
     open_data_arguments,
     skip_missing,
     to_uint8,
 )
 from favae.distributed import process_state
-from favae.eval.features import FeatureExtractor, gather_rows, own_indices
+from favae.eval.features import FeatureExtractor, add_feature_arguments, gather_rows, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import save_samples
 from favae.foundation import MissingWeights
@@ -162,13 +163,10 @@ def main(argv: list[str] | None = None) -> None:
     add_data_arguments(parser, "--reference", split="train")
     parser.add_argument("--num-images", type=int, default=50_000)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--features", default="inception", help="inception, efficientnet-lite0, or a timm model")
-    parser.add_argument("--weights", help="local weights for --features")
+    add_feature_arguments(parser)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"))
     parser.add_argument("--num-inference-steps", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -219,8 +217,7 @@ def run(arguments: argparse.Namespace) -> None:
     result |= {
         "num_images": len(labels),
         "features": extractor.name,
-        "reference": arguments.data,
-        "reference_split": arguments.split,
+        "reference": data_name(arguments),
         "crop": "center",
         "num_reference": len(real),
         "labels": "balanced",

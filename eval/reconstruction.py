@@ -26,13 +26,14 @@ from favae.data.images import (
     DataError,
     ImageDataset,
     add_data_arguments,
+    data_name,
     open_data_arguments,
     skip_missing,
     to_uint8,
 )
 from favae.data.latents import CacheError, check_resolution, load_tokenizer
 from favae.distributed import process_state
-from favae.eval.features import FeatureExtractor, gather_rows, own_indices
+from favae.eval.features import FeatureExtractor, add_feature_arguments, gather_rows, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import format_table, save_comparison
 from favae.foundation import MissingWeights
@@ -136,14 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     add_data_arguments(parser, "--data", split="validation")
     parser.add_argument("--resolution", type=int, required=True)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--features", default="inception", help="inception, efficientnet-lite0, or a timm model")
-    parser.add_argument("--weights", help="local weights for --features")
+    add_feature_arguments(parser)
     parser.add_argument(
         "--lpips-weights", help="VGG16: a file, or 'download'; without this, LPIPS is measured if they are cached"
     )
     parser.add_argument("--posterior", choices=["mode", "sample"], default="mode")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--examples", type=int, default=8, help="images in comparison.png")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -183,8 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     settings = {
-        "data": arguments.data,
-        "split": arguments.split,
+        "data": data_name(arguments),
         "resolution": arguments.resolution,
         "crop": "center",
         "posterior": arguments.posterior,
@@ -202,7 +199,7 @@ def run(arguments: argparse.Namespace) -> None:
             decoded = {name: reconstruct(vae, x, arguments.posterior).cpu() for name, vae in models.items()}
         save_comparison(output / "comparison.png", examples["image"], decoded)
     count = next(iter(results.values()))["num_images"]
-    print(f"{count} images of {arguments.data} at {arguments.resolution} px, posterior {arguments.posterior}")
+    print(f"{count} images of {data_name(arguments)} at {arguments.resolution} px, posterior {arguments.posterior}")
     print(format_table(results, extractor.name))
 
 

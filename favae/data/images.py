@@ -330,6 +330,12 @@ def add_data_arguments(parser: argparse.ArgumentParser, name: str, split: str) -
     )
 
 
+def data_name(arguments: argparse.Namespace) -> str:
+    """What the options of `add_data_arguments` name, in one string, for results."""
+    path = arguments.data
+    return f"{path}:{arguments.split}" if path == "photos" or path.startswith("hf:") else path
+
+
 def open_data_arguments(arguments: argparse.Namespace) -> Source:
     """The source that the options of `add_data_arguments` name."""
     return open_source(

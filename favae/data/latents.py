@@ -34,6 +34,7 @@ from favae.data.images import (
     DataError,
     ImageDataset,
     add_data_arguments,
+    data_name,
     open_data_arguments,
     skip_missing,
 )
@@ -319,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
             load_tokenizer(arguments.tokenizer),
             images,
             arguments.output,
-            data_name=f"{arguments.data} ({arguments.split})",
+            data_name=data_name(arguments),
             batch_size=arguments.batch_size,
             shard_size=arguments.shard_size,
             dtype=getattr(torch, arguments.dtype),

@@ -104,7 +104,9 @@ class Run:
             if not (Path(resume) / STATE_FILE).is_file():
                 raise ConfigError(f"resume: {resume} is not a checkpoint; it is auto, never, or a step-N folder")
             if checkpoints:
-                raise ConfigError(f"{self.folder} holds a run already; choose another output to go on from {resume}")
+                raise ConfigError(
+                    f"{self.folder} holds a run already: resume=auto goes on with it, another output with {resume}"
+                )
             return Path(resume)
         if not checkpoints:
             return None

@@ -101,7 +101,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         (["seed=1"], "other settings .seed."),
         (["resume=never"], "holds a run already"),
         (["resume=/nowhere"], "not a checkpoint"),
-        ([f"resume={tmp_path / 'run/checkpoints/step-2'}"], "holds a run already; choose another output to go on"),
+        ([f"resume={tmp_path / 'run/checkpoints/step-2'}"], "holds a run already: resume=auto goes on with it"),
     ):
         with pytest.raises(ConfigError, match=message):
             Run(load_config(TokenizerConfig, recipe, [output, *overrides]))
