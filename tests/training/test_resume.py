@@ -8,6 +8,8 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
+import torch
 from conftest import ROOT, run, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
 
 
@@ -149,3 +151,16 @@ def test_two_processes_train_and_evaluate_as_one(latents, tmp_path):
         for key in keys:
             assert two[key] == pytest.approx(one[key], rel=1e-4), key
         assert one["num_images"] == two["num_images"] == (11 if name == "reconstruction" else 7)
+
+
+def test_bfloat16_with_workers_and_gradient_checkpointing(latents, tmp_path):
+    options = ("train.mixed_precision=bf16", "train.gradient_checkpointing=true", "train.num_workers=1")
+    recipe = tiny_tokenizer_recipe(tmp_path, latents / "images")
+    run("train_tokenizer.py", recipe, f"output={tmp_path / 'tokenizer'}", *options)
+    recipe = tiny_generator_recipe(tmp_path, latents / "one", latents / "tokenizer/final")
+    run("train_generator.py", recipe, f"output={tmp_path / 'generator'}", *options)
+    for name, steps in (("tokenizer", 8), ("generator", 6)):
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records] == list(range(1, steps + 1)) and records[-1]["skipped"] == 0
+    saved = safetensors.torch.load_file(tmp_path / "tokenizer/final/diffusion_pytorch_model.safetensors")
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in saved.values())
