@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from favae.data.images import TrainingStream
+from favae.data.stream import TrainingStream
 from favae.distributed import on_cpu
 from favae.files import write_file, write_folder
 from favae.training.checkpoints import STATE_FILE, Checkpointer, Ema, find_checkpoints
