@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
@@ -95,6 +96,11 @@ def own_indices(total: int) -> range:
     if total < state.num_processes:
         raise ValueError(f"{total} images are too few for {state.num_processes} processes")
     return range(state.process_index, total, state.num_processes)
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The random numbers of image `index`, whatever process and batch it is made in."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
 
 
 def gather_rows(rows: Tensor, indices: Tensor | range, total: int) -> Tensor:

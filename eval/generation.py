@@ -32,7 +32,7 @@ from favae.data.images import (
     to_uint8,
 )
 from favae.distributed import process_state
-from favae.eval.features import FeatureExtractor, add_feature_arguments, gather_rows, own_indices
+from favae.eval.features import FeatureExtractor, add_feature_arguments, gather_rows, image_generator, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import save_samples
 from favae.foundation import MissingWeights
@@ -94,11 +94,6 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, tile: int =
         return inside / len(points)
 
     return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of image `index`, whatever process and batch it is made in."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
 
 
 @torch.no_grad()

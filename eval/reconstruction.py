@@ -33,7 +33,7 @@ from favae.data.images import (
 )
 from favae.data.latents import CacheError, check_resolution, load_tokenizer
 from favae.distributed import process_state
-from favae.eval.features import FeatureExtractor, add_feature_arguments, gather_rows, own_indices
+from favae.eval.features import FeatureExtractor, add_feature_arguments, gather_rows, image_generator, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import format_table, save_comparison
 from favae.foundation import MissingWeights
@@ -46,7 +46,9 @@ logger = logging.getLogger(__name__)
 PER_IMAGE = ("recon", "low", "high", "psnr", "ssim", "lpips")
 
 
-def reconstruct(vae, images: Tensor, posterior: str = "mode", generator: torch.Generator | None = None) -> Tensor:
+def reconstruct(
+    vae, images: Tensor, posterior: str = "mode", generator: torch.Generator | list[torch.Generator] | None = None
+) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> the same, unclamped.
 
     Args:
@@ -58,7 +60,7 @@ def reconstruct(vae, images: Tensor, posterior: str = "mode", generator: torch.G
 
 
 def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = None) -> Tensor:
-    """The columns of `PER_IMAGE`, one row per image: (B, 6) float64, on the CPU; LPIPS is NaN without its network.
+    """The columns of `PER_IMAGE`, one row per image: (B, 6) float32, on the CPU; LPIPS is NaN without its network.
 
     Args:
         images, reconstructions: (B, 3, H, W), H and W even, images in [-1, 1].
@@ -72,7 +74,7 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
     ssim = structural_similarity_index_measure(second, first, data_range=1.0, reduction="none").reshape(-1)
     distance = torch.full_like(recon, torch.nan) if lpips is None else lpips(reconstructions.clamp(-1, 1), images)
     columns = [recon, low.square().mean((1, 2, 3)), high.square().mean((1, 2, 3, 4)), psnr, ssim, distance]
-    return torch.stack([column.cpu().double() for column in columns], dim=1)
+    return torch.stack(columns, dim=1).cpu()
 
 
 @torch.no_grad()
@@ -95,14 +97,13 @@ def evaluate_reconstruction(
     vae = vae.to(device).eval()
     indices = own_indices(len(images))
     loader = DataLoader(Subset(images, indices), batch_size, num_workers=num_workers, collate_fn=skip_missing)
-    generator = torch.Generator().manual_seed(process_state().process_index)
     rows, real, fake, places = [], [], [], []
     for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
         if batch is None:
             continue
         x = batch["image"].to(device)
-        y = reconstruct(vae, x, posterior, generator)
-        rows.append(image_errors(x, y, lpips).float())
+        y = reconstruct(vae, x, posterior, [image_generator(0, int(i)) for i in batch["index"]])
+        rows.append(image_errors(x, y, lpips))
         real.append(extractor(to_uint8(x))[0].cpu())
         fake.append(extractor(to_uint8(y))[0].cpu())
         places.append(batch["index"])
@@ -110,8 +111,7 @@ def evaluate_reconstruction(
         raise DataError("not one of the images can be read")
     places = torch.cat(places)
     rows, real, fake = (gather_rows(torch.cat(column), places, len(images)) for column in (rows, real, fake))
-    rows = rows.double()
-    mean = {name: float(value) for name, value in zip(PER_IMAGE, rows.mean(dim=0))}
+    mean = {name: float(value) for name, value in zip(PER_IMAGE, rows.double().mean(dim=0))}
     return {
         **mean,
         "lpips": None if lpips is None else mean["lpips"],

@@ -7,9 +7,9 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from favae.data.images import ImageDataset, open_source
-from favae.eval.features import FeatureExtractor
+from favae.eval.features import FeatureExtractor, image_generator
 from favae.eval.frechet import feature_statistics, frechet_distance
-from favae.eval.generation import image_generator, inception_score, measure, precision_recall
+from favae.eval.generation import inception_score, measure, precision_recall
 from favae.eval.reconstruction import evaluate_reconstruction, image_errors
 from favae.foundation import MissingWeights
 
@@ -126,6 +126,12 @@ def test_reconstruction_results(tiny_favae, tmp_path, extractor):
     assert torch.allclose(rows[[0, 11], 0].float(), torch.stack(expected), rtol=1e-4)
     assert result["floats_per_image"] == 6 * 4 * 4 and result["params"] == tiny_favae.num_parameters()
     assert result["lpips"] is None and result["rfd"] > 0
+
+    samples = [
+        evaluate_reconstruction(tiny_favae, images, extractor, posterior="sample", batch_size=size)[1][:, :5]
+        for size in (5, 3)
+    ]
+    assert torch.allclose(*samples, rtol=1e-3) and not torch.allclose(samples[0], rows[:, :5], rtol=1e-3)
 
     broken = images.source.files[5]
     broken.write_bytes(broken.read_bytes()[:300])
