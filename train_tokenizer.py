@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a tokenizer: AutoencoderKLFA, or a stock AutoencoderKL under the same loop.
+"""Trains a tokenizer: AutoencoderKLFA, VQModelFA, or a stock AutoencoderKL under the same loop.
 
     one process       python train_tokenizer.py configs/tokenizer/photos_favae.yaml
     8 GPUs            accelerate launch --num_processes 8 train_tokenizer.py CONFIG.yaml data.path=IMAGES
@@ -19,11 +19,12 @@ from favae.data.images import ImageDataset, open_source, skip_missing
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS
-from favae.losses.tokenizer_loss import TokenizerLoss, TokenizerTrainee
+from favae.losses.tokenizer_loss import TokenizerLoss
 from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run, describe_tokenizer
 from favae.training.script import main
+from favae.training.trainee import TokenizerTrainee
 
 ALIGNMENT_REMEDY = (
     "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network, "
@@ -36,7 +37,7 @@ def dry_run(config: TokenizerConfig, num_processes: int) -> None:
     print(to_yaml(config))
     with torch.device("meta"):
         vae = build_model(config.model, TOKENIZERS)
-        if config.loss.adversarial.weight:
+        if config.adversarial_start is not None:
             discriminator = build_discriminator(config)
             print(f"discriminator: {discriminator.num_parameters():,} parameters")
     print(describe_tokenizer(vae, config.train.resolution))
@@ -67,7 +68,9 @@ def open_data(config: TokenizerConfig) -> ImageDataset:
 
 def train(config: TokenizerConfig) -> None:
     run = Run(config)
-    train, loss_config = config.train, config.loss
+    train = config.train
+    losses = [loss for _, loss in config.losses()]
+    first = losses[0]
 
     # Data, models and frozen networks. What is missing is said here, before anything is written.
     dataset = open_data(config)
@@ -76,43 +79,52 @@ def train(config: TokenizerConfig) -> None:
         vae.enable_gradient_checkpointing()
     foundation = lpips = None
     with run.accelerator.main_process_first():  # one process downloads, the others find it
-        if loss_config.alignment.weight:
-            alignment = loss_config.alignment
-            foundation = FoundationModel(alignment.backbone, alignment.weights, ALIGNMENT_REMEDY)
-        if loss_config.perceptual:
-            lpips = LPIPS(loss_config.perceptual_weights, PERCEPTUAL_REMEDY)
-    trainee = TokenizerTrainee(vae, foundation.channels if foundation else None)
-    run.add("generator", trainee, train.learning_rate)
+        if any(loss.alignment.weight for loss in losses):
+            foundation = FoundationModel(first.alignment.backbone, first.alignment.weights, ALIGNMENT_REMEDY)
+        if any(loss.perceptual for loss in losses):
+            lpips = LPIPS(first.perceptual_weights, PERCEPTUAL_REMEDY)
+    trainee = TokenizerTrainee(
+        vae,
+        foundation.channels if foundation else None,
+        spectrum=first.spectrum if any(loss.spectrum.weight for loss in losses) else None,
+        scale_equivariance=any(loss.scale_equivariance for loss in losses),
+        latent_noise=first.latent_noise,
+        high_dropout=first.high_dropout,
+    )
+    run.add("generator", trainee, train.learning_rate, groups=trainee.parameter_groups(first.spectrum.learning_rate))
     modules = {"tokenizer": vae}
     if trainee.projection is not None:
         modules["projection"] = trainee.projection
-    discriminator = None
-    if loss_config.adversarial.weight:
+    if trainee.spectrum is not None:
+        modules["spectrum"] = trainee.spectrum
+    discriminator, adversarial_start = None, config.adversarial_start
+    if adversarial_start is not None:
         discriminator = modules["discriminator"] = build_discriminator(config)
         rate = train.discriminator_learning_rate or train.learning_rate
-        run.add("discriminator", discriminator, rate, first_step=loss_config.adversarial.start_step)
+        run.add("discriminator", discriminator, rate, first_step=adversarial_start)
     models = run.prepare(modules, averaged=vae)
     trainee = models["generator"]
-    objective = TokenizerLoss(loss_config, vae, foundation, lpips).to(run.device)
+    objective = TokenizerLoss(first, vae, foundation, lpips).to(run.device)
     run.resume()
     preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
 
     for batch in run.batches(dataset):
         images = batch["image"]
-        adversarial = discriminator is not None and run.step >= loss_config.adversarial.start_step
+        adversarial = discriminator is not None and run.step >= adversarial_start
+        objective.config = config.loss_at(run.step)
         trainee.train()
         with run.accelerator.accumulate(*models.values()):
             # Generator: reconstruct, judge, step. The discriminator's own weights get no gradient from this.
-            reconstruction, moments, projected = trainee(images)
+            output = trainee(images)
             if discriminator is not None:
                 discriminator.requires_grad_(False)
-            loss, terms = objective(images, reconstruction, moments, projected, discriminator if adversarial else None)
+            loss, terms = objective(images, output, discriminator if adversarial else None)
             finite = run.optimise("generator", loss)
 
             if adversarial:
                 discriminator.requires_grad_(True)
                 judge = models["discriminator"]
-                loss = hinge_discriminator_loss(judge(images), judge(reconstruction.detach()))
+                loss = hinge_discriminator_loss(judge(output.target), judge(output.sample.detach()))
                 terms["discriminator"] = loss.detach()
                 finite = run.optimise("discriminator", loss) and finite
 

@@ -1,6 +1,6 @@
 """favae: frequency-aware image tokenizers for latent diffusion."""
 
-from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel
+from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel, VQModelFA
 from favae.pipelines import LightningDiTPipeline
 from favae.wavelets import InverseWaveletTransform2D, WaveletTransform2D
 
@@ -9,5 +9,6 @@ __all__ = [
     "InverseWaveletTransform2D",
     "LightningDiTPipeline",
     "LightningDiTTransformer2DModel",
+    "VQModelFA",
     "WaveletTransform2D",
 ]

@@ -104,3 +104,62 @@ class InverseWaveletTransform2D(_Bank):
             start = self.length // 2 - 1 + 2 * wrap
             x = x[:, :, start : start + 2 * height, start : start + 2 * width]
         return x.reshape(batch, channels, 2 * height, 2 * width).to(low.dtype)
+
+
+class WaveletBands(nn.Module):
+    """Several levels of the transform as two stacks of channels of one size, and back.
+
+    One level gives LL and LH, HL, HH. Each further level splits LL again and, so that all bands keep one size, the high
+    bands as well (a wavelet packet): an orthonormal rearrangement of the image into (4^levels) bands per colour, the
+    lowest on its own.
+
+    Args:
+        wavelet: a bank of pywt.
+        levels: how often to split.
+        low_scale, high_scale: what each level's low and high bands are divided by; the next level splits the low band
+            so divided.
+
+    Raises:
+        ValueError: if `levels` is below 1.
+    """
+
+    def __init__(self, wavelet: str, levels: int, low_scale: float, high_scale: float):
+        super().__init__()
+        if levels < 1:
+            raise ValueError(f"wavelet_levels must be at least 1, got {levels}")
+        self.levels, self.low_scale, self.high_scale = levels, low_scale, high_scale
+        self.transform = WaveletTransform2D(wavelet)
+        self.inverse = InverseWaveletTransform2D(wavelet)
+
+    @property
+    def high_bands(self) -> int:
+        """Bands per colour in the high stack."""
+        return 4**self.levels - 1
+
+    def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> low (B, C, H/2^l, W/2^l), high (B, C (4^l - 1), H/2^l, W/2^l)."""
+        low, bands = images, None
+        for _ in range(self.levels):
+            if bands is not None:
+                first, rest = self.transform(bands)
+                bands = torch.cat([first.unsqueeze(2), rest], dim=2).flatten(1, 2)
+            low, high = self.transform(low)
+            low, high = low / self.low_scale, high.flatten(1, 2) / self.high_scale
+            bands = high if bands is None else torch.cat([high, bands], dim=1)
+        return low, bands
+
+    def join(self, low: Tensor, high: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        colours = low.shape[1]
+        for _ in range(self.levels):
+            current, high = high[:, : 3 * colours], high[:, 3 * colours :]
+            low = self.inverse(low * self.low_scale, current.unflatten(1, (colours, 3)) * self.high_scale)
+            if high.shape[1]:
+                packets = high.unflatten(1, (-1, 4))
+                high = self.inverse(packets[:, :, 0], packets[:, :, 1:])
+        return low
+
+    def low_pass(self, images: Tensor) -> Tensor:
+        """The images with their high bands removed."""
+        low, high = self.split(images)
+        return self.join(low, torch.zeros_like(high))

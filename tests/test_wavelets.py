@@ -4,6 +4,7 @@ import pywt
 import torch
 
 from favae import InverseWaveletTransform2D, WaveletTransform2D
+from favae.wavelets import WaveletBands
 
 ORTHOGONAL = ["haar", "db2", "db4", "sym4", "coif1"]
 BIORTHOGONAL = ["bior2.2", "bior4.4", "rbio3.1"]
@@ -79,3 +80,30 @@ def test_odd_sizes_and_unknown_banks_are_refused():
         WaveletTransform2D()(torch.zeros(1, 3, 15, 16))
     with pytest.raises(ValueError, match="no-such-bank"):
         WaveletTransform2D("no-such-bank")
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "bior2.2"])
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_bands_join_to_the_image(wavelet, levels):
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    bands = WaveletBands(wavelet, levels, 2.0, 0.5)
+    low, high = bands.split(images)
+    size = (32 // 2**levels, 48 // 2**levels)
+    assert low.shape == (2, 3, *size) and high.shape == (2, 3 * bands.high_bands, *size)
+    assert torch.allclose(bands.join(low, high), images, atol=1e-5)
+
+
+def test_bands_of_a_flat_image_and_of_its_details():
+    bands = WaveletBands("haar", 2, 2.0, 0.5)
+    flat = torch.full((1, 3, 8, 8), 0.3)
+    low, high = bands.split(flat)
+    assert torch.allclose(low, torch.full((1, 3, 2, 2), 0.3), atol=1e-6) and high.abs().max() < 1e-6
+    blocks = torch.rand(1, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    noisy = blocks + 0.1 * torch.randn(1, 3, 8, 8)
+    means = torch.nn.functional.avg_pool2d(noisy, 4)
+    assert torch.allclose(bands.low_pass(noisy), means.repeat_interleave(4, 2).repeat_interleave(4, 3), atol=1e-5)
+
+
+def test_impossible_levels():
+    with pytest.raises(ValueError, match="wavelet_levels must be at least 1"):
+        WaveletBands("haar", 0, 1.0, 1.0)

@@ -1,5 +1,7 @@
 """The weighted sum a tokenizer is trained on, every term by name."""
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
@@ -8,7 +10,16 @@ from torch import Tensor, nn
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, adaptive_weight, adversarial_loss
 from favae.losses.alignment import vision_foundation_alignment
+from favae.losses.frequency import band_loss, focal_frequency_loss
 from favae.losses.perceptual import LPIPS
+from favae.losses.stft import STFTLoss, ssim_loss
+
+# Terms that the trainee computes, and where their weights are.
+WEIGHTS = {
+    "spectrum": "spectrum.weight",
+    "commitment": "commitment",
+    "scale_equivariance": "scale_equivariance",
+}
 
 
 @dataclass
@@ -33,37 +44,117 @@ class AdversarialConfig:
 
 
 @dataclass
+class FocalFrequencyConfig:
+    weight: float = 0.0
+    alpha: float = 1.0
+    patch_factor: int = 1
+    average_spectrum: bool = False
+    log_weights: bool = False
+    batch_weights: bool = False
+
+
+@dataclass
+class SpectrumConfig:
+    """Of the decoder's frequency complements; needs `model.frequency_complement`."""
+
+    weight: float = 0.0
+    kind: str = "dynamic"  # sigmas learned; "fixed"; or "none": focal frequency loss at all levels, no kernel
+    sigma: float = 3.0  # at the start, cells
+    kernel_size: int | None = None  # None: an exact Gaussian; an odd number: cut off, as published
+    normalise: bool = True  # relative to the target's energy; published: false
+    detach_encoder: bool = False  # whether the encoder is spared the gradient
+    learning_rate: float = 1.0e-3  # of the sigmas; published: 2e-7, which cannot move them
+
+
+@dataclass
+class BandConfig:
+    weight: float = 0.0
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0])  # of LL, LH, HL, HH
+    levels: int = 1
+    wavelet: str = "haar"
+
+
+@dataclass
+class STFTConfig:
+    weight: float = 0.0
+    window: int = 16  # pixels; 32 with stride 16 for 256 px
+    stride: int = 4
+    phase_weight: float = 2.0
+    phase: str = "wrapped"  # or "paper": as printed
+
+
+@dataclass
 class TokenizerLossConfig:
     reconstruction: str = "l1"  # or "l2"
-    kl: float = 1e-6
+    ssim: float = 0.0  # of 1 - SSIM
+    kl: float = 1e-6  # of models with a posterior
+    commitment: float = 1.0  # of models with a codebook, on top of their own commitment_weight
     perceptual: float = 0.0  # LPIPS on VGG16
     perceptual_weights: str | None = None  # a local file with torchvision's VGG16
+    focal_frequency: FocalFrequencyConfig = field(default_factory=FocalFrequencyConfig)
+    spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
+    band: BandConfig = field(default_factory=BandConfig)
+    stft: STFTConfig = field(default_factory=STFTConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    scale_equivariance: float = 0.0  # of the half-size latent's reconstruction error
+    latent_noise: float = 0.0  # deviation of the deviation of noise on the latents that are decoded
+    high_dropout: float = 0.0  # how often the high latents are zero and the target is the low-pass image
 
     def __post_init__(self):
-        if self.reconstruction not in ("l1", "l2"):
-            raise ValueError(f"loss.reconstruction must be l1 or l2, got {self.reconstruction}")
-        weights = {"kl": self.kl, "perceptual": self.perceptual}
-        weights |= {"alignment.weight": self.alignment.weight, "adversarial.weight": self.adversarial.weight}
-        for name, value in weights.items():
-            if value < 0:
-                raise ValueError(f"loss.{name} must be at least 0, got {value}")
+        for name, allowed in {
+            "reconstruction": ("l1", "l2"),
+            "spectrum.kind": ("dynamic", "fixed", "none"),
+            "stft.phase": ("wrapped", "paper"),
+        }.items():
+            if self._value(name) not in allowed:
+                raise ValueError(f"loss.{name} must be one of {', '.join(allowed)}, got {self._value(name)}")
+        weights = ("ssim", "kl", "commitment", "perceptual", "scale_equivariance", "latent_noise", "high_dropout")
+        sections = ("focal_frequency", "spectrum", "band", "stft", "alignment", "adversarial")
+        for name in (*weights, *(f"{section}.weight" for section in sections)):
+            if self._value(name) < 0:
+                raise ValueError(f"loss.{name} must be at least 0, got {self._value(name)}")
+        if self.high_dropout > 1:
+            raise ValueError(f"loss.high_dropout is a probability, got {self.high_dropout}")
+
+    def _value(self, name: str):
+        return functools.reduce(getattr, name.split("."), self)
+
+
+@dataclass
+class TokenizerOutput:
+    """What one forward pass gives the loss.
+
+    Attributes:
+        sample: (B, 3, H, W), the reconstruction.
+        target: (B, 3, H, W), what it should be: the images, or low-pass images where the high latents were dropped.
+        moments: (B, 2C, h, w), mean and logvar of the posterior; None for a codebook.
+        projected: (B, F, h, w), latents in the space of the foundation model's features, or None.
+        terms: losses that need the model's inside: "spectrum", "commitment", "scale_equivariance".
+        statistics: what to log besides: "sigma_i", "codebook_usage", "codebook_perplexity".
+    """
+
+    sample: Tensor
+    target: Tensor
+    moments: Tensor | None = None
+    projected: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TokenizerLoss(nn.Module):
-    """L = reconstruction + w_p LPIPS + w_kl KL + w_a a alignment + w_g g adversarial.
+    """L = reconstruction + w_s (1 - SSIM) + w_p LPIPS + frequency losses + w_kl KL + w_a a align + w_g g adversarial.
 
     Terms of weight 0 are not computed; a and g are adaptive (see `adaptive_weight`) or 1. Everything is per element of
     the image: reconstruction is the mean of |x - x'| or (x - x')^2, and KL is the sum over the latent divided by 3HW.
     That is the published sum per image divided by 3HW throughout, so published weights keep their meaning.
 
     Args:
-        config: weights and settings.
+        config: weights and settings; may be replaced between steps.
         vae: the model trained, for the layers that adaptive weights look at.
         foundation, lpips: frozen networks, needed if their weight is not 0.
 
-    Source: VA-VAE (arXiv 2501.01423) after VQGAN and LDM.
+    Source: VA-VAE (arXiv 2501.01423) after VQGAN and LDM; frequency losses: Lin et al., CVPR 2023.
     """
 
     def __init__(
@@ -77,46 +168,53 @@ class TokenizerLoss(nn.Module):
         self.config = config
         self.foundation = foundation
         self.lpips = lpips
+        stft = config.stft
+        self.stft = STFTLoss(stft.window, stft.stride, phase_weight=stft.phase_weight, phase=stft.phase)
         self._last_layers = [m.conv_out.weight for m in vae.modules() if isinstance(m, Decoder)]
         self._latent_layers = [m.conv_out.weight for m in vae.modules() if isinstance(m, Encoder)]
 
     def forward(
-        self,
-        images: Tensor,
-        reconstruction: Tensor,
-        moments: Tensor,
-        projected: Tensor | None = None,
-        discriminator: PatchDiscriminator | None = None,
+        self, images: Tensor, output: TokenizerOutput, discriminator: PatchDiscriminator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Args:
-            images, reconstruction: (B, 3, H, W), images in [-1, 1].
-            moments: (B, 2C, h, w), mean and logvar of the posterior.
-            projected: (B, F, h, w), latents in the space of the foundation model's features.
+            images: (B, 3, H, W), what the model was given, in [-1, 1].
+            output: what it made of them.
             discriminator: judges the reconstruction; None before its start step.
         Returns:
-            The total, and each term before weighting, detached, with the factors that adaptive weights came to.
+            The total, and each term before weighting, detached, with the factors that adaptive weights came to and the
+            output's statistics.
         """
         config = self.config
-        images, reconstruction = images.float(), reconstruction.float()
-        error = reconstruction - images
+        images, target, sample = images.float(), output.target.float(), output.sample.float()
+        error = sample - target
         terms = {"reconstruction": error.abs().mean() if config.reconstruction == "l1" else error.square().mean()}
         total = terms["reconstruction"]
+        if config.ssim:
+            terms["ssim"] = ssim_loss(sample, target)
+            total = total + config.ssim * terms["ssim"]
         if config.perceptual:
-            terms["perceptual"] = self.lpips(reconstruction, images).mean()
+            terms["perceptual"] = self.lpips(sample, target).mean()
             total = total + config.perceptual * terms["perceptual"]
-        fidelity = total
+        fidelity = total  # what adaptive weights refer to, as published: without frequency losses
 
-        if config.kl:
-            posterior = DiagonalGaussianDistribution(moments.float())
+        for name, weight, value in self._frequency_terms(sample, target):
+            terms[name] = value
+            total = total + weight * value
+        for name, value in output.terms.items():
+            weight = config._value(WEIGHTS[name])
+            terms[name] = value
+            total = total + weight * value
+        if config.kl and output.moments is not None:
+            posterior = DiagonalGaussianDistribution(output.moments.float())
             terms["kl"] = posterior.kl().mean() / images[0].numel()
             total = total + config.kl * terms["kl"]
 
         alignment = config.alignment
         if alignment.weight:
-            features = self.foundation(images, tuple(projected.shape[-2:]))
+            features = self.foundation(images, tuple(output.projected.shape[-2:]))
             value = vision_foundation_alignment(
-                projected,
+                output.projected,
                 features,
                 distmat_margin=alignment.distmat_margin,
                 cosine_margin=alignment.cosine_margin,
@@ -130,7 +228,7 @@ class TokenizerLoss(nn.Module):
 
         adversarial = config.adversarial
         if discriminator is not None:
-            value = adversarial_loss(discriminator(reconstruction))
+            value = adversarial_loss(discriminator(sample))
             scale = adversarial.weight
             if adversarial.adaptive:
                 terms["adversarial_scale"] = adaptive_weight(fidelity, value, self._last_layers, adversarial.max_weight)
@@ -138,30 +236,16 @@ class TokenizerLoss(nn.Module):
             terms["adversarial"] = value
             total = total + scale * value
 
-        return total, {name: value.detach() for name, value in terms.items()}
+        return total, {name: value.detach() for name, value in (terms | output.statistics).items()}
 
-
-class TokenizerTrainee(nn.Module):
-    """What one optimiser trains: the autoencoder and the projection that alignment needs, in one forward pass.
-
-    One module, because DistributedDataParallel synchronises the gradients of what runs inside its own forward only.
-
-    Args:
-        vae: an `AutoencoderKL`, ours or stock.
-        feature_channels: channels of the foundation model's features; None without alignment.
-    """
-
-    def __init__(self, vae: nn.Module, feature_channels: int | None = None):
-        super().__init__()
-        self.vae = vae
-        self.aligned_channels = getattr(vae, "low_latent_channels", vae.config.latent_channels)
-        self.projection = None
-        if feature_channels is not None:
-            self.projection = nn.Conv2d(self.aligned_channels, feature_channels, 1, bias=False)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, 3, H, W) -> reconstruction of a posterior sample, moments (B, 2C, h, w), projected latents or None."""
-        posterior = self.vae.encode(images).latent_dist
-        latents = posterior.sample()
-        projected = None if self.projection is None else self.projection(latents[:, : self.aligned_channels])
-        return self.vae.decode(latents).sample, posterior.parameters, projected
+    def _frequency_terms(self, sample: Tensor, target: Tensor) -> Iterator[tuple[str, float, Tensor]]:
+        """(name, weight, value) of the frequency losses on images."""
+        focal, band, stft = self.config.focal_frequency, self.config.band, self.config.stft
+        if focal.weight:
+            options = {name: value for name, value in vars(focal).items() if name != "weight"}
+            yield "focal_frequency", focal.weight, focal_frequency_loss(sample, target, **options)
+        if band.weight:
+            value = band_loss(sample, target, weights=band.weights, levels=band.levels, wavelet=band.wavelet)
+            yield "band", band.weight, value
+        if stft.weight:
+            yield "stft", stft.weight, self.stft(sample, target)

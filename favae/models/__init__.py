@@ -2,5 +2,6 @@
 
 from favae.models.autoencoder_kl_fa import AutoencoderKLFA
 from favae.models.lightningdit_transformer_2d import LightningDiTTransformer2DModel
+from favae.models.vq_model_fa import VQModelFA
 
-__all__ = ["AutoencoderKLFA", "LightningDiTTransformer2DModel"]
+__all__ = ["AutoencoderKLFA", "LightningDiTTransformer2DModel", "VQModelFA"]

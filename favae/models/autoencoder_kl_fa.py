@@ -7,91 +7,96 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-from favae.wavelets import InverseWaveletTransform2D, WaveletTransform2D
+from favae.models.frequency_complement import Branch, ComplementedDecoder
+from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, start_linear
+from favae.wavelets import WaveletBands
 
 
 class WaveletEncoder(nn.Module):
     """Image -> wavelet bands -> one `Encoder` per band group -> moments, low latents before high latents.
 
     Args:
-        low, high: encoders of the LL band (3 channels) and of LH, HL, HH (9 channels), each giving mean and logvar.
-        wavelet: a pywt bank.
-        band_scales: what the low and the high bands are divided by, so that both reach their network near unit size.
+        low, high: encoders of the low band (3 channels) and of the high bands (9, with one level), each giving mean
+            and logvar.
+        bands: the transform.
         stride: the pixels a latent covers along each side.
         upsample_low: resize LL to the image's size first, as the published model does (four times the work).
+        shortcut: patches to latents, added to the mean; None for none.
     """
 
     def __init__(
         self,
         low: Encoder,
         high: Encoder,
-        wavelet: str,
-        band_scales: tuple[float, float],
+        bands: WaveletBands,
         stride: int,
         upsample_low: bool,
+        shortcut: PatchesToLatents | None,
     ):
         super().__init__()
-        self.transform = WaveletTransform2D(wavelet)
+        self.bands = bands
         self.low = low
         self.high = high
-        self.band_scales = tuple(band_scales)
         self.stride = stride
         self.upsample_low = upsample_low
+        self.shortcut = shortcut
 
     def forward(self, sample: Tensor) -> Tensor:
         height, width = sample.shape[-2:]
         if height % self.stride or width % self.stride:
             raise ValueError(f"height and width must be multiples of {self.stride}, got {height}x{width}")
-        low, high = self.transform(sample)  # (B, 3, H/2, W/2), (B, 3, 3, H/2, W/2)
-        low, high = low / self.band_scales[0], high.flatten(1, 2) / self.band_scales[1]
+        low, high = self.bands.split(sample)  # (B, 3, H/2, W/2), (B, 9, H/2, W/2)
         if self.upsample_low:
             low = F.interpolate(low, size=(height, width), mode="bicubic")
         low_mean, low_logvar = self.low(low).chunk(2, dim=1)
         high_mean, high_logvar = self.high(high).chunk(2, dim=1)
-        return torch.cat([low_mean, high_mean, low_logvar, high_logvar], dim=1)
+        mean = torch.cat([low_mean, high_mean], dim=1)
+        if self.shortcut is not None:
+            mean = mean + self.shortcut(sample)
+        return torch.cat([mean, low_logvar, high_logvar], dim=1)
 
 
 class WaveletDecoder(nn.Module):
     """The mirror of `WaveletEncoder`: latents -> one `Decoder` per band group -> inverse transform -> image.
 
     Args:
-        low_latent_channels: how many of the latent channels, counted from the first, the low decoder reads.
-        high_sees_all: whether the high decoder reads all latents, or only those after the low ones.
-        low, high, wavelet, band_scales, upsample_low: as in `WaveletEncoder`.
+        low_latents, high_latents: which of the latent channels each decoder reads.
+        low, high, bands, upsample_low: as in `WaveletEncoder`.
+        shortcut: latents to patches, added to the image; None for none.
     """
 
     def __init__(
         self,
         low: Decoder,
         high: Decoder,
-        wavelet: str,
-        band_scales: tuple[float, float],
-        low_latent_channels: int,
-        high_sees_all: bool,
+        bands: WaveletBands,
+        low_latents: slice,
+        high_latents: slice,
         upsample_low: bool,
+        shortcut: LatentsToPatches | None,
     ):
         super().__init__()
         self.low = low
         self.high = high
-        self.transform = InverseWaveletTransform2D(wavelet)
-        self.band_scales = tuple(band_scales)
-        self.low_latent_channels = low_latent_channels
-        self.high_sees_all = high_sees_all
+        self.bands = bands
+        self.low_latents = low_latents
+        self.high_latents = high_latents
         self.upsample_low = upsample_low
+        self.shortcut = shortcut
 
     def forward(self, sample: Tensor) -> Tensor:
-        low = self.low(sample[:, : self.low_latent_channels])
-        high = self.high(sample if self.high_sees_all else sample[:, self.low_latent_channels :])
+        low = self.low(sample[:, self.low_latents])
+        high = self.high(sample[:, self.high_latents])
         if self.upsample_low:
             low = F.interpolate(low, size=high.shape[-2:], mode="bicubic")
-        high = high.unflatten(1, (-1, 3))  # (B, 3, 3, H/2, W/2)
-        return self.transform(low * self.band_scales[0], high * self.band_scales[1])
+        image = self.bands.join(low, high)
+        return image if self.shortcut is None else image + self.shortcut(sample)
 
 
 class AutoencoderKLFA(AutoencoderKL):
     r"""
-    A frequency-aware KL autoencoder: an image is split by a wavelet transform, its low band and its three high bands
-    get encoders, latent channels and decoders of their own, and one inverse transform gives the image back.
+    A frequency-aware KL autoencoder: an image is split by a wavelet transform, its low band and its high bands get
+    encoders, latent channels and decoders of their own, and one inverse transform gives the image back.
 
     A drop-in for [`AutoencoderKL`], from which everything but the two networks is inherited (slicing, tiling, attention
     processors, loading and saving). `encode` takes (B, 3, H, W) in [-1, 1], H and W multiples of
@@ -101,23 +106,30 @@ class AutoencoderKLFA(AutoencoderKL):
     Parameters:
         in_channels, out_channels: colour channels of the image.
         block_out_channels: one width per octave. The first stands for the octave that the wavelet transform replaces
-            and is unused with `low_branch="native"`; the others are the low branch's.
-        high_block_out_channels: widths of the high branch, from half the image's size down; `None` takes
-            `block_out_channels[1:]`.
+            (the first two for two levels) and is unused with `low_branch="native"`; the others are the low branch's.
+        high_block_out_channels: widths of the high branch, from the bands' size down; `None` takes those of
+            `block_out_channels`.
         layers_per_block, act_fn, norm_num_groups, mid_block_add_attention: as in [`AutoencoderKL`], for all branches.
         latent_channels: channels of the whole latent, of which the last `high_latent_channels` are the high branch's.
         wavelet: any discrete bank of pywt.
-        band_scales: the low and the high bands are divided by these before encoding and multiplied after decoding.
+        wavelet_levels: how often the image is split; see `WaveletBands`.
+        band_scales: what the low and the high bands are divided by before encoding, and multiplied by after decoding.
+        encoder_type: "wavelet"; or "image", a stock encoder of `block_out_channels`, whose latents belong to no band:
+            see `from_autoencoder_kl`.
+        down_block_types: of the "image" encoder; `None` takes "DownEncoderBlock2D" throughout.
         low_branch: "native" works on LL as it is; "upsampled" resizes it to the image's size first, as published.
         high_decoder_input: "all" latents (they hold what the details belong to), or only the "high" ones, as published.
+        frequency_complement: "conv", "res" or "attn" puts `FrequencyComplement` modules into the decoders.
+        shortcut: a linear path from patches to latents and back, which the networks only correct. An untrained model
+            is then the best linear codec that needs no data, rather than noise.
         use_quant_conv, use_post_quant_conv, sample_size, scaling_factor, shift_factor, latents_mean, latents_std,
             force_upcast: as in [`AutoencoderKL`].
 
     Raises:
-        ValueError: if widths and latent channels do not fit together.
+        ValueError: if settings do not fit together; the message names them.
 
     Source: the two-branch wavelet FA-VAE on VA-VAE (Haar LL and LH, HL, HH, each with its own VAE), here as one model
-    with one latent of the usual size, trained end to end in image space.
+    with one latent of the usual size, trained end to end in image space; the shortcut is ours.
     """
 
     @register_to_config
@@ -134,9 +146,14 @@ class AutoencoderKLFA(AutoencoderKL):
         latent_channels: int = 32,
         high_latent_channels: int = 6,
         wavelet: str = "haar",
+        wavelet_levels: int = 1,
         band_scales: tuple[float, float] = (2.0, 0.5),
+        encoder_type: str = "wavelet",
+        down_block_types: tuple[str, ...] | None = None,
         low_branch: str = "native",
         high_decoder_input: str = "all",
+        frequency_complement: str | None = None,
+        shortcut: bool = False,
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         sample_size: int = 256,
@@ -147,25 +164,15 @@ class AutoencoderKLFA(AutoencoderKL):
         force_upcast: bool = False,
     ):
         ModelMixin.__init__(self)  # everything of AutoencoderKL but its networks
-        low_channels = latent_channels - high_latent_channels
-        if not 0 < high_latent_channels < latent_channels:
-            raise ValueError(
-                f"high_latent_channels must be between 1 and latent_channels - 1 = {latent_channels - 1}, "
-                f"got {high_latent_channels}"
-            )
-        if low_branch not in ("native", "upsampled"):
-            raise ValueError(f"low_branch must be 'native' or 'upsampled', got {low_branch!r}")
-        if high_decoder_input not in ("all", "high"):
-            raise ValueError(f"high_decoder_input must be 'all' or 'high', got {high_decoder_input!r}")
         upsample_low = low_branch == "upsampled"
-        low_widths = tuple(block_out_channels) if upsample_low else tuple(block_out_channels)[1:]
-        high_widths = tuple(high_block_out_channels or block_out_channels[1:])
-        if len(high_widths) != len(block_out_channels) - 1:
-            raise ValueError(
-                f"high_block_out_channels must have one entry less than block_out_channels "
-                f"({len(block_out_channels) - 1}), got {len(high_widths)}"
-            )
-
+        low_widths = tuple(block_out_channels)[0 if upsample_low else wavelet_levels :]
+        high_widths = tuple(high_block_out_channels or block_out_channels[wavelet_levels:])
+        _check_settings(self.config, high_widths)
+        stride = 2 ** (len(block_out_channels) - 1)
+        low_channels = latent_channels - high_latent_channels
+        low_latents, high_latents = slice(None, low_channels), slice(None)
+        if high_decoder_input == "high":
+            high_latents = slice(low_channels, None)
         common = {
             "layers_per_block": layers_per_block,
             "act_fn": act_fn,
@@ -173,41 +180,148 @@ class AutoencoderKLFA(AutoencoderKL):
             "mid_block_add_attention": mid_block_add_attention,
         }
 
-        def encoder(bands: int, channels: int, widths: tuple[int, ...]) -> Encoder:
-            blocks = ("DownEncoderBlock2D",) * len(widths)
-            return Encoder(bands * in_channels, channels, blocks, widths, double_z=True, **common)
+        def decoder(latents: slice, bands: int, widths: tuple[int, ...]) -> Decoder:
+            channels = len(range(latent_channels)[latents])
+            settings = (channels, bands * out_channels, ("UpDecoderBlock2D",) * len(widths), widths)
+            if frequency_complement is None:
+                return Decoder(*settings, **common)
+            return ComplementedDecoder(*settings, frequency_complement=frequency_complement, **common)
 
-        def decoder(channels: int, bands: int, widths: tuple[int, ...]) -> Decoder:
-            blocks = ("UpDecoderBlock2D",) * len(widths)
-            return Decoder(channels, bands * out_channels, blocks, widths, **common)
-
-        self.encoder = WaveletEncoder(
-            encoder(1, low_channels, low_widths),
-            encoder(3, high_latent_channels, high_widths),
-            wavelet=wavelet,
-            band_scales=band_scales,
-            stride=2 ** (len(block_out_channels) - 1),
-            upsample_low=upsample_low,
-        )
+        bands = WaveletBands(wavelet, wavelet_levels, *band_scales)
         self.decoder = WaveletDecoder(
-            decoder(low_channels, 1, low_widths),
-            decoder(latent_channels if high_decoder_input == "all" else high_latent_channels, 3, high_widths),
-            wavelet=wavelet,
-            band_scales=band_scales,
-            low_latent_channels=low_channels,
-            high_sees_all=high_decoder_input == "all",
-            upsample_low=upsample_low,
+            decoder(low_latents, 1, low_widths),
+            decoder(high_latents, bands.high_bands, high_widths),
+            bands,
+            low_latents,
+            high_latents,
+            upsample_low,
+            LatentsToPatches(latent_channels, out_channels, stride) if shortcut else None,
         )
+        if encoder_type == "image":
+            types = down_block_types or ("DownEncoderBlock2D",) * len(block_out_channels)
+            self.encoder = Encoder(in_channels, latent_channels, types, block_out_channels, double_z=True, **common)
+        else:
+
+            def encoder(bands: int, channels: int, widths: tuple[int, ...]) -> Encoder:
+                types = ("DownEncoderBlock2D",) * len(widths)
+                return Encoder(bands * in_channels, channels, types, widths, double_z=True, **common)
+
+            self.encoder = WaveletEncoder(
+                encoder(1, low_channels, low_widths),
+                encoder(bands.high_bands, high_latent_channels, high_widths),
+                bands,
+                stride,
+                upsample_low,
+                PatchesToLatents(in_channels, latent_channels, stride) if shortcut else None,
+            )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        if shortcut:
+            start_linear(self, [self.encoder.low, self.encoder.high], [self.decoder.low, self.decoder.high])
 
         self.use_slicing = False
         self.use_tiling = False
         self.tile_sample_min_size = sample_size
-        self.tile_latent_min_size = sample_size // self.encoder.stride
+        self.tile_latent_min_size = sample_size // stride
         self.tile_overlap_factor = 0.25
 
     @property
     def low_latent_channels(self) -> int:
         """How many of the latent channels, counted from the first, hold the low band: those that alignment acts on."""
         return self.config.latent_channels - self.config.high_latent_channels
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """What spectrum losses compare.
+
+        Raises:
+            ValueError: for an "image" encoder, whose features have other sizes than the decoders'.
+        """
+        if self.config.encoder_type == "image":
+            raise ValueError("encoder_type='image' has no features that match those of the decoders' complements")
+        encoder, decoder = self.encoder, self.decoder
+        return (
+            Branch(encoder.low, decoder.low, decoder.low_latents),
+            Branch(encoder.high, decoder.high, decoder.high_latents),
+        )
+
+    @classmethod
+    def from_autoencoder_kl(cls, vae: AutoencoderKL, **settings) -> "AutoencoderKLFA":
+        """The encoder and latent space of a trained autoencoder, frozen, with a new frequency-aware decoder.
+
+        Latents stay what they are, so a generator trained on them profits from a better decoder as it is. Only the
+        decoder, which begins untrained, and `post_quant_conv` want gradients.
+
+        Args:
+            vae: a stock [`AutoencoderKL`], such as Stable Diffusion's or VA-VAE.
+            settings: what concerns the decoder: `high_block_out_channels`, `wavelet`, `frequency_complement`, ...
+        Raises:
+            ValueError: for another kind of autoencoder, or settings that the encoder has decided.
+        """
+        if isinstance(vae, cls):
+            raise ValueError("from_autoencoder_kl takes a stock AutoencoderKL, got an AutoencoderKLFA")
+        kept = (
+            *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "act_fn", "norm_num_groups"),
+            *(
+                "mid_block_add_attention",
+                "latent_channels",
+                "down_block_types",
+                "use_quant_conv",
+                "use_post_quant_conv",
+            ),
+            *("sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"),
+        )
+        for name in settings:
+            if name in (*kept, "encoder_type", "high_latent_channels", "shortcut"):
+                raise ValueError(f"{name} is decided by the autoencoder given to from_autoencoder_kl")
+        settings.setdefault("high_block_out_channels", None)
+        config = {name: vae.config[name] for name in kept}
+        model = cls(**config, encoder_type="image", high_latent_channels=0, **settings)
+        for name in ("encoder", "quant_conv", "post_quant_conv"):
+            if getattr(model, name) is not None:
+                getattr(model, name).load_state_dict(getattr(vae, name).state_dict())
+        model.encoder.requires_grad_(False)
+        if model.quant_conv is not None:
+            model.quant_conv.requires_grad_(False)
+        return model
+
+
+def _check_settings(config, high_widths: tuple[int, ...]) -> None:
+    """Raises ValueError for settings of `AutoencoderKLFA` that do not fit together."""
+    image = config.encoder_type == "image"
+    for name, allowed in {
+        "encoder_type": ("wavelet", "image"),
+        "low_branch": ("native", "upsampled"),
+        "high_decoder_input": ("all", "high"),
+    }.items():
+        if config[name] not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {config[name]!r}")
+    if not image and not 0 < config.high_latent_channels < config.latent_channels:
+        raise ValueError(
+            f"high_latent_channels must be between 1 and latent_channels - 1 = {config.latent_channels - 1}, "
+            f"got {config.high_latent_channels}"
+        )
+    if image and config.high_latent_channels != 0:
+        raise ValueError(
+            f"encoder_type='image' has no latents of the high band: high_latent_channels must be 0, "
+            f"got {config.high_latent_channels}"
+        )
+    if image and config.high_decoder_input == "high":
+        raise ValueError("encoder_type='image' has no latents of the high band: high_decoder_input must be 'all'")
+    if image and config.shortcut:
+        raise ValueError("encoder_type='image' keeps its latent space: shortcut must be False")
+    if not image and config.down_block_types is not None:
+        raise ValueError("encoder_type='wavelet' has its own blocks: down_block_types must be None")
+    if config.low_branch == "upsampled" and config.wavelet_levels != 1:
+        raise ValueError(f"low_branch='upsampled' needs wavelet_levels=1, got {config.wavelet_levels}")
+    octaves = len(config.block_out_channels) - config.wavelet_levels
+    if config.wavelet_levels < 1 or octaves < 1:
+        raise ValueError(
+            f"wavelet_levels must be at least 1 and below the number of block_out_channels "
+            f"({len(config.block_out_channels)}), got {config.wavelet_levels}"
+        )
+    if len(high_widths) != octaves:
+        raise ValueError(
+            f"high_block_out_channels must have {octaves} entries, those of block_out_channels "
+            f"({len(config.block_out_channels)}) less wavelet_levels ({config.wavelet_levels}), got {len(high_widths)}"
+        )

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from favae.losses.flow_matching import FlowMatchingConfig
 from favae.losses.tokenizer_loss import TokenizerLossConfig
-from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel
+from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel, VQModelFA
 
-TOKENIZERS = {"AutoencoderKLFA": AutoencoderKLFA, "AutoencoderKL": diffusers.AutoencoderKL}
+TOKENIZERS = {"AutoencoderKLFA": AutoencoderKLFA, "VQModelFA": VQModelFA, "AutoencoderKL": diffusers.AutoencoderKL}
+FROZEN = "from_autoencoder_kl"  # model: the autoencoder whose latent space a decoder is trained for
 GENERATORS = {"LightningDiTTransformer2DModel": LightningDiTTransformer2DModel}
 
 
@@ -132,9 +134,18 @@ class RunConfig:
 
 
 @dataclass
+class StageConfig:
+    """A change of the loss in the middle of a run."""
+
+    start_step: int = 1
+    loss: dict[str, Any] = field(default_factory=dict)  # what differs from the stage before
+
+
+@dataclass
 class TokenizerConfig(RunConfig):
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    stages: list[StageConfig] = field(default_factory=list)
     train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
 
     def __post_init__(self):
@@ -146,14 +157,69 @@ class TokenizerConfig(RunConfig):
                 f"train.resolution must be a multiple of {factor} (model.block_out_channels), "
                 f"got {self.train.resolution}"
             )
-        if self.train.mixed_precision == "fp16" and self.loss.adversarial.weight:
+        if self.train.mixed_precision == "fp16" and self.adversarial_start is not None:
             raise ConfigError("train.mixed_precision=fp16 has one gradient scale and cannot serve two losses; use bf16")
-        smallest = 3 * 2**self.loss.adversarial.num_layers
-        if self.loss.adversarial.weight and self.train.resolution < smallest:
-            raise ConfigError(
-                f"train.resolution must be at least {smallest} for a discriminator of "
-                f"{self.loss.adversarial.num_layers} layers (loss.adversarial.num_layers), got {self.train.resolution}"
-            )
+        for _, loss in self.losses():
+            check_loss(loss, self.model, self.train.resolution)
+
+    def losses(self) -> list[tuple[int, TokenizerLossConfig]]:
+        """(first step, loss) of each stage, in order; the first begins at 0.
+
+        Raises:
+            ConfigError: for stages out of order, or changes that the loss's schema refuses.
+        """
+        losses = [(0, self.loss)]
+        for i, stage in enumerate(self.stages):
+            previous, loss = losses[-1]
+            if stage.start_step <= previous:
+                raise ConfigError(f"stages[{i}].start_step must be above {previous}, got {stage.start_step}")
+            try:
+                merged = OmegaConf.merge(OmegaConf.structured(loss), stage.loss)
+                losses.append((stage.start_step, OmegaConf.to_object(merged)))
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"stages[{i}].loss.{error.full_key}: {str(error).splitlines()[0]}") from error
+            except ValueError as error:
+                raise ConfigError(f"stages[{i}]: {error}") from error
+        return losses
+
+    def loss_at(self, step: int) -> TokenizerLossConfig:
+        """The loss of the stage that optimiser step `step` belongs to."""
+        return [loss for start, loss in self.losses() if start <= step][-1]
+
+    @property
+    def adversarial_start(self) -> int | None:
+        """The generator step from which a discriminator judges; None if it never does."""
+        starts = [max(start, loss.adversarial.start_step) for start, loss in self.losses() if loss.adversarial.weight]
+        return min(starts, default=None)
+
+
+def check_loss(loss: TokenizerLossConfig, model: dict, resolution: int) -> None:
+    """Raises ConfigError for terms that the model or the resolution does not allow."""
+    name = model["name"]
+    split = name == "AutoencoderKLFA" and model.get("encoder_type", "wavelet") == "wavelet" and FROZEN not in model
+    smallest = 3 * 2**loss.adversarial.num_layers
+    if loss.adversarial.weight and resolution < smallest:
+        raise ConfigError(
+            f"train.resolution must be at least {smallest} for a discriminator of "
+            f"{loss.adversarial.num_layers} layers (loss.adversarial.num_layers), got {resolution}"
+        )
+    if loss.spectrum.weight and not (model.get("frequency_complement") and (split or name == "VQModelFA")):
+        raise ConfigError("loss.spectrum.weight needs model.frequency_complement, and an encoder of the same bands")
+    if loss.high_dropout and not split:
+        raise ConfigError("loss.high_dropout needs high latents: model.name=AutoencoderKLFA with its wavelet encoder")
+    if loss.latent_noise and name == "VQModelFA":
+        raise ConfigError("loss.latent_noise needs continuous latents, model.name=VQModelFA has none")
+    if loss.alignment.weight and FROZEN in model:
+        raise ConfigError(f"loss.alignment.weight needs an encoder that learns, model.{FROZEN} keeps it frozen")
+    if loss.stft.weight and loss.stft.window > resolution:
+        raise ConfigError(f"loss.stft.window must be at most train.resolution = {resolution}, got {loss.stft.window}")
+    if loss.focal_frequency.weight and resolution % loss.focal_frequency.patch_factor:
+        raise ConfigError(
+            f"loss.focal_frequency.patch_factor must divide train.resolution = {resolution}, "
+            f"got {loss.focal_frequency.patch_factor}"
+        )
+    if loss.band.weight and resolution % 2**loss.band.levels:
+        raise ConfigError(f"loss.band.levels={loss.band.levels} does not fit train.resolution = {resolution}")
 
 
 @dataclass
@@ -188,6 +254,8 @@ def check_model(settings: dict, classes: dict[str, type]) -> None:
         raise ConfigError(f"model.name is missing; it is one of {', '.join(classes)}")
     one_of("model.name", settings["name"], classes)
     allowed = [name for name in inspect.signature(classes[settings["name"]].__init__).parameters if name != "self"]
+    if settings["name"] == "AutoencoderKLFA":
+        allowed.append(FROZEN)
     for key in settings:
         if key not in allowed and key != "name":
             raise ConfigError(f"unknown key model.{key}; {settings['name']} takes {', '.join(allowed)}")
@@ -201,9 +269,27 @@ def build_model(settings: dict, classes: dict[str, type]):
     """
     arguments = {key: value for key, value in settings.items() if key != "name"}
     try:
+        if FROZEN in arguments:
+            return _with_frozen_encoder(**arguments)
         return classes[settings["name"]](**arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def _with_frozen_encoder(from_autoencoder_kl: str | dict, **settings) -> AutoencoderKLFA:
+    """An `AutoencoderKLFA` on the latent space of a pretrained autoencoder: a folder or hub name, or
+    {path: ..., subfolder: ...}."""
+    source = {"path": from_autoencoder_kl} if isinstance(from_autoencoder_kl, str) else dict(from_autoencoder_kl)
+    path = source.pop("path")
+    try:
+        with torch.device("cpu"):
+            vae = diffusers.AutoencoderKL.from_pretrained(path, **source)
+    except OSError as error:
+        raise ConfigError(
+            f"model.{FROZEN}: {path} is neither a folder with an autoencoder nor to be had from the hub "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return AutoencoderKLFA.from_autoencoder_kl(vae, **settings)
 
 
 Config = TypeVar("Config", TokenizerConfig, GeneratorConfig)

@@ -120,11 +120,21 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, model: nn.Module, learning_rate: float, first_step: int = 0) -> None:
-        """A model to train, with an AdamW optimiser and a schedule of its own, which begins at `first_step`."""
+    def add(
+        self,
+        name: str,
+        model: nn.Module,
+        learning_rate: float,
+        first_step: int = 0,
+        groups: list[dict] | None = None,
+    ) -> None:
+        """A model to train, with an AdamW optimiser and a schedule of its own, which begins at `first_step`.
+
+        `groups` are the optimiser's parameter groups; None puts all parameters into one.
+        """
         train = self.train
         optimizer = torch.optim.AdamW(
-            model.parameters(), learning_rate, betas=tuple(train.betas), weight_decay=train.weight_decay
+            groups or model.parameters(), learning_rate, betas=tuple(train.betas), weight_decay=train.weight_decay
         )
         schedule = get_scheduler(
             train.lr_scheduler,

@@ -6,6 +6,9 @@ from conftest import TINY_FAVAE
 from diffusers import AutoencoderKL, AutoModel
 
 from favae import AutoencoderKLFA
+from favae.models.linear_shortcut import frequency_basis
+
+IMAGE = {"encoder_type": "image", "high_latent_channels": 0}
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 16), (16, 40)])
@@ -42,6 +45,12 @@ def test_save_load_same_output(tiny_favae, tmp_path):
         {"high_block_out_channels": None},
         {"use_quant_conv": False, "use_post_quant_conv": False},
         {"band_scales": (1.0, 1.0)},
+        {"wavelet_levels": 2, "high_block_out_channels": (8,)},
+        {"frequency_complement": "conv"},
+        {"frequency_complement": "attn", "high_decoder_input": "high"},
+        {"shortcut": True},
+        {"encoder_type": "image", "high_latent_channels": 0},
+        {"encoder_type": "image", "high_latent_channels": 0, "low_branch": "upsampled", "frequency_complement": "res"},
     ],
 )
 def test_options_change_the_model_and_survive_saving(options, tmp_path):
@@ -63,7 +72,7 @@ def test_latents_are_low_then_high():
         assert not torch.allclose(x[:, 4:], y[:, 4:], atol=1e-3)
     z = torch.randn(1, 6, 4, 4)
     changed = torch.cat([z[:, :4], torch.randn(1, 2, 4, 4)], dim=1)
-    low, low_changed = (model.encoder.transform(model.decode(latent).sample)[0] for latent in (z, changed))
+    low, low_changed = (model.encoder.bands.split(model.decode(latent).sample)[0] for latent in (z, changed))
     assert torch.allclose(low, low_changed, atol=1e-4)  # the high latents do not reach the low band
 
 
@@ -126,6 +135,18 @@ def test_auto_model_inside_a_folder_of_components(tiny_favae, tmp_path):
         ({"high_block_out_channels": (8,)}, "high_block_out_channels"),
         ({"low_branch": "none"}, "low_branch"),
         ({"high_decoder_input": "none"}, "high_decoder_input"),
+        ({"encoder_type": "none"}, "encoder_type"),
+        ({"frequency_complement": "none"}, "frequency_complement"),
+        ({"wavelet": "none"}, "wavelet 'none'"),
+        ({"wavelet_levels": 0}, "wavelet_levels"),
+        ({"wavelet_levels": 3}, r"wavelet_levels .* number of block_out_channels \(3\), got 3"),
+        ({"wavelet_levels": 2}, r"high_block_out_channels must have 1 entries.* wavelet_levels \(2\), got 2"),
+        ({"wavelet_levels": 2, "high_block_out_channels": (8,), "low_branch": "upsampled"}, "low_branch.*wavelet_levels"),
+        ({"encoder_type": "image"}, "encoder_type='image'.*high_latent_channels"),
+        (IMAGE | {"high_decoder_input": "high"}, "encoder_type='image'.*high_decoder_input"),
+        (IMAGE | {"shortcut": True}, "encoder_type='image'.*shortcut"),
+        ({"down_block_types": ("DownEncoderBlock2D",) * 3}, "encoder_type='wavelet'.*down_block_types"),
+        ({"shortcut": True, "latent_channels": 49}, "3 x 4 x 4 has fewer than 49"),
     ],
 )
 def test_impossible_settings(options, message):
@@ -136,3 +157,81 @@ def test_impossible_settings(options, message):
 def test_sizes_that_do_not_fit(tiny_favae):
     with pytest.raises(ValueError, match="multiples of 4, got 18x16"):
         tiny_favae.encode(torch.zeros(1, 3, 18, 16))
+
+
+def test_frequency_basis_is_orthonormal_and_begins_with_the_mean():
+    basis = frequency_basis(8, 100)
+    assert torch.allclose(basis.flatten(1) @ basis.flatten(1).T, torch.eye(100), atol=1e-5)
+    assert torch.allclose(basis[0], torch.full((3, 8, 8), 192**-0.5))
+    assert all((basis[i].sum(0) ** 2).sum() < 1e-8 for i in (1, 2))  # the two colour directions, without brightness
+    with pytest.raises(ValueError, match="fewer than 13"):
+        frequency_basis(2, 13)
+
+
+def test_an_untrained_model_with_a_shortcut_is_a_linear_codec():
+    model = AutoencoderKLFA(**TINY_FAVAE, shortcut=True).eval()
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    posterior = model.encode(images).latent_dist
+    basis = frequency_basis(4, 6).flatten(1)
+    patches = torch.nn.functional.unfold(images, 4, stride=4)  # (B, 48, 16)
+    projected = torch.nn.functional.fold(basis.T @ (basis @ patches), (16, 16), 4, stride=4)
+    assert torch.allclose(model.decode(posterior.mode()).sample, projected, atol=1e-5)
+    assert (posterior.std < 0.01).all()
+    flat = torch.full((1, 3, 16, 16), 0.3)
+    assert torch.allclose(model(flat).sample, flat, atol=1e-5)
+
+
+def test_everything_behind_a_shortcut_learns():
+    model = AutoencoderKLFA(**TINY_FAVAE, shortcut=True).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):
+        images = torch.rand(2, 3, 16, 16) * 2 - 1
+        posterior = model.encode(images).latent_dist
+        (model.decode(posterior.sample()).sample - images).abs().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # The key's bias moves no attention.
+    unmoved = [n for n, p in model.named_parameters() if torch.equal(p, before[n]) and "to_k.bias" not in n]
+    assert not unmoved
+
+
+def test_from_autoencoder_kl_keeps_the_latent_space(tiny_kl):
+    tiny_kl.register_to_config(scaling_factor=0.3, shift_factor=0.1)
+    model = AutoencoderKLFA.from_autoencoder_kl(tiny_kl, high_block_out_channels=(8, 8), frequency_complement="conv")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    posterior, expected = model.encode(images).latent_dist, tiny_kl.encode(images).latent_dist
+    assert torch.equal(posterior.mean, expected.mean) and torch.equal(posterior.logvar, expected.logvar)
+    assert model.config.scaling_factor == 0.3 and model.config.shift_factor == 0.1
+    assert model.decode(posterior.mean).sample.shape == images.shape
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"encoder", "quant_conv"}
+    assert all(p.requires_grad for name, p in model.named_parameters() if name.startswith(("decoder", "post_quant")))
+
+
+def test_from_autoencoder_kl_keeps_other_blocks_and_survives_saving(tmp_path):
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    model = AutoencoderKLFA.from_autoencoder_kl(vae).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(model.encode(images).latent_dist.mean, vae.encode(images).latent_dist.mean)
+    assert torch.equal(AutoencoderKLFA.from_pretrained(tmp_path)(images).sample, model(images).sample)
+
+
+def test_from_autoencoder_kl_refuses_what_the_encoder_decides(tiny_kl, tiny_favae):
+    with pytest.raises(ValueError, match="latent_channels is decided"):
+        AutoencoderKLFA.from_autoencoder_kl(tiny_kl, latent_channels=3)
+    with pytest.raises(ValueError, match="stock AutoencoderKL"):
+        AutoencoderKLFA.from_autoencoder_kl(tiny_favae)
+
+
+def test_image_encoders_have_no_branches_to_compare(tiny_kl):
+    with pytest.raises(ValueError, match="encoder_type='image'"):
+        _ = AutoencoderKLFA.from_autoencoder_kl(tiny_kl).branches

@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Tokenizers of one latent size, compared: is it the split, the shortcut, the loss, the parameters, or the compute?
+
+    python benchmarks/equal_budget.py                         (photographs at 64 px, 2,000 steps, 3 seeds, hours on a CPU)
+    python benchmarks/equal_budget.py --models stock quality --seeds 0 --steps 400 --output /tmp/quick.json
+
+Every model gets 1,024 floats per image, the same images, steps, seeds, optimiser and losses (L1 + 1e-6 KL) unless its
+name says otherwise. Measured on crops of two photographs that are never trained on; "validation" is unseen regions of
+the trained ones. Writes docs/results/equal_budget.json and the figures and the table of docs/results.md beside it.
+"""
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from tokenizer_runs import ROOT, Experiment, main, throughput
+from torch import Tensor, nn
+
+from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, start_linear
+from favae.training.config import TOKENIZERS
+from favae.wavelets import WaveletBands
+
+
+class ControlEncoder(nn.Module):
+    def __init__(self, network: Encoder, bands: WaveletBands | None, shortcut: PatchesToLatents | None):
+        super().__init__()
+        self.network, self.bands, self.shortcut = network, bands, shortcut
+
+    def forward(self, images: Tensor) -> Tensor:
+        moments = self.network(images if self.bands is None else torch.cat(self.bands.split(images), dim=1))
+        if self.shortcut is None:
+            return moments
+        mean, logvar = moments.chunk(2, dim=1)
+        return torch.cat([mean + self.shortcut(images), logvar], dim=1)
+
+
+class ControlDecoder(nn.Module):
+    def __init__(self, network: Decoder, bands: WaveletBands | None, shortcut: LatentsToPatches | None):
+        super().__init__()
+        self.network, self.bands, self.shortcut = network, bands, shortcut
+
+    def forward(self, latents: Tensor) -> Tensor:
+        images = self.network(latents)
+        if self.bands is not None:
+            images = self.bands.join(images[:, :3], images[:, 3:])
+        return images if self.shortcut is None else images + self.shortcut(latents)
+
+
+class Control(AutoencoderKL):
+    """A plain autoencoder with one of our ideas: the wavelet's channels for one trunk, or the linear shortcut."""
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (32, 32, 64, 128),
+        latent_channels: int = 16,
+        wavelet: bool = False,
+        shortcut: bool = False,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+    ):
+        ModelMixin.__init__(self)
+        channels = in_channels * 4 if wavelet else in_channels
+        widths = block_out_channels[1:] if wavelet else block_out_channels
+        stride = 2 ** (len(block_out_channels) - 1)
+        common = {"layers_per_block": 1, "norm_num_groups": 8}
+        down = ("DownEncoderBlock2D",) * (len(widths) - 1) + ("AttnDownEncoderBlock2D",)
+        up = ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (len(widths) - 1)
+        bands = WaveletBands("haar", 1, 2.0, 0.5) if wavelet else None
+        self.encoder = ControlEncoder(
+            Encoder(channels, latent_channels, down, widths, **common),
+            bands,
+            PatchesToLatents(in_channels, latent_channels, stride) if shortcut else None,
+        )
+        self.decoder = ControlDecoder(
+            Decoder(latent_channels, channels, up, widths, **common),
+            bands,
+            LatentsToPatches(latent_channels, in_channels, stride) if shortcut else None,
+        )
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        if shortcut:
+            start_linear(self, [self.encoder.network], [self.decoder.network])
+        self.use_slicing = self.use_tiling = False
+
+
+TOKENIZERS["Control"] = Control
+
+PLAIN = {
+    "name": "AutoencoderKL",
+    "down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [32, 32, 64, 128],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 16,
+    "sample_size": 64,
+}
+SPLIT = {
+    "name": "AutoencoderKLFA",
+    "block_out_channels": [32, 40, 80, 144],
+    "high_block_out_channels": [24, 48, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 16,
+    "high_latent_channels": 3,
+    "sample_size": 64,
+}
+QUALITY = {**SPLIT, "shortcut": True}
+FAST = {**QUALITY, "block_out_channels": [32, 24, 56, 104], "high_block_out_channels": [16, 32, 48]}
+FREQUENCY = {"band": {"weight": 1.0}}
+
+EXPERIMENTS = {
+    "stock": Experiment(PLAIN, "a plain `AutoencoderKL` of VA-VAE's shape"),
+    "stock_frequency": Experiment(PLAIN, "the same, with our frequency loss", loss=FREQUENCY),
+    "stock_wide": Experiment({**PLAIN, "block_out_channels": [40, 40, 80, 152]}, "the same, at our parameter count"),
+    "stock_shortcut": Experiment({"name": "Control", "shortcut": True}, "the same, with our linear shortcut"),
+    "one_trunk": Experiment(
+        {"name": "Control", "wavelet": True, "block_out_channels": [32, 56, 88, 144]},
+        "one plain trunk on the 12 wavelet channels, equal FLOPs",
+    ),
+    "published": Experiment(
+        {
+            **SPLIT,
+            "block_out_channels": [32, 32, 64, 128],
+            "high_block_out_channels": [32, 64, 128],
+            "high_latent_channels": 8,
+            "low_branch": "upsampled",
+            "high_decoder_input": "high",
+            "band_scales": [2.0, 2.0],
+        },
+        "the published two branches, upsampled and independent, in the same 16 channels (8 + 8)",
+    ),
+    "split": Experiment(SPLIT, "ours without the shortcut: wide low branch, narrow high branch, 13 + 3"),
+    "quality": Experiment(QUALITY, "ours"),
+    "quality_frequency": Experiment(QUALITY, "ours, with our frequency loss", loss=FREQUENCY),
+    "fast": Experiment(FAST, "ours at half the FLOPs"),
+    "channels_14_2": Experiment({**QUALITY, "high_latent_channels": 2}, "ours, 14 + 2 channels (28:4 of 32)"),
+    "channels_12_4": Experiment({**QUALITY, "high_latent_channels": 4}, "ours, 12 + 4 channels (24:8 of 32)"),
+    "channels_8_8": Experiment({**QUALITY, "high_latent_channels": 8}, "ours, 8 + 8 channels (16:16 of 32)"),
+    "compute_even": Experiment(
+        {**QUALITY, "block_out_channels": [32, 32, 64, 112], "high_block_out_channels": [32, 64, 112]},
+        "ours, the two branches equally wide",
+    ),
+    "compute_low": Experiment(
+        {**QUALITY, "block_out_channels": [32, 48, 88, 160], "high_block_out_channels": [16, 24, 32]},
+        "ours, nearly all compute in the low branch",
+    ),
+    "two_levels": Experiment(
+        {
+            **QUALITY,
+            "wavelet_levels": 2,
+            "block_out_channels": [32, 32, 96, 160],
+            "high_block_out_channels": [72, 96],
+        },
+        "ours, two levels of the transform",
+    ),
+}
+
+
+def finish(report: dict) -> None:
+    report["throughput"] = throughput(EXPERIMENTS, "stock")
+
+
+if __name__ == "__main__":
+    main(__doc__, EXPERIMENTS, ROOT / "docs/results/equal_budget.json", 2_000, finish)

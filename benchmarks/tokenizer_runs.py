@@ -1,0 +1,250 @@
+"""What the tokenizer benchmarks share: train each model with each seed, measure along the way, keep the rows as JSON.
+
+Rows that the output file has are kept, so an interrupted benchmark goes on where it was. Every row is trained by
+train_tokenizer.py's own `train`, in a process of its own, on averaged weights at a constant learning rate: each point
+of a curve is what that many steps give.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from torchvision.utils import save_image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from favae.data.images import ImageDataset, open_source, skip_missing  # noqa: E402
+from favae.eval.features import FeatureExtractor  # noqa: E402
+from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors, reconstruct  # noqa: E402
+from favae.training.checkpoints import find_checkpoints  # noqa: E402
+from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config  # noqa: E402
+from favae.training.measure import flops_per_image  # noqa: E402
+from train_tokenizer import train  # noqa: E402
+
+POINTS = 4  # of a curve
+EXAMPLES = 8  # held-out images in a strip
+BASE = {
+    "data": {"path": "photos"},
+    "loss": {"kl": 1e-6},
+    "train": {
+        "resolution": 64,
+        "batch_size": 4,
+        "learning_rate": 2.5e-4,
+        "lr_warmup_steps": 100,
+        "max_grad_norm": 1.0,
+        "ema_decay": 0.995,
+        "mixed_precision": "bf16",
+        "num_workers": 0,
+        "sample_every": 0,
+        "checkpoints_total_limit": None,
+        "tracker": None,
+    },
+}
+
+
+@dataclass
+class Experiment:
+    """A row of a table: a model, and what differs from `BASE` in its training."""
+
+    model: dict
+    note: str
+    loss: dict = field(default_factory=dict)
+
+    def recipe(self, steps: int) -> dict:
+        loss = {**BASE["loss"], **self.loss}
+        train_settings = {**BASE["train"], "steps": steps, "log_every": steps // POINTS}
+        train_settings["checkpoint_every"] = steps // POINTS
+        return {"model": self.model, "data": BASE["data"], "loss": loss, "train": train_settings}
+
+
+def heldout(split: str = "heldout") -> ImageDataset:
+    return ImageDataset(open_source("photos", split), BASE["train"]["resolution"])
+
+
+@torch.no_grad()
+def errors(vae, split: str) -> dict[str, float]:
+    dataset = heldout(split)
+    images = skip_missing([dataset[i] for i in range(len(dataset))])["image"]
+    rows = torch.cat([image_errors(x, reconstruct(vae, x)) for x in images.split(32)])
+    return {name: float(value) for name, value in zip(PER_IMAGE, rows.double().mean(dim=0)) if name != "lpips"}
+
+
+@torch.no_grad()
+def error_spectrum(vae) -> list[float]:
+    """The error's share of the image's power in each ring of frequencies, 0 to half a cycle per pixel, held-out images."""
+    dataset = heldout()
+    images = skip_missing([dataset[i] for i in range(len(dataset))])["image"]
+    difference = torch.cat([reconstruct(vae, x) - x for x in images.split(32)])
+    size = images.shape[-1]
+    frequency = torch.fft.fftfreq(size)
+    ring = ((frequency[:, None] ** 2 + frequency[None] ** 2).sqrt() * size).round().long().flatten()
+
+    def power(x: Tensor) -> Tensor:
+        spectrum = torch.fft.fft2(x, norm="ortho").abs().square().mean((0, 1)).flatten()
+        return torch.zeros(int(ring.max()) + 1).index_add_(0, ring, spectrum)[: size // 2 + 1]
+
+    return [round(float(share), 5) for share in power(difference) / power(images)]
+
+
+def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Path, strips: Path) -> dict:
+    """Trains one model with one seed; returns its row."""
+    output = folder / f"{name}-{seed}"
+    recipe = folder / f"{name}-{seed}.yaml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(yaml.safe_dump(experiment.recipe(steps), sort_keys=False))
+    config = load_config(TokenizerConfig, recipe, [f"output={output}", f"seed={seed}"])
+    train(config)
+    kind = TOKENIZERS[config.model["name"]]
+    curve = []
+    for step, path in find_checkpoints(output / "checkpoints"):
+        vae = kind.from_pretrained(path / "ema").eval()
+        curve.append({"steps": step, **errors(vae, "heldout"), "validation": errors(vae, "validation")})
+    results, _ = evaluate_reconstruction(vae, heldout(), FeatureExtractor("efficientnet-lite0"))
+    row = {"model": name, "seed": seed, "steps": steps, **results, **curve[-1]}
+    row["rfd_features"] = "efficientnet-lite0"
+    row["error_spectrum"] = error_spectrum(vae)
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    row["seconds"] = last["seconds"]
+    row["training"] = {key: value for key, value in last.items() if key not in ("step", "seconds")}
+    row["curve"] = curve
+    if seed == 0:
+        dataset = heldout()
+        chosen = range(0, len(dataset), len(dataset) // EXAMPLES)
+        images = torch.stack([dataset[i]["image"] for i in chosen][:EXAMPLES])
+        with torch.no_grad():
+            pictures = {name: reconstruct(vae, images), "original": images}
+        strips.mkdir(parents=True, exist_ok=True)
+        for label, picture in pictures.items():
+            save_image(picture, strips / f"{label}.png", nrow=EXAMPLES, padding=0, normalize=True, value_range=(-1, 1))
+    shutil.rmtree(output / "checkpoints")
+    return row
+
+
+def environment() -> dict:
+    packages = ("torch", "diffusers", "accelerate", "favae")
+    return {
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": _gpu()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(": ")[2] if names else platform.processor()
+
+
+def throughput(experiments: dict[str, Experiment], reference: str, rounds: int = 15, batch_size: int = 16) -> dict:
+    """Encode + decode speed relative to one model: every model in turn on the same batch, one thread.
+
+    Returns:
+        For each model the median of the ratios of the rounds, with the lowest and the highest.
+    """
+    torch.set_num_threads(1)
+    images = torch.rand(batch_size, 3, 64, 64) * 2 - 1
+    models = {name: build_model(experiment.model, TOKENIZERS).eval() for name, experiment in experiments.items()}
+    times = {name: [] for name in models}
+    with torch.no_grad():
+        for i in range(rounds + 1):
+            for name, vae in models.items():
+                started = time.perf_counter()
+                reconstruct(vae, images)
+                if i:  # the first is a warm-up
+                    times[name].append(time.perf_counter() - started)
+    result = {}
+    for name in models:
+        ratios = [ours / own for ours, own in zip(times[reference], times[name])]
+        result[name] = {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+    return result
+
+
+def main(description: str, experiments: dict[str, Experiment], output: Path, steps: int, finish) -> None:
+    """The command line: trains what is missing, then `finish(report)` adds to the report and draws.
+
+    Args:
+        finish: called with the report, a dict with "rows", whenever the command ends.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=list(experiments), default=list(experiments), metavar="MODEL")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time, one thread each on a CPU")
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / output.stem)
+    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    strips = arguments.output.with_suffix("")
+    if arguments.worker:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        name, seed = arguments.worker[0], int(arguments.worker[1])
+        row = run_row(name, experiments[name], seed, arguments.steps, arguments.runs, strips)
+        (arguments.runs / f"{name}-{seed}.json").write_text(json.dumps(row))
+        return
+
+    report = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
+    report = {"command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}"]), **environment(), **report}
+    done = {(row["model"], row["seed"], row["steps"]) for row in report["rows"]}
+    wanted = [(name, seed) for seed in arguments.seeds for name in arguments.models]
+    missing = [pair for pair in wanted if (*pair, arguments.steps) not in done]
+
+    def work(pair: tuple[str, int]) -> None:
+        name, seed = pair
+        settings = ["--steps", str(arguments.steps), "--runs", str(arguments.runs), "--output", str(arguments.output)]
+        command = [sys.executable, sys.argv[0], "--worker", name, str(seed), *settings]
+        log = arguments.runs / f"{name}-{seed}.log"
+        arguments.runs.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            threads = {"TQDM_DISABLE": "1"} if torch.cuda.is_available() else {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+            result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads})
+        if result.returncode:
+            raise RuntimeError(f"{name}, seed {seed} failed; see {log}")
+        report["rows"].append(json.loads((arguments.runs / f"{name}-{seed}.json").read_text()))
+        write(arguments.output, report)
+        print(f"{name}, seed {seed}: done ({len(report['rows'])} rows)", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for future in [pool.submit(work, pair) for pair in missing]:
+            future.result()
+    report["rows"] = [row for row in report["rows"] if row["model"] in experiments]
+    finish(report)
+    write(arguments.output, report)
+
+
+def write(file: Path, report: dict) -> None:
+    """The report, one row per line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    report["rows"].sort(key=lambda row: (row["model"], row["seed"]))
+    head = {key: value for key, value in report.items() if key != "rows"}
+    rows = ",\n  ".join(json.dumps(row) for row in report["rows"])
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + rows + "\n ]\n}\n")
+    temporary.rename(file)
+
+
+def spread(values: list[float], scale: float = 1.0) -> tuple[float, float]:
+    """Mean and standard deviation over seeds."""
+    values = [value * scale for value in values]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def flops(experiment: Experiment) -> int:
+    with torch.device("meta"):
+        return flops_per_image(build_model(experiment.model, TOKENIZERS), BASE["train"]["resolution"])

@@ -1,0 +1,218 @@
+"""`VQModelFA`: the VQGAN codec with frequency complement modules and a well-kept codebook."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ, ResidualVQ, VectorQuantize
+
+from favae.models.frequency_complement import Branch, ComplementedDecoder
+
+
+@dataclass
+class QuantizerOutput(BaseOutput):
+    """
+    Attributes:
+        latents: (B, C, h, w), codebook vectors, with the gradient of the latents they replace.
+        indices: (B, h, w), or (B, h, w, Q) for a residual quantiser; integers.
+        loss: scalar, the commitment loss; 0 outside training.
+    """
+
+    latents: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""
+    A vector-quantised autoencoder with frequency complement modules in its decoder.
+
+    `encode` takes (B, 3, H, W) in [-1, 1], H and W multiples of f = 2 ** (len(block_out_channels) - 1), to continuous
+    latents (B, latent_channels, H/f, W/f); `quantize` takes them to codebook vectors and indices; `decode` takes
+    indices (an integer tensor) or latents, which it quantises unless told not to.
+
+    The codebook changes in training mode only, and only where gradients are wanted: under `torch.no_grad`, or with the
+    parameters frozen (`requires_grad_(False)`), it stays as it is, whatever `train()` says.
+
+    Parameters:
+        in_channels, out_channels: colour channels of the image.
+        block_out_channels: one width per octave.
+        layers_per_block, act_fn, norm_num_groups, mid_block_add_attention: as in [`AutoencoderKL`].
+        attention: whether the deepest blocks have attention (the published f16 and f8 models, not f4).
+        latent_channels: channels of the latents.
+        quantizer: "vq" (one codebook, cosine similarity, moving averages), "residual" (several in a row), or "fsq"
+            (a fixed grid).
+        codebook_size: entries per codebook; for "fsq", the product of `fsq_levels`, which may be left to them.
+        codebook_dim: size of the entries; None takes `latent_channels`, another value adds projections.
+        num_quantizers: codebooks in a row, of "residual".
+        fsq_levels: grid points per dimension, of "fsq".
+        codebook_decay: of the moving averages. The published code has 0.8.
+        dead_code_threshold: entries whose moving count falls below are replaced by latents of the batch; 0 never, as
+            published.
+        commitment_weight: of the mean squared distance between latents (normalised, for cosine similarity) and entries.
+        frequency_complement: "conv", "res", "attn" or None; see `FrequencyComplement`.
+
+    Raises:
+        ValueError: if settings do not fit together.
+
+    Source: Lin et al., CVPR 2023 (arXiv 2305.02541), on VQGAN (Esser et al., CVPR 2021).
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
+        layers_per_block: int = 2,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = True,
+        attention: bool = True,
+        latent_channels: int = 256,
+        quantizer: str = "vq",
+        codebook_size: int | None = None,
+        codebook_dim: int | None = None,
+        num_quantizers: int = 4,
+        fsq_levels: tuple[int, ...] = (8, 8, 8, 6, 5),
+        codebook_decay: float = 0.99,
+        dead_code_threshold: float = 1.0,
+        commitment_weight: float = 1.0,
+        frequency_complement: str | None = "conv",
+        sample_size: int = 256,
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        depth = len(block_out_channels)
+        deepest = ("Attn",) if attention else ("",)
+        down = ("DownEncoderBlock2D",) * (depth - 1) + (deepest[0] + "DownEncoderBlock2D",)
+        up = (deepest[0] + "UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (depth - 1)
+        common = {
+            "layers_per_block": layers_per_block,
+            "act_fn": act_fn,
+            "norm_num_groups": norm_num_groups,
+            "mid_block_add_attention": mid_block_add_attention,
+        }
+        self.encoder = Encoder(in_channels, latent_channels, down, block_out_channels, double_z=False, **common)
+        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.codebook = _build_quantizer(self.config)
+        if frequency_complement is None:
+            self.decoder = Decoder(latent_channels, out_channels, up, block_out_channels, **common)
+        else:
+            self.decoder = ComplementedDecoder(
+                latent_channels,
+                out_channels,
+                up,
+                block_out_channels,
+                frequency_complement=frequency_complement,
+                **common,
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """How many different indices there are, per codebook."""
+        return self.codebook.codebook_size
+
+    @property
+    def stride(self) -> int:
+        """Pixels that one latent covers along each side, f."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """What spectrum losses compare."""
+        return (Branch(self.encoder, self.decoder),)
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), not quantised."""
+        height, width = x.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"height and width must be multiples of {self.stride}, got {height}x{width}")
+        latents = self.quant_conv(self.encoder(x))
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    def quantize(self, latents: Tensor) -> QuantizerOutput:
+        """Latents (B, C, h, w) -> the codebook vectors nearest to them, their indices, and the commitment loss."""
+        frozen = not (torch.is_grad_enabled() and self.quant_conv.weight.requires_grad)
+        with torch.autocast(latents.device.type, enabled=False):
+            tokens = latents.float().flatten(2).transpose(1, 2)  # (B, hw, C)
+            if self.config.quantizer == "fsq":
+                quantized, indices = self.codebook(tokens)
+                loss = tokens.new_zeros(())
+            else:
+                quantized, indices, loss = self.codebook(tokens, freeze_codebook=frozen)
+                loss = loss.sum()
+        size = latents.shape[-2:]
+        quantized = quantized.transpose(1, 2).unflatten(2, size).to(latents.dtype)
+        return QuantizerOutput(latents=quantized, indices=indices.long().unflatten(1, size), loss=loss)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) or (B, h, w, Q) -> codebook vectors (B, C, h, w).
+
+        Raises:
+            ValueError: if an index is outside the codebook.
+        """
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_tokens:
+            raise ValueError(f"indices must be in 0 ... {self.num_tokens - 1}, got {indices.min()} ... {indices.max()}")
+        tokens = indices.flatten(1, 2)  # (B, hw) or (B, hw, Q)
+        fixed = self.config.quantizer == "fsq"
+        codes = (self.codebook.indices_to_codes if fixed else self.codebook.get_output_from_indices)(tokens)
+        return codes.transpose(1, 2).unflatten(2, indices.shape[1:3])
+
+    @apply_forward_hook
+    def decode(
+        self, h: Tensor, force_not_quantize: bool = False, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """
+        Args:
+            h: indices, an integer tensor (B, h, w) or (B, h, w, Q); or latents (B, C, h, w).
+            force_not_quantize: the latents are codebook vectors already.
+        Returns:
+            The image (B, 3, H, W), in [-1, 1] up to overshoot, and the commitment loss.
+        """
+        loss = None
+        if not h.is_floating_point():
+            h = self.lookup(h).to(self.dtype)
+        elif not force_not_quantize:
+            quantized = self.quantize(h)
+            h, loss = quantized.latents, quantized.loss
+        sample = self.decoder(h)
+        return DecoderOutput(sample=sample, commit_loss=loss) if return_dict else (sample, loss)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Reconstruction of (B, 3, H, W) through the codebook."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+
+
+def _build_quantizer(config) -> nn.Module:
+    size, dim = config.codebook_size, config.latent_channels
+    if config.quantizer == "fsq":
+        levels = list(config.fsq_levels)
+        count = int(torch.tensor(levels).prod())
+        if size is not None and size != count:
+            raise ValueError(f"codebook_size {size} is not the product of fsq_levels {levels}, {count}")
+        return FSQ(levels, dim=dim)
+    if config.quantizer not in ("vq", "residual"):
+        raise ValueError(f"quantizer must be 'vq', 'residual' or 'fsq', got {config.quantizer!r}")
+    settings = {
+        "dim": dim,
+        "codebook_size": 1024 if size is None else size,
+        "codebook_dim": config.codebook_dim,
+        "use_cosine_sim": True,
+        "decay": config.codebook_decay,
+        "threshold_ema_dead_code": config.dead_code_threshold,
+        "commitment_weight": config.commitment_weight,
+        "rotation_trick": False,  # straight-through, as published
+    }
+    if config.quantizer == "residual":
+        return ResidualVQ(num_quantizers=config.num_quantizers, **settings)
+    return VectorQuantize(**settings)

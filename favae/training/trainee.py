@@ -1,0 +1,133 @@
+"""One forward pass of the tokenizer in training, with everything in it that needs the model's own features."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from favae.losses.frequency import DynamicSpectrumLoss, SpectrumLoss
+from favae.losses.tokenizer_loss import SpectrumConfig, TokenizerOutput
+from favae.models.autoencoder_kl_fa import AutoencoderKLFA
+from favae.models.frequency_complement import FeatureRecorder
+from favae.models.vq_model_fa import VQModelFA
+
+USAGE_DECAY = 0.99  # codebook statistics are over the last hundred batches or so
+
+
+class TokenizerTrainee(nn.Module):
+    """What one optimiser trains: the autoencoder, the projection that alignment needs, and the spectrum loss's sigmas.
+
+    One module, because DistributedDataParallel synchronises the gradients of what runs inside its own forward only.
+
+    Args:
+        vae: an `AutoencoderKL`, ours or stock, or a `VQModelFA`.
+        feature_channels: channels of the foundation model's features; None without alignment.
+        spectrum: settings of the spectrum loss; None without.
+        scale_equivariance: whether to compute that term: |D(z/2) - x/2|, where /2 halves the size. Source: Skorokhodov
+            et al., 2025 (arXiv 2502.14831).
+        latent_noise: tau; noise of deviation |N(0, tau^2)|, one draw per image, is added to what is decoded. Source:
+            Zheng et al., 2025 (RAE, arXiv 2510.11690).
+        high_dropout: the probability, per image, that the high latents are zero and the target is the low-pass image.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        feature_channels: int | None = None,
+        *,
+        spectrum: SpectrumConfig | None = None,
+        scale_equivariance: bool = False,
+        latent_noise: float = 0.0,
+        high_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.vae = vae
+        self.aligned_channels = getattr(vae, "low_latent_channels", vae.config.latent_channels)
+        self.projection = None
+        if feature_channels is not None:
+            self.projection = nn.Conv2d(self.aligned_channels, feature_channels, 1, bias=False)
+        self.spectrum = None if spectrum is None else _build_spectrum(spectrum, vae)
+        self.detach_encoder = spectrum is not None and spectrum.detach_encoder
+        self.scale_equivariance = scale_equivariance
+        self.latent_noise = latent_noise
+        self.high_dropout = high_dropout
+        if isinstance(vae, VQModelFA):
+            self.register_buffer("code_counts", torch.zeros(vae.num_tokens), persistent=False)
+
+    def parameter_groups(self, sigma_learning_rate: float) -> list[dict]:
+        """What wants gradients, for an optimiser: the sigmas on their own, with a rate of their own and no decay."""
+        sigmas = [p for name, p in self.named_parameters() if name == "spectrum.rho"]
+        others = [p for name, p in self.named_parameters() if name != "spectrum.rho" and p.requires_grad]
+        groups = [{"params": others}]
+        if sigmas:
+            groups.append({"params": sigmas, "lr": sigma_learning_rate, "weight_decay": 0.0})
+        return groups
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """(B, 3, H, W) in [-1, 1], with gradients."""
+        if self.spectrum is None:
+            return self._reconstruct(images)[0]
+        with FeatureRecorder(self.vae.branches) as recorder:
+            output, latents = self._reconstruct(images)
+        complements, activations = recorder.pairs(latents)
+        if self.detach_encoder:
+            activations = [activation.detach() for activation in activations]
+        output.terms["spectrum"] = self.spectrum(complements, activations)
+        for i, sigma in enumerate(self.spectrum.sigma):
+            output.statistics[f"sigma_{i}"] = sigma
+        return output
+
+    def _reconstruct(self, images: Tensor) -> tuple[TokenizerOutput, Tensor]:
+        """The output without spectrum loss, and the latents before noise or quantisation."""
+        output = TokenizerOutput(images, images)
+        if isinstance(self.vae, VQModelFA):
+            exact = self.vae.encode(images).latents
+            quantized = self.vae.quantize(exact)
+            latents = quantized.latents
+            output.terms["commitment"] = quantized.loss
+            output.statistics |= self._codebook_statistics(quantized.indices)
+        else:
+            posterior = self.vae.encode(images).latent_dist
+            exact, latents = posterior.mean, posterior.sample()
+            output.moments = posterior.parameters
+        if self.projection is not None:
+            output.projected = self.projection(latents[:, : self.aligned_channels])
+        decoded = latents
+        if self.latent_noise:
+            deviation = self.latent_noise * torch.randn(len(latents), 1, 1, 1, device=latents.device).abs()
+            decoded = decoded + deviation * torch.randn_like(decoded)
+        if self.high_dropout:
+            dropped = torch.rand(len(images), 1, 1, 1, device=images.device) < self.high_dropout
+            is_high = torch.arange(decoded.shape[1], device=images.device).view(1, -1, 1, 1) >= self.aligned_channels
+            decoded = torch.where(dropped & is_high, 0, decoded)
+            output.target = torch.where(dropped, self.vae.decoder.bands.low_pass(images), images)
+        output.sample = self._decode(decoded)
+        if self.scale_equivariance:
+            half = self._decode(F.interpolate(latents, scale_factor=0.5, mode="area"))
+            wanted = F.interpolate(images, size=half.shape[-2:], mode="area")
+            output.terms["scale_equivariance"] = (half.float() - wanted).abs().mean()
+        return output, exact
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        quantized = {"force_not_quantize": True} if isinstance(self.vae, VQModelFA) else {}
+        return self.vae.decode(latents, **quantized).sample
+
+    @torch.no_grad()
+    def _codebook_statistics(self, indices: Tensor) -> dict[str, Tensor]:
+        """How much of the codebook the last batches used, and with what perplexity (of its size, at most).
+
+        Of the first codebook, for a residual quantiser; of this process's images, for several.
+        """
+        first = indices if indices.ndim == 3 else indices[..., 0]
+        self.code_counts.mul_(USAGE_DECAY).add_(torch.bincount(first.flatten(), minlength=len(self.code_counts)))
+        share = self.code_counts / self.code_counts.sum()
+        return {
+            "codebook_usage": (self.code_counts > USAGE_DECAY**100).float().mean(),
+            "codebook_perplexity": torch.special.entr(share).sum().exp(),
+        }
+
+
+def _build_spectrum(config: SpectrumConfig, vae: AutoencoderKLFA | VQModelFA) -> SpectrumLoss:
+    levels = FeatureRecorder.LEVELS * len(vae.branches)
+    kind = DynamicSpectrumLoss if config.kind == "dynamic" else SpectrumLoss
+    sigma = 0.0 if config.kind == "none" else config.sigma
+    return kind(levels, sigma, kernel_size=config.kernel_size, normalise=config.normalise)
