@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tokenizers of one latent size, compared: is it the split, the shortcut, the loss, the parameters, or the compute?
 
-    python benchmarks/equal_budget.py                         (photographs at 64 px, 2,000 steps, 3 seeds, hours on a CPU)
+    python benchmarks/equal_budget.py          (photographs at 64 px, 2,000 steps, 3 seeds: hours on a CPU)
     python benchmarks/equal_budget.py --models stock quality --seeds 0 --steps 400 --output /tmp/quick.json
 
 Every model gets 1,024 floats per image, the same images, steps, seeds, optimiser and losses (L1 + 1e-6 KL) unless its

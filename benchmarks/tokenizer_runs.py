@@ -85,7 +85,7 @@ def errors(vae, split: str) -> dict[str, float]:
 
 @torch.no_grad()
 def error_spectrum(vae) -> list[float]:
-    """The error's share of the image's power in each ring of frequencies, 0 to half a cycle per pixel, held-out images."""
+    """The error's share of the image's power per ring of frequencies, 0 to half a cycle per pixel, held-out images."""
     dataset = heldout()
     images = skip_missing([dataset[i] for i in range(len(dataset))])["image"]
     difference = torch.cat([reconstruct(vae, x) - x for x in images.split(32)])
@@ -212,7 +212,9 @@ def main(description: str, experiments: dict[str, Experiment], output: Path, ste
         log = arguments.runs / f"{name}-{seed}.log"
         arguments.runs.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
-            threads = {"TQDM_DISABLE": "1"} if torch.cuda.is_available() else {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+            threads = (
+                {"TQDM_DISABLE": "1"} if torch.cuda.is_available() else {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+            )
             result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads})
         if result.returncode:
             raise RuntimeError(f"{name}, seed {seed} failed; see {log}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, adaptive_weight, adversarial_loss
 from favae.losses.alignment import vision_foundation_alignment
-from favae.losses.frequency import band_loss, focal_frequency_loss
+from favae.losses.frequency import DynamicSpectrumLoss, SpectrumLoss, band_loss, focal_frequency_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.stft import STFTLoss, ssim_loss
 
@@ -65,6 +65,12 @@ class SpectrumConfig:
     detach_encoder: bool = False  # whether the encoder is spared the gradient
     learning_rate: float = 1.0e-3  # of the sigmas; published: 2e-7, which cannot move them
 
+    def build(self, levels: int) -> SpectrumLoss:
+        kind = DynamicSpectrumLoss if self.kind == "dynamic" else SpectrumLoss
+        if self.kind == "none":
+            return kind(levels, 0.0, normalise=self.normalise)
+        return kind(levels, self.sigma, kernel_size=self.kernel_size, normalise=self.normalise)
+
 
 @dataclass
 class BandConfig:
@@ -81,6 +87,9 @@ class STFTConfig:
     stride: int = 4
     phase_weight: float = 2.0
     phase: str = "wrapped"  # or "paper": as printed
+
+    def build(self) -> STFTLoss:
+        return STFTLoss(self.window, self.stride, phase_weight=self.phase_weight, phase=self.phase)
 
 
 @dataclass
@@ -168,8 +177,7 @@ class TokenizerLoss(nn.Module):
         self.config = config
         self.foundation = foundation
         self.lpips = lpips
-        stft = config.stft
-        self.stft = STFTLoss(stft.window, stft.stride, phase_weight=stft.phase_weight, phase=stft.phase)
+        self.stft = config.stft.build()
         self._last_layers = [m.conv_out.weight for m in vae.modules() if isinstance(m, Decoder)]
         self._latent_layers = [m.conv_out.weight for m in vae.modules() if isinstance(m, Encoder)]
 

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from favae.losses.flow_matching import FlowMatchingConfig
 from favae.losses.tokenizer_loss import TokenizerLossConfig
 from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel, VQModelFA
+from favae.wavelets import WaveletTransform2D
 
 TOKENIZERS = {"AutoencoderKLFA": AutoencoderKLFA, "VQModelFA": VQModelFA, "AutoencoderKL": diffusers.AutoencoderKL}
 FROZEN = "from_autoencoder_kl"  # model: the autoencoder whose latent space a decoder is trained for
@@ -211,6 +212,14 @@ def check_loss(loss: TokenizerLossConfig, model: dict, resolution: int) -> None:
         raise ConfigError("loss.latent_noise needs continuous latents, model.name=VQModelFA has none")
     if loss.alignment.weight and FROZEN in model:
         raise ConfigError(f"loss.alignment.weight needs an encoder that learns, model.{FROZEN} keeps it frozen")
+    try:  # what their constructors refuse
+        loss.stft.build()
+        loss.spectrum.build(levels=1)
+        WaveletTransform2D(loss.band.wavelet)
+    except ValueError as error:
+        raise ConfigError(f"loss: {error}") from error
+    if len(loss.band.weights) != 4 or loss.band.levels < 1:
+        raise ConfigError("loss.band takes four weights and at least one level")
     if loss.stft.weight and loss.stft.window > resolution:
         raise ConfigError(f"loss.stft.window must be at most train.resolution = {resolution}, got {loss.stft.window}")
     if loss.focal_frequency.weight and resolution % loss.focal_frequency.patch_factor:

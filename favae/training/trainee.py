@@ -4,9 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from favae.losses.frequency import DynamicSpectrumLoss, SpectrumLoss
 from favae.losses.tokenizer_loss import SpectrumConfig, TokenizerOutput
-from favae.models.autoencoder_kl_fa import AutoencoderKLFA
 from favae.models.frequency_complement import FeatureRecorder
 from favae.models.vq_model_fa import VQModelFA
 
@@ -45,7 +43,7 @@ class TokenizerTrainee(nn.Module):
         self.projection = None
         if feature_channels is not None:
             self.projection = nn.Conv2d(self.aligned_channels, feature_channels, 1, bias=False)
-        self.spectrum = None if spectrum is None else _build_spectrum(spectrum, vae)
+        self.spectrum = None if spectrum is None else spectrum.build(FeatureRecorder.LEVELS * len(vae.branches))
         self.detach_encoder = spectrum is not None and spectrum.detach_encoder
         self.scale_equivariance = scale_equivariance
         self.latent_noise = latent_noise
@@ -124,10 +122,3 @@ class TokenizerTrainee(nn.Module):
             "codebook_usage": (self.code_counts > USAGE_DECAY**100).float().mean(),
             "codebook_perplexity": torch.special.entr(share).sum().exp(),
         }
-
-
-def _build_spectrum(config: SpectrumConfig, vae: AutoencoderKLFA | VQModelFA) -> SpectrumLoss:
-    levels = FeatureRecorder.LEVELS * len(vae.branches)
-    kind = DynamicSpectrumLoss if config.kind == "dynamic" else SpectrumLoss
-    sigma = 0.0 if config.kind == "none" else config.sigma
-    return kind(levels, sigma, kernel_size=config.kernel_size, normalise=config.normalise)

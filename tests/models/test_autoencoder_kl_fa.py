@@ -141,7 +141,10 @@ def test_auto_model_inside_a_folder_of_components(tiny_favae, tmp_path):
         ({"wavelet_levels": 0}, "wavelet_levels"),
         ({"wavelet_levels": 3}, r"wavelet_levels .* number of block_out_channels \(3\), got 3"),
         ({"wavelet_levels": 2}, r"high_block_out_channels must have 1 entries.* wavelet_levels \(2\), got 2"),
-        ({"wavelet_levels": 2, "high_block_out_channels": (8,), "low_branch": "upsampled"}, "low_branch.*wavelet_levels"),
+        (
+            {"wavelet_levels": 2, "high_block_out_channels": (8,), "low_branch": "upsampled"},
+            "low_branch.*wavelet_levels",
+        ),
         ({"encoder_type": "image"}, "encoder_type='image'.*high_latent_channels"),
         (IMAGE | {"high_decoder_input": "high"}, "encoder_type='image'.*high_decoder_input"),
         (IMAGE | {"shortcut": True}, "encoder_type='image'.*shortcut"),

@@ -32,7 +32,7 @@ def test_indices_and_latents_decode_alike(options):
     quantized = model.quantize(latents)
     depth = (3,) if options.get("quantizer") == "residual" else ()
     assert quantized.indices.shape == (2, 4, 4, *depth) and quantized.indices.dtype == torch.int64
-    assert 0 <= quantized.indices.min() and quantized.indices.max() < model.num_tokens
+    assert quantized.indices.min() >= 0 and quantized.indices.max() < model.num_tokens
     assert torch.allclose(model.lookup(quantized.indices), quantized.latents, atol=1e-6)
     decoded = model.decode(quantized.indices).sample
     assert decoded.shape == x.shape

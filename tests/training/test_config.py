@@ -33,6 +33,19 @@ def recipe(tmp_path):
         ("train.mixed_precision=fp16", r"fp16 .*use bf16"),
         ("data.crop=left", r"data.crop must be one of random, center"),
         ("steps", r"'steps' is not of the form key=value"),
+        ("loss.spectrum.weight=1", r"loss.spectrum.weight needs model.frequency_complement"),
+        ("loss.spectrum.kind=learned", r"loss.spectrum.kind must be one of dynamic, fixed, none"),
+        ("loss.spectrum.kernel_size=4", r"loss: kernel_size must be an odd number"),
+        ("loss.high_dropout=2", r"loss.high_dropout is a probability, got 2"),
+        ("loss.stft={weight: 1, window: 32}", r"loss.stft.window must be at most train.resolution = 16, got 32"),
+        ("loss.stft.stride=0", r"loss: stride must be between 1 and window"),
+        ("loss.focal_frequency={weight: 1, patch_factor: 3}", r"patch_factor must divide train.resolution = 16, got 3"),
+        ("loss.band={weight: 1, levels: 5}", r"loss.band.levels=5 does not fit train.resolution = 16"),
+        ("loss.band.weights=[1]", r"loss.band takes four weights"),
+        ("loss.band.wavelet=hair", r"loss: wavelet 'hair' is not a discrete pywt bank"),
+        ("stages=[{start_step: 5}, {start_step: 5}]", r"stages\[1\].start_step must be above 5, got 5"),
+        ("stages=[{start_step: 5, loss: {kl2: 1}}]", r"stages\[0\].loss.kl2"),
+        ("stages=[{start_step: 5, loss: {kl: -1}}]", r"stages\[0\]: loss.kl must be at least 0"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(recipe, override, message):
@@ -102,3 +115,33 @@ def test_command_line_errors_are_one_line(tmp_path):
         assert message in last and "Traceback" not in result.stderr
     assert "loss.alignment.weights=FILE" in last and "loss.alignment.weight=0" in last
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "model, override, message",
+    [
+        ("{name: VQModelFA, block_out_channels: [8, 8, 16]}", "loss.high_dropout=0.1", "loss.high_dropout needs high"),
+        ("{name: VQModelFA, block_out_channels: [8, 8, 16]}", "loss.latent_noise=0.1", "model.name=VQModelFA has none"),
+        (
+            "{name: AutoencoderKLFA, block_out_channels: [8, 8, 16], from_autoencoder_kl: somewhere}",
+            "loss.alignment.weight=0.1",
+            "loss.alignment.weight needs an encoder that learns, model.from_autoencoder_kl keeps it frozen",
+        ),
+    ],
+)
+def test_losses_that_a_model_does_not_allow(tmp_path, model, override, message):
+    (tmp_path / "recipe.yaml").write_text(f"model: {model}\ntrain: {{resolution: 16}}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(TokenizerConfig, tmp_path / "recipe.yaml", [override])
+
+
+def test_stages_change_the_loss_at_their_step(recipe):
+    stages = "stages=[{start_step: 3, loss: {alignment: {weight: 0.1}}}, {start_step: 5, loss: {kl: 0.5}}]"
+    config = load_config(TokenizerConfig, recipe, ["loss.alignment.weight=0.5", stages])
+    weights = [config.loss_at(step).alignment.weight for step in (0, 2, 3, 4, 5, 100)]
+    assert weights == [0.5, 0.5, 0.1, 0.1, 0.1, 0.1]
+    assert [config.loss_at(step).kl for step in (4, 5)] == [config.loss.kl, 0.5]
+    assert config.adversarial_start == 3
+    assert load_config(TokenizerConfig, recipe, ["loss.adversarial.weight=0"]).adversarial_start is None
+    late = ["loss.adversarial.weight=0", "stages=[{start_step: 7, loss: {adversarial: {weight: 0.2}}}]"]
+    assert load_config(TokenizerConfig, recipe, late).adversarial_start == 7
