@@ -31,14 +31,15 @@ from favae.data.images import (
     skip_missing,
     to_uint8,
 )
-from favae.data.latents import CacheError, check_resolution, load_tokenizer
+from favae.data.latents import CacheError, check_resolution, load_autoencoder
 from favae.distributed import process_state
 from favae.eval.features import FeatureExtractor, add_feature_arguments, gather_rows, image_generator, own_indices
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.report import format_table, save_comparison
 from favae.foundation import MissingWeights
 from favae.losses.perceptual import LPIPS, cached_vgg16
-from favae.training.measure import floats_per_image, flops_per_image
+from favae.models import VQModelFA
+from favae.training.measure import flops_per_image, latent_size
 from favae.wavelets import WaveletTransform2D
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,10 @@ def reconstruct(
     """(B, 3, H, W) in [-1, 1] -> the same, unclamped.
 
     Args:
-        posterior: "mode" (the mean) or "sample".
+        posterior: "mode" (the mean) or "sample"; a codebook has neither.
     """
+    if isinstance(vae, VQModelFA):
+        return vae(images.to(vae.dtype)).sample.float()
     distribution = vae.encode(images.to(vae.dtype)).latent_dist
     latents = distribution.mode() if posterior == "mode" else distribution.sample(generator)
     return vae.decode(latents).sample.float()
@@ -116,7 +119,7 @@ def evaluate_reconstruction(
         **mean,
         "lpips": None if lpips is None else mean["lpips"],
         "rfd": frechet_distance(*feature_statistics(real.numpy()), *feature_statistics(fake.numpy())),
-        "floats_per_image": floats_per_image(vae, images.resolution),
+        **latent_size(vae, images.resolution),
         "params": vae.num_parameters(),
         "flops": flops_per_image(vae, images.resolution),
         "num_images": len(rows),
@@ -154,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(arguments: argparse.Namespace) -> None:
     images = ImageDataset(open_data_arguments(arguments), arguments.resolution)
     extractor = FeatureExtractor(arguments.features, arguments.weights)
-    models = {name: load_tokenizer(path) for name, path in arguments.model}
+    models = {name: load_autoencoder(path) for name, path in arguments.model}
     for vae in models.values():
         check_resolution(vae, arguments.resolution)
     lpips = None

@@ -36,7 +36,9 @@ def tokenizer_columns(result: dict, features: str) -> dict[str, str]:
         metric_name("rFID", features): f"{result['rfd']:.3f}",
         "PSNR": f"{result['psnr']:.2f}",
         "SSIM": f"{result['ssim']:.4f}",
-        "floats/image": f"{result['floats_per_image']:,}",
+        "floats/image": f"{result['floats_per_image']:,}"
+        if "floats_per_image" in result
+        else f"{result['tokens_per_image']:,} tokens",
         "parameters": f"{result['params'] / 1e6:.2f}M",
         "GFLOP": f"{result['flops'] / 1e9:.2f}",
     }

@@ -52,18 +52,32 @@ class CacheError(RuntimeError):
 
 
 def load_tokenizer(path: str) -> ModelMixin:
-    """Opens an autoencoder of ours or of diffusers, by the class named in its config.
+    """Opens an autoencoder whose latents can be cached: `load_autoencoder`, and a posterior (`latent_dist`).
 
     Raises:
-        CacheError: if there is none, or it has no posterior (`latent_dist`) to cache.
+        CacheError: if there is none.
+    """
+    model = load_autoencoder(path)
+    if not isinstance(model, diffusers.AutoencoderKL):
+        raise CacheError(
+            f"{path}: a {type(model).__name__} has no posterior to cache; AutoencoderKL and its subclasses have"
+        )
+    return model
+
+
+def load_autoencoder(path: str) -> ModelMixin:
+    """Opens an `AutoencoderKL` of ours or of diffusers, or a `VQModelFA`, by the class named in its config.
+
+    Raises:
+        CacheError: if there is none.
     """
     import favae
 
     try:
         name = AutoModel.load_config(path)["_class_name"]
         model = getattr(favae, name, None) or getattr(diffusers, name)
-        if not issubclass(model, diffusers.AutoencoderKL):
-            raise CacheError(f"{path}: a {name} has no posterior to cache; AutoencoderKL and its subclasses have")
+        if not issubclass(model, (diffusers.AutoencoderKL, favae.VQModelFA)):
+            raise CacheError(f"{path}: a {name} is neither an AutoencoderKL nor a VQModelFA")
         return model.from_pretrained(path)
     except (OSError, KeyError, AttributeError) as error:
         raise CacheError(f"{path}: no autoencoder could be opened here ({str(error).splitlines()[0]})") from error

@@ -118,7 +118,7 @@ class Branch(NamedTuple):
 
 
 class FeatureRecorder:
-    """Records, while entered, the features that a spectrum loss compares: A_i of an encoder, C_{3-i} of its decoder.
+    """Records what a spectrum loss compares: features A_i of an encoder with C_{3-i} of its decoder, one pass of each.
 
     A_0 follows the encoder's first convolution, A_1 all down blocks, A_2 the mid block, and A_3 is the latent as it is
     before noise or quantisation; C_0 ... C_3 are the decoder's complements in order. Four pairs per branch:
@@ -153,7 +153,7 @@ class FeatureRecorder:
             handle.remove()
 
     def _keep(self, module: nn.Module, inputs, output: Tensor) -> None:
-        self._features[module] = output
+        self._features.setdefault(module, output)  # of the first pass, whatever is decoded after it
 
     @staticmethod
     def _encoder_modules(branch: Branch) -> tuple[nn.Module, ...]:

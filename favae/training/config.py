@@ -153,7 +153,7 @@ class TokenizerConfig(RunConfig):
         check_model(self.model, TOKENIZERS)
         at_least("train.resolution", self.train.resolution, 1)
         factor = 2 ** (len(self.model.get("block_out_channels", (0,) * 5)) - 1)
-        if self.train.resolution % factor:
+        if FROZEN not in self.model and self.train.resolution % factor:
             raise ConfigError(
                 f"train.resolution must be a multiple of {factor} (model.block_out_channels), "
                 f"got {self.train.resolution}"

@@ -60,6 +60,15 @@ def test_pairs_of_both_branches(kind, high_decoder_input):
     assert not [hook for module in vae.modules() for hook in module._forward_hooks.values()]
 
 
+def test_only_the_first_pass_is_recorded():
+    vae = VQModelFA(**TINY_VQ, frequency_complement="res").eval()
+    with FeatureRecorder(vae.branches) as recorder:
+        latents = vae.encode(torch.rand(1, 3, 16, 16)).latents
+        vae.decode(latents)
+        vae.decode(latents[..., :2, :2])
+    assert [c.shape for c in recorder.pairs(latents)[0]] == [a.shape for a in recorder.pairs(latents)[1]]
+
+
 def test_what_is_compared():
     vae = VQModelFA(**TINY_VQ, frequency_complement="res").eval()
     seen = {}

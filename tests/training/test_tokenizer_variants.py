@@ -1,0 +1,103 @@
+"""The other kinds of tokenizer through the scripts, as a user would train and measure them."""
+
+import json
+import math
+
+import safetensors.torch
+import torch
+from conftest import run, tiny_tokenizer_recipe
+from diffusers import AutoencoderKL
+
+from favae import AutoencoderKLFA, VQModelFA
+
+VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
+codebook_size: 16, frequency_complement: res}"
+TRAIN = ("train.lr_scheduler=constant", "train.lr_warmup_steps=0")
+SPECTRUM = ("loss.spectrum={weight: 0.1, sigma: 1.0, learning_rate: 0.01}", "loss.focal_frequency.weight=1")
+
+
+def recipe(folder, images, model: str | None = None):
+    file = tiny_tokenizer_recipe(folder, images)
+    if model is not None:
+        lines = file.read_text().splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("model:"))
+        file.write_text("\n".join([f"model: {model}", *lines[start + 2 :]]) + "\n")
+    return file
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder):
+    file = recipe(tmp_path, image_folder, VQ)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("train_tokenizer.py", file, *TRAIN, *SPECTRUM, f"output={whole}")
+    last = metrics(whole)[-1]
+    assert {"commitment", "spectrum", "focal_frequency", "codebook_usage", "codebook_perplexity"} < set(last)
+    assert all(math.isfinite(value) for value in last.values())
+    sigmas = [last[f"sigma_{i}"] for i in range(4)]
+    assert all(abs(sigma - 1) > 0.002 for sigma in sigmas), sigmas  # they really move
+
+    run("train_tokenizer.py", file, *TRAIN, *SPECTRUM, f"output={parts}", "train.steps=4")
+    run("train_tokenizer.py", file, *TRAIN, *SPECTRUM, f"output={parts}", "train.steps=8")
+    checkpoint = "checkpoints/step-8"
+    assert "spectrum.safetensors" in weights(whole / checkpoint)
+    assert weights(whole / checkpoint) == weights(parts / checkpoint)
+    assert weights(whole / "final") == weights(parts / "final")
+
+    model = VQModelFA.from_pretrained(whole / "final")
+    assert model.lookup(torch.zeros(1, 2, 2, dtype=torch.long)).shape == (1, 6, 2, 2)
+    measured = ("-m", "favae.eval.reconstruction", "--model", f"vq={whole / 'final'}", "--data", image_folder)
+    options = ("--resolution", "16", "--features", "efficientnet-lite0", "--output", tmp_path / "out")
+    table = run(*measured, *options).stdout
+    assert "16 tokens" in table
+    result = json.loads((tmp_path / "out/results.json").read_text())["models"]["vq"]
+    assert result["tokens_per_image"] == 16 and result["bits_per_image"] == 64 and "floats_per_image" not in result
+    refused = run("-m", "favae.data.latents", "--tokenizer", whole / "final", "--data", image_folder, "--resolution",
+                  "16", "--output", tmp_path / "cache", check=False)  # fmt: skip
+    assert refused.returncode == 1 and "has no posterior to cache" in refused.stderr
+
+
+def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl):
+    tiny_kl.register_to_config(scaling_factor=0.25)
+    tiny_kl.save_pretrained(tmp_path / "existing")
+    model = f"{{name: AutoencoderKLFA, from_autoencoder_kl: {tmp_path / 'existing'}}}"
+    file = recipe(tmp_path, image_folder, model)
+    run("train_tokenizer.py", file, *TRAIN, f"output={tmp_path / 'run'}", "loss.kl=0")
+    trained = AutoencoderKLFA.from_pretrained(tmp_path / "run/final").eval()
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    original = AutoencoderKL.from_pretrained(tmp_path / "existing").eval()
+    assert torch.equal(trained.encode(images).latent_dist.mean, original.encode(images).latent_dist.mean)
+    assert trained.config.scaling_factor == 0.25
+    first = tmp_path / "run/checkpoints/step-6/tokenizer/diffusion_pytorch_model.safetensors"
+    last = tmp_path / "run/checkpoints/step-8/tokenizer/diffusion_pytorch_model.safetensors"
+    a, b = safetensors.torch.load_file(first), safetensors.torch.load_file(last)
+    changed = {name.split(".")[0] for name in a if not torch.equal(a[name], b[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    missing = run("train_tokenizer.py", file, f"output={tmp_path / 'other'}",
+                  f"model.from_autoencoder_kl={tmp_path / 'nothing'}", check=False)  # fmt: skip
+    assert missing.returncode == 1 and "Traceback" not in missing.stderr
+    assert "model.from_autoencoder_kl" in missing.stderr.strip().splitlines()[-1]
+
+
+def test_two_processes_with_complements_and_every_regulariser(tmp_path, image_folder):
+    file = recipe(tmp_path, image_folder)
+    more = ["model.frequency_complement=conv", "model.shortcut=true", "loss.scale_equivariance=0.1"]
+    more += ["loss.latent_noise=0.1", "loss.high_dropout=0.5", "loss.stft={weight: 0.1, window: 8}", "loss.ssim=0.1"]
+    run("train_tokenizer.py", file, *SPECTRUM, *more, f"output={tmp_path / 'run'}", processes=2)
+    last = metrics(tmp_path / "run")[-1]
+    assert last["step"] == 8 and last["skipped"] == 0
+    assert {"spectrum", "scale_equivariance", "stft", "ssim", "sigma_7"} < set(last)
+    assert all(math.isfinite(value) for value in last.values())
+
+
+def test_stages_change_the_loss_in_one_run(tmp_path, image_folder):
+    file = recipe(tmp_path, image_folder)
+    stages = "stages=[{start_step: 4, loss: {ssim: 1.0}}, {start_step: 6, loss: {ssim: 0.0}}]"
+    run("train_tokenizer.py", file, stages, f"output={tmp_path / 'run'}")
+    assert [record["step"] for record in metrics(tmp_path / "run") if "ssim" in record] == [5, 6]  # steps 4 and 5
