@@ -1,19 +1,13 @@
 """The discrete wavelet transform of images, one level, periodic at the border, for any pywt bank."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import pywt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from favae.precision import no_autocast
+
 BANDS = ("LL", "LH", "HL", "HH")  # the order of pywt's (cA, cH, cV, cD)
-
-
-def _float32(device: torch.device) -> AbstractContextManager:
-    """No autocast on this device, if it has such a thing (the meta device, which only counts, has not)."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _filter_bank(low: list[float], high: list[float]) -> Tensor:
@@ -72,7 +66,7 @@ class WaveletTransform2D(_Bank):
         if height % 2 or width % 2:
             raise ValueError(f"the wavelet transform needs an even height and width, got {height}x{width}")
         padding = self.length // 2 - 1
-        with _float32(images.device):
+        with no_autocast(images.device):
             x = images.float().reshape(batch * channels, 1, height, width)
             if padding:
                 x = F.pad(x, (padding,) * 4, mode="circular")
@@ -96,7 +90,7 @@ class InverseWaveletTransform2D(_Bank):
         """
         batch, channels, height, width = low.shape
         wrap = self.length // 4  # coefficients that reach over the border
-        with _float32(low.device):
+        with no_autocast(low.device):
             bands = torch.cat([low.unsqueeze(2), high], dim=2).float().reshape(batch * channels, 4, height, width)
             if wrap:
                 bands = F.pad(bands, (wrap,) * 4, mode="circular")

@@ -1,8 +1,9 @@
 """Alignment of latents with the features of a frozen vision model."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from favae.precision import no_autocast
 
 
 def vision_foundation_alignment(
@@ -27,7 +28,7 @@ def vision_foundation_alignment(
     """
     if projected.shape != features.shape:
         raise ValueError(f"latents {tuple(projected.shape)} and features {tuple(features.shape)} differ in shape")
-    with torch.autocast(projected.device.type, enabled=False):
+    with no_autocast(projected.device):
         z = F.normalize(projected.float().flatten(2), dim=1)  # (B, C, N)
         f = F.normalize(features.detach().float().flatten(2), dim=1)
         distances = (z.transpose(1, 2) @ z - f.transpose(1, 2) @ f).abs()  # (B, N, N)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from favae.precision import no_autocast
 from favae.wavelets import WaveletTransform2D
 
 SMALLEST_SIGMA = 0.3  # pixels; below, a Gaussian passes every frequency there is
@@ -44,7 +45,7 @@ def focal_frequency_loss(
     height, width = prediction.shape[-2:]
     if height % patch_factor or width % patch_factor:
         raise ValueError(f"patch_factor {patch_factor} must divide height and width, got {height}x{width}")
-    with torch.autocast(prediction.device.type, enabled=False):
+    with no_autocast(prediction.device):
         error = prediction.float() - target.float()
         error = error.unflatten(-1, (patch_factor, -1)).unflatten(-3, (patch_factor, -1))  # (B, C, p, H/p, p, W/p)
         spectrum = torch.fft.fft2(error, dim=(-3, -1), norm="ortho")
@@ -152,7 +153,7 @@ class SpectrumLoss(nn.Module):
 
     def _level(self, complement: Tensor, activation: Tensor, sigma: Tensor) -> Tensor:
         _same_shape(complement, activation)
-        with torch.autocast(complement.device.type, enabled=False):
+        with no_autocast(complement.device):
             error = self._blurred_spectrum(complement.float() - activation.float(), sigma)
             loss = _focal_mean(error, (-2, -1), self.alpha)
             if self.normalise:

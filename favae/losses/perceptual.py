@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from favae.foundation import MissingWeights
+from favae.precision import no_autocast
 
 VGG16 = "vgg16-397923af.pth"  # torchvision's file name
 
@@ -56,5 +57,5 @@ class LPIPS(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """(B, 3, H, W) twice, in [-1, 1] -> (B,), float32."""
-        with torch.autocast(first.device.type, enabled=False):
+        with no_autocast(first.device):
             return self.net(first.float(), second.float()).flatten()

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from favae.precision import no_autocast
+
 NEGLIGIBLE = 1e-6  # an amplitude without a phase worth the name, for images in [-1, 1]
 
 
@@ -68,7 +70,7 @@ class STFTLoss(nn.Module):
             raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
         if min(prediction.shape[-2:]) < self.window:
             raise ValueError(f"images of {tuple(prediction.shape[-2:])} are smaller than the window, {self.window}")
-        with torch.autocast(prediction.device.type, enabled=False):
+        with no_autocast(prediction.device):
             predicted, wanted = self.spectrogram(prediction.float()), self.spectrogram(target.float())
             radial = (_amplitude(predicted) - _amplitude(wanted)).abs()
             phase = _angle_difference(predicted, wanted) if self.phase == "wrapped" else _printed(predicted, wanted)

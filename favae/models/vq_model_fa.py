@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, ResidualVQ, VectorQuantize
 
 from favae.models.frequency_complement import Branch, ComplementedDecoder
+from favae.precision import no_autocast
 
 
 @dataclass
@@ -143,7 +144,7 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
     def quantize(self, latents: Tensor) -> QuantizerOutput:
         """Latents (B, C, h, w) -> the codebook vectors nearest to them, their indices, and the commitment loss."""
         frozen = not (torch.is_grad_enabled() and self.quant_conv.weight.requires_grad)
-        with torch.autocast(latents.device.type, enabled=False):
+        with no_autocast(latents.device):
             tokens = latents.float().flatten(2).transpose(1, 2)  # (B, hw, C)
             if self.config.quantizer == "fsq":
                 quantized, indices = self.codebook(tokens)

@@ -32,7 +32,10 @@ def flops_per_image(vae: nn.Module, resolution: int) -> int:
     device = next(vae.parameters()).device
     image = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device, dtype=vae.dtype)
     with FlopCounterMode(display=False) as counter:
-        vae(image)
+        if isinstance(vae, VQModelFA):
+            vae.decode(vae.encode(image).latents, force_not_quantize=True)  # without the search in the codebook
+        else:
+            vae(image)
     return counter.get_total_flops()
 
 

@@ -77,9 +77,12 @@ def test_every_recipe_resolves_and_dry_runs(recipe):
     tokenizer = recipe.parent.name == "tokenizer"
     config = load_config(TokenizerConfig if tokenizer else GeneratorConfig, recipe)
     script = "train_tokenizer.py" if tokenizer else "train_generator.py"
+    if "from_autoencoder_kl" in config.model:
+        pytest.skip(f"{config.model['from_autoencoder_kl']} is on the hub")
     output = run(script, recipe, "--dry-run", "--processes", "8").stdout
     assert f"steps: {config.train.steps}" in output  # the resolved config
-    assert "parameters" in output and "floats per" in output and "steps per epoch" in output
+    assert "parameters" in output and "steps per epoch" in output
+    assert "floats per" in output or "tokens of" in output
     assert not (ROOT / config.output).exists() or config.output.startswith("runs/photos")
 
 
