@@ -109,6 +109,7 @@ SPLIT = {
     "norm_num_groups": 8,
     "latent_channels": 16,
     "high_latent_channels": 3,
+    "shortcut": False,
     "sample_size": 64,
 }
 QUALITY = {**SPLIT, "shortcut": True}

@@ -153,7 +153,7 @@ class AutoencoderKLFA(AutoencoderKL):
         low_branch: str = "native",
         high_decoder_input: str = "all",
         frequency_complement: str | None = None,
-        shortcut: bool = False,
+        shortcut: bool = True,
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         sample_size: int = 256,
@@ -276,7 +276,7 @@ class AutoencoderKLFA(AutoencoderKL):
                 raise ValueError(f"{name} is decided by the autoencoder given to from_autoencoder_kl")
         settings.setdefault("high_block_out_channels", None)
         config = {name: vae.config[name] for name in kept}
-        model = cls(**config, encoder_type="image", high_latent_channels=0, **settings)
+        model = cls(**config, encoder_type="image", high_latent_channels=0, shortcut=False, **settings)
         for name in ("encoder", "quant_conv", "post_quant_conv"):
             if getattr(model, name) is not None:
                 getattr(model, name).load_state_dict(getattr(vae, name).state_dict())

@@ -172,7 +172,7 @@ def test_frequency_basis_is_orthonormal_and_begins_with_the_mean():
 
 
 def test_an_untrained_model_with_a_shortcut_is_a_linear_codec():
-    model = AutoencoderKLFA(**TINY_FAVAE, shortcut=True).eval()
+    model = AutoencoderKLFA(**TINY_FAVAE | {"shortcut": True}).eval()
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     posterior = model.encode(images).latent_dist
     basis = frequency_basis(4, 6).flatten(1)
@@ -185,7 +185,7 @@ def test_an_untrained_model_with_a_shortcut_is_a_linear_codec():
 
 
 def test_everything_behind_a_shortcut_learns():
-    model = AutoencoderKLFA(**TINY_FAVAE, shortcut=True).train()
+    model = AutoencoderKLFA(**TINY_FAVAE | {"shortcut": True}).train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(3):
