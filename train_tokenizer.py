@@ -20,7 +20,7 @@ from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.tokenizer_loss import TokenizerLoss
-from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, to_yaml
+from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, loss_at, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run, describe_tokenizer
 from favae.training.script import main
@@ -40,7 +40,7 @@ def dry_run(config: TokenizerConfig, num_processes: int) -> None:
         if config.adversarial_start is not None:
             discriminator = build_discriminator(config)
             print(f"discriminator: {discriminator.num_parameters():,} parameters")
-    print(describe_tokenizer(vae, config.train.resolution))
+    print(describe_tokenizer(vae.to("meta"), config.train.resolution))
     images = config.data.num_images
     if config.data.path is not None:
         images = len(open_data(config))
@@ -69,7 +69,8 @@ def open_data(config: TokenizerConfig) -> ImageDataset:
 def train(config: TokenizerConfig) -> None:
     run = Run(config)
     train = config.train
-    losses = [loss for _, loss in config.losses()]
+    stages = config.losses()
+    losses = [loss for _, loss in stages]
     first = losses[0]
 
     # Data, models and frozen networks. What is missing is said here, before anything is written.
@@ -83,15 +84,8 @@ def train(config: TokenizerConfig) -> None:
             foundation = FoundationModel(first.alignment.backbone, first.alignment.weights, ALIGNMENT_REMEDY)
         if any(loss.perceptual for loss in losses):
             lpips = LPIPS(first.perceptual_weights, PERCEPTUAL_REMEDY)
-    trainee = TokenizerTrainee(
-        vae,
-        foundation.channels if foundation else None,
-        spectrum=first.spectrum if any(loss.spectrum.weight for loss in losses) else None,
-        scale_equivariance=any(loss.scale_equivariance for loss in losses),
-        latent_noise=first.latent_noise,
-        high_dropout=first.high_dropout,
-    )
-    run.add("generator", trainee, train.learning_rate, groups=trainee.parameter_groups(first.spectrum.learning_rate))
+    trainee = TokenizerTrainee(vae, losses, foundation.channels if foundation else None)
+    run.add("generator", trainee, train.learning_rate, groups=trainee.parameter_groups())
     modules = {"tokenizer": vae}
     if trainee.projection is not None:
         modules["projection"] = trainee.projection
@@ -103,7 +97,6 @@ def train(config: TokenizerConfig) -> None:
         rate = train.discriminator_learning_rate or train.learning_rate
         run.add("discriminator", discriminator, rate, first_step=adversarial_start)
     models = run.prepare(modules, averaged=vae)
-    trainee = models["generator"]
     objective = TokenizerLoss(first, vae, foundation, lpips).to(run.device)
     run.resume()
     preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
@@ -111,11 +104,11 @@ def train(config: TokenizerConfig) -> None:
     for batch in run.batches(dataset):
         images = batch["image"]
         adversarial = discriminator is not None and run.step >= adversarial_start
-        objective.config = config.loss_at(run.step)
+        objective.config = trainee.config = loss_at(stages, run.step)
         trainee.train()
         with run.accelerator.accumulate(*models.values()):
             # Generator: reconstruct, judge, step. The discriminator's own weights get no gradient from this.
-            output = trainee(images)
+            output = models["generator"](images)
             if discriminator is not None:
                 discriminator.requires_grad_(False)
             loss, terms = objective(images, output, discriminator if adversarial else None)

@@ -101,7 +101,7 @@ def main() -> None:
     frozen = frozen_bytes(config)
     result = {"recipe": arguments.recipe.stem, "resolution": size, "batch_size": arguments.batch_size}
     for checkpointing in (False, True):
-        trainee = TokenizerTrainee(build_model(config.model, TOKENIZERS), 1024)
+        trainee = TokenizerTrainee(build_model(config.model, TOKENIZERS), [config.loss], 1024)
         discriminator = PatchDiscriminator()
         kept = count(trainee, discriminator, images, checkpointing)
         states = 16 * sum(p.numel() for model in (trainee, discriminator) for p in model.parameters())

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from favae.losses.flow_matching import FlowMatchingConfig
-from favae.losses.tokenizer_loss import TokenizerLossConfig
+from favae.losses.tokenizer_loss import SpectrumConfig, STFTConfig, TokenizerLossConfig
 from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel, VQModelFA
 from favae.wavelets import WaveletTransform2D
 
@@ -134,6 +134,18 @@ class RunConfig:
     model: dict[str, Any] = field(default_factory=dict)
 
 
+# What the loss is built with, and no stage can change.
+FIXED = (
+    "perceptual_weights",
+    "alignment.backbone",
+    "alignment.weights",
+    "adversarial.channels",
+    "adversarial.num_layers",
+    *(f"spectrum.{f.name}" for f in dataclasses.fields(SpectrumConfig) if f.name not in ("weight", "detach_encoder")),
+    *(f"stft.{f.name}" for f in dataclasses.fields(STFTConfig) if f.name != "weight"),
+)
+
+
 @dataclass
 class StageConfig:
     """A change of the loss in the middle of a run."""
@@ -174,6 +186,9 @@ class TokenizerConfig(RunConfig):
             previous, loss = losses[-1]
             if stage.start_step <= previous:
                 raise ConfigError(f"stages[{i}].start_step must be above {previous}, got {stage.start_step}")
+            for key in FIXED:
+                if OmegaConf.select(OmegaConf.create(stage.loss), key) is not None:
+                    raise ConfigError(f"stages[{i}]: loss.{key} holds for the whole run; set it in loss")
             try:
                 merged = OmegaConf.merge(OmegaConf.structured(loss), stage.loss)
                 losses.append((stage.start_step, OmegaConf.to_object(merged)))
@@ -183,15 +198,16 @@ class TokenizerConfig(RunConfig):
                 raise ConfigError(f"stages[{i}]: {error}") from error
         return losses
 
-    def loss_at(self, step: int) -> TokenizerLossConfig:
-        """The loss of the stage that optimiser step `step` belongs to."""
-        return [loss for start, loss in self.losses() if start <= step][-1]
-
     @property
     def adversarial_start(self) -> int | None:
         """The generator step from which a discriminator judges; None if it never does."""
         starts = [max(start, loss.adversarial.start_step) for start, loss in self.losses() if loss.adversarial.weight]
         return min(starts, default=None)
+
+
+def loss_at(losses: list[tuple[int, TokenizerLossConfig]], step: int) -> TokenizerLossConfig:
+    """The loss of the stage that optimiser step `step` belongs to."""
+    return [loss for start, loss in losses if start <= step][-1]
 
 
 def check_loss(loss: TokenizerLossConfig, model: dict, resolution: int) -> None:
@@ -279,7 +295,8 @@ def build_model(settings: dict, classes: dict[str, type]):
     arguments = {key: value for key, value in settings.items() if key != "name"}
     try:
         if FROZEN in arguments:
-            return _with_frozen_encoder(**arguments)
+            with torch.device("cpu"):  # its weights exist, whatever a dry run says
+                return _with_frozen_encoder(**arguments)
         return classes[settings["name"]](**arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
@@ -291,8 +308,7 @@ def _with_frozen_encoder(from_autoencoder_kl: str | dict, **settings) -> Autoenc
     source = {"path": from_autoencoder_kl} if isinstance(from_autoencoder_kl, str) else dict(from_autoencoder_kl)
     path = source.pop("path")
     try:
-        with torch.device("cpu"):
-            vae = diffusers.AutoencoderKL.from_pretrained(path, **source)
+        vae = diffusers.AutoencoderKL.from_pretrained(path, **source)
     except OSError as error:
         raise ConfigError(
             f"model.{FROZEN}: {path} is neither a folder with an autoencoder nor to be had from the hub "

@@ -1,7 +1,7 @@
 import pytest
 from conftest import ROOT, run, tiny_tokenizer_recipe
 
-from favae.training.config import ConfigError, GeneratorConfig, TokenizerConfig, load_config
+from favae.training.config import ConfigError, GeneratorConfig, TokenizerConfig, load_config, loss_at
 
 RECIPES = sorted(ROOT.glob("configs/*/*.yaml"))
 
@@ -45,6 +45,8 @@ def recipe(tmp_path):
         ("loss.band.wavelet=hair", r"loss: wavelet 'hair' is not a discrete pywt bank"),
         ("stages=[{start_step: 5}, {start_step: 5}]", r"stages\[1\].start_step must be above 5, got 5"),
         ("stages=[{start_step: 5, loss: {kl2: 1}}]", r"stages\[0\].loss.kl2"),
+        ("stages=[{start_step: 5, loss: {spectrum: {sigma: 2}}}]", r"loss.spectrum.sigma holds for the whole run"),
+        ("stages=[{start_step: 5, loss: {alignment: {backbone: x}}}]", r"loss.alignment.backbone holds for the whole"),
         ("stages=[{start_step: 5, loss: {kl: -1}}]", r"stages\[0\]: loss.kl must be at least 0"),
     ],
 )
@@ -141,9 +143,9 @@ def test_losses_that_a_model_does_not_allow(tmp_path, model, override, message):
 def test_stages_change_the_loss_at_their_step(recipe):
     stages = "stages=[{start_step: 3, loss: {alignment: {weight: 0.1}}}, {start_step: 5, loss: {kl: 0.5}}]"
     config = load_config(TokenizerConfig, recipe, ["loss.alignment.weight=0.5", stages])
-    weights = [config.loss_at(step).alignment.weight for step in (0, 2, 3, 4, 5, 100)]
+    weights = [loss_at(config.losses(), step).alignment.weight for step in (0, 2, 3, 4, 5, 100)]
     assert weights == [0.5, 0.5, 0.1, 0.1, 0.1, 0.1]
-    assert [config.loss_at(step).kl for step in (4, 5)] == [config.loss.kl, 0.5]
+    assert [loss_at(config.losses(), step).kl for step in (4, 5)] == [config.loss.kl, 0.5]
     assert config.adversarial_start == 3
     assert load_config(TokenizerConfig, recipe, ["loss.adversarial.weight=0"]).adversarial_start is None
     late = ["loss.adversarial.weight=0", "stages=[{start_step: 7, loss: {adversarial: {weight: 0.2}}}]"]

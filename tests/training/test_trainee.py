@@ -29,6 +29,10 @@ def batch(size: int = 16) -> torch.Tensor:
     return torch.rand(2, 3, size, size) * 2 - 1
 
 
+def trainee_of(vae, **loss) -> TokenizerTrainee:
+    return TokenizerTrainee(vae, [TokenizerLossConfig(**loss)])
+
+
 def complemented(kind: str = "conv") -> AutoencoderKLFA:
     return AutoencoderKLFA(**TINY_FAVAE, frequency_complement=kind)
 
@@ -37,7 +41,7 @@ def complemented(kind: str = "conv") -> AutoencoderKLFA:
 @pytest.mark.parametrize("vae", [complemented("res"), VQModelFA(**TINY_VQ)], ids=["kl", "vq"])
 def test_spectrum_loss_reaches_encoder_complements_and_sigmas(vae, kind):
     vae.zero_grad()
-    trainee = TokenizerTrainee(vae, spectrum=SpectrumConfig(weight=1.0, kind=kind))
+    trainee = trainee_of(vae, spectrum=SpectrumConfig(weight=1.0, kind=kind))
     output = trainee(batch())
     output.terms["spectrum"].backward()
     levels = 8 if isinstance(vae, AutoencoderKLFA) else 4
@@ -52,19 +56,19 @@ def test_spectrum_loss_reaches_encoder_complements_and_sigmas(vae, kind):
 
 def test_the_encoder_can_be_spared():
     vae = complemented()
-    trainee = TokenizerTrainee(vae, spectrum=SpectrumConfig(weight=1.0, detach_encoder=True))
+    trainee = trainee_of(vae, spectrum=SpectrumConfig(weight=1.0, detach_encoder=True))
     output = trainee(batch())
     term = output.terms["spectrum"]
     (gradient,) = torch.autograd.grad(term, vae.encoder.low.conv_in.weight, allow_unused=True, retain_graph=True)
     through_decoder = 0 if gradient is None else gradient.abs().sum()
-    full = TokenizerTrainee(vae, spectrum=SpectrumConfig(weight=1.0))(batch()).terms["spectrum"]
+    full = trainee_of(vae, spectrum=SpectrumConfig(weight=1.0))(batch()).terms["spectrum"]
     (whole,) = torch.autograd.grad(full, vae.encoder.low.conv_in.weight)
     assert whole.abs().sum() > through_decoder
 
 
 def test_sigmas_have_a_group_of_their_own():
-    trainee = TokenizerTrainee(complemented(), spectrum=SpectrumConfig(weight=1.0))
-    groups = trainee.parameter_groups(0.01)
+    trainee = trainee_of(complemented(), spectrum=SpectrumConfig(weight=1.0, learning_rate=0.01))
+    groups = trainee.parameter_groups()
     assert groups[1]["lr"] == 0.01 and groups[1]["weight_decay"] == 0 and groups[1]["params"] == [trainee.spectrum.rho]
     count = sum(len(group["params"]) for group in groups)
     assert count == len(list(trainee.parameters()))
@@ -73,7 +77,7 @@ def test_sigmas_have_a_group_of_their_own():
 def test_a_frozen_encoder_is_not_optimised(tiny_kl):
     vae = AutoencoderKLFA.from_autoencoder_kl(tiny_kl, high_block_out_channels=(8, 8))
     trainee = TokenizerTrainee(vae)
-    trained = {id(p) for group in trainee.parameter_groups(0.0) for p in group["params"]}
+    trained = {id(p) for group in trainee.parameter_groups() for p in group["params"]}
     assert trained == {id(p) for p in (*vae.decoder.parameters(), *vae.post_quant_conv.parameters())}
     config = TokenizerLossConfig()
     total, _ = TokenizerLoss(config, vae)(x := batch(), trainee(x))
@@ -105,16 +109,14 @@ def test_codebook_perplexity_counts():
 
 def test_dropped_high_latents_aim_at_the_low_pass_image(tiny_favae):
     x = batch()
-    output = TokenizerTrainee(tiny_favae, high_dropout=1.0)(x)
+    output = trainee_of(tiny_favae, high_dropout=1.0)(x)
     means = torch.nn.functional.avg_pool2d(x, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert torch.allclose(output.target, means, atol=1e-5)
     assert torch.equal(TokenizerTrainee(tiny_favae)(x).target, x)
     seen = []
-    handle = tiny_favae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     identity = AutoencoderKLFA(**TINY_FAVAE, use_post_quant_conv=False)
-    handle.remove()
     identity.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    TokenizerTrainee(identity, high_dropout=1.0)(x)
+    trainee_of(identity, high_dropout=1.0)(x)
     assert not seen[0][:, 4:].any() and seen[0][:, :4].any()
 
 
@@ -123,9 +125,9 @@ def test_latent_noise_and_scale_equivariance(tiny_favae):
     torch.manual_seed(0)
     plain = TokenizerTrainee(tiny_favae)(x)
     torch.manual_seed(0)
-    noisy = TokenizerTrainee(tiny_favae, latent_noise=1.0)(x)
+    noisy = trainee_of(tiny_favae, latent_noise=1.0)(x)
     assert torch.equal(plain.moments, noisy.moments) and not torch.allclose(plain.sample, noisy.sample)
-    output = TokenizerTrainee(tiny_favae, scale_equivariance=True)(x)
+    output = trainee_of(tiny_favae, scale_equivariance=1.0)(x)
     assert output.terms["scale_equivariance"] > 0
     total, terms = TokenizerLoss(TokenizerLossConfig(scale_equivariance=0.25, kl=0), tiny_favae)(x, output)
     assert total.item() == pytest.approx((terms["reconstruction"] + terms["scale_equivariance"] / 4).item(), rel=1e-5)
@@ -166,3 +168,13 @@ def test_a_fixed_alignment_weight_compiles(tiny_favae):
     compiled.backward()
     assert compiled.item() == pytest.approx(expected.item(), rel=1e-4)
     assert trainee.projection.weight.grad.abs().sum() > 0
+
+
+def test_stages_switch_terms_on_and_off(tiny_favae):
+    losses = [TokenizerLossConfig(), TokenizerLossConfig(scale_equivariance=1.0, high_dropout=1.0)]
+    trainee = TokenizerTrainee(tiny_favae, losses)
+    x = batch()
+    assert not trainee(x).terms
+    trainee.config = losses[1]
+    output = trainee(x)
+    assert set(output.terms) == {"scale_equivariance"} and not torch.equal(output.target, x)
