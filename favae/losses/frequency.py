@@ -108,8 +108,7 @@ class SpectrumLoss(nn.Module):
             to that many cells, as published (3, 5 or 9 cells at sigma = 3: nearly a box, blind at the zeros of a
             box's response).
         normalise: divide by the mean energy of the blurred target, of which no gradient reaches the target; the loss
-            then has no unit, does not fall when the features shrink, and does not fall merely because a wider
-            kernel blurs everything away.
+            then has no unit, and does not fall when the features shrink or a wider kernel takes energy from both alike.
 
     Raises:
         ValueError: for impossible settings, or pairs that do not fit.
@@ -168,13 +167,16 @@ class SpectrumLoss(nn.Module):
 
 
 class DynamicSpectrumLoss(SpectrumLoss):
-    """`SpectrumLoss` whose sigmas are learned, one per pair: sigma_i = 0.3 + softplus(rho_i).
+    """`SpectrumLoss` whose sigmas are learned, one per pair, between 0.3 and 2 sigma - 0.3 of the sigma they start at:
 
-    Widening the kernel always lowers the plain loss, so a sigma that really moves wanders off to where nothing is
-    left to compare; hence `normalise` is on by default: it is the *relative* error of the blurred features then. The
-    published code learns sigma itself with Adam at 2e-7, which cannot move it: its results are those of `SpectrumLoss`.
+    sigma_i = sigma + (sigma - 0.3) tanh(rho_i),   rho_i = 0 at the start.
 
-    `rho` needs a learning rate of its own (1e-3 to 1e-2): see `sigma_parameters`.
+    The loss has no minimum of its own in sigma: blurring removes error, so it falls towards wide kernels where low
+    frequencies are right already, and towards narrow ones where the features are unrelated; `normalise` weakens the
+    first and does not end it. Hence the bounds. The published code learns sigma itself with Adam at 2e-7, which cannot
+    move it: its results are those of `SpectrumLoss`.
+
+    `rho` needs a learning rate of its own (1e-3 to 1e-2).
 
     Args, raises and source: as `SpectrumLoss`.
     """
@@ -193,12 +195,13 @@ class DynamicSpectrumLoss(SpectrumLoss):
     def _set_sigma(self, sigma: Tensor) -> None:
         if sigma.min() <= SMALLEST_SIGMA:
             raise ValueError(f"a learned sigma must start above {SMALLEST_SIGMA}, got {float(sigma.min())}")
-        self.rho = nn.Parameter((sigma - SMALLEST_SIGMA).expm1().log())  # the inverse of softplus
+        self.register_buffer("start", sigma)
+        self.rho = nn.Parameter(torch.zeros_like(sigma))
 
     @property
     def sigma(self) -> Tensor:
         """(levels,), in cells of the feature map."""
-        return SMALLEST_SIGMA + F.softplus(self.rho)
+        return self.start + (self.start - SMALLEST_SIGMA) * torch.tanh(self.rho)
 
 
 def band_loss(

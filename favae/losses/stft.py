@@ -100,5 +100,6 @@ def ssim_loss(prediction: Tensor, target: Tensor) -> Tensor:
     The images are moved to [0, 1] first: SSIM compares means as intensities, which are not negative. The STFT paper
     prints "+ SSIM", which would make images dissimilar.
     """
-    first, second = (prediction.float() + 1) / 2, (target.float() + 1) / 2
-    return 1 - structural_similarity_index_measure(first, second, data_range=1.0)
+    with no_autocast(prediction.device):
+        first, second = (prediction.float() + 1) / 2, (target.float() + 1) / 2
+        return 1 - structural_similarity_index_measure(first, second, data_range=1.0)

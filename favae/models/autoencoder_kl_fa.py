@@ -7,9 +7,23 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-from favae.models.frequency_complement import Branch, ComplementedDecoder
+from favae.models.frequency_complement import Branch, ComplementedDecoder, check_widths
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, start_linear
 from favae.wavelets import WaveletBands
+
+
+def _check_size(images: Tensor, stride: int) -> None:
+    height, width = images.shape[-2:]
+    if height % stride or width % stride:
+        raise ValueError(f"height and width must be multiples of {stride}, got {height}x{width}")
+
+
+class ImageEncoder(Encoder):
+    """diffusers' `Encoder`, which would crop images of sizes that do not fit without a word."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        _check_size(sample, 2 ** (len(self.down_blocks) - 1))
+        return super().forward(sample)
 
 
 class WaveletEncoder(nn.Module):
@@ -42,12 +56,10 @@ class WaveletEncoder(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, sample: Tensor) -> Tensor:
-        height, width = sample.shape[-2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"height and width must be multiples of {self.stride}, got {height}x{width}")
+        _check_size(sample, self.stride)
         low, high = self.bands.split(sample)  # (B, 3, H/2, W/2), (B, 9, H/2, W/2)
         if self.upsample_low:
-            low = F.interpolate(low, size=(height, width), mode="bicubic")
+            low = F.interpolate(low, size=sample.shape[-2:], mode="bicubic")
         low_mean, low_logvar = self.low(low).chunk(2, dim=1)
         high_mean, high_logvar = self.high(high).chunk(2, dim=1)
         mean = torch.cat([low_mean, high_mean], dim=1)
@@ -110,6 +122,7 @@ class AutoencoderKLFA(AutoencoderKL):
         high_block_out_channels: widths of the high branch, from the bands' size down; `None` takes those of
             `block_out_channels`.
         layers_per_block, act_fn, norm_num_groups, mid_block_add_attention: as in [`AutoencoderKL`], for all branches.
+        attention: whether the branches' deepest blocks have attention, as VA-VAE's.
         latent_channels: channels of the whole latent, of which the last `high_latent_channels` are the high branch's.
         wavelet: any discrete bank of pywt.
         wavelet_levels: how often the image is split; see `WaveletBands`.
@@ -143,6 +156,7 @@ class AutoencoderKLFA(AutoencoderKL):
         act_fn: str = "silu",
         norm_num_groups: int = 32,
         mid_block_add_attention: bool = True,
+        attention: bool = False,
         latent_channels: int = 32,
         high_latent_channels: int = 6,
         wavelet: str = "haar",
@@ -167,7 +181,7 @@ class AutoencoderKLFA(AutoencoderKL):
         upsample_low = low_branch == "upsampled"
         low_widths = tuple(block_out_channels)[0 if upsample_low else wavelet_levels :]
         high_widths = tuple(high_block_out_channels or block_out_channels[wavelet_levels:])
-        _check_settings(self.config, high_widths)
+        _check_settings(self.config, low_widths, high_widths)
         stride = 2 ** (len(block_out_channels) - 1)
         low_channels = latent_channels - high_latent_channels
         low_latents, high_latents = slice(None, low_channels), slice(None)
@@ -180,9 +194,12 @@ class AutoencoderKLFA(AutoencoderKL):
             "mid_block_add_attention": mid_block_add_attention,
         }
 
+        deepest = "Attn" if attention else ""
+
         def decoder(latents: slice, bands: int, widths: tuple[int, ...]) -> Decoder:
             channels = len(range(latent_channels)[latents])
-            settings = (channels, bands * out_channels, ("UpDecoderBlock2D",) * len(widths), widths)
+            types = (f"{deepest}UpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (len(widths) - 1)
+            settings = (channels, bands * out_channels, types, widths)
             if frequency_complement is None:
                 return Decoder(*settings, **common)
             return ComplementedDecoder(*settings, frequency_complement=frequency_complement, **common)
@@ -199,11 +216,13 @@ class AutoencoderKLFA(AutoencoderKL):
         )
         if encoder_type == "image":
             types = down_block_types or ("DownEncoderBlock2D",) * len(block_out_channels)
-            self.encoder = Encoder(in_channels, latent_channels, types, block_out_channels, double_z=True, **common)
+            self.encoder = ImageEncoder(
+                in_channels, latent_channels, types, block_out_channels, double_z=True, **common
+            )
         else:
 
             def encoder(bands: int, channels: int, widths: tuple[int, ...]) -> Encoder:
-                types = ("DownEncoderBlock2D",) * len(widths)
+                types = ("DownEncoderBlock2D",) * (len(widths) - 1) + (f"{deepest}DownEncoderBlock2D",)
                 return Encoder(bands * in_channels, channels, types, widths, double_z=True, **common)
 
             self.encoder = WaveletEncoder(
@@ -258,8 +277,8 @@ class AutoencoderKLFA(AutoencoderKL):
         Raises:
             ValueError: for another kind of autoencoder, or settings that the encoder has decided.
         """
-        if isinstance(vae, cls):
-            raise ValueError("from_autoencoder_kl takes a stock AutoencoderKL, got an AutoencoderKLFA")
+        if not isinstance(vae, AutoencoderKL) or isinstance(vae, cls):
+            raise ValueError(f"from_autoencoder_kl takes a stock AutoencoderKL, got {type(vae).__name__}")
         kept = (
             *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "act_fn", "norm_num_groups"),
             *(
@@ -286,7 +305,7 @@ class AutoencoderKLFA(AutoencoderKL):
         return model
 
 
-def _check_settings(config, high_widths: tuple[int, ...]) -> None:
+def _check_settings(config, low_widths: tuple[int, ...], high_widths: tuple[int, ...]) -> None:
     """Raises ValueError for settings of `AutoencoderKLFA` that do not fit together."""
     image = config.encoder_type == "image"
     for name, allowed in {
@@ -310,6 +329,13 @@ def _check_settings(config, high_widths: tuple[int, ...]) -> None:
         raise ValueError("encoder_type='image' has no latents of the high band: high_decoder_input must be 'all'")
     if image and config.shortcut:
         raise ValueError("encoder_type='image' keeps its latent space: shortcut must be False")
+    if image and config.down_block_types is not None and len(config.down_block_types) != len(config.block_out_channels):
+        raise ValueError(
+            f"down_block_types must have as many entries as block_out_channels ({len(config.block_out_channels)}), "
+            f"got {len(config.down_block_types)}"
+        )
+    if len(config.band_scales) != 2 or min(config.band_scales) <= 0:
+        raise ValueError(f"band_scales must be two positive numbers, got {tuple(config.band_scales)}")
     if not image and config.down_block_types is not None:
         raise ValueError("encoder_type='wavelet' has its own blocks: down_block_types must be None")
     if config.low_branch == "upsampled" and config.wavelet_levels != 1:
@@ -325,3 +351,5 @@ def _check_settings(config, high_widths: tuple[int, ...]) -> None:
             f"high_block_out_channels must have {octaves} entries, those of block_out_channels "
             f"({len(config.block_out_channels)}) less wavelet_levels ({config.wavelet_levels}), got {len(high_widths)}"
         )
+    check_widths("block_out_channels", config.block_out_channels if image else low_widths, config.norm_num_groups)
+    check_widths("high_block_out_channels", high_widths, config.norm_num_groups)

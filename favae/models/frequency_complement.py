@@ -12,6 +12,12 @@ from torch import Tensor, nn
 KINDS = ("conv", "res", "attn")
 
 
+def check_widths(name: str, widths: Sequence[int], norm_num_groups: int) -> None:
+    """Raises ValueError for widths that cannot be normalised in groups."""
+    if any(width % norm_num_groups for width in widths):
+        raise ValueError(f"{name} must be multiples of norm_num_groups = {norm_num_groups}, got {tuple(widths)}")
+
+
 class FrequencyComplement(nn.Module):
     """Adds to a decoder's features what an encoder's had and they lack; a spectrum loss tells it what that is.
 

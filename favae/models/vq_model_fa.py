@@ -12,7 +12,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, ResidualVQ, VectorQuantize
 
-from favae.models.frequency_complement import Branch, ComplementedDecoder
+from favae.models.frequency_complement import Branch, ComplementedDecoder, check_widths
 from favae.precision import no_autocast
 
 
@@ -38,8 +38,9 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
     latents (B, latent_channels, H/f, W/f); `quantize` takes them to codebook vectors and indices; `decode` takes
     indices (an integer tensor) or latents, which it quantises unless told not to.
 
-    The codebook changes in training mode only, and only where gradients are wanted: under `torch.no_grad`, or with the
-    parameters frozen (`requires_grad_(False)`), it stays as it is, whatever `train()` says.
+    The codebook changes in training mode only, and only by latents that carry a gradient: under `torch.no_grad`, or
+    with the encoder frozen (`requires_grad_(False)`), it stays as it is, whatever `train()` says. Latents that are not
+    finite do not reach it, but come out as they went in.
 
     Parameters:
         in_channels, out_channels: colour channels of the image.
@@ -54,8 +55,8 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_quantizers: codebooks in a row, of "residual".
         fsq_levels: grid points per dimension, of "fsq".
         codebook_decay: of the moving averages. The published code has 0.8.
-        dead_code_threshold: entries whose moving count falls below are replaced by latents of the batch; 0 never, as
-            published.
+        dead_code_threshold: entries that are used less often than this, in uses per step by a moving average, are
+            replaced by latents of the batch; 0 never, as published. A new entry counts as used once.
         commitment_weight: of the mean squared distance between latents (normalised, for cosine similarity) and entries.
         frequency_complement: "conv", "res", "attn" or None; see `FrequencyComplement`.
 
@@ -85,13 +86,14 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_quantizers: int = 4,
         fsq_levels: tuple[int, ...] = (8, 8, 8, 6, 5),
         codebook_decay: float = 0.99,
-        dead_code_threshold: float = 1.0,
+        dead_code_threshold: float = 0.02,
         commitment_weight: float = 1.0,
         frequency_complement: str | None = "conv",
         sample_size: int = 256,
         scaling_factor: float = 1.0,
     ):
         super().__init__()
+        check_widths("block_out_channels", block_out_channels, norm_num_groups)
         depth = len(block_out_channels)
         deepest = ("Attn",) if attention else ("",)
         down = ("DownEncoderBlock2D",) * (depth - 1) + (deepest[0] + "DownEncoderBlock2D",)
@@ -143,9 +145,11 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def quantize(self, latents: Tensor) -> QuantizerOutput:
         """Latents (B, C, h, w) -> the codebook vectors nearest to them, their indices, and the commitment loss."""
-        frozen = not (torch.is_grad_enabled() and self.quant_conv.weight.requires_grad)
+        frozen = not (torch.is_grad_enabled() and latents.requires_grad)
         with no_autocast(latents.device):
             tokens = latents.float().flatten(2).transpose(1, 2)  # (B, hw, C)
+            not_finite = 0 * tokens  # NaN where they are not; the same on every process, unlike a decision to skip
+            tokens = tokens.nan_to_num(0, 0, 0).to(self._codebook_dtype)
             if self.config.quantizer == "fsq":
                 quantized, indices = self.codebook(tokens)
                 loss = tokens.new_zeros(())
@@ -153,8 +157,13 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
                 quantized, indices, loss = self.codebook(tokens, freeze_codebook=frozen)
                 loss = loss.sum()
         size = latents.shape[-2:]
-        quantized = quantized.transpose(1, 2).unflatten(2, size).to(latents.dtype)
+        quantized = (quantized + not_finite).transpose(1, 2).unflatten(2, size).to(latents.dtype)
         return QuantizerOutput(latents=quantized, indices=indices.long().unflatten(1, size), loss=loss)
+
+    @property
+    def _codebook_dtype(self) -> torch.dtype:
+        """That of its projections; distances are computed in float32."""
+        return next((p.dtype for p in self.codebook.parameters()), torch.float32)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) or (B, h, w, Q) -> codebook vectors (B, C, h, w).
@@ -165,8 +174,10 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_tokens:
             raise ValueError(f"indices must be in 0 ... {self.num_tokens - 1}, got {indices.min()} ... {indices.max()}")
         tokens = indices.flatten(1, 2)  # (B, hw) or (B, hw, Q)
-        fixed = self.config.quantizer == "fsq"
-        codes = (self.codebook.indices_to_codes if fixed else self.codebook.get_output_from_indices)(tokens)
+        if self.config.quantizer == "fsq":
+            codes = self.codebook.project_out(self.codebook.implicit_codebook[tokens].to(self._codebook_dtype))
+        else:
+            codes = self.codebook.get_output_from_indices(tokens)
         return codes.transpose(1, 2).unflatten(2, indices.shape[1:3])
 
     @apply_forward_hook
@@ -196,6 +207,11 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
 def _build_quantizer(config) -> nn.Module:
     size, dim = config.codebook_size, config.latent_channels
+    for name in ("codebook_size", "codebook_dim", "num_quantizers"):
+        if config[name] is not None and config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    if config.quantizer == "fsq" and config.codebook_dim is not None:
+        raise ValueError("quantizer='fsq' has one dimension per entry of fsq_levels: codebook_dim must be None")
     if config.quantizer == "fsq":
         levels = list(config.fsq_levels)
         count = int(torch.tensor(levels).prod())
@@ -215,5 +231,10 @@ def _build_quantizer(config) -> nn.Module:
         "rotation_trick": False,  # straight-through, as published
     }
     if config.quantizer == "residual":
-        return ResidualVQ(num_quantizers=config.num_quantizers, **settings)
-    return VectorQuantize(**settings)
+        quantizer = ResidualVQ(num_quantizers=config.num_quantizers, **settings)
+    else:
+        quantizer = VectorQuantize(**settings)
+    for module in quantizer.modules():
+        if hasattr(module, "reset_cluster_size"):
+            module.reset_cluster_size = max(1.0, config.dead_code_threshold)  # time to be found, for a new entry
+    return quantizer

@@ -70,9 +70,34 @@ def test_the_gradient_is_bounded():
 def test_float32_inside_autocast():
     a, b = torch.rand(1, 3, 32, 32).bfloat16(), torch.rand(1, 3, 32, 32).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        value = STFTLoss()(a, b)
+        value, similarity = STFTLoss()(a, b), ssim_loss(a, b)
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(STFTLoss()(a.float(), b.float()).item(), rel=1e-5)
+    assert similarity.item() == pytest.approx(ssim_loss(a.float(), b.float()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["wrapped", "paper"])
+def test_against_its_formula(phase):
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 20, 16)).astype(np.float32)
+    window, stride, weight = 8, 4, 3.0
+    hann = 0.5 * (1 - np.cos(2 * np.pi * np.arange(window) / window))
+    frequency = np.fft.fftfreq(window)
+    radius = np.hypot(*np.meshgrid(frequency, frequency, indexing="ij"))  # the whole plane, no mirrored bins
+    images = [np.pad(x, window // 2, mode="reflect") if phase == "wrapped" else x for x in (first, second)]
+    costs = []
+    for row in range(0, images[0].shape[0] - window + 1, stride):
+        for column in range(0, images[0].shape[1] - window + 1, stride):
+            patches = [x[row : row + window, column : column + window] * np.outer(hann, hann) for x in images]
+            p, t = (np.fft.fft2(patch, norm="ortho") for patch in patches)
+            if phase == "wrapped":
+                angle = np.minimum(abs(p), abs(t)) * abs(np.angle(p * t.conj()))
+            else:
+                angle = abs(np.angle(p) - np.angle(t))
+            costs.append(((abs(abs(p) - abs(t)) + weight * angle) * radius / radius.sum()).sum())
+    loss = STFTLoss(window, stride, phase_weight=weight, phase=phase)
+    value = loss(*(torch.from_numpy(x)[None, None] for x in (first, second)))
+    assert value.item() == pytest.approx(np.mean(costs), rel=1e-4)
 
 
 @pytest.mark.parametrize(

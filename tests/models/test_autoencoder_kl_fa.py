@@ -49,6 +49,7 @@ def test_save_load_same_output(tiny_favae, tmp_path):
         {"frequency_complement": "conv"},
         {"frequency_complement": "attn", "high_decoder_input": "high"},
         {"shortcut": True},
+        {"attention": True},
         {"encoder_type": "image", "high_latent_channels": 0},
         {"encoder_type": "image", "high_latent_channels": 0, "low_branch": "upsampled", "frequency_complement": "res"},
     ],
@@ -150,6 +151,11 @@ def test_auto_model_inside_a_folder_of_components(tiny_favae, tmp_path):
         (IMAGE | {"shortcut": True}, "encoder_type='image'.*shortcut"),
         ({"down_block_types": ("DownEncoderBlock2D",) * 3}, "encoder_type='wavelet'.*down_block_types"),
         ({"shortcut": True, "latent_channels": 49}, "3 x 4 x 4 has fewer than 49"),
+        ({"block_out_channels": (8, 8, 18)}, "block_out_channels must be multiples of norm_num_groups = 4"),
+        ({"high_block_out_channels": (8, 10)}, "high_block_out_channels must be multiples of norm_num_groups = 4"),
+        ({"band_scales": (2.0,)}, "band_scales must be two positive numbers"),
+        ({"band_scales": (0.0, 1.0)}, "band_scales must be two positive numbers"),
+        (IMAGE | {"down_block_types": ("DownEncoderBlock2D",)}, r"down_block_types .* block_out_channels \(3\), got 1"),
     ],
 )
 def test_impossible_settings(options, message):
@@ -158,8 +164,9 @@ def test_impossible_settings(options, message):
 
 
 def test_sizes_that_do_not_fit(tiny_favae):
-    with pytest.raises(ValueError, match="multiples of 4, got 18x16"):
-        tiny_favae.encode(torch.zeros(1, 3, 18, 16))
+    for model in (tiny_favae, AutoencoderKLFA(**TINY_FAVAE | IMAGE)):
+        with pytest.raises(ValueError, match="multiples of 4, got 18x16"):
+            model.encode(torch.zeros(1, 3, 18, 16))
 
 
 def test_frequency_basis_is_orthonormal_and_begins_with_the_mean():
@@ -231,8 +238,9 @@ def test_from_autoencoder_kl_keeps_other_blocks_and_survives_saving(tmp_path):
 def test_from_autoencoder_kl_refuses_what_the_encoder_decides(tiny_kl, tiny_favae):
     with pytest.raises(ValueError, match="latent_channels is decided"):
         AutoencoderKLFA.from_autoencoder_kl(tiny_kl, latent_channels=3)
-    with pytest.raises(ValueError, match="stock AutoencoderKL"):
-        AutoencoderKLFA.from_autoencoder_kl(tiny_favae)
+    for other in (tiny_favae, torch.nn.Identity()):
+        with pytest.raises(ValueError, match=f"stock AutoencoderKL, got {type(other).__name__}"):
+            AutoencoderKLFA.from_autoencoder_kl(other)
 
 
 def test_image_encoders_have_no_branches_to_compare(tiny_kl):
