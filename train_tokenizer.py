@@ -20,6 +20,7 @@ from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.tokenizer_loss import TokenizerLoss
+from favae.models import VQModelFA
 from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, loss_at, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run, describe_tokenizer
@@ -76,6 +77,11 @@ def train(config: TokenizerConfig) -> None:
     # Data, models and frozen networks. What is missing is said here, before anything is written.
     dataset = open_data(config)
     vae = build_model(config.model, TOKENIZERS)
+    stride = 2 ** (len(vae.config.block_out_channels) - 1)
+    if train.resolution % stride:
+        raise ConfigError(
+            f"train.resolution must be a multiple of {stride} for this autoencoder, got {train.resolution}"
+        )
     if train.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     foundation = lpips = None
@@ -91,6 +97,8 @@ def train(config: TokenizerConfig) -> None:
         modules["projection"] = trainee.projection
     if trainee.spectrum is not None:
         modules["spectrum"] = trainee.spectrum
+    if isinstance(vae, VQModelFA):
+        modules["codebook_statistics"] = trainee.codebook_statistics
     discriminator, adversarial_start = None, config.adversarial_start
     if adversarial_start is not None:
         discriminator = modules["discriminator"] = build_discriminator(config)

@@ -26,6 +26,7 @@ CODEBOOK = {
     "frequency_complement": None,
     "sample_size": 64,
 }
+ALIGNMENT = {"weight": 0.05, "backbone": "efficientnet-lite0", "adaptive": False}
 FOCAL = {"focal_frequency": {"weight": 1.0}}
 
 
@@ -55,10 +56,14 @@ EXPERIMENTS = {
     "band_high": ours("+ 0.3 band loss of LH, HL and HH only", band={"weight": 0.3, "weights": [0, 1, 1, 1]}),
     "stft": ours("+ 0.1 STFT loss", stft={"weight": 0.1}),
     "stft_paper": ours("+ 0.01 STFT loss, phase as printed", stft={"weight": 0.01, "phase": "paper"}),
+    "alignment": ours("+ 0.05 alignment to EfficientNet-Lite0", alignment=ALIGNMENT),
+    "adversary": ours("+ PatchGAN in the second half", adversarial={"weight": 0.05, "start_step": 400, "channels": 32}),
     "complement_conv": ours("+ complements, no loss on them", {"frequency_complement": "conv"}),
     "spectrum_conv": ours(
         "+ complements, focal and 0.01 dynamic spectrum loss", {"frequency_complement": "conv"}, **spectrum("dynamic")
     ),
+    "spectrum_res": ours("the same, `res` complements", {"frequency_complement": "res"}, **spectrum("dynamic")),
+    "spectrum_attn": ours("the same, `attn` complements", {"frequency_complement": "attn"}, **spectrum("dynamic")),
     "scale_equivariance": ours("+ 0.25 scale equivariance", scale_equivariance=0.25),
     "latent_noise": ours("+ latent noise, tau 0.1", latent_noise=0.1),
     "high_dropout": ours("+ high latents dropped in a tenth of the images", high_dropout=0.1),
@@ -79,7 +84,8 @@ EXPERIMENTS = {
 
 
 def finish(report: dict, output: Path) -> None:
-    report["throughput"] = throughput(EXPERIMENTS, "base")
+    there = {row["model"] for row in report["rows"]} | {"base"}
+    report["throughput"] = throughput({name: EXPERIMENTS[name] for name in EXPERIMENTS if name in there}, "base")
     ladder = [name for name in EXPERIMENTS if name.startswith("vq")]
     rest = [name for name in EXPERIMENTS if name not in ladder]
     tables = [table(report, rest, "base"), table(report, ladder, "vq")]

@@ -35,14 +35,16 @@ def with_spread(values: list[float], digits: int) -> str:
 def table(report: dict, order: list[str], reference: str) -> str:
     """Markdown; errors with their ratio to the reference's mean in brackets."""
     rows = by_model(report)
-    columns = ["model", "seeds", "parameters", "GFLOP", "speed", "Recon", "Low", "High", "PSNR", "SSIM"]
+    columns = ["model", "seeds", "floats", "parameters", "GFLOP", "speed", "Recon", "Low", "High", "PSNR", "SSIM"]
     columns += ["rFD(efficientnet-lite0)", "Recon, validation", "training, s"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name in order:
         if name not in rows:
             continue
         own, base = rows[name], rows.get(reference, rows[name])
-        cells = [f"`{name}`", str(len(own)), f"{own[0]['params'] / 1e6:.1f} M", f"{own[0]['flops'] / 1e9:.2f}"]
+        size = own[0].get("floats_per_image") or f"{own[0]['tokens_per_image']} tokens"
+        cells = [f"`{name}`", str(len(own)), f"{size:,}" if isinstance(size, int) else size]
+        cells += [f"{own[0]['params'] / 1e6:.1f} M", f"{own[0]['flops'] / 1e9:.2f}"]
         cells.append(f"{report['throughput'][name]['ratio']:.2f}" if name in report.get("throughput", {}) else "")
         for key, digits in zip(MEASURES, (4, 4, 5)):
             values = [row[key] for row in own]
@@ -104,6 +106,8 @@ def save_strips(folder: Path, models: list[str], file: Path) -> None:
     """Held-out images, each model's reconstructions below the originals, first seed."""
     names = ["original", *models]
     strips = {name: Image.open(folder / f"{name}.png") for name in names if (folder / f"{name}.png").exists()}
+    if not strips:  # only the first seed leaves any
+        return
     figure, axes = plt.subplots(len(strips), 1, figsize=(9, 1.3 * len(strips)), constrained_layout=True, squeeze=False)
     for axis, (name, strip) in zip(axes[:, 0], strips.items()):
         axis.imshow(strip, interpolation="nearest")

@@ -72,13 +72,13 @@ class Experiment:
         return {"model": self.model, "data": BASE["data"], "loss": loss, "train": train_settings}
 
 
-def heldout(split: str = "heldout") -> ImageDataset:
+def photos(split: str) -> ImageDataset:
     return ImageDataset(open_source("photos", split), BASE["train"]["resolution"])
 
 
 @torch.no_grad()
 def errors(vae, split: str) -> dict[str, float]:
-    dataset = heldout(split)
+    dataset = photos(split)
     images = skip_missing([dataset[i] for i in range(len(dataset))])["image"]
     rows = torch.cat([image_errors(x, reconstruct(vae, x)) for x in images.split(32)])
     return {name: float(value) for name, value in zip(PER_IMAGE, rows.double().mean(dim=0)) if name != "lpips"}
@@ -87,7 +87,7 @@ def errors(vae, split: str) -> dict[str, float]:
 @torch.no_grad()
 def error_spectrum(vae) -> list[float]:
     """The error's share of the image's power per ring of frequencies, 0 to half a cycle per pixel, held-out images."""
-    dataset = heldout()
+    dataset = photos("heldout")
     images = skip_missing([dataset[i] for i in range(len(dataset))])["image"]
     difference = torch.cat([reconstruct(vae, x) - x for x in images.split(32)])
     size = images.shape[-1]
@@ -114,7 +114,7 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     for step, path in find_checkpoints(output / "checkpoints"):
         vae = kind.from_pretrained(path / "ema").eval()
         curve.append({"steps": step, **errors(vae, "heldout"), "validation": errors(vae, "validation")})
-    results, _ = evaluate_reconstruction(vae, heldout(), FeatureExtractor("efficientnet-lite0"))
+    results, _ = evaluate_reconstruction(vae, photos("heldout"), FeatureExtractor("efficientnet-lite0"))
     row = {"model": name, "seed": seed, "steps": steps, **results, **curve[-1]}
     row["rfd_features"] = "efficientnet-lite0"
     row["error_spectrum"] = error_spectrum(vae)
@@ -122,8 +122,9 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     row["seconds"] = last["seconds"]
     row["training"] = {key: value for key, value in last.items() if key not in ("step", "seconds")}
     row["curve"] = curve
+    row |= environment()
     if seed == 0:
-        dataset = heldout()
+        dataset = photos("heldout")
         chosen = range(0, len(dataset), len(dataset) // EXAMPLES)
         images = torch.stack([dataset[i]["image"] for i in chosen][:EXAMPLES])
         with torch.no_grad():
@@ -160,7 +161,8 @@ def throughput(experiments: dict[str, Experiment], reference: str, rounds: int =
         For each model the median of the ratios of the rounds, with the lowest and the highest.
     """
     torch.set_num_threads(1)
-    images = torch.rand(batch_size, 3, 64, 64) * 2 - 1
+    size = BASE["train"]["resolution"]
+    images = torch.rand(batch_size, 3, size, size) * 2 - 1
     models = {name: build_model(experiment.model, TOKENIZERS).eval() for name, experiment in experiments.items()}
     times = {name: [] for name in models}
     with torch.no_grad():
@@ -183,62 +185,64 @@ def main(
     """The command line: trains what is missing, then `finish` adds to the report and draws.
 
     Args:
-        finish: called with the report, a dict with "rows", and the output file when all rows are there.
+        finish: called with a report of the rows of this number of steps and of the models there are, and the output
+            file, when all rows are there.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(experiments), default=list(experiments), metavar="MODEL")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(seeds)))
     parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--resolution", type=int, default=BASE["train"]["resolution"])
+    parser.add_argument("--batch-size", type=int, default=BASE["train"]["batch_size"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time, one thread each on a CPU")
     parser.add_argument("--output", type=Path, default=output)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / output.stem)
+    parser.add_argument("--runs", type=Path, help="run folders; by default runs/<name of the output>")
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    BASE["train"] |= {"resolution": arguments.resolution, "batch_size": arguments.batch_size}
+    runs = arguments.runs or ROOT / "runs" / arguments.output.stem
     strips = arguments.output.with_suffix("")
     if arguments.worker:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         name, seed = arguments.worker[0], int(arguments.worker[1])
-        row = run_row(name, experiments[name], seed, arguments.steps, arguments.runs, strips)
-        (arguments.runs / f"{name}-{seed}.json").write_text(json.dumps(row))
+        row = run_row(name, experiments[name], seed, arguments.steps, runs, strips)
+        (runs / f"{name}-{seed}.json").write_text(json.dumps(row))
         return
 
-    report = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
-    report = {"command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}"]), **environment(), **report}
-    done = {(row["model"], row["seed"], row["steps"]) for row in report["rows"]}
+    rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+    head = {"command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]), **environment()}
+    done = {(row["model"], row["seed"], row["steps"]) for row in rows}
     wanted = [(name, seed) for seed in arguments.seeds for name in arguments.models]
     missing = [pair for pair in wanted if (*pair, arguments.steps) not in done]
 
     def work(pair: tuple[str, int]) -> None:
         name, seed = pair
-        settings = ["--steps", str(arguments.steps), "--runs", str(arguments.runs), "--output", str(arguments.output)]
-        command = [sys.executable, sys.argv[0], "--worker", name, str(seed), *settings]
-        log = arguments.runs / f"{name}-{seed}.log"
-        arguments.runs.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *sys.argv, "--worker", name, str(seed)]
+        log = runs / f"{name}-{seed}.log"
+        runs.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
-            threads = (
-                {"TQDM_DISABLE": "1"} if torch.cuda.is_available() else {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-            )
+            threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
             result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads})
         if result.returncode:
             raise RuntimeError(f"{name}, seed {seed} failed; see {log}")
-        report["rows"].append(json.loads((arguments.runs / f"{name}-{seed}.json").read_text()))
-        write(arguments.output, report)
-        print(f"{name}, seed {seed}: done ({len(report['rows'])} rows)", flush=True)
+        rows.append(json.loads((runs / f"{name}-{seed}.json").read_text()))
+        write(arguments.output, {**head, "rows": rows})
+        print(f"{name}, seed {seed}: done ({len(rows)} rows)", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for future in [pool.submit(work, pair) for pair in missing]:
             future.result()
-    report["rows"] = [row for row in report["rows"] if row["model"] in experiments]
+    shown = [row for row in rows if row["model"] in experiments and row["steps"] == arguments.steps]
+    report = {**head, "rows": shown}
     finish(report, arguments.output)
-    write(arguments.output, report)
+    write(arguments.output, {**report, "rows": rows})
 
 
 def write(file: Path, report: dict) -> None:
     """The report, one row per line."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    report["rows"].sort(key=lambda row: (row["model"], row["seed"]))
     head = {key: value for key, value in report.items() if key != "rows"}
-    rows = ",\n  ".join(json.dumps(row) for row in report["rows"])
+    rows = ",\n  ".join(json.dumps(row) for row in sorted(report["rows"], key=lambda row: (row["model"], row["seed"])))
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + rows + "\n ]\n}\n")
     temporary.rename(file)

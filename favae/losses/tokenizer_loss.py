@@ -94,7 +94,7 @@ class STFTConfig:
 
 @dataclass
 class TokenizerLossConfig:
-    reconstruction: str = "l1"  # or "l2"
+    reconstruction: str = "l1"  # "l2", or "none": the other terms alone
     ssim: float = 0.0  # of 1 - SSIM
     kl: float = 1e-6  # of models with a posterior
     commitment: float = 1.0  # of models with a codebook, on top of their own commitment_weight
@@ -112,7 +112,7 @@ class TokenizerLossConfig:
 
     def __post_init__(self):
         for name, allowed in {
-            "reconstruction": ("l1", "l2"),
+            "reconstruction": ("l1", "l2", "none"),
             "spectrum.kind": ("dynamic", "fixed", "none"),
             "stft.phase": ("wrapped", "paper"),
         }.items():
@@ -120,9 +120,17 @@ class TokenizerLossConfig:
                 raise ValueError(f"loss.{name} must be one of {', '.join(allowed)}, got {self._value(name)}")
         weights = ("ssim", "kl", "commitment", "perceptual", "scale_equivariance", "latent_noise", "high_dropout")
         sections = ("focal_frequency", "spectrum", "band", "stft", "alignment", "adversarial")
-        for name in (*weights, *(f"{section}.weight" for section in sections)):
+        others = ("focal_frequency.alpha", "spectrum.learning_rate", "stft.phase_weight", "adversarial.start_step")
+        ceilings = ("alignment.max_weight", "adversarial.max_weight")
+        for name in (*weights, *(f"{section}.weight" for section in sections), *others, *ceilings):
             if self._value(name) < 0:
                 raise ValueError(f"loss.{name} must be at least 0, got {self._value(name)}")
+        if self.focal_frequency.patch_factor < 1:
+            raise ValueError(
+                f"loss.focal_frequency.patch_factor must be at least 1, got {self.focal_frequency.patch_factor}"
+            )
+        if len(self.band.weights) != 4 or min(self.band.weights) < 0 or self.band.levels < 1:
+            raise ValueError("loss.band takes four weights of at least 0 and at least one level")
         if self.high_dropout > 1:
             raise ValueError(f"loss.high_dropout is a probability, got {self.high_dropout}")
 
@@ -137,6 +145,7 @@ class TokenizerOutput:
     Attributes:
         sample: (B, 3, H, W), the reconstruction.
         target: (B, 3, H, W), what it should be: the images, or low-pass images where the high latents were dropped.
+        latents: (B, C, h, w), a posterior sample or codebook vectors.
         moments: (B, 2C, h, w), mean and logvar of the posterior; None for a codebook.
         projected: (B, F, h, w), latents in the space of the foundation model's features, or None.
         terms: losses that need the model's inside: "spectrum", "commitment", "scale_equivariance".
@@ -145,6 +154,7 @@ class TokenizerOutput:
 
     sample: Tensor
     target: Tensor
+    latents: Tensor | None = None
     moments: Tensor | None = None
     projected: Tensor | None = None
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -195,9 +205,11 @@ class TokenizerLoss(nn.Module):
         """
         config = self.config
         images, target, sample = images.float(), output.target.float(), output.sample.float()
-        error = sample - target
-        terms = {"reconstruction": error.abs().mean() if config.reconstruction == "l1" else error.square().mean()}
-        total = terms["reconstruction"]
+        terms, total = {}, sample.new_zeros(())
+        if config.reconstruction != "none":
+            error = sample - target
+            terms["reconstruction"] = error.abs().mean() if config.reconstruction == "l1" else error.square().mean()
+            total = terms["reconstruction"]
         if config.ssim:
             terms["ssim"] = ssim_loss(sample, target)
             total = total + config.ssim * terms["ssim"]

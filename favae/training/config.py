@@ -62,6 +62,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     lr_scheduler: str = "constant_with_warmup"  # any name of diffusers.optimization.get_scheduler
     lr_warmup_steps: int = 0
+    lr_num_cycles: int = 1  # of cosine_with_restarts
     max_grad_norm: float | None = None
     ema_decay: float = 0.0  # 0: no average is kept
     mixed_precision: str = "no"
@@ -75,7 +76,14 @@ class TrainConfig:
     tracker: str | None = "tensorboard"
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "lr_num_cycles",
+        ):
             at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("lr_warmup_steps", "num_workers", "sample_every", "max_skipped_steps"):
             at_least(f"train.{name}", getattr(self, name), 0)
@@ -173,7 +181,14 @@ class TokenizerConfig(RunConfig):
         if self.train.mixed_precision == "fp16" and self.adversarial_start is not None:
             raise ConfigError("train.mixed_precision=fp16 has one gradient scale and cannot serve two losses; use bf16")
         for _, loss in self.losses():
+            if self.train.mixed_precision == "fp16" and loss.alignment.weight and loss.alignment.adaptive:
+                raise ConfigError(
+                    "train.mixed_precision=fp16 has no scale for the gradients that loss.alignment.adaptive compares; "
+                    "use bf16, or loss.alignment.adaptive=false"
+                )
             check_loss(loss, self.model, self.train.resolution)
+            if loss.scale_equivariance and self.train.resolution < 2 * factor:
+                raise ConfigError(f"loss.scale_equivariance needs train.resolution of at least {2 * factor}")
 
     def losses(self) -> list[tuple[int, TokenizerLossConfig]]:
         """(first step, loss) of each stage, in order; the first begins at 0.
@@ -187,7 +202,8 @@ class TokenizerConfig(RunConfig):
             if stage.start_step <= previous:
                 raise ConfigError(f"stages[{i}].start_step must be above {previous}, got {stage.start_step}")
             for key in FIXED:
-                if OmegaConf.select(OmegaConf.create(stage.loss), key) is not None:
+                section, _, name = key.rpartition(".")
+                if name in (stage.loss.get(section) or {} if section else stage.loss):
                     raise ConfigError(f"stages[{i}]: loss.{key} holds for the whole run; set it in loss")
             try:
                 merged = OmegaConf.merge(OmegaConf.structured(loss), stage.loss)
@@ -220,8 +236,13 @@ def check_loss(loss: TokenizerLossConfig, model: dict, resolution: int) -> None:
             f"train.resolution must be at least {smallest} for a discriminator of "
             f"{loss.adversarial.num_layers} layers (loss.adversarial.num_layers), got {resolution}"
         )
-    if loss.spectrum.weight and not (model.get("frequency_complement") and (split or name == "VQModelFA")):
-        raise ConfigError("loss.spectrum.weight needs model.frequency_complement, and an encoder of the same bands")
+    if loss.spectrum.weight and not (split or name == "VQModelFA"):
+        raise ConfigError(
+            "loss.spectrum.weight needs an encoder with the decoder's features: a VQModelFA, or an AutoencoderKLFA "
+            f"without model.encoder_type=image and model.{FROZEN}"
+        )
+    if loss.spectrum.weight and not model.get("frequency_complement", "conv" if name == "VQModelFA" else None):
+        raise ConfigError("loss.spectrum.weight needs model.frequency_complement")
     if loss.high_dropout and not split:
         raise ConfigError("loss.high_dropout needs high latents: model.name=AutoencoderKLFA with its wavelet encoder")
     if loss.latent_noise and name == "VQModelFA":
@@ -234,8 +255,6 @@ def check_loss(loss: TokenizerLossConfig, model: dict, resolution: int) -> None:
         WaveletTransform2D(loss.band.wavelet)
     except ValueError as error:
         raise ConfigError(f"loss: {error}") from error
-    if len(loss.band.weights) != 4 or loss.band.levels < 1:
-        raise ConfigError("loss.band takes four weights and at least one level")
     if loss.stft.weight and loss.stft.window > resolution:
         raise ConfigError(f"loss.stft.window must be at most train.resolution = {resolution}, got {loss.stft.window}")
     if loss.focal_frequency.weight and resolution % loss.focal_frequency.patch_factor:
@@ -281,6 +300,8 @@ def check_model(settings: dict, classes: dict[str, type]) -> None:
     allowed = [name for name in inspect.signature(classes[settings["name"]].__init__).parameters if name != "self"]
     if settings["name"] == "AutoencoderKLFA":
         allowed.append(FROZEN)
+    if not isinstance(settings.get(FROZEN, ""), str) and set(settings[FROZEN]) - {"subfolder"} != {"path"}:
+        raise ConfigError(f"model.{FROZEN} is a folder or hub name, or {{path: ..., subfolder: ...}}")
     for key in settings:
         if key not in allowed and key != "name":
             raise ConfigError(f"unknown key model.{key}; {settings['name']} takes {', '.join(allowed)}")
@@ -309,7 +330,7 @@ def _with_frozen_encoder(from_autoencoder_kl: str | dict, **settings) -> Autoenc
     path = source.pop("path")
     try:
         vae = diffusers.AutoencoderKL.from_pretrained(path, **source)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"model.{FROZEN}: {path} is neither a folder with an autoencoder nor to be had from the hub "
             f"({str(error).splitlines()[0]})"

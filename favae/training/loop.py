@@ -141,6 +141,7 @@ class Run:
             optimizer,
             num_warmup_steps=train.lr_warmup_steps,
             num_training_steps=max(1, train.steps - first_step),
+            num_cycles=train.lr_num_cycles,
         )
         self._trained[name] = (model, optimizer, schedule)
 

@@ -31,11 +31,14 @@ def flops_per_image(vae: nn.Module, resolution: int) -> int:
     """Floating-point operations of encoding and decoding one square image; a multiplication and an addition are two."""
     device = next(vae.parameters()).device
     image = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device, dtype=vae.dtype)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside it
     with FlopCounterMode(display=False) as counter:
         if isinstance(vae, VQModelFA):
             vae.decode(vae.encode(image).latents, force_not_quantize=True)  # without the search in the codebook
         else:
             vae(image)
+    torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops()
 
 

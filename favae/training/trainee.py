@@ -10,7 +10,7 @@ from favae.losses.tokenizer_loss import TokenizerLossConfig, TokenizerOutput
 from favae.models.frequency_complement import FeatureRecorder
 from favae.models.vq_model_fa import VQModelFA
 
-USAGE_DECAY = 0.99  # codebook statistics are over the last hundred batches or so
+RECENT = 100  # batches that codebook statistics look back on
 
 
 class TokenizerTrainee(nn.Module):
@@ -47,7 +47,7 @@ class TokenizerTrainee(nn.Module):
         if any(loss.spectrum.weight for loss in losses):
             self.spectrum = self.config.spectrum.build(FeatureRecorder.LEVELS * len(vae.branches))
         if isinstance(vae, VQModelFA):
-            self.register_buffer("code_counts", torch.zeros(vae.num_tokens), persistent=False)
+            self.codebook_statistics = CodebookStatistics(vae.num_tokens)
 
     def parameter_groups(self) -> list[dict]:
         """What wants gradients, for an optimiser: the sigmas on their own, with a rate of their own and no decay."""
@@ -60,16 +60,25 @@ class TokenizerTrainee(nn.Module):
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """(B, 3, H, W) in [-1, 1], with gradients."""
-        if self.spectrum is None:
-            return self._reconstruct(images)[0]
-        with FeatureRecorder(self.vae.branches) as recorder:
+        config, idle = self.config, []
+        if self.spectrum is not None and config.spectrum.weight:
+            with FeatureRecorder(self.vae.branches) as recorder:
+                output, latents = self._reconstruct(images)
+            complements, activations = recorder.pairs(latents)
+            if config.spectrum.detach_encoder:
+                activations = [activation.detach() for activation in activations]
+            output.terms["spectrum"] = self.spectrum(complements, activations)
+            if config.spectrum.kind == "dynamic":
+                output.statistics |= {f"sigma_{i}": sigma for i, sigma in enumerate(self.spectrum.sigma)}
+        else:
             output, latents = self._reconstruct(images)
-        complements, activations = recorder.pairs(latents)
-        if self.config.spectrum.detach_encoder:
-            activations = [activation.detach() for activation in activations]
-        output.terms["spectrum"] = self.spectrum(complements, activations)
-        for i, sigma in enumerate(self.spectrum.sigma):
-            output.statistics[f"sigma_{i}"] = sigma
+            idle += [] if self.spectrum is None else self.spectrum.parameters()
+        if self.projection is not None and config.alignment.weight:
+            output.projected = self.projection(output.latents[:, : self.aligned_channels])
+        else:
+            idle += [] if self.projection is None else self.projection.parameters()
+        if idle:  # what a stage does not use must have a gradient all the same, for DistributedDataParallel
+            output.sample = output.sample + 0 * sum(parameter.sum() for parameter in idle)
         return output
 
     def _reconstruct(self, images: Tensor) -> tuple[TokenizerOutput, Tensor]:
@@ -80,14 +89,12 @@ class TokenizerTrainee(nn.Module):
             quantized = self.vae.quantize(exact)
             latents = quantized.latents
             output.terms["commitment"] = quantized.loss
-            output.statistics |= self._codebook_statistics(quantized.indices)
+            output.statistics |= self.codebook_statistics(quantized.indices)
         else:
             posterior = self.vae.encode(images).latent_dist
             exact, latents = posterior.mean, posterior.sample()
             output.moments = posterior.parameters
-        if self.projection is not None:
-            output.projected = self.projection(latents[:, : self.aligned_channels])
-        decoded = latents
+        output.latents = decoded = latents
         if self.config.latent_noise:
             deviation = self.config.latent_noise * torch.randn(len(latents), 1, 1, 1, device=latents.device).abs()
             decoded = decoded + deviation * torch.randn_like(decoded)
@@ -107,16 +114,29 @@ class TokenizerTrainee(nn.Module):
         quantized = {"force_not_quantize": True} if isinstance(self.vae, VQModelFA) else {}
         return self.vae.decode(latents, **quantized).sample
 
-    @torch.no_grad()
-    def _codebook_statistics(self, indices: Tensor) -> dict[str, Tensor]:
-        """How much of the codebook the last batches used, and with what perplexity (of its size, at most).
 
-        Of the first codebook, for a residual quantiser; of this process's images, for several.
+class CodebookStatistics(nn.Module):
+    """How the entries of a codebook are used; of the first, for a residual quantiser; of this process's images."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(num_tokens))  # a moving sum
+        self.register_buffer("unused", torch.full((num_tokens,), RECENT))  # batches since the last use
+
+    @torch.no_grad()
+    def forward(self, indices: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            indices: (B, h, w) or (B, h, w, Q), of one more batch.
+        Returns:
+            "codebook_usage", the share of entries used in the last hundred batches, and "codebook_perplexity", the
+            exponential of the entropy of how often, of about as many batches.
         """
         first = indices if indices.ndim == 3 else indices[..., 0]
-        self.code_counts.mul_(USAGE_DECAY).add_(torch.bincount(first.flatten(), minlength=len(self.code_counts)))
-        share = self.code_counts / self.code_counts.sum()
+        batch = torch.bincount(first.flatten(), minlength=len(self.counts))
+        self.counts.mul_(1 - 1 / RECENT).add_(batch)
+        self.unused.add_(1).masked_fill_(batch > 0, 0)
         return {
-            "codebook_usage": (self.code_counts > USAGE_DECAY**100).float().mean(),
-            "codebook_perplexity": torch.special.entr(share).sum().exp(),
+            "codebook_usage": (self.unused < RECENT).float().mean(),
+            "codebook_perplexity": torch.special.entr(self.counts / self.counts.sum()).sum().exp(),
         }

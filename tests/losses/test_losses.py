@@ -66,7 +66,7 @@ def test_tokenizer_loss_adds_its_weighted_terms(tiny_favae):
         alignment=AlignmentConfig(weight=0.5, adaptive=False, distmat_margin=0, cosine_margin=0),
         adversarial=AdversarialConfig(weight=0.3, adaptive=False),
     )
-    trainee = TokenizerTrainee(tiny_favae, feature_channels=7)
+    trainee = TokenizerTrainee(tiny_favae, [config], feature_channels=7)
     assert trainee.projection.in_channels == tiny_favae.low_latent_channels
     features = torch.randn(2, 7, 4, 4)
     loss = TokenizerLoss(config, tiny_favae, foundation=lambda images, grid: features)
