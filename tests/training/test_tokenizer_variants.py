@@ -3,12 +3,14 @@
 import json
 import math
 
+import pytest
 import safetensors.torch
 import torch
-from conftest import run, tiny_tokenizer_recipe
+from conftest import ROOT, run, tiny_tokenizer_recipe
 from diffusers import AutoencoderKL
 
 from favae import AutoencoderKLFA, VQModelFA
+from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config
 
 VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
 codebook_size: 16, frequency_complement: res}"
@@ -41,7 +43,8 @@ def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder):
     assert {"commitment", "spectrum", "focal_frequency", "codebook_usage", "codebook_perplexity"} < set(last)
     assert all(math.isfinite(value) for value in last.values())
     sigmas = [last[f"sigma_{i}"] for i in range(4)]
-    assert all(abs(sigma - 1) > 0.002 for sigma in sigmas), sigmas  # they really move
+    moved = [abs(sigma - 1) for sigma in sigmas]
+    assert min(moved) > 1e-4 and max(moved) > 0.01, sigmas
 
     run("train_tokenizer.py", file, *TRAIN, *SPECTRUM, f"output={parts}", "train.steps=4")
     run("train_tokenizer.py", file, *TRAIN, *SPECTRUM, f"output={parts}", "train.steps=8")
@@ -101,3 +104,42 @@ def test_stages_change_the_loss_in_one_run(tmp_path, image_folder):
     stages = "stages=[{start_step: 4, loss: {ssim: 1.0}}, {start_step: 6, loss: {ssim: 0.0}}]"
     run("train_tokenizer.py", file, stages, f"output={tmp_path / 'run'}")
     assert [record["step"] for record in metrics(tmp_path / "run") if "ssim" in record] == [5, 6]  # steps 4 and 5
+
+
+def test_two_processes_share_one_codebook_and_stages_switch_alignment(tmp_path, image_folder):
+    file = recipe(tmp_path, image_folder, VQ)
+    alignment = "loss.alignment={weight: 0.1, backbone: efficientnet-lite0, adaptive: false}"
+    stages = "stages=[{start_step: 2, loss: {alignment: {weight: 0}, spectrum: {weight: 0}}}, \
+{start_step: 5, loss: {alignment: {weight: 0.1}, spectrum: {weight: 0.1}}}]"
+    run("train_tokenizer.py", file, *SPECTRUM, alignment, stages, f"output={tmp_path / 'run'}", processes=2)
+    records = metrics(tmp_path / "run")
+    assert [r["step"] for r in records if "alignment" in r] == [1, 2, 6, 7, 8]
+    assert [r["step"] for r in records if "spectrum" in r] == [1, 2, 6, 7, 8]
+    assert records[-1]["skipped"] == 0 and all(math.isfinite(value) for value in records[-1].values())
+
+
+@pytest.mark.parametrize("name, channels", [("favae_sd_f8d4", 4), ("favae_f8d16", 16)])
+def test_recipes_for_existing_latents_fit_their_autoencoders(name, channels, monkeypatch):
+    """With the published shapes and random weights in place of what the hub has."""
+    shape = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": channels,
+        "use_quant_conv": channels == 4,
+        "use_post_quant_conv": channels == 4,
+    }
+    asked = {}
+
+    def from_pretrained(path, **options):
+        asked.update(path=path, **options)
+        return AutoencoderKL(**shape)
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", from_pretrained)
+    config = load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml")
+    vae = build_model(config.model, TOKENIZERS).to("meta")
+    assert asked["path"] in ("stabilityai/sd-vae-ft-mse", "black-forest-labs/FLUX.1-schnell")
+    images = torch.zeros(1, 3, 64, 64, device="meta")
+    latents = vae.encode(images).latent_dist.mode()
+    assert latents.shape == (1, channels, 8, 8) and vae.decode(latents).sample.shape == images.shape
