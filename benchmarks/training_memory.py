@@ -69,7 +69,7 @@ def count(trainee: nn.Module, discriminator: nn.Module, images: torch.Tensor, ch
 
 def measure(trainee: nn.Module, discriminator: nn.Module, batch: int, size: int) -> int:
     """The allocator's peak over three steps of both optimisers on a GPU, without the frozen networks."""
-    models = [trainee.cuda(), discriminator.cuda()]
+    models = [trainee.to("cuda"), discriminator.to("cuda")]
     optimizers = [torch.optim.AdamW(model.parameters(), 1e-4) for model in models]
     images = torch.rand(batch, 3, size, size, device="cuda") * 2 - 1
     torch.cuda.reset_peak_memory_stats()

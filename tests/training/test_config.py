@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 from conftest import ROOT, run, tiny_tokenizer_recipe
 
@@ -82,13 +84,15 @@ def test_defaults_then_file_then_command_line(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_resolves_and_dry_runs(recipe):
-    tokenizer = recipe.parent.name == "tokenizer"
-    config = load_config(TokenizerConfig if tokenizer else GeneratorConfig, recipe)
-    script = "train_tokenizer.py" if tokenizer else "train_generator.py"
+def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    schema = TokenizerConfig if recipe.parent.name == "tokenizer" else GeneratorConfig
+    script = importlib.import_module(f"train_{recipe.parent.name}")
+    config = load_config(schema, recipe)
     if "from_autoencoder_kl" in config.model:
         pytest.skip(f"{config.model['from_autoencoder_kl']} is on the hub")
-    output = run(script, recipe, "--dry-run", "--processes", "8").stdout
+    script.main(schema, "", script.train, script.dry_run, [str(recipe), "--dry-run", "--processes", "8"])
+    output = capsys.readouterr().out
     assert f"steps: {config.train.steps}" in output  # the resolved config
     assert "parameters" in output and "steps per epoch" in output
     assert "floats per" in output or "tokens of" in output
