@@ -131,6 +131,17 @@ class TokenizerLossConfig:
             )
         if len(self.band.weights) != 4 or min(self.band.weights) < 0 or self.band.levels < 1:
             raise ValueError("loss.band takes four weights of at least 0 and at least one level")
+        adaptive = [s for s in (self.alignment, self.adversarial) if s.weight and s.adaptive]
+        if self.reconstruction == "none" and not (self.ssim or self.perceptual):
+            if adaptive:
+                raise ValueError(
+                    "loss.reconstruction=none without loss.ssim and loss.perceptual leaves nothing that the adaptive "
+                    "weights of loss.alignment and loss.adversarial could refer to"
+                )
+            if not (self.focal_frequency.weight or self.band.weight or self.stft.weight):
+                raise ValueError(
+                    "loss.reconstruction=none leaves nothing to train on: set loss.ssim, loss.stft or another"
+                )
         if self.high_dropout > 1:
             raise ValueError(f"loss.high_dropout is a probability, got {self.high_dropout}")
 

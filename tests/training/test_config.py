@@ -38,6 +38,8 @@ def recipe(tmp_path):
         ("loss.spectrum.weight=1", r"loss.spectrum.weight needs model.frequency_complement"),
         ("loss.spectrum.kind=learned", r"loss.spectrum.kind must be one of dynamic, fixed, none"),
         ("loss.spectrum.kernel_size=4", r"loss: kernel_size must be an odd number"),
+        ("loss.reconstruction=none", r"loss.reconstruction=none .* the adaptive weights of .* loss.adversarial"),
+        ("loss={reconstruction: none, adversarial: {weight: 0}}", r"loss.reconstruction=none leaves nothing to train"),
         ("loss.high_dropout=2", r"loss.high_dropout is a probability, got 2"),
         ("loss.stft={weight: 1, window: 32}", r"loss.stft.window must be at most train.resolution = 16, got 32"),
         ("loss.stft.stride=0", r"loss: stride must be between 1 and window"),
