@@ -193,4 +193,4 @@ def linear_codec() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(__doc__, EXPERIMENTS, OUTPUT, 2_000, finish)
+    main(__doc__, EXPERIMENTS, OUTPUT, finish, steps=2_000, seeds=3)

@@ -50,7 +50,7 @@ def table(report: dict, order: list[str], reference: str) -> str:
             values = [row[key] for row in own]
             cells.append(f"{with_spread(values, digits)} ({statistics.mean(values) / mean(base, key):.2f})")
         cells += [with_spread([row["psnr"] for row in own], 2), with_spread([row["ssim"] for row in own], 3)]
-        cells.append(with_spread([row["rfd"] for row in own], 0))
+        cells.append(with_spread([row["rfd"] for row in own], 0) if "rfd" in own[0] else "")
         validation = [row["validation"]["recon"] for row in own]
         ratio = statistics.mean(validation) / statistics.mean(row["validation"]["recon"] for row in base)
         cells += [f"{with_spread(validation, 4)} ({ratio:.2f})", f"{mean(own, 'seconds'):.0f}"]

@@ -32,7 +32,7 @@ from favae.eval.features import FeatureExtractor  # noqa: E402
 from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors, reconstruct  # noqa: E402
 from favae.training.checkpoints import find_checkpoints  # noqa: E402
 from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config  # noqa: E402
-from favae.training.measure import flops_per_image  # noqa: E402
+from favae.training.measure import flops_per_image, latent_size  # noqa: E402
 from train_tokenizer import train  # noqa: E402
 
 POINTS = 4  # of a curve
@@ -64,6 +64,7 @@ class Experiment:
     model: dict
     note: str
     loss: dict = field(default_factory=dict)
+    length: float = 1.0  # its steps, in multiples of the benchmark's
 
     def recipe(self, steps: int) -> dict:
         loss = {**BASE["loss"], **self.loss}
@@ -101,8 +102,13 @@ def error_spectrum(vae) -> list[float]:
     return [round(float(share), 5) for share in power(difference) / power(images)]
 
 
-def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Path, strips: Path) -> dict:
-    """Trains one model with one seed; returns its row."""
+def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Path, strips: Path | None) -> dict:
+    """Trains one model with one seed; returns its row.
+
+    Args:
+        folder: for the run.
+        strips: where the first seed's pictures go; None leaves out pictures, the error's spectrum and rFD.
+    """
     output = folder / f"{name}-{seed}"
     recipe = folder / f"{name}-{seed}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -114,26 +120,32 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     for step, path in find_checkpoints(output / "checkpoints"):
         vae = kind.from_pretrained(path / "ema").eval()
         curve.append({"steps": step, **errors(vae, "heldout"), "validation": errors(vae, "validation")})
-    results, _ = evaluate_reconstruction(vae, photos("heldout"), FeatureExtractor("efficientnet-lite0"))
-    row = {"model": name, "seed": seed, "steps": steps, **results, **curve[-1]}
-    row["rfd_features"] = "efficientnet-lite0"
-    row["error_spectrum"] = error_spectrum(vae)
+    resolution = config.train.resolution
+    size = {"params": vae.num_parameters(), "flops": flops_per_image(vae, resolution), **latent_size(vae, resolution)}
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    row["seconds"] = last["seconds"]
+    row = {"model": name, "seed": seed, "steps": steps, **curve[-1], **size, "seconds": last["seconds"], "curve": curve}
     row["training"] = {key: value for key, value in last.items() if key not in ("step", "seconds")}
-    row["curve"] = curve
-    row |= environment()
-    if seed == 0:
-        dataset = photos("heldout")
-        chosen = range(0, len(dataset), len(dataset) // EXAMPLES)
-        images = torch.stack([dataset[i]["image"] for i in chosen][:EXAMPLES])
-        with torch.no_grad():
-            pictures = {name: reconstruct(vae, images), "original": images}
-        strips.mkdir(parents=True, exist_ok=True)
-        for label, picture in pictures.items():
-            save_image(picture, strips / f"{label}.png", nrow=EXAMPLES, padding=0, normalize=True, value_range=(-1, 1))
+    if strips is not None:
+        extractor = FeatureExtractor("efficientnet-lite0")
+        row["rfd"] = evaluate_reconstruction(vae, photos("heldout"), extractor)[0]["rfd"]
+        row["rfd_features"] = extractor.name
+        row["error_spectrum"] = error_spectrum(vae)
+        if seed == 0:
+            save_pictures(vae, name, strips)
     shutil.rmtree(output / "checkpoints")
-    return row
+    return row | environment()
+
+
+def save_pictures(vae, name: str, folder: Path) -> None:
+    """NAME.png and original.png: a few held-out images in a row."""
+    dataset = photos("heldout")
+    chosen = range(0, len(dataset), len(dataset) // EXAMPLES)
+    images = torch.stack([dataset[i]["image"] for i in chosen][:EXAMPLES])
+    with torch.no_grad():
+        pictures = {name: reconstruct(vae, images), "original": images}
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, picture in pictures.items():
+        save_image(picture, folder / f"{label}.png", nrow=EXAMPLES, padding=0, normalize=True, value_range=(-1, 1))
 
 
 def environment() -> dict:
@@ -180,13 +192,21 @@ def throughput(experiments: dict[str, Experiment], reference: str, rounds: int =
 
 
 def main(
-    description: str, experiments: dict[str, Experiment], output: Path, steps: int, finish, seeds: int = 3
+    description: str,
+    experiments: dict[str, Experiment],
+    output: Path,
+    finish,
+    *,
+    steps: int,
+    seeds: int,
+    pictures: bool = True,
 ) -> None:
     """The command line: trains what is missing, then `finish` adds to the report and draws.
 
     Args:
         finish: called with a report of the rows of this number of steps and of the models there are, and the output
             file, when all rows are there.
+        pictures: whether rows have pictures, the error's spectrum and rFD.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(experiments), default=list(experiments), metavar="MODEL")
@@ -199,13 +219,17 @@ def main(
     parser.add_argument("--runs", type=Path, help="run folders; by default runs/<name of the output>")
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+
+    def steps_of(name: str) -> int:
+        return round(arguments.steps * experiments[name].length)
+
     BASE["train"] |= {"resolution": arguments.resolution, "batch_size": arguments.batch_size}
     runs = arguments.runs or ROOT / "runs" / arguments.output.stem
-    strips = arguments.output.with_suffix("")
+    strips = arguments.output.with_suffix("") if pictures else None
     if arguments.worker:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         name, seed = arguments.worker[0], int(arguments.worker[1])
-        row = run_row(name, experiments[name], seed, arguments.steps, runs, strips)
+        row = run_row(name, experiments[name], seed, steps_of(name), runs, strips)
         (runs / f"{name}-{seed}.json").write_text(json.dumps(row))
         return
 
@@ -213,7 +237,7 @@ def main(
     head = {"command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]), **environment()}
     done = {(row["model"], row["seed"], row["steps"]) for row in rows}
     wanted = [(name, seed) for seed in arguments.seeds for name in arguments.models]
-    missing = [pair for pair in wanted if (*pair, arguments.steps) not in done]
+    missing = [(name, seed) for name, seed in wanted if (name, seed, steps_of(name)) not in done]
 
     def work(pair: tuple[str, int]) -> None:
         name, seed = pair
@@ -232,7 +256,7 @@ def main(
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for future in [pool.submit(work, pair) for pair in missing]:
             future.result()
-    shown = [row for row in rows if row["model"] in experiments and row["steps"] == arguments.steps]
+    shown = [row for row in rows if row["model"] in experiments and row["steps"] == steps_of(row["model"])]
     report = {**head, "rows": shown}
     finish(report, arguments.output)
     write(arguments.output, {**report, "rows": rows})
