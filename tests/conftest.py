@@ -27,6 +27,14 @@ TINY_FAVAE = {
     "shortcut": False,  # it would silence the networks at the start
     "sample_size": 16,
 }
+TINY_VQ = {
+    "block_out_channels": (8, 8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 6,
+    "codebook_size": 32,
+    "sample_size": 16,
+}
 TINY_LIGHTNINGDIT = {
     "sample_size": 4,
     "in_channels": 6,

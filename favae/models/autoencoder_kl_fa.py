@@ -134,7 +134,7 @@ class AutoencoderKLFA(AutoencoderKL):
         high_decoder_input: "all" latents (they hold what the details belong to), or only the "high" ones, as published.
         frequency_complement: "conv", "res" or "attn" puts `FrequencyComplement` modules into the decoders.
         shortcut: a linear path from patches to latents and back, which the networks only correct. An untrained model
-            is then the best linear codec that needs no data, rather than noise.
+            is then a linear codec, rather than noise.
         use_quant_conv, use_post_quant_conv, sample_size, scaling_factor, shift_factor, latents_mean, latents_std,
             force_upcast: as in [`AutoencoderKL`].
 

@@ -1,18 +1,10 @@
 import pytest
 import torch
-from conftest import TINY_FAVAE
+from conftest import TINY_FAVAE, TINY_VQ
 from diffusers.models.autoencoders.vae import Decoder
 
 from favae import AutoencoderKLFA, VQModelFA
 from favae.models.frequency_complement import ComplementedDecoder, FeatureRecorder, FrequencyComplement
-
-TINY_VQ = {
-    "block_out_channels": (8, 8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": 6,
-    "codebook_size": 32,
-}
 
 
 @pytest.mark.parametrize("kind", ["conv", "res", "attn"])

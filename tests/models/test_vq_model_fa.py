@@ -1,16 +1,9 @@
 import pytest
 import torch
+from conftest import TINY_VQ
 
 from favae import VQModelFA
 
-TINY_VQ = {
-    "block_out_channels": (8, 8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": 6,
-    "codebook_size": 32,
-    "sample_size": 16,
-}
 QUANTIZERS = [
     {},
     {"codebook_dim": 4},

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_FAVAE
+from conftest import TINY_FAVAE, TINY_VQ
 
 from favae import AutoencoderKLFA, VQModelFA
 from favae.losses.tokenizer_loss import (
@@ -15,14 +15,6 @@ from favae.losses.tokenizer_loss import (
     TokenizerLossConfig,
 )
 from favae.training.trainee import CodebookStatistics, TokenizerTrainee
-
-TINY_VQ = {
-    "block_out_channels": (8, 8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": 6,
-    "codebook_size": 32,
-}
 
 
 def batch(size: int = 16) -> torch.Tensor:
