@@ -36,7 +36,7 @@ def table(report: dict, order: list[str], reference: str) -> str:
     """Markdown; errors with their ratio to the reference's mean in brackets."""
     rows = by_model(report)
     columns = ["model", "seeds", "floats", "parameters", "GFLOP", "speed", "Recon", "Low", "High", "PSNR", "SSIM"]
-    columns += ["rFD(efficientnet-lite0)", "Recon, validation", "training, s"]
+    columns += ["rFD(efficientnet-lite0)", "Recon, validation", "Recon, Low, High, test", "training, s"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name in order:
         if name not in rows:
@@ -53,9 +53,20 @@ def table(report: dict, order: list[str], reference: str) -> str:
         cells.append(with_spread([row["rfd"] for row in own], 0) if "rfd" in own[0] else "")
         validation = [row["validation"]["recon"] for row in own]
         ratio = statistics.mean(validation) / statistics.mean(row["validation"]["recon"] for row in base)
-        cells += [f"{with_spread(validation, 4)} ({ratio:.2f})", f"{mean(own, 'seconds'):.0f}"]
+        cells += [f"{with_spread(validation, 4)} ({ratio:.2f})", ratios_on_test(own, base)]
+        cells.append(f"{mean(own, 'seconds'):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def ratios_on_test(own: list[dict], base: list[dict]) -> str:
+    """Recon, Low and High on the test photographs, relative to the reference's, of the seeds that measured both."""
+    seeds = {row["seed"] for row in own if "test" in row} & {row["seed"] for row in base if "test" in row}
+
+    def average(rows: list[dict], key: str) -> float:
+        return statistics.mean(row["test"][key] for row in rows if row["seed"] in seeds)
+
+    return ", ".join(f"{average(own, key) / average(base, key):.2f}" for key in MEASURES) if seeds else ""
 
 
 def write_section(name: str, text: str, document: Path = DOCUMENT) -> None:

@@ -36,6 +36,7 @@ from favae.training.measure import flops_per_image, latent_size  # noqa: E402
 from train_tokenizer import train  # noqa: E402
 
 POINTS = 4  # of a curve
+OTHER_SPLITS = ("validation", "test")
 EXAMPLES = 8  # held-out images in a strip
 BASE = {
     "data": {"path": "photos"},
@@ -119,7 +120,7 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     curve = []
     for step, path in find_checkpoints(output / "checkpoints"):
         vae = kind.from_pretrained(path / "ema").eval()
-        curve.append({"steps": step, **errors(vae, "heldout"), "validation": errors(vae, "validation")})
+        curve.append({"steps": step, **errors(vae, "heldout"), **{name: errors(vae, name) for name in OTHER_SPLITS}})
     resolution = config.train.resolution
     size = {"params": vae.num_parameters(), "flops": flops_per_image(vae, resolution), **latent_size(vae, resolution)}
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
@@ -139,8 +140,8 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
 def save_pictures(vae, name: str, folder: Path) -> None:
     """NAME.png and original.png: a few held-out images in a row."""
     dataset = photos("heldout")
-    chosen = range(0, len(dataset), len(dataset) // EXAMPLES)
-    images = torch.stack([dataset[i]["image"] for i in chosen][:EXAMPLES])
+    chosen = [i * len(dataset) // EXAMPLES + i % 2 for i in range(EXAMPLES)]  # of both photographs
+    images = torch.stack([dataset[i]["image"] for i in chosen])
     with torch.no_grad():
         pictures = {name: reconstruct(vae, images), "original": images}
     folder.mkdir(parents=True, exist_ok=True)

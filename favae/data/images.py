@@ -4,7 +4,7 @@ A *source* reads image i as an RGB `PIL.Image`; `ImageDataset` crops, flips and 
 """
 
 import argparse
-import importlib.resources
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Protocol
@@ -215,35 +215,39 @@ class HuggingFaceSource:
 
 
 class PhotoSource:
-    """Square crops of the photographs that are inside the scikit-image wheel; class = photograph.
+    """Square crops of photographs that are inside the wheels of scikit-image, matplotlib and scikit-learn.
 
-    Splits: "train" takes crops from the left three quarters of each photograph, "validation" from the right quarter,
-    and "heldout" from two photographs that the other splits never touch. Crop i is a pure function of i: its
-    photograph is i modulo their number, its side is log-uniform between 64 pixels and the region's shorter side.
+    The class is the photograph. Splits: "train" takes crops from the left three quarters of each photograph,
+    "validation" from the right quarter, "heldout" from two photographs that the other splits never touch, and "test"
+    from three more, which no setting of a recipe was ever chosen on. Crop i is a pure function of i: its photograph is
+    i modulo their number, its side is log-uniform between 64 pixels and the region's shorter side.
 
     Args:
         split: one of `SPLITS`.
         size: the number of crops; None takes the split's default.
 
     Raises:
-        DataError: if the split is unknown.
+        DataError: if the split is unknown, or the package with its photographs is not installed.
     """
 
     PHOTOS = {  # name: (file, description)
-        "astronaut": ("astronaut.png", "a smiling astronaut in an orange suit"),
-        "brick": ("brick.png", "a brick wall"),
-        "cat": ("chelsea.png", "the face of a tabby cat"),
-        "coffee": ("coffee.png", "a cup of coffee on a wooden table"),
-        "galaxies": ("hubble_deep_field.jpg", "distant galaxies in the Hubble deep field"),
-        "grass": ("grass.png", "a patch of grass"),
-        "gravel": ("gravel.png", "a patch of gravel"),
-        "motorcycle": ("motorcycle_left.png", "a motorcycle in a workshop"),
-        "retina": ("retina.jpg", "the retina of an eye"),
-        "rocket": ("rocket.jpg", "a rocket on its launch pad at night"),
-        "tissue": ("ihc.png", "stained tissue under a microscope"),
+        "astronaut": ("skimage/data/astronaut.png", "a smiling astronaut in an orange suit"),
+        "brick": ("skimage/data/brick.png", "a brick wall"),
+        "cat": ("skimage/data/chelsea.png", "the face of a tabby cat"),
+        "coffee": ("skimage/data/coffee.png", "a cup of coffee on a wooden table"),
+        "galaxies": ("skimage/data/hubble_deep_field.jpg", "distant galaxies in the Hubble deep field"),
+        "grass": ("skimage/data/grass.png", "a patch of grass"),
+        "gravel": ("skimage/data/gravel.png", "a patch of gravel"),
+        "motorcycle": ("skimage/data/motorcycle_left.png", "a motorcycle in a workshop"),
+        "retina": ("skimage/data/retina.jpg", "the retina of an eye"),
+        "rocket": ("skimage/data/rocket.jpg", "a rocket on its launch pad at night"),
+        "tissue": ("skimage/data/ihc.png", "stained tissue under a microscope"),
+        "officer": ("matplotlib/mpl-data/sample_data/grace_hopper.jpg", "a naval officer before a flag"),
+        "pavilion": ("sklearn/datasets/images/china.jpg", "a Chinese pavilion under a blue sky"),
+        "dahlia": ("sklearn/datasets/images/flower.jpg", "an orange dahlia"),
     }
-    SPLITS = {"train": 1024, "validation": 128, "heldout": 128}
-    HELDOUT = ("cat", "gravel")
+    SPLITS = {"train": 1024, "validation": 128, "heldout": 128, "test": 128}
+    WHOLE = {"heldout": ("cat", "gravel"), "test": ("officer", "pavilion", "dahlia")}
     TRAIN_SHARE = 0.75
 
     def __init__(self, split: str = "train", size: int | None = None):
@@ -251,12 +255,16 @@ class PhotoSource:
             raise DataError(f"photos: no split '{split}', there are {', '.join(self.SPLITS)}")
         self.split = split
         self.size = size or self.SPLITS[split]
-        self.classes = [name for name in self.PHOTOS if (name in self.HELDOUT) == (split == "heldout")]
+        elsewhere = [name for names in self.WHOLE.values() for name in names]
+        self.classes = list(self.WHOLE.get(split, [name for name in self.PHOTOS if name not in elsewhere]))
         self._regions = [self._region(name) for name in self.classes]
 
     def _region(self, name: str) -> Image.Image:
-        file = importlib.resources.files("skimage.data") / self.PHOTOS[name][0]
-        with importlib.resources.as_file(file) as path, Image.open(path) as image:
+        package, _, file = self.PHOTOS[name][0].partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise DataError(f"photos:{self.split} needs the photographs inside {package}; pip install favae[offline]")
+        with Image.open(Path(spec.submodule_search_locations[0]) / file) as image:
             image = to_rgb(image)
         if min(image.size) > 512:  # so that a crop of the largest photographs still shows something
             image = _shorter_side_to(image, 512)

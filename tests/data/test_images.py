@@ -96,9 +96,11 @@ def test_tensors_and_bytes():
 
 
 def test_photos_split_without_overlap():
-    train, validation, heldout = (PhotoSource(split) for split in PhotoSource.SPLITS)
-    assert not set(train.classes) & set(heldout.classes) and train.classes == validation.classes
-    assert len(heldout.classes) == 2
+    train, validation, heldout, test = (PhotoSource(split) for split in PhotoSource.SPLITS)
+    assert train.classes == validation.classes and len(heldout.classes) == 2 and len(test.classes) == 3
+    apart = [*train.classes, *heldout.classes, *test.classes]
+    assert len(set(apart)) == len(apart) == len(PhotoSource.PHOTOS)
+    assert test.read(0).width >= 64
     for name, left, right in zip(train.classes, train._regions, validation._regions):
         whole = PhotoSource("heldout")
         full = whole._region(name)  # the heldout split does not cut
@@ -107,6 +109,12 @@ def test_photos_split_without_overlap():
         assert np.array_equal(np.array(full)[:, left.width :], np.array(right))
     assert np.array_equal(np.array(train.read(5)), np.array(PhotoSource("train").read(5)))
     assert min(train.read(i).width for i in range(40)) >= 64
+
+
+def test_photos_of_a_package_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(PhotoSource.PHOTOS, "dahlia", ("no_such_package/flower.jpg", ""))
+    with pytest.raises(DataError, match=r"photos:test .* no_such_package; pip install favae\[offline\]"):
+        PhotoSource("test")
 
 
 def test_parquet_and_missing_columns(tmp_path):
