@@ -11,6 +11,8 @@ Settings are `section.key=value`; the schema with its defaults is favae/training
 on from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by default
 runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (guided, from the averaged weights),
 checkpoints/step-N/ and, at the end, final/: a pipeline for `DiffusionPipeline.from_pretrained`, tokenizer included.
+With evaluation.every=K evaluation.reference=STATISTICS, FID and the other measures of the averaged weights go to
+evaluation.jsonl every K steps, with the epochs that FID <= k took (EP_FID@k).
 """
 
 from pathlib import Path
@@ -20,6 +22,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torchvision.utils import save_image
 
 from favae.data.latents import LatentDataset, load_tokenizer
+from favae.eval.online import OnlineEvaluation
 from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
 from favae.pipelines import LightningDiTPipeline
 from favae.training.config import GENERATORS, ConfigError, GeneratorConfig, build_model, to_yaml
@@ -88,6 +91,10 @@ def train(config: GeneratorConfig) -> None:
 
     run.add("generator", transformer, train.learning_rate)
     model = run.prepare({"transformer": transformer}, averaged=transformer)["generator"]
+    evaluate = None
+    if config.evaluation.every:
+        size = transformer.config.sample_size * pipeline.vae_scale_factor
+        evaluate = OnlineEvaluation(config.evaluation, run.folder, (size, size))
     run.resume()
 
     for batch in run.batches(dataset):
@@ -103,6 +110,11 @@ def train(config: GeneratorConfig) -> None:
         if run.end_step(terms, finite):
             if run.due(train.sample_every) and run.is_main:
                 save_samples(run, config, pipeline)
+            if run.due(config.evaluation.every):
+                transformer.eval()
+                with run.averaged():
+                    metrics = evaluate(pipeline, run.step, run.epoch(dataset))
+                run.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
             if run.due(train.checkpoint_every):
                 run.save_checkpoint()
 

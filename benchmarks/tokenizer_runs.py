@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,12 +27,14 @@ from torchvision.utils import save_image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from favae.autoencoders import measure_budget, reconstruct  # noqa: E402
 from favae.data.images import ImageDataset, open_source, skip_missing  # noqa: E402
 from favae.eval.features import FeatureExtractor  # noqa: E402
-from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors, reconstruct  # noqa: E402
+from favae.eval.image_sets import CroppedImages  # noqa: E402
+from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors  # noqa: E402
+from favae.eval.references import references_of  # noqa: E402
 from favae.training.checkpoints import find_checkpoints  # noqa: E402
 from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config  # noqa: E402
-from favae.training.measure import flops_per_image, latent_size  # noqa: E402
 from train_tokenizer import train  # noqa: E402
 
 POINTS = 4  # of a curve
@@ -83,7 +85,8 @@ def errors(vae, split: str) -> dict[str, float]:
     dataset = photos(split)
     images = skip_missing([dataset[i] for i in range(len(dataset))])["image"]
     rows = torch.cat([image_errors(x, reconstruct(vae, x)) for x in images.split(32)])
-    return {name: float(value) for name, value in zip(PER_IMAGE, rows.double().mean(dim=0)) if name != "lpips"}
+    means = zip(PER_IMAGE, rows.double().mean(dim=0).tolist())
+    return {name.lower(): value for name, value in means if value == value}  # without those that are not measured
 
 
 @torch.no_grad()
@@ -122,13 +125,15 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
         vae = kind.from_pretrained(path / "ema").eval()
         curve.append({"steps": step, **errors(vae, "heldout"), **{name: errors(vae, name) for name in OTHER_SPLITS}})
     resolution = config.train.resolution
-    size = {"params": vae.num_parameters(), "flops": flops_per_image(vae, resolution), **latent_size(vae, resolution)}
+    size = {key: value for key, value in asdict(measure_budget(vae, resolution)).items() if value is not None}
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
     row = {"model": name, "seed": seed, "steps": steps, **curve[-1], **size, "seconds": last["seconds"], "curve": curve}
     row["training"] = {key: value for key, value in last.items() if key not in ("step", "seconds")}
     if strips is not None:
         extractor = FeatureExtractor("efficientnet-lite0")
-        row["rfd"] = evaluate_reconstruction(vae, photos("heldout"), extractor)[0]["rfd"]
+        images = photos("heldout")
+        references = references_of(CroppedImages(images), [extractor])
+        row["rfd"] = evaluate_reconstruction(vae, images, [extractor], references).metrics[extractor.metric("rFID")]
         row["rfd_features"] = extractor.name
         row["error_spectrum"] = error_spectrum(vae)
         if seed == 0:
@@ -281,4 +286,4 @@ def spread(values: list[float], scale: float = 1.0) -> tuple[float, float]:
 
 def flops(experiment: Experiment) -> int:
     with torch.device("meta"):
-        return flops_per_image(build_model(experiment.model, TOKENIZERS), BASE["train"]["resolution"])
+        return measure_budget(build_model(experiment.model, TOKENIZERS), BASE["train"]["resolution"]).flops

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from favae.autoencoders import measure_budget
 from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config
-from favae.training.measure import floats_per_image, flops_per_image
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("vavae_f16d32", "favae_f16d32", "favae_f16d32_fast")
@@ -60,13 +60,14 @@ def main() -> None:
     results = {}
     for name, vae in models.items():
         ratios = [r[RECIPES[0]] / r[name] for r in rounds]
+        budget = measure_budget(vae, arguments.resolution)
         results[name] = {
             "images_per_second": arguments.batch_size / statistics.median(r[name] for r in rounds),
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
-            "gflop": flops_per_image(vae, arguments.resolution) / 1e9,
-            "params": vae.num_parameters(),
-            "floats_per_image": floats_per_image(vae, arguments.resolution),
+            "gflop": budget.flops / 1e9,
+            "params": budget.params,
+            "floats_per_image": budget.floats_per_image,
         }
     settings = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "cpu",

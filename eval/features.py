@@ -2,29 +2,39 @@
 
 import argparse
 import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
 
+from favae.data.images import DataError, skip_missing
 from favae.distributed import process_state
 from favae.foundation import OFFLINE_BACKBONE, FoundationModel, MissingWeights
 
 INCEPTION = "inception"
 INCEPTION_HASH = "6726825d"  # of torch-fidelity's weights-inception-2015-12-05-6726825d.pth
+SPATIAL_CHANNELS = 7  # of sFID
+DINOV2 = "dinov2"
+DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # its class token at 224 px, as EDM2's FD-DINOv2
 
-REMEDY = f"--weights FILE takes a local file, --features {OFFLINE_BACKBONE} needs no network"
+REMEDY = f"--weights NAME=FILE takes a local file, --features {OFFLINE_BACKBONE} needs no network"
+INCEPTION_REMEDY = REMEDY.replace("--weights NAME=FILE", "--inception-weights FILE")
 
 
 class FeatureExtractor:
-    """uint8 images (B, 3, H, W) -> features (B, D) and class logits (B, K) or None, float32.
+    """uint8 images (B, 3, H, W) -> {"features": (B, D)} and, where there are any, "logits" (B, K) and "spatial" (B, S).
+
+    Everything is float32. "spatial" are the first 7 channels of Inception's mixed_6/conv, flattened position by
+    position (17 x 17 x 7 = 2,023), as ADM's sFID has them.
 
     Args:
-        name: "inception" (the network of FID, in torch-fidelity's port), "efficientnet-lite0" (no network needed),
-            or any timm model.
+        name: "inception" (the network of FID, in torch-fidelity's port), "dinov2" (ViT-L/14), "efficientnet-lite0"
+            (no network needed), or any timm model.
         weights: a local file; None downloads.
 
     Raises:
@@ -34,67 +44,110 @@ class FeatureExtractor:
     def __init__(self, name: str, weights: str | None = None):
         self.name = name
         if name == INCEPTION:
-            self.model, self._extract = _inception(weights)
+            self.model = _inception(weights)
+            self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         else:
-            self.model = FoundationModel(name, weights, REMEDY)
-            self._extract = lambda images: self.model.pooled(images.float() / 127.5 - 1)
+            self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights, REMEDY)
         self.model.to(process_state().device)
 
+    def _keep_spatial(self, module, inputs, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order
+
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
         if images.dtype != torch.uint8:
             raise TypeError(f"expected uint8 images, got {images.dtype}")
-        features, logits = self._extract(images.to(process_state().device))
-        return features.float(), None if logits is None else logits.float()
+        images = images.to(process_state().device)
+        if self.name == INCEPTION:
+            features, logits = self.model(images)
+            return {"features": features.float(), "logits": logits.float(), "spatial": self._spatial.float()}
+        features, logits = self.model.pooled(images.float() / 127.5 - 1)
+        return {"features": features} if logits is None else {"features": features, "logits": logits}
 
     def metric(self, name: str) -> str:
         return metric_name(name, self.name)
 
 
-def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that computes features of images."""
-    parser.add_argument("--features", default=INCEPTION, help=f"{INCEPTION}, {OFFLINE_BACKBONE}, or a timm model")
-    parser.add_argument("--weights", help="local weights for --features")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-workers", type=int, default=0)
-
-
 def metric_name(name: str, features: str) -> str:
-    """How a number on some features may be called: FID and IS are names of Inception's numbers alone."""
-    return name if features == INCEPTION else f"{name.replace('FID', 'FD')}({features})"
+    """How a number on some features may be called: FID, KID and IS are names of Inception's numbers alone."""
+    if features == INCEPTION:
+        return name
+    name = name.replace("FID", "FD").replace("KID", "KD")
+    return f"{name}-DINOv2" if features == DINOV2 else f"{name}({features})"
 
 
-def _inception(weights: str | None) -> tuple[torch.nn.Module, Callable]:
+def _inception(weights: str | None) -> torch.nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if weights is not None:
         if not Path(weights).is_file():
-            raise MissingWeights(f"--weights: no such file: {weights}")
+            raise MissingWeights(f"--inception-weights: no such file: {weights}")
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         # Checked before torch-fidelity unpickles it.
         if not digest.startswith(INCEPTION_HASH):
-            raise MissingWeights(f"{weights}: SHA-256 begins with {digest[:8]}, FID's Inception is {INCEPTION_HASH}")
+            raise MissingWeights(
+                f"--inception-weights: the SHA-256 of {weights} begins with {digest[:8]}, "
+                f"that of FID's Inception with {INCEPTION_HASH}"
+            )
     try:
-        model = FeatureExtractorInceptionV3(
+        return FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
         )
     except (OSError, RuntimeError) as error:
         raise MissingWeights(
             f"the Inception weights (weights-inception-2015-12-05-{INCEPTION_HASH}.pth, torch-fidelity) could not be "
-            f"downloaded ({type(error).__name__}); {REMEDY}"
+            f"downloaded ({type(error).__name__}); {INCEPTION_REMEDY}"
         ) from error
-    return model, model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The options of a command that computes features
+
+
+def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        default=[INCEPTION],
+        metavar="NAME",
+        help=f"{INCEPTION} (default), {DINOV2}, {OFFLINE_BACKBONE}, or a timm model; several give several distances",
+    )
+    parser.add_argument("--inception-weights", metavar="FILE", help="in place of torch-fidelity's download")
+    parser.add_argument(
+        "--weights", action="append", default=[], metavar="NAME=FILE", help="local weights of another of --features"
+    )
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-workers", type=int, default=0)
+
+
+def open_extractors(arguments: argparse.Namespace) -> list[FeatureExtractor]:
+    """The extractors that the options name.
+
+    Raises:
+        MissingWeights: if one cannot be had.
+    """
+    files = {INCEPTION: arguments.inception_weights} if arguments.inception_weights else {}
+    for text in arguments.weights:
+        name, separator, file = text.partition("=")
+        if not separator or name not in arguments.features:
+            raise MissingWeights(f"--weights {text}: NAME=FILE, with a NAME of --features {arguments.features}")
+        files[name] = file
+    return [FeatureExtractor(name, files.get(name)) for name in dict.fromkeys(arguments.features)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Work shared by processes
 
 
 def own_indices(total: int) -> range:
     """The items of this process: every n-th one, from its rank on.
 
     Raises:
-        ValueError: if some process would get none.
+        DataError: if some process would get none.
     """
     state = process_state()
     if total < state.num_processes:
-        raise ValueError(f"{total} images are too few for {state.num_processes} processes")
+        raise DataError(f"{total} images are too few for {state.num_processes} processes")
     return range(state.process_index, total, state.num_processes)
 
 
@@ -120,4 +173,58 @@ def gather_rows(rows: Tensor, indices: Tensor | range, total: int) -> Tensor:
     filled = torch.zeros(total, device=device)
     filled[indices] = 1
     everything, filled = reduce(everything, "sum"), reduce(filled, "sum")
-    return everything[filled > 0].cpu()
+    return everything.cpu() if bool(filled.all()) else everything[filled > 0].cpu()
+
+
+def pixel_digests(images: Tensor) -> Tensor:
+    """64 bits of each image's content: uint8 (B, 3, H, W) -> int64 (B,)."""
+    digests = [hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images.cpu()]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+
+
+def combined_digest(digests: Tensor) -> str:
+    """SHA-256 of a set of images in its order, from `pixel_digests`."""
+    return hashlib.sha256(digests.cpu().numpy().astype(">i8").tobytes()).hexdigest()
+
+
+def extract_features(
+    images: Dataset,
+    extractors: Sequence[FeatureExtractor],
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    description: str = "features",
+) -> tuple[list[dict[str, np.ndarray]], str]:
+    """One pass over a set of images, by all processes together.
+
+    Args:
+        images: items {"image": uint8 (3, H, W), "index": its place}, or None for one that cannot be read.
+    Returns:
+        For each extractor its arrays (N, ...), in the order of the set, on every process; and the set's digest.
+    Raises:
+        DataError: if not one can be read.
+    """
+    loader = DataLoader(
+        Subset(images, own_indices(len(images))),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=skip_missing,
+        generator=torch.Generator(),  # the global one belongs to training
+    )
+    places, digests, parts = [], [], [[] for _ in extractors]
+    for batch in tqdm(loader, desc=description, disable=not process_state().is_main_process):
+        if batch is None:
+            continue
+        places.append(batch["index"])
+        digests.append(pixel_digests(batch["image"]))
+        for part, extractor in zip(parts, extractors):
+            part.append({key: value.cpu() for key, value in extractor(batch["image"]).items()})
+    if not places:
+        raise DataError("not one of the images can be read")
+    places, total = torch.cat(places), len(images)
+
+    def joined(part: list[dict[str, Tensor]], key: str) -> np.ndarray:
+        return gather_rows(torch.cat([batch.pop(key) for batch in part]), places, total).numpy()
+
+    arrays = [{key: joined(part, key) for key in list(part[0])} for part in parts]
+    return arrays, combined_digest(gather_rows(torch.cat(digests), places, total))

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+CHUNK = 4096  # rows whose float64 copy is held at a time
+
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and covariance (D, D) of features (N, D), unbiased, float64.
@@ -9,10 +11,15 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: with fewer than two rows.
     """
-    if len(features) < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
-    features = np.asarray(features, dtype=np.float64)
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+    count, dimensions = features.shape
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {count}")
+    mean = features.mean(axis=0, dtype=np.float64)
+    scatter = np.zeros((dimensions, dimensions))
+    for start in range(0, count, CHUNK):
+        centred = features[start : start + CHUNK] - mean  # float64
+        scatter += centred.T @ centred
+    return mean, scatter / (count - 1)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -26,12 +33,14 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     Returns:
         The distance, >= 0 up to rounding.
     Raises:
-        ValueError: if shapes do not fit.
+        ValueError: if shapes do not fit, or something is not finite.
     Source: Heusel et al., NeurIPS 2017 (FID); Dowson and Landau, 1982.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (mu1.size, mu1.size):
         raise ValueError(f"statistics of different sizes: {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("statistics that are not finite")
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)).sum()

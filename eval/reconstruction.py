@@ -4,24 +4,32 @@
         --data IMAGES --resolution 256 --output runs/reconstruction
     torchrun --nproc_per_node 8 -m favae.eval.reconstruction ...
 
-Prints a table and writes results.json and comparison.png (originals, reconstructions, errors) into the output folder.
+Takes any autoencoder of diffusers and ours; a name given twice stands for two seeds of one model. Prints a table;
+writes results.json, comparison.png (the worst images first), spectra.png and latents.png.
+
 Recon, Low and High are mean squared errors in [-1, 1], unclamped, of the image, its Haar LL band and the mean of LH, HL
-and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR and SSIM are means over images, on 8 bits.
+and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SSIM and MS-SSIM are means over images, on
+8 bits. rFID compares with the same images unless --reference names statistics; each image is the centre crop.
 """
 
 import argparse
-import json
 import logging
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
 from tqdm.auto import tqdm
 
+from favae.autoencoders import AutoencoderError, decode, encode, load_autoencoder, measure_budget
 from favae.data.images import (
     DataError,
     ImageDataset,
@@ -31,39 +39,34 @@ from favae.data.images import (
     skip_missing,
     to_uint8,
 )
-from favae.data.latents import CacheError, check_resolution, load_autoencoder
 from favae.distributed import process_state
-from favae.eval.features import FeatureExtractor, add_feature_arguments, gather_rows, image_generator, own_indices
+from favae.errors import FavaeError
+from favae.eval.features import (
+    FeatureExtractor,
+    add_feature_arguments,
+    gather_rows,
+    image_generator,
+    metric_name,
+    open_extractors,
+    own_indices,
+)
+from favae.eval.figures import radial_spectrum, save_comparison, save_latents, save_spectra
 from favae.eval.frechet import feature_statistics, frechet_distance
-from favae.eval.report import format_table, save_comparison
-from favae.foundation import MissingWeights
+from favae.eval.image_sets import CroppedImages
+from favae.eval.references import Reference, open_references, references_of
+from favae.eval.results import UINT8, format_metric, format_table, write_results
 from favae.losses.perceptual import LPIPS, cached_vgg16
-from favae.models import VQModelFA
-from favae.training.measure import flops_per_image, latent_size
 from favae.wavelets import WaveletTransform2D
 
 logger = logging.getLogger(__name__)
 
-PER_IMAGE = ("recon", "low", "high", "psnr", "ssim", "lpips")
-
-
-def reconstruct(
-    vae, images: Tensor, posterior: str = "mode", generator: torch.Generator | list[torch.Generator] | None = None
-) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> the same, unclamped.
-
-    Args:
-        posterior: "mode" (the mean) or "sample"; a codebook has neither.
-    """
-    if isinstance(vae, VQModelFA):
-        return vae(images.to(vae.dtype)).sample.float()
-    distribution = vae.encode(images.to(vae.dtype)).latent_dist
-    latents = distribution.mode() if posterior == "mode" else distribution.sample(generator)
-    return vae.decode(latents).sample.float()
+PER_IMAGE = ("Recon", "Low", "High", "PSNR", "SSIM", "MS-SSIM", "LPIPS")
+MS_SSIM_SIZE = 161  # the smallest at which its window of 11 fits into five scales
+BANDS = ("LH", "HL", "HH")
 
 
 def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = None) -> Tensor:
-    """The columns of `PER_IMAGE`, one row per image: (B, 6) float32, on the CPU; LPIPS is NaN without its network.
+    """The columns of `PER_IMAGE`, one row per image: (B, 7) float32, on the CPU; NaN for what cannot be measured.
 
     Args:
         images, reconstructions: (B, 3, H, W), H and W even, images in [-1, 1].
@@ -74,56 +77,151 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
     first, second = to_uint8(images).float() / 255, to_uint8(reconstructions).float() / 255
     squared = (first - second).square().mean((1, 2, 3))
     psnr = -10 * squared.clamp_min(1e-10).log10()  # at most 100 dB
-    ssim = structural_similarity_index_measure(second, first, data_range=1.0, reduction="none").reshape(-1)
-    distance = torch.full_like(recon, torch.nan) if lpips is None else lpips(reconstructions.clamp(-1, 1), images)
-    columns = [recon, low.square().mean((1, 2, 3)), high.square().mean((1, 2, 3, 4)), psnr, ssim, distance]
+    options = {"data_range": 1.0, "reduction": "none"}
+    ssim = structural_similarity_index_measure(second, first, **options).reshape(-1)
+    ms_ssim = distance = torch.full_like(recon, torch.nan)
+    if min(images.shape[-2:]) >= MS_SSIM_SIZE:
+        ms_ssim = multiscale_structural_similarity_index_measure(second, first, **options).reshape(-1)
+    if lpips is not None:
+        distance = lpips(reconstructions.clamp(-1, 1), images)
+    columns = [recon, low.square().mean((1, 2, 3)), high.square().mean((1, 2, 3, 4)), psnr, ssim, ms_ssim, distance]
     return torch.stack(columns, dim=1).cpu()
+
+
+def band_names(levels: int) -> list[str]:
+    """LH1, HL1, HH1, LH2, ... and the LL that is left, as `band_errors` orders them."""
+    return [f"{band}{level}" for level in range(1, levels + 1) for band in BANDS] + [f"LL{levels}"]
+
+
+def band_errors(difference: Tensor, levels: int) -> Tensor:
+    """Mean squared Haar coefficients of an error in each band: (B, 3, H, W) -> (B, 3 levels + 1), on the CPU.
+
+    Level 1 is the finest. Bands weighted by their size add up to Recon.
+    """
+    transform, columns = WaveletTransform2D("haar").to(difference.device), []
+    for _ in range(levels):
+        difference, high = transform(difference)
+        columns.append(high.square().mean((1, 3, 4)))
+    return torch.cat([*columns, difference.square().mean((1, 2, 3))[:, None]], dim=1).cpu()
+
+
+@dataclass
+class Reconstruction:
+    """What `evaluate_reconstruction` found.
+
+    Attributes:
+        metrics: means over images and Fréchet distances, by name; None for what could not be measured.
+        bands: mean squared error of each wavelet band.
+        errors: (N, 7), the columns of `PER_IMAGE`. indices: (N,), the images' places in the data.
+        images_per_second: encoding and decoding, of one process.
+        spectra: "original", "reconstruction", "error", "latent": see `radial_spectrum`.
+        latent_mean, latent_std: (C,), over images and positions.
+    """
+
+    metrics: dict[str, float | None]
+    bands: dict[str, float]
+    errors: Tensor
+    indices: Tensor
+    images_per_second: float
+    spectra: dict[str, Tensor]
+    latent_mean: Tensor
+    latent_std: Tensor
 
 
 @torch.no_grad()
 def evaluate_reconstruction(
     vae,
     images: ImageDataset,
-    extractor: FeatureExtractor,
+    extractors: Sequence[FeatureExtractor],
+    references: Sequence[Reference],
     *,
     lpips: LPIPS | None = None,
     posterior: str = "mode",
+    levels: int = 1,
     batch_size: int = 32,
     num_workers: int = 0,
-) -> tuple[dict, Tensor]:
+) -> Reconstruction:
     """Measures one autoencoder on all images, in all processes together.
 
-    Returns:
-        The results by name, and the errors of each image (N, 6) in the order of `PER_IMAGE`.
+    Args:
+        references: of each extractor, what the reconstructions' features are compared with.
+        levels: of the transform, for the errors per band.
+    Raises:
+        AutoencoderError: if a reconstruction is not finite.
+        DataError: if no image can be read.
     """
     device = process_state().device
     vae = vae.to(device).eval()
-    indices = own_indices(len(images))
-    loader = DataLoader(Subset(images, indices), batch_size, num_workers=num_workers, collate_fn=skip_missing)
-    rows, real, fake, places = [], [], [], []
+    loader = DataLoader(
+        Subset(images, own_indices(len(images))), batch_size, num_workers=num_workers, collate_fn=skip_missing
+    )
+    columns: dict[str, list[Tensor]] = {}
+    seconds = []
     for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
         if batch is None:
             continue
         x = batch["image"].to(device)
-        y = reconstruct(vae, x, posterior, [image_generator(0, int(i)) for i in batch["index"]])
-        rows.append(image_errors(x, y, lpips))
-        real.append(extractor(to_uint8(x))[0].cpu())
-        fake.append(extractor(to_uint8(y))[0].cpu())
-        places.append(batch["index"])
-    if not rows:
+        started = _now(device)
+        z = encode(vae, x, posterior, [image_generator(0, int(i)) for i in batch["index"]])
+        y = decode(vae, z)
+        seconds.append((_now(device) - started) / len(x))
+        _check_finite(y, batch["index"], images)
+        z = z.float()
+        found = {
+            "index": batch["index"],
+            "errors": image_errors(x, y, lpips),
+            "bands": band_errors(y - x, levels),
+            "latent_moments": torch.stack([z.mean((2, 3)), z.square().mean((2, 3))], dim=1),
+        }
+        spectra = {"original": x, "reconstruction": y, "error": y - x, "latent": z}
+        for name, values in spectra.items():
+            found[name] = torch.stack([radial_spectrum(value[None]) for value in values])
+        for i, extractor in enumerate(extractors):
+            found[f"features{i}"] = extractor(to_uint8(y))["features"]
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values.cpu())
+    if not columns:
         raise DataError("not one of the images can be read")
-    places = torch.cat(places)
-    rows, real, fake = (gather_rows(torch.cat(column), places, len(images)) for column in (rows, real, fake))
-    mean = {name: float(value) for name, value in zip(PER_IMAGE, rows.double().mean(dim=0))}
-    return {
-        **mean,
-        "lpips": None if lpips is None else mean["lpips"],
-        "rfd": frechet_distance(*feature_statistics(real.numpy()), *feature_statistics(fake.numpy())),
-        **latent_size(vae, images.resolution),
-        "params": vae.num_parameters(),
-        "flops": flops_per_image(vae, images.resolution),
-        "num_images": len(rows),
-    }, rows
+    places = torch.cat(columns["index"])
+    rows = {name: gather_rows(torch.cat(values), places, len(images)) for name, values in columns.items()}
+
+    means = rows["errors"].double().mean(dim=0).tolist()
+    metrics = {name: None if value != value else value for name, value in zip(PER_IMAGE, means)}  # NaN
+    for i, reference in enumerate(references):
+        features = feature_statistics(rows[f"features{i}"].numpy())
+        metrics[metric_name("rFID", reference.features)] = frechet_distance(
+            reference.mean, reference.covariance, *features
+        )
+    moments = rows["latent_moments"].double().mean(dim=0)
+    return Reconstruction(
+        metrics=metrics,
+        bands=dict(zip(band_names(levels), rows["bands"].double().mean(dim=0).tolist())),
+        errors=rows["errors"],
+        indices=rows["index"],
+        images_per_second=1 / min(seconds),
+        spectra={name: rows[name].mean(dim=0) for name in spectra},
+        latent_mean=moments[0],
+        latent_std=(moments[1] - moments[0].square()).clamp_min(0).sqrt(),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _check_finite(reconstructions: Tensor, indices: Tensor, images: ImageDataset) -> None:
+    finite = torch.isfinite(reconstructions).flatten(1).all(dim=1).cpu()
+    if not finite.all():
+        name = images.source.name(int(indices[~finite][0]))
+        raise AutoencoderError(
+            f"the reconstruction of {name} is not finite; try float32 weights, or another checkpoint"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
 
 
 def named_model(text: str) -> tuple[str, str]:
@@ -139,71 +237,136 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_data_arguments(parser, "--data", split="validation")
     parser.add_argument("--resolution", type=int, required=True)
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", type=Path, required=True)
     add_feature_arguments(parser)
+    parser.add_argument("--reference", help="statistics for rFID (.safetensors or .npz) in place of the images' own")
     parser.add_argument(
         "--lpips-weights", help="VGG16: a file, or 'download'; without this, LPIPS is measured if they are cached"
     )
     parser.add_argument("--posterior", choices=["mode", "sample"], default="mode")
+    parser.add_argument("--levels", type=int, default=3, help="of the transform, for the errors per band")
     parser.add_argument("--examples", type=int, default=8, help="images in comparison.png")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
         run(arguments)
-    except (CacheError, DataError, MissingWeights, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except (FavaeError, ValueError) as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: results.json has the models that were finished")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.levels < 1 or arguments.resolution % 2**arguments.levels:
+        raise DataError(f"--levels {arguments.levels} needs a --resolution that 2^levels divides")
     images = ImageDataset(open_data_arguments(arguments), arguments.resolution)
-    extractor = FeatureExtractor(arguments.features, arguments.weights)
-    models = {name: load_autoencoder(path) for name, path in arguments.model}
-    for vae in models.values():
-        check_resolution(vae, arguments.resolution)
-    lpips = None
-    if arguments.lpips_weights or cached_vgg16():
-        file = None if arguments.lpips_weights == "download" else arguments.lpips_weights or cached_vgg16()
-        lpips = LPIPS(file, "--lpips-weights FILE takes a local file").to(process_state().device)
-    else:
-        logger.warning("no LPIPS: its VGG16 weights are not cached; --lpips-weights FILE, or --lpips-weights download")
-
-    results = {}
-    for name, vae in models.items():
-        results[name], _ = evaluate_reconstruction(
-            vae,
-            images,
-            extractor,
-            lpips=lpips,
-            posterior=arguments.posterior,
-            batch_size=arguments.batch_size,
-            num_workers=arguments.num_workers,
-        )
-    if not process_state().is_main_process:
-        return
-
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "data": data_name(arguments),
+    extractors = open_extractors(arguments)
+    lpips = _open_lpips(arguments.lpips_weights)
+    loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+    references = originals = references_of(CroppedImages(images), extractors, **loading)
+    if arguments.reference:
+        if not arguments.reference.endswith((".safetensors", ".npz")):
+            raise DataError(f"--reference {arguments.reference}: a .safetensors of favae.eval.references, or an .npz")
+        size = (arguments.resolution, arguments.resolution)
+        references = open_references(arguments.reference, extractors, size, **loading)
+    protocol = {
+        "num_images": originals[0].count,
+        "data": {"hash": originals[0].hash},
+        "data_name": data_name(arguments),
         "resolution": arguments.resolution,
         "crop": "center",
         "posterior": arguments.posterior,
-        "uint8": "round((x + 1) * 127.5)",
-        "features": extractor.name,
-        "reference": "the same images",
-        "num_processes": process_state().num_processes,
+        "uint8": UINT8,
+        "features": [extractor.name for extractor in extractors],
+        "reference": {r.features: {"hash": r.hash, "num_images": r.count} for r in references},
+        "reference_name": arguments.reference or "the same images",
+        "lpips": None if lpips is None else "vgg16",
     }
-    (output / "results.json").write_text(json.dumps({"settings": settings, "models": results}, indent=1))
-    chosen = np.random.default_rng(0).permutation(len(images))[: arguments.examples]
-    examples = skip_missing([images[int(i)] for i in chosen])
-    if examples is not None:
-        x = examples["image"].to(process_state().device)
+
+    rows, finished, failures = [], [], []
+    for name, path in arguments.model:
+        try:
+            vae = load_autoencoder(path)
+            budget = measure_budget(vae, arguments.resolution)
+            result = evaluate_reconstruction(
+                vae,
+                images,
+                extractors,
+                references,
+                lpips=lpips,
+                posterior=arguments.posterior,
+                levels=arguments.levels,
+                **loading,
+            )
+        except AutoencoderError as error:  # the other models have nothing to do with it
+            failures.append(f"{name}: {error}")
+            continue
+        finished.append((name, vae.cpu(), result))
+        speed = {"images_per_second": result.images_per_second, "batch_size": arguments.batch_size}
+        about = {"model": name, "path": path, "metrics": result.metrics, "bands": result.bands}
+        rows.append({**about, **asdict(budget), **speed})
+        if process_state().is_main_process:  # after each model, so that nothing is lost when a later one fails
+            write_results(arguments.output, "reconstruction", protocol, rows)
+    if process_state().is_main_process and rows:
+        save_pictures(arguments, images, finished)
+        against = f"against {arguments.reference}" if arguments.reference else "against the same images"
+        print(
+            f"{protocol['num_images']:,} images of {data_name(arguments)} at {arguments.resolution} px, centre crop, "
+            f"posterior {arguments.posterior}, {extractors[0].metric('rFID')} {against}"
+        )
+        print(format_table([table_row(row) for row in rows]))
+    if failures:
+        raise AutoencoderError("; ".join(failures))
+
+
+def table_row(row: dict) -> dict[str, str]:
+    """The numbers of one model as they are shown, by heading."""
+    tokens = row.get("tokens_per_image")
+    latent = f"{tokens:,} tokens" if tokens else f"{row['floats_per_image']:,}"
+    return {
+        "model": row["model"],
+        **{name: format_metric(name, value) for name, value in row["metrics"].items()},
+        "floats/image": latent,
+        "f": str(row["factor"]),
+        "parameters": f"{row['params'] / 1e6:.2f}M",
+        "GFLOP": f"{row['flops'] / 1e9:.2f}",
+        "images/s": f"{row['images_per_second']:.1f}",
+    }
+
+
+def save_pictures(arguments: argparse.Namespace, images: ImageDataset, finished: list[tuple]) -> None:
+    """comparison.png, spectra.png and latents.png of the models that were measured."""
+    names = [
+        name if all(name != n for n, _, _ in finished[:i]) else f"{name} ({i})"
+        for i, (name, _, _) in enumerate(finished)
+    ]
+    results = {name: result for name, (_, _, result) in zip(names, finished)}
+    worst = torch.stack([result.errors[:, 0] for result in results.values()]).mean(dim=0)
+    chosen = worst.argsort(descending=True)[: arguments.examples]
+    indices = [int(next(iter(results.values())).indices[i]) for i in chosen]
+    x = torch.stack([images[i]["image"] for i in indices]).to(process_state().device)
+    decoded = {}
+    for name, (_, vae, _) in zip(names, finished):
+        vae = vae.to(x.device)
         with torch.no_grad():
-            decoded = {name: reconstruct(vae, x, arguments.posterior).cpu() for name, vae in models.items()}
-        save_comparison(output / "comparison.png", examples["image"], decoded)
-    count = next(iter(results.values()))["num_images"]
-    print(f"{count} images of {data_name(arguments)} at {arguments.resolution} px, posterior {arguments.posterior}")
-    print(format_table(results, extractor.name))
+            z = encode(vae, x, arguments.posterior, [image_generator(0, i) for i in indices])
+            decoded[name] = decode(vae, z).cpu()
+        vae.cpu()
+    save_comparison(arguments.output / "comparison.png", x.cpu(), decoded, worst[chosen].tolist())
+    original = next(iter(results.values())).spectra["original"]
+    of = {kind: {n: r.spectra[kind] for n, r in results.items()} for kind in ("reconstruction", "error", "latent")}
+    save_spectra(arguments.output / "spectra.png", original, of["reconstruction"], of["error"])
+    means = {name: result.latent_mean for name, result in results.items()}
+    stds = {name: result.latent_std for name, result in results.items()}
+    save_latents(arguments.output / "latents.png", of["latent"], means, stds)
+
+
+def _open_lpips(weights: str | None) -> LPIPS | None:
+    if weights is None and not cached_vgg16():
+        logger.warning("no LPIPS: its VGG16 weights are not cached; --lpips-weights FILE, or --lpips-weights download")
+        return None
+    file = None if weights == "download" else weights or cached_vgg16()
+    return LPIPS(file, "--lpips-weights FILE takes a local file").to(process_state().device)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,14 @@ def test_the_whole_chain(tmp_path):
     metrics = json.loads((demo / "metrics.json").read_text())
     assert set(metrics["tokenizers"]) == {"favae", "vavae"}
     for entry in metrics["tokenizers"].values():
-        assert {"recon", "low", "high", "psnr", "ssim", "floats_per_image", "params", "flops", "seconds"} <= set(entry)
+        assert {"metrics", "bands", "floats_per_image", "params", "flops", "seconds"} <= set(entry)
+        assert {"Recon", "Low", "High", "PSNR", "SSIM", "rFD(efficientnet-lite0)"} <= set(entry["metrics"])
         assert entry["floats_per_image"] == 96 and entry["steps"] == 8
-    assert {"fd", "is", "precision", "recall", "num_images", "features"} <= set(metrics["generator"])
+    names = ("FD", "IS", "precision", "recall", "KD")
+    assert {f"{name}(efficientnet-lite0)" for name in names} <= set(metrics["generator"]["metrics"])
+    assert metrics["generator"]["protocol"]["num_images"] == 9
     page = (demo / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 6
     assert "http" not in page.replace("http-equiv", "")  # self-contained
     assert len(list((demo / "favae/samples").glob("*.png"))) == 2
 
@@ -59,8 +62,10 @@ def test_the_whole_chain(tmp_path):
 
 
 def test_report_says_when_the_figures_are_not_reached():
-    entry = {"recon": 0.02, "high": 0.01, "floats_per_image": 64, "steps": 10, "flops": 100}
-    better, worse = verdict({**entry, "recon": 0.01}, entry), verdict({**entry, "recon": 0.03}, entry)
+    def entry(recon: float) -> dict:
+        return {"metrics": {"Recon": recon, "High": 0.01}, "floats_per_image": 64, "steps": 10, "flops": 100}
+
+    better, worse = verdict(entry(0.01), entry(0.02)), verdict(entry(0.03), entry(0.02))
     assert "Recon is 0.50 times the baseline's (lower)" in better
     assert "Recon is 1.50 times the baseline's (NOT lower)" in worse
 

@@ -23,15 +23,15 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoModel, ModelMixin
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from favae.autoencoders import load_autoencoder, measure_budget
 from favae.data.images import (
-    DataError,
     ImageDataset,
     add_data_arguments,
     data_name,
@@ -39,6 +39,7 @@ from favae.data.images import (
     skip_missing,
 )
 from favae.distributed import process_state
+from favae.errors import FavaeError
 from favae.files import write_file
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ MANIFEST = "manifest.json"
 STATISTICS_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 
 
-class CacheError(RuntimeError):
+class CacheError(FavaeError):
     """A cache that cannot be used or continued; the message says what to do."""
 
 
@@ -55,7 +56,8 @@ def load_tokenizer(path: str) -> ModelMixin:
     """Opens an autoencoder whose latents can be cached: `load_autoencoder`, and a posterior (`latent_dist`).
 
     Raises:
-        CacheError: if there is none.
+        AutoencoderError: if there is none.
+        CacheError: if it has no posterior.
     """
     model = load_autoencoder(path)
     if not isinstance(model, diffusers.AutoencoderKL):
@@ -63,31 +65,6 @@ def load_tokenizer(path: str) -> ModelMixin:
             f"{path}: a {type(model).__name__} has no posterior to cache; AutoencoderKL and its subclasses have"
         )
     return model
-
-
-def load_autoencoder(path: str) -> ModelMixin:
-    """Opens an `AutoencoderKL` of ours or of diffusers, or a `VQModelFA`, by the class named in its config.
-
-    Raises:
-        CacheError: if there is none.
-    """
-    import favae
-
-    try:
-        name = AutoModel.load_config(path)["_class_name"]
-        model = getattr(favae, name, None) or getattr(diffusers, name)
-        if not issubclass(model, (diffusers.AutoencoderKL, favae.VQModelFA)):
-            raise CacheError(f"{path}: a {name} is neither an AutoencoderKL nor a VQModelFA")
-        return model.from_pretrained(path)
-    except (OSError, KeyError, AttributeError) as error:
-        raise CacheError(f"{path}: no autoencoder could be opened here ({str(error).splitlines()[0]})") from error
-
-
-def check_resolution(tokenizer: ModelMixin, resolution: int) -> None:
-    """Raises `CacheError` for an image size that the tokenizer's factor does not divide (a stock one would round)."""
-    factor = 2 ** (len(tokenizer.config.block_out_channels) - 1)
-    if resolution % factor:
-        raise CacheError(f"--resolution must be a multiple of {factor} for this autoencoder, got {resolution}")
 
 
 def tokenizer_hash(tokenizer: ModelMixin) -> str:
@@ -131,7 +108,7 @@ def write_cache(
     """
     state = process_state()
     output = Path(output)
-    check_resolution(tokenizer, images.resolution)
+    measure_budget(tokenizer, images.resolution)  # refuses a size that does not fit
     plan = {
         "tokenizer": tokenizer_hash(tokenizer),
         "data": data_name,
@@ -340,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
             dtype=getattr(torch, arguments.dtype),
             num_workers=arguments.num_workers,
         )
-    except (CacheError, DataError, ValueError) as error:
+    except (FavaeError, ValueError) as error:
         sys.exit(f"error: {error}")
     if process_state().is_main_process:
         count, processes = sum(manifest["counts"]), process_state().num_processes

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from favae.errors import FavaeError
 from favae.losses.flow_matching import FlowMatchingConfig
 from favae.losses.tokenizer_loss import SpectrumConfig, STFTConfig, TokenizerLossConfig
 from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel, VQModelFA
@@ -22,7 +23,7 @@ FROZEN = "from_autoencoder_kl"  # model: the autoencoder whose latent space a de
 GENERATORS = {"LightningDiTTransformer2DModel": LightningDiTTransformer2DModel}
 
 
-class ConfigError(ValueError):
+class ConfigError(FavaeError):
     """A setting that is unknown, of the wrong type or impossible; the message is one line and names the key."""
 
 
@@ -131,6 +132,28 @@ class SamplingConfig:
             raise ConfigError(f"sampling.guidance_interval must be two numbers, got {list(self.guidance_interval)}")
         if self.shift <= 0:
             raise ConfigError(f"sampling.shift must be above 0, got {self.shift}")
+
+
+@dataclass
+class EvaluationConfig:
+    """Measures during training, on averaged weights; see favae/eval/online.py."""
+
+    every: int = 0  # steps; 0: never
+    reference: str | None = None  # statistics (.safetensors, .npz) or images; of favae.eval.references, best
+    features: str = "inception"  # or "dinov2", "efficientnet-lite0", any timm model
+    weights: str | None = None  # a local file for `features`
+    num_images: int = 10_000  # fewer than a published FID's 50,000, and so higher than one
+    guidance_scale: float = 1.0
+    num_inference_steps: int = 50
+    batch_size: int = 32
+    targets: list[float] = field(default_factory=lambda: [2.0, 5.0, 10.0])  # EP_FID@k: epochs until FID <= k
+
+    def __post_init__(self):
+        for name in ("num_images", "num_inference_steps", "batch_size"):
+            at_least(f"evaluation.{name}", getattr(self, name), 1)
+        at_least("evaluation.every", self.every, 0)
+        if self.every and self.reference is None:
+            raise ConfigError("evaluation.every needs evaluation.reference: statistics (.safetensors, .npz) or images")
 
 
 @dataclass
@@ -271,12 +294,15 @@ class GeneratorConfig(RunConfig):
     data: LatentDataConfig = field(default_factory=LatentDataConfig)
     loss: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: GeneratorTrainConfig = field(default_factory=GeneratorTrainConfig)
 
     def __post_init__(self):
         check_model(self.model, GENERATORS)
         if self.model.get("class_dropout_prob") == 0 and self.sampling.guidance_scale != 1:
             raise ConfigError("sampling.guidance_scale must be 1 without a null class (model.class_dropout_prob=0)")
+        if self.model.get("class_dropout_prob") == 0 and self.evaluation.guidance_scale != 1:
+            raise ConfigError("evaluation.guidance_scale must be 1 without a null class (model.class_dropout_prob=0)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

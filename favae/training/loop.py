@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from favae.data.stream import TrainingStream
 from favae.distributed import on_cpu
+from favae.errors import FavaeError
 from favae.files import write_file, write_folder
 from favae.training.checkpoints import STATE_FILE, Checkpointer, Ema, find_checkpoints
 from favae.training.config import ConfigError, RunConfig, TrainConfig, to_yaml
@@ -26,7 +27,7 @@ from favae.training.config import ConfigError, RunConfig, TrainConfig, to_yaml
 logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation without making it another run.
-FREE_KEYS = {"resume", "output"}
+FREE_KEYS = {"resume", "output", "evaluation"}
 FREE_TRAIN_KEYS = {
     "steps",
     "num_workers",
@@ -39,7 +40,7 @@ FREE_TRAIN_KEYS = {
 }
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FavaeError):
     """Too many steps in a row gave NaN or infinity; the message names the step, the term and the last checkpoint."""
 
 
@@ -285,6 +286,11 @@ class Run:
         if self.train.tracker:
             self.accelerator.log(record, step=self.step)
         self._sums, self._count = {}, 0
+
+    def epoch(self, dataset: Dataset) -> float:
+        """Passes over the data so far."""
+        images = self.step * self.train.batch_size * self.train.gradient_accumulation_steps
+        return images * self.accelerator.num_processes / len(dataset)
 
     def averaged(self) -> contextlib.AbstractContextManager:
         """The averaged weights for the length of a block, if an average is kept."""

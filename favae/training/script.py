@@ -6,11 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from favae.data.images import DataError
-from favae.data.latents import CacheError
-from favae.foundation import MissingWeights
-from favae.training.config import Config, ConfigError, load_config
-from favae.training.loop import NonFiniteLossError
+from favae.errors import FavaeError
+from favae.training.config import Config, load_config
 
 
 def main(
@@ -36,7 +33,7 @@ def main(
             dry_run(config, arguments.processes)
         else:
             train(config)
-    except (CacheError, ConfigError, DataError, MissingWeights, NonFiniteLossError) as error:
+    except FavaeError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from favae.autoencoders import measure_budget
 from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config
-from favae.training.measure import flops_per_image, latent_size
 
 
 @pytest.fixture
@@ -28,8 +28,9 @@ def build(experiment):
 def test_budgets_are_equal(scripts):
     experiments = scripts("equal_budget").EXPERIMENTS
     models = {name: build(experiment) for name, experiment in experiments.items()}
-    assert all(latent_size(vae, 64) == {"floats_per_image": 1024} for vae in models.values())
-    flops = {name: flops_per_image(vae, 64) / flops_per_image(models["stock"], 64) for name, vae in models.items()}
+    budgets = {name: measure_budget(vae, 64) for name, vae in models.items()}
+    assert all(budget.floats_per_image == 1024 for budget in budgets.values())
+    flops = {name: budget.flops / budgets["stock"].flops for name, budget in budgets.items()}
     unequal = {"stock_wide", "published", "fast"}  # and their notes say so
     assert all(0.95 <= ratio <= 1.05 for name, ratio in flops.items() if name not in unequal), flops
     assert flops["fast"] <= 0.5

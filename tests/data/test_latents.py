@@ -9,6 +9,7 @@ from conftest import TINY_FAVAE
 from safetensors import safe_open
 
 from favae import AutoencoderKLFA
+from favae.autoencoders import AutoencoderError
 from favae.data.images import ImageDataset, open_source
 from favae.data.latents import CacheError, LatentDataset, load_tokenizer, tokenizer_hash, write_cache
 
@@ -135,7 +136,7 @@ def test_hash_is_about_latents_only(tiny_favae, tmp_path):
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tiny_kl, image_folder, tmp_path):
     images = ImageDataset(open_source(str(image_folder)), 18)
-    with pytest.raises(CacheError, match="multiple of 4 for this autoencoder, got 18"):
+    with pytest.raises(AutoencoderError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
         write_cache(tiny_kl, images, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -145,11 +146,11 @@ def test_stock_autoencoders_can_be_cached(tiny_kl, images, tmp_path):
     loaded = load_tokenizer(str(tmp_path / "vae"))
     write_cache(loaded, images, tmp_path / "cache")
     assert LatentDataset(tmp_path / "cache", loaded).latent_shape == (6, 4, 4)
-    with pytest.raises(CacheError, match="no autoencoder"):
+    with pytest.raises(AutoencoderError, match="no autoencoder"):
         load_tokenizer(str(tmp_path))
     diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
         tmp_path / "tiny"
     )
-    with pytest.raises(CacheError, match="a AutoencoderTiny is neither"):
+    with pytest.raises(CacheError, match="a AutoencoderTiny has no posterior"):
         load_tokenizer(str(tmp_path / "tiny"))
     assert json.loads((tmp_path / "cache/manifest.json").read_text())["dtype"] == "float32"

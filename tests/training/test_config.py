@@ -105,8 +105,8 @@ def test_recipes_are_comparable():
     """Equal latent, steps, data and losses; FLOPs within 5 % on the photographs."""
     import torch
 
+    from favae.autoencoders import measure_budget
     from favae.training.config import TOKENIZERS, build_model
-    from favae.training.measure import floats_per_image, flops_per_image
 
     for ours, baseline in (("photos_favae", "photos_vavae"), ("favae_f16d32", "vavae_f16d32")):
         a, b = (load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml") for name in (ours, baseline))
@@ -114,9 +114,9 @@ def test_recipes_are_comparable():
         assert (a.train.steps, a.train.batch_size) == (b.train.steps, b.train.batch_size)
         with torch.device("meta"):
             a, b = (build_model(config.model, TOKENIZERS) for config in (a, b))
-        size = a.config.sample_size
-        assert floats_per_image(a, size) == floats_per_image(b, size)
-        ratio = flops_per_image(a, size) / flops_per_image(b, size)
+        a, b = (measure_budget(model, model.config.sample_size) for model in (a, b))
+        assert a.floats_per_image == b.floats_per_image
+        ratio = a.flops / b.flops
         assert 0.95 <= ratio <= 1.05 if ours == "photos_favae" else ratio < 1
 
 

@@ -1,0 +1,169 @@
+"""The pictures of an evaluation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.ticker import NullFormatter
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from favae.data.images import to_uint8
+
+INK, MUTED, BASELINE, OURS = "#1a1a1a", "#777777", "#b5651d", "#1f5fa8"
+CLASSES, COLUMNS = 16, 8  # of save_samples
+ZOOM = 4  # a zoom shows a window of 1 / ZOOM of the side
+
+
+def radial_spectrum(images: Tensor) -> Tensor:
+    """Power at each distance from the origin of frequency space, mean over images, channels and directions.
+
+    Args:
+        images: (B, C, H, W) with H = W, any unit u.
+    Returns:
+        (H // 2 + 1,) in u^2 per coefficient of the orthonormal FFT; entry r is the ring of r cycles per image.
+    """
+    size = images.shape[-1]
+    power = torch.fft.fft2(images.double(), norm="ortho").abs().square().mean((0, 1)).flatten()
+    frequency = torch.fft.fftfreq(size, device=images.device) * size
+    ring = (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt().round().long().flatten()
+    count = torch.zeros(int(ring.max()) + 1, dtype=power.dtype, device=images.device)
+    total = count.clone().index_add_(0, ring, power)
+    return (total / count.index_add_(0, ring, torch.ones_like(power)))[: size // 2 + 1]
+
+
+def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Tensor], errors: Sequence[float]) -> None:
+    """A row per image: the original and each reconstruction, the same zoomed, and each absolute error.
+
+    The zoom is where the reconstructions together miss most of the high frequencies; a frame shows it in the original.
+
+    Args:
+        originals, reconstructions: (N, 3, H, W) in [-1, 1].
+        errors: (N,), written beside the rows.
+    """
+    difference = {name: r.clamp(-1, 1) - originals for name, r in reconstructions.items()}
+    absolute = {name: d.abs().mean(dim=1) for name, d in difference.items()}
+    top = max(float(e.flatten().quantile(0.995)) for e in absolute.values())
+    windows = _worst_windows(sum(_high_error(d) for d in difference.values()))
+    shown = {"original": originals, **reconstructions}
+    titles = [*shown, *(f"{name}, zoom" for name in shown), *(f"|error| {name}" for name in absolute)]
+    rows = len(originals)
+    figure, axes = plt.subplots(rows, len(titles), figsize=(1.7 * len(titles) + 0.4, 1.7 * rows + 0.4), squeeze=False)
+    for row in range(rows):
+        y, x, side = (int(v) for v in windows[row])
+        cells = [_pixels(images[row]) for images in shown.values()]
+        cells += [_pixels(images[row, :, y : y + side, x : x + side]) for images in shown.values()]
+        for axis, cell in zip(axes[row], cells):
+            axis.imshow(cell, interpolation="nearest")
+        frame = plt.Rectangle((x - 0.5, y - 0.5), side, side, fill=False, edgecolor="#e33", linewidth=1)
+        axes[row][0].add_patch(frame)
+        for axis, error in zip(axes[row][len(cells) :], absolute.values()):
+            axis.imshow(error[row].numpy(), cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+        axes[row][0].set_ylabel(f"{errors[row]:.4f}", fontsize=8, color=MUTED)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9, color=INK)
+    _finish(figure, axes, path)
+
+
+def _high_error(difference: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, H, W): the squared error beyond what its 4 x 4 means explain."""
+    low = F.interpolate(F.avg_pool2d(difference, 4, ceil_mode=True), size=difference.shape[-2:], mode="bilinear")
+    return (difference - low).square().mean(dim=1)
+
+
+def _worst_windows(error: Tensor) -> Tensor:
+    """(N, H, W) -> (N, 3): top, left and side of the window with the largest sum."""
+    side = max(1, min(error.shape[-2:]) // ZOOM)
+    sums = F.avg_pool2d(error[:, None], side, stride=1)[:, 0]
+    best = sums.flatten(1).argmax(dim=1)
+    return torch.stack([best // sums.shape[-1], best % sums.shape[-1], torch.full_like(best, side)], dim=1)
+
+
+def save_spectra(path: Path, original: Tensor, reconstructions: dict[str, Tensor], errors: dict[str, Tensor]) -> None:
+    """Left: power of originals and reconstructions; right: the errors' share of the original's power, per frequency.
+
+    Args:
+        original and the values of both: (R,), of `radial_spectrum`.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    frequency = np.linspace(0, 0.5, len(original))[1:]
+    left.plot(frequency, original[1:], color=INK, linewidth=2, label="original")
+    for name in reconstructions:
+        left.plot(frequency, reconstructions[name][1:], label=name)
+        right.plot(frequency, errors[name][1:] / original[1:], label=name)
+    right.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
+    left.set(title="power", xlabel="cycles per pixel", yscale="log", xscale="log")
+    right.set(title="error power / original power", xlabel="cycles per pixel", yscale="log")
+    left.xaxis.set_minor_formatter(NullFormatter())
+    _tidy(left)
+    _tidy(right)
+    left.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_latents(path: Path, spectra: dict[str, Tensor], means: dict[str, Tensor], stds: dict[str, Tensor]) -> None:
+    """Latents of each model: power per frequency relative to its mean, and each channel's mean and deviation.
+
+    Args:
+        spectra: (R,) per model. means, stds: (C,) per model.
+    """
+    figure, axes = plt.subplots(1, 1 + len(spectra), figsize=(4.6 * (1 + len(spectra)), 3.8), constrained_layout=True)
+    for name, spectrum in spectra.items():
+        axes[0].plot(np.linspace(0, 0.5, len(spectrum)), spectrum / spectrum.mean(), marker=".", label=name)
+    axes[0].set(title="latents' power / its mean", xlabel="cycles per position", yscale="log")
+    axes[0].legend(fontsize=8, frameon=False)
+    for axis, name in zip(axes[1:], spectra):
+        axis.errorbar(np.arange(len(means[name])), means[name], stds[name], fmt="o", markersize=3, linewidth=1)
+        axis.set(title=f"{name}: mean and deviation", xlabel="latent channel")
+    for axis in axes:
+        _tidy(axis)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_samples(path: Path, images: Dataset, classes: Sequence[str] | None) -> None:
+    """A row of up to 8 images for each of the first 16 classes; without classes, the first images.
+
+    Args:
+        images: items {"image": uint8 (3, H, W)}; of classes in turn, if `classes` is given.
+    """
+    rows = min(CLASSES, len(classes)) if classes else min(COLUMNS, -(-len(images) // COLUMNS))
+    columns = max(1, min(COLUMNS, len(images) // len(classes))) if classes else COLUMNS
+    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns + 1, 1.1 * rows), squeeze=False)
+    for row in range(rows):
+        for column in range(columns):
+            index = column * len(classes) + row if classes else row * columns + column
+            item = images[index] if index < len(images) else None
+            if item is not None:
+                axes[row][column].imshow(item["image"].permute(1, 2, 0).numpy())
+        if classes:
+            name = classes[row] if len(classes[row]) <= 24 else classes[row][:23] + "…"
+            axes[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=INK)
+    _finish(figure, axes, path)
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    return to_uint8(image).permute(1, 2, 0).numpy()
+
+
+def _tidy(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8, colors=MUTED)
+    axis.grid(alpha=0.25, which="both")
+
+
+def _finish(figure, axes, path: Path) -> None:
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,167 @@
+"""Sets of 8-bit images to be measured: crops of a data source, folders of samples, .npz files.
+
+Items are {"image": uint8 (3, H, W), "index": int}, all of one size, or None for a file that cannot be decoded.
+"""
+
+import contextlib
+import logging
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch.utils.data import Dataset
+
+from favae.data.images import READ_ERRORS, DataError, FolderSource, ImageDataset, to_uint8
+
+logger = logging.getLogger(__name__)
+
+IMAGES_KEY = "arr_0"  # of ADM's files
+
+
+class CroppedImages(Dataset):
+    """Centre crops of a data source."""
+
+    def __init__(self, images: ImageDataset):
+        self.images = images
+        self.size = (images.resolution, images.resolution)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict | None:
+        item = self.images[index]
+        return None if item is None else {"image": to_uint8(item["image"]), "index": index}
+
+
+class SampleFolder(Dataset):
+    """Image files of one size, below a folder, in the order of their paths. Nothing is cropped or resized.
+
+    Raises:
+        DataError: if there is none; on reading, for one of another size than the first.
+    """
+
+    def __init__(self, path: str | Path):
+        self.source = FolderSource(path, min_size=1)
+        self.size = self.source.read(0).size[::-1]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict | None:
+        try:
+            image = self.source.read(index)
+        except READ_ERRORS as error:
+            logger.warning("skipped %s: %s", self.source.name(index), error)
+            return None
+        if image.size[::-1] != self.size:
+            raise DataError(
+                f"{self.source.name(index)} is {image.width} x {image.height} where {self.source.name(0)} is "
+                f"{self.size[1]} x {self.size[0]}; samples must have one size: remove it, or write all at one size"
+            )
+        return {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1), "index": index}
+
+
+class NpzImages(Dataset):
+    """The images of an .npz file: `arr_0`, uint8 (N, H, W, 3), as ADM's evaluator reads them.
+
+    An uncompressed file is mapped, not read: 50,000 images at 256 px are 9.8 GB.
+
+    Raises:
+        DataError: if the file is damaged, or holds no such array.
+    """
+
+    def __init__(self, path: str | Path):
+        self.array = read_npz(path, IMAGES_KEY)
+        shape, kind = self.array.shape, self.array.dtype
+        if len(shape) != 4 or shape[-1] != 3 or not len(self.array):
+            raise DataError(f"{path}: {IMAGES_KEY} has shape {shape}; it must be (N, H, W, 3)")
+        if kind != np.uint8:
+            raise DataError(f"{path}: {IMAGES_KEY} is {kind}; it must be uint8, round((x + 1) * 127.5) of x in [-1, 1]")
+        self.size = tuple(shape[1:3])
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.from_numpy(self.array[index].copy()).permute(2, 0, 1), "index": index}
+
+
+def open_samples(path: str | Path) -> Dataset:
+    """A folder or an .npz file of images.
+
+    Raises:
+        DataError: if it is neither.
+    """
+    return NpzImages(path) if str(path).endswith(".npz") else SampleFolder(path)
+
+
+@contextlib.contextmanager
+def _intact(path: str | Path):
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{path} is no .npz file or a damaged one ({error}); write or download it again") from error
+
+
+def npz_names(path: str | Path) -> list[str]:
+    """The arrays in an .npz file. Raises `DataError` if it is missing or damaged."""
+    with _intact(path), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def read_npz(path: str | Path, key: str) -> np.ndarray:
+    """One array of an .npz file, mapped into memory where the file is not compressed.
+
+    Raises:
+        DataError: if the file is missing, damaged, or has no such array.
+    """
+    names = npz_names(path)
+    if key not in names:
+        raise DataError(f"{path}: no array '{key}', there are {', '.join(names) or 'none'}")
+    with _intact(path), zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{key}.npy")
+        with archive.open(member) as file:
+            version = npy.read_magic(file)
+            read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, fortran, dtype = read_header(file)
+            header = file.tell()
+            if member.compress_type != zipfile.ZIP_STORED or dtype.hasobject:
+                file.seek(0)
+                return npy.read_array(file, allow_pickle=False)
+        offset, order = _start(path, member) + header, "F" if fortran else "C"
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order=order)
+
+
+def _start(path: str | Path, member: zipfile.ZipInfo) -> int:
+    """Where a member's content begins: after its local header, which ends with the lengths of name and extra field."""
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)
+        name, extra = np.frombuffer(file.read(4), dtype="<u2")
+    return member.header_offset + 30 + int(name) + int(extra)
+
+
+def write_npz(path: Path, images: Dataset, seed: int = 0) -> None:
+    """`arr_0` of all images in random order: ADM's Inception Score is taken over consecutive parts, so that classes in
+    turn or sorted would change it.
+
+    Raises:
+        DataError: if one cannot be read.
+    """
+    order = np.random.default_rng(seed).permutation(len(images))
+    temporary = path.with_name(f".writing-{path.name}")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *images.size, 3)}
+    with (
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True) as file,
+    ):
+        npy.write_array_header_1_0(file, header)
+        for index in order:
+            item = images[int(index)]
+            if item is None:
+                raise DataError(f"{path}: image {index} cannot be read, so the file was not written")
+            file.write(item["image"].permute(1, 2, 0).contiguous().numpy().tobytes())
+    temporary.rename(path)

@@ -1,0 +1,172 @@
+"""Any diffusers autoencoder of images behind the same few functions: their outputs, ranges and factors differ.
+
+`AutoencoderKL` and its relatives give a posterior, `AutoencoderTiny` and `VQModel` latents, `AutoencoderDC` and
+`AutoencoderRAE` a latent; `AutoencoderRAE` works in [0, 1], the others in [-1, 1]. Scaling factors, shifts and latent
+statistics belong to generators: an autoencoder's own `decode` takes what its `encode` gives.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoModel, ModelMixin
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from favae.errors import FavaeError
+from favae.models import VQModelFA
+
+
+class AutoencoderError(FavaeError):
+    """An autoencoder that cannot be opened, or cannot take the images."""
+
+
+def load_autoencoder(path: str) -> ModelMixin:
+    """Opens an autoencoder by the class named in its config: ours, or any of diffusers.
+
+    Args:
+        path: a folder or a hub name; of a pipeline, its `vae` is taken.
+
+    Raises:
+        AutoencoderError: if there is none.
+    """
+    import favae
+
+    options = {"subfolder": "vae"} if (Path(path) / "model_index.json").is_file() else {}
+    try:
+        name = AutoModel.load_config(path, **options)["_class_name"]
+        kind = getattr(favae, name, None) or getattr(diffusers, name)
+        if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
+            raise AutoencoderError(f"{path}: a {name} is no autoencoder")
+        return kind.from_pretrained(path, **options).eval()
+    except NameError as error:  # diffusers' RAE without transformers
+        raise AutoencoderError(f"{path}: a {name} needs the package transformers ({error})") from error
+    except (OSError, KeyError, AttributeError) as error:
+        raise AutoencoderError(f"{path}: no autoencoder could be opened here ({_first_line(error)})") from error
+
+
+def encode(
+    vae: ModelMixin,
+    images: Tensor,
+    posterior: str = "mode",
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """Images to what `decode` takes.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        posterior: "mode" (the mean) or "sample"; autoencoders without a posterior have one latent.
+    Returns:
+        (B, C, h, w), the autoencoder's dtype.
+    """
+    images = images.to(vae.dtype)
+    output = vae.encode((images + 1) / 2 if _unit_range(vae) else images)
+    if hasattr(output, "latent_dist"):
+        distribution = output.latent_dist
+        return distribution.mode() if posterior == "mode" else distribution.sample(generator)
+    return output.latents if hasattr(output, "latents") else output.latent
+
+
+def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """Latents of `encode` to images around [-1, 1], unclamped, float32. Codebooks quantise them first."""
+    images = vae.decode(latents).sample.float()
+    return images * 2 - 1 if _unit_range(vae) else images
+
+
+def reconstruct(
+    vae: ModelMixin,
+    images: Tensor,
+    posterior: str = "mode",
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> the same, unclamped, float32."""
+    return decode(vae, encode(vae, images, posterior, generator))
+
+
+def _unit_range(vae: ModelMixin) -> bool:
+    return isinstance(vae, getattr(diffusers, "AutoencoderRAE", ()))
+
+
+@dataclass
+class Budget:
+    """What an autoencoder costs for one square image.
+
+    Attributes:
+        factor: pixels per latent position and side.
+        floats_per_image: numbers in the latent; None for a codebook.
+        tokens_per_image, bits_per_image: of a codebook, otherwise None.
+        params: parameters.
+        flops: of encoding and decoding; a multiplication and an addition are two.
+    """
+
+    factor: int
+    floats_per_image: int | None
+    tokens_per_image: int | None
+    bits_per_image: float | None
+    params: int
+    flops: int
+
+    @property
+    def latent(self) -> str:
+        """For people."""
+        if self.tokens_per_image is None:
+            return f"{self.floats_per_image:,} floats"
+        return f"{self.tokens_per_image:,} tokens of {self.bits_per_image / self.tokens_per_image:.4g} bits"
+
+
+@torch.no_grad()
+def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
+    """Runs an autoencoder once on an empty image, and looks. Works on the meta device too.
+
+    Raises:
+        AutoencoderError: if it takes no RGB images of this size, or gives them back in another.
+    """
+    name, size = type(vae).__name__, (1, 3, resolution, resolution)
+    channels = vae.config.get("in_channels", 3)
+    if channels != 3:
+        raise AutoencoderError(f"this {name} takes images of {channels} channels, not of 3")
+    image = torch.zeros(size, device=vae.device, dtype=vae.dtype)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside it
+    try:
+        with FlopCounterMode(display=False) as counter:
+            latents = encode(vae, image)
+            if isinstance(vae, (VQModelFA, diffusers.VQModel)):  # without the search in the codebook
+                output = vae.decode(latents, force_not_quantize=True).sample
+            else:
+                output = decode(vae, latents)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise AutoencoderError(f"this {name} takes no images of {resolution} px: {_first_line(error)}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    if latents.ndim != 4:
+        raise AutoencoderError(f"this {name} has latents of shape {tuple(latents.shape)}, not an image's (B, C, h, w)")
+    factor = round(resolution / latents.shape[-1])
+    if tuple(output.shape) != size:
+        raise AutoencoderError(
+            f"this {name} gives images of {resolution} px back at {output.shape[-1]} px; the resolution must be a "
+            f"multiple of {factor} for this autoencoder"
+        )
+    codebook = _codebook(vae)
+    positions = latents.shape[-2] * latents.shape[-1]
+    return Budget(
+        factor=factor,
+        floats_per_image=None if codebook else latents[0].numel(),
+        tokens_per_image=codebook[0] * positions if codebook else None,
+        bits_per_image=codebook[0] * positions * math.log2(codebook[1]) if codebook else None,
+        params=vae.num_parameters(),
+        flops=counter.get_total_flops(),
+    )
+
+
+def _codebook(vae: ModelMixin) -> tuple[int, int] | None:
+    """Tokens per latent position, and how many different ones there are; None where latents are continuous."""
+    if isinstance(vae, VQModelFA):
+        return (vae.config.num_quantizers if vae.config.quantizer == "residual" else 1), vae.num_tokens
+    return (1, vae.config.num_vq_embeddings) if isinstance(vae, diffusers.VQModel) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,99 @@
+"""Extractors, what their numbers may be called, and rows of several processes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+
+from favae.data.images import ImageDataset, open_source
+from favae.eval import features as module
+from favae.eval.features import FeatureExtractor, extract_features, image_generator, metric_name
+from favae.eval.image_sets import CroppedImages
+from favae.foundation import MissingWeights
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return FeatureExtractor("efficientnet-lite0")
+
+
+def test_seeds_belong_to_images():
+    draws = {torch.rand(1, generator=image_generator(seed, index)).item() for seed in range(3) for index in range(50)}
+    assert len(draws) == 150
+
+
+def test_numbers_on_other_features_are_not_called_fid(extractor):
+    assert extractor.metric("FID") == "FD(efficientnet-lite0)" and extractor.metric("rFID") == "rFD(efficientnet-lite0)"
+    assert extractor.metric("IS") == "IS(efficientnet-lite0)" and extractor.metric("KID") == "KD(efficientnet-lite0)"
+    assert metric_name("FID", "dinov2") == "FD-DINOv2" and metric_name("FID", "inception") == "FID"
+    found = extractor(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    assert found["features"].shape == (2, 1280) and found["logits"].shape == (2, 1000) and "spatial" not in found
+    with pytest.raises(TypeError, match="uint8"):
+        extractor(torch.zeros(1, 3, 32, 32))
+
+
+def test_offline_backbone_recognises_things(extractor):
+    from skimage import data
+
+    cat = torch.from_numpy(data.chelsea()).permute(2, 0, 1)[None, :, :, 75:375]
+    assert extractor(cat)["logits"][0].argmax().item() in range(281, 286)  # ImageNet's house cats
+
+
+def test_wrong_inception_file_is_refused(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"something else")
+    with pytest.raises(MissingWeights, match="SHA-256 of .* begins with .*, that of FID's Inception with 6726825d"):
+        FeatureExtractor("inception", str(tmp_path / "weights.pth"))
+    with pytest.raises(MissingWeights, match="no such file"):
+        FeatureExtractor("inception", str(tmp_path / "missing.pth"))
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """The real architecture with random weights, through the real loading code."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            return None
+
+    file = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save({}, file)
+    torch.manual_seed(0)
+    state = Untrained("x", ["2048"], feature_extractor_weights_path=str(file)).state_dict()
+    torch.save(state, file)
+    return file
+
+
+def test_inception_gives_pool_logits_and_spatial_features(random_inception, monkeypatch):
+    import hashlib
+
+    digest = hashlib.sha256(random_inception.read_bytes()).hexdigest()
+    monkeypatch.setattr(module, "INCEPTION_HASH", digest[:8])
+    extractor = FeatureExtractor("inception", str(random_inception))
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    found = extractor(images)
+    assert {name: value.shape[1] for name, value in found.items()} == {
+        "features": 2048,
+        "logits": 1008,
+        "spatial": 17 * 17 * 7,
+    }
+    outputs = []
+    extractor.model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    extractor(images)
+    assert torch.equal(found["spatial"][1, :7], outputs[0][1, :7, 0, 0])  # channels of the first position come first
+
+
+def test_features_keep_the_order_and_the_set_has_a_digest(extractor, tmp_path):
+    folder = write_images(tmp_path / "images")
+    images = CroppedImages(ImageDataset(open_source(str(folder)), 16))
+    (whole,), digest = extract_features(images, [extractor], batch_size=5)
+    (other,), same = extract_features(images, [extractor], batch_size=3)
+    assert whole["features"].shape == (12, 1280) and digest == same
+    assert np.allclose(whole["features"], other["features"], atol=1e-4)
+    single = extractor(images[7]["image"][None])["features"].numpy()
+    assert np.allclose(whole["features"][7], single[0], atol=1e-4)
+
+    broken = images.images.source.files[5]
+    broken.write_bytes(broken.read_bytes()[:300])
+    (rest,), changed = extract_features(images, [extractor], batch_size=5)
+    assert np.allclose(rest["features"], np.delete(whole["features"], 5, axis=0), atol=1e-4) and changed != digest

@@ -1,0 +1,236 @@
+"""Generation: sampling that resumes, references of every kind, bad inputs, and two processes equal to one."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_LIGHTNINGDIT, run, write_images
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
+from favae.data.images import DataError, ImageDataset, open_source
+from favae.eval.features import FeatureExtractor
+from favae.eval.frechet import feature_statistics
+from favae.eval.generation import measure, measure_samples
+from favae.eval.image_sets import CroppedImages, NpzImages, SampleFolder, open_samples, write_npz
+from favae.eval.references import Reference, load_reference, open_references, references_of, save_references
+from favae.eval.sampling import class_labels, class_names, sample_to_folder
+
+OFFLINE = ("--features", "efficientnet-lite0")
+
+
+@pytest.fixture
+def pipeline(tiny_kl):
+    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
+    for parameter in transformer.parameters():  # its zero-initialised output would ignore the class
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    names = {0: "ant", 1: "bee", 2: "cat"}
+    return LightningDiTPipeline(transformer.eval(), tiny_kl, FlowMatchEulerDiscreteScheduler(), names)
+
+
+def pixels(folder) -> list[np.ndarray]:
+    return [np.array(Image.open(file)) for file in sorted(folder.glob("*.png"))]
+
+
+def test_sampling_goes_on_after_a_kill_without_changing_an_image(pipeline, tmp_path):
+    settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "batch_size": 4}
+    sample_to_folder(pipeline, tmp_path / "whole", 10, **settings)
+    whole = pixels(tmp_path / "whole")
+    assert len(whole) == 10 and len({image.tobytes() for image in whole}) == 10
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for i in (2, 5, 6, 7):
+        (tmp_path / f"killed/{i:06}.png").unlink()
+    (tmp_path / "killed/.writing-000002").write_bytes(b"torn")
+    kept = (tmp_path / "killed/000009.png").stat().st_mtime_ns
+    sample_to_folder(pipeline, tmp_path / "killed", 10, **settings)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, pixels(tmp_path / "killed"), strict=True))
+    assert (tmp_path / "killed/000009.png").stat().st_mtime_ns == kept and len(SampleFolder(tmp_path / "killed")) == 10
+
+    with pytest.raises(DataError, match="holds samples of another guidance_scale, seed; delete it"):
+        sample_to_folder(pipeline, tmp_path / "killed", 10, **{**settings, "guidance_scale": 1.0}, seed=1)
+    with torch.no_grad():
+        next(pipeline.transformer.parameters()).add_(1)
+    with pytest.raises(DataError, match="samples of another pipeline"):
+        sample_to_folder(pipeline, tmp_path / "killed", 10, **settings)
+
+
+def test_labels_are_balanced_or_drawn(pipeline):
+    assert class_names(pipeline) == ["ant", "bee", "cat"]
+    assert class_labels(7, 3, "balanced", 0) == [0, 1, 2, 0, 1, 2, 0]
+    drawn = class_labels(300, 3, "random", 0)
+    assert drawn == class_labels(300, 3, "random", 0) != class_labels(300, 3, "random", 1)
+    assert 60 < drawn.count(1) < 140
+
+
+def test_samples_that_are_not_finite_are_named(pipeline, tmp_path):
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(DataError, match=r"sample 0 is not finite \(and 3 more of its batch\)"):
+        sample_to_folder(pipeline, tmp_path / "out", 4, num_inference_steps=1, batch_size=4)
+
+
+def test_a_stock_dit_pipeline_is_sampled_too(tiny_kl, tmp_path):
+    """Whatever the global generator's state, which its scheduler draws from."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=6, out_channels=6, num_layers=1, sample_size=4,
+        num_embeds_ada_norm=3, norm_num_groups=2,
+    )  # fmt: skip
+    pipeline = DiTPipeline(transformer, tiny_kl, DDIMScheduler())
+    for name in ("a", "b"):
+        sample_to_folder(pipeline, tmp_path / name, 3, num_inference_steps=2, guidance_scale=1.0, batch_size=2)
+        torch.rand(1)
+    assert all(np.array_equal(a, b) for a, b in zip(pixels(tmp_path / "a"), pixels(tmp_path / "b"), strict=True))
+    with pytest.raises(DataError, match="a DiTPipeline takes no guidance_interval; sample it yourself"):
+        sample_to_folder(pipeline, tmp_path / "c", 3, guidance_interval=(0.1, 1.0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_npz_files_are_mapped_and_hold_every_image_once(tmp_path):
+    folder = SampleFolder(write_images(tmp_path / "images", size=(20, 16)))
+    write_npz(tmp_path / "samples.npz", folder)
+    archive = np.load(tmp_path / "samples.npz")
+    assert archive.files == ["arr_0"] and archive["arr_0"].shape == (12, 16, 20, 3)
+    written = NpzImages(tmp_path / "samples.npz")
+    assert isinstance(written.array, np.memmap) and written.size == (16, 20) == folder.size
+    assert np.array_equal(written.array, archive["arr_0"])
+    contents = [[images[i]["image"].numpy().tobytes() for i in range(12)] for images in (folder, written)]
+    assert contents[0] != contents[1] and sorted(contents[0]) == sorted(contents[1])  # shuffled
+    np.savez_compressed(tmp_path / "small.npz", arr_0=archive["arr_0"])
+    assert np.array_equal(NpzImages(tmp_path / "small.npz").array, archive["arr_0"])
+
+
+def test_bad_samples_are_one_line(tmp_path):
+    def problem(name: str, **arrays) -> str:
+        np.savez(tmp_path / name, **arrays)
+        with pytest.raises(DataError) as caught:
+            open_samples(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    images = np.zeros((4, 16, 16, 3), np.uint8)
+    assert "must be (N, H, W, 3)" in problem("grey.npz", arr_0=images[..., :1])
+    assert "must be uint8" in problem("float.npz", arr_0=np.full(images.shape, np.nan, np.float32))
+    assert "no array 'arr_0', there are images" in problem("named.npz", images=images)
+    assert "must be (N, H, W, 3)" in problem("empty.npz", arr_0=images[:0])
+    whole = (tmp_path / "grey.npz").read_bytes()
+    (tmp_path / "torn.npz").write_bytes(whole[:300])
+    with pytest.raises(DataError, match="torn.npz is no .npz file or a damaged one .*; write or download it again"):
+        open_samples(tmp_path / "torn.npz")
+    with pytest.raises(DataError, match="missing.npz: no such file"):
+        open_samples(tmp_path / "missing.npz")
+    folder = write_images(tmp_path / "mixed", classes=1)
+    Image.new("RGB", (9, 9)).save(folder / "class0/z.png")
+    mixed = open_samples(folder)
+    with pytest.raises(DataError, match=r"z.png is 9 x 9 where .*0.png is 24 x 20; samples must have one size"):
+        mixed[4]
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return FeatureExtractor("efficientnet-lite0")
+
+
+def test_references_agree_whatever_they_are_read_from(extractor, tmp_path):
+    folder = write_images(tmp_path / "images", size=(16, 16))
+    images = CroppedImages(ImageDataset(open_source(str(folder)), 16))
+    (direct,) = references_of(images, [extractor])
+    assert direct.count == 12 and direct.kept.shape == (12, 1280) and direct.spatial_mean is None
+    save_references(tmp_path / "r.safetensors", [direct], {"data": "x", "resolution": 16, "crop": "center"})
+    (saved,) = open_references(str(tmp_path / "r.safetensors"), [extractor], (16, 16))
+    assert saved.hash == direct.hash and np.array_equal(saved.covariance, direct.covariance)
+    np.savez(tmp_path / "r.npz", arr_0=np.stack([images[i]["image"].permute(1, 2, 0).numpy() for i in range(12)]))
+    (packed,) = open_references(str(tmp_path / "r.npz"), [extractor], (16, 16))
+    assert packed.hash == direct.hash and np.allclose(packed.mean, direct.mean, atol=1e-5)
+
+    with pytest.raises(DataError, match="r.safetensors is of 16 px images, the samples have 32 x 32 pixels"):
+        open_references(str(tmp_path / "r.safetensors"), [extractor], (32, 32))
+    with pytest.raises(DataError, match=r"holds statistics of efficientnet-lite0, not of inception \(--features\)"):
+        load_reference(str(tmp_path / "r.safetensors"), "inception", (16, 16))
+    with pytest.raises(DataError, match=r"r.npz holds images of \(16, 16\) pixels, the samples have \(32, 32\)"):
+        open_references(str(tmp_path / "r.npz"), [extractor], (32, 32))
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "r.safetensors").read_bytes()[:1000])
+    with pytest.raises(DataError, match="torn.safetensors is damaged"):
+        open_references(str(tmp_path / "torn.safetensors"), [extractor], (16, 16))
+
+
+class Named:
+    """An extractor of 4 simple features under Inception's name."""
+
+    name = "inception"
+
+    def __call__(self, images):
+        pooled = images.float().mean((2, 3)) / 255
+        features = torch.cat([pooled, pooled.square().sum(dim=1, keepdim=True)], dim=1)
+        return {"features": features, "logits": features, "spatial": features[:, :2]}
+
+
+def test_adm_statistics_are_the_reference_and_their_images_only_for_precision(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, size=(30, 8, 8, 3), dtype=np.uint8)
+    statistics = {"mu": np.full(4, 2.0), "sigma": np.eye(4), "mu_s": np.full(2, 3.0), "sigma_s": np.eye(2)}
+    np.savez(tmp_path / "adm.npz", arr_0=images, **statistics)
+    np.savez(tmp_path / "samples.npz", arr_0=images[:20])
+    (reference,) = open_references(str(tmp_path / "adm.npz"), [Named()], (8, 8))
+    assert reference.count is None and np.array_equal(reference.mean, statistics["mu"])
+    assert np.array_equal(reference.spatial_covariance, np.eye(2)) and reference.kept.shape == (30, 4)
+    metrics, count = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
+    assert count == 20 and set(metrics) == {
+        "FID", "sFID", "IS", "IS_std", "precision", "recall", "KID", "KID_std"
+    }  # fmt: skip
+    assert metrics["precision"] == 1 and metrics["FID"] > 4 * (2 - 1) ** 2 and metrics["sFID"] > 2 * (3 - 1) ** 2
+
+    np.savez(tmp_path / "statistics.npz", **statistics)  # without images
+    (reference,) = open_references(str(tmp_path / "statistics.npz"), [Named()], (8, 8))
+    metrics, _ = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
+    assert metrics["FID"] > 0 and metrics["precision"] is None and metrics["KID"] is None
+
+
+def test_too_few_images_leave_out_a_measure_and_keep_the_rest(caplog):
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(50, 4))
+    reference = Reference("inception", "", 50, *feature_statistics(real), kept=real)
+    metrics = measure({"features": rng.normal(size=(3, 4)), "logits": rng.normal(size=(3, 5))}, reference)
+    assert metrics["FID"] > 0 and metrics["IS"] >= 1 and metrics["KID"] is not None
+    assert metrics["precision"] is None and "no precision, recall: k = 3 neighbours need more than 3" in caplog.text
+    assert "sFID" not in metrics and "IS" not in measure({"features": real}, reference)
+
+
+def test_the_command_with_two_processes_equals_one(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    images = write_images(tmp_path / "images", per_class=8)
+    run("-m", "favae.eval.references", "--data", images, "--resolution", "16", *OFFLINE, "--output",
+        tmp_path / "reference.safetensors")  # fmt: skip
+    common = ("-m", "favae.eval.generation", "--pipeline", tmp_path / "pipeline", "--num-images", "14", *OFFLINE,
+              "--num-inference-steps", "2", "--guidance-scale", "1", "2", "--batch-size", "4")  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    printed = run(*common, "--reference", images, "--write-npz", "--output", one).stdout
+    run(*common, "--reference", tmp_path / "reference.safetensors", "--output", two, processes=2)
+    for folder in ("guidance_scale-1.0-seed-0", "guidance_scale-2.0-seed-0"):
+        first, second = pixels(one / "samples" / folder), pixels(two / "samples" / folder)
+        assert len(first) == 14 and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    for a, b in zip(results[0]["rows"], results[1]["rows"], strict=True):
+        assert a["metrics"] == pytest.approx(b["metrics"], rel=1e-4, abs=1e-6)
+    assert [row["guidance_scale"] for row in results[0]["rows"]] == [1.0, 2.0]
+    differing = [key for key in results[0]["protocol"] if results[0]["protocol"][key] != results[1]["protocol"][key]]
+    assert differing == ["reference_name"]  # the same images, whichever way they were given
+    assert "FD(efficientnet-lite0)" in printed and "FID" not in printed
+    assert (one / "samples-guidance_scale-2.0-seed-0.png").stat().st_size > 3_000
+    archive = one / "samples/guidance_scale-2.0-seed-0.npz"
+    again = run("-m", "favae.eval.generation", "--samples", archive, "--reference", images, *OFFLINE,
+                "--output", tmp_path / "again")  # fmt: skip
+    assert again.returncode == 0
+    (row,) = json.loads((tmp_path / "again/results.json").read_text())["rows"]
+    same = results[0]["rows"][1]["metrics"]["FD(efficientnet-lite0)"]
+    assert row["metrics"]["FD(efficientnet-lite0)"] == pytest.approx(same, rel=1e-4)
+
+    refused = run("-m", "favae.eval.generation", "--samples", tmp_path / "nowhere", "--reference", images, *OFFLINE,
+                  "--output", tmp_path / "x", check=False)  # fmt: skip
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].endswith("nowhere: no such folder")

@@ -1,0 +1,64 @@
+"""Evaluation during training changes nothing but the log, goes on after a kill, and counts epochs."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY_FAVAE, run, tiny_generator_recipe, write_images
+from safetensors.torch import load_file
+
+from favae import AutoencoderKLFA
+from favae.eval.online import epochs_to_reach
+from favae.training.config import ConfigError, GeneratorConfig, load_config
+
+
+def test_epochs_to_reach():
+    records = [{"epoch": 1.0, "FID": 9.0}, {"epoch": 2.0, "FID": 4.0}, {"epoch": 3.0, "FID": 5.0}, {"epoch": 4.0}]
+    found = epochs_to_reach(records, "FID", [10.0, 5.0, 2.0])
+    assert found == {"EP_FID@10": 1.0, "EP_FID@5": 2.0, "EP_FID@2": None}
+
+
+def test_settings_that_cannot_work(tmp_path):
+    recipe = tiny_generator_recipe(tmp_path, "latents", "tokenizer")
+    with pytest.raises(ConfigError, match="evaluation.every needs evaluation.reference"):
+        load_config(GeneratorConfig, recipe, ["evaluation.every=2"])
+    with pytest.raises(ConfigError, match="evaluation.num_images must be at least 1"):
+        load_config(GeneratorConfig, recipe, ["evaluation.num_images=0"])
+
+
+def test_training_is_the_same_with_evaluation(tmp_path):
+    images = write_images(tmp_path / "images")
+    AutoencoderKLFA(**TINY_FAVAE).save_pretrained(tmp_path / "vae")
+    run("-m", "favae.data.latents", "--tokenizer", tmp_path / "vae", "--data", images, "--resolution", "16", "--output",
+        tmp_path / "latents")  # fmt: skip
+    recipe = tiny_generator_recipe(tmp_path, tmp_path / "latents", tmp_path / "vae")
+    settings = {
+        "every": 3,
+        "reference": images,
+        "features": "efficientnet-lite0",
+        "num_images": 8,
+        "targets": "[1,1e9]",
+    }
+    evaluation = [f"evaluation.{key}={value}" for key, value in settings.items()] + ["evaluation.num_inference_steps=2"]
+    run("train_generator.py", recipe, f"output={tmp_path / 'plain'}")
+    run("train_generator.py", recipe, f"output={tmp_path / 'evaluated'}", *evaluation)
+    weights = [
+        load_file(next((tmp_path / name / "final/transformer").glob("*.safetensors")))
+        for name in ("plain", "evaluated")
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    log = tmp_path / "evaluated/evaluation.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["step"] for record in records] == [3, 6]
+    assert [record["epoch"] for record in records] == [3 * 4 / 12, 6 * 4 / 12]
+    metric = "FD(efficientnet-lite0)"
+    assert records[0][metric] > 0 and records[0][metric] != records[1][metric]
+    assert records[1][f"EP_{metric}@1e+09"] == 1.0 and records[1][f"EP_{metric}@1"] is None
+    assert not (tmp_path / "evaluated/evaluation").exists()
+
+    log.write_text(log.read_text() + '{"step": 7, "torn')
+    again = [f"output={tmp_path / 'evaluated'}", *evaluation, "train.steps=9", "evaluation.num_images=4"]
+    run("train_generator.py", recipe, *again)
+    more = [json.loads(line) for line in log.read_text().splitlines()]
+    assert more[:2] == records and [record["step"] for record in more] == [3, 6, 9]

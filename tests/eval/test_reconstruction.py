@@ -1,0 +1,207 @@
+"""Reconstruction: hand-computed errors, every autoencoder class, the command's pictures and its bad inputs."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_VQ, run, write_images
+
+from favae import VQModelFA
+from favae.autoencoders import AutoencoderError, decode, encode, load_autoencoder, measure_budget, reconstruct
+from favae.data.images import ImageDataset, open_source
+from favae.eval.features import FeatureExtractor
+from favae.eval.figures import radial_spectrum
+from favae.eval.image_sets import CroppedImages
+from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, evaluate_reconstruction, image_errors
+from favae.eval.references import references_of
+
+
+def test_recon_is_made_of_low_and_high():
+    images = torch.rand(4, 3, 16, 24) * 2 - 1
+    errors = image_errors(images, images + 0.3 * torch.randn_like(images))
+    recon, low, high = errors[:, 0], errors[:, 1], errors[:, 2]
+    assert torch.allclose(recon, (low + 3 * high) / 4, rtol=1e-5)
+    assert torch.isnan(errors[:, 5:]).all()  # no MS-SSIM at this size, no LPIPS without weights
+
+
+def test_bands_of_several_levels_add_up():
+    difference = torch.randn(2, 3, 32, 16)
+    bands = band_errors(difference, 3)
+    share = torch.tensor([1 / 4] * 3 + [1 / 16] * 3 + [1 / 64] * 4)
+    assert bands.shape == (2, 10) and band_names(3)[0] == "LH1" and band_names(3)[-1] == "LL3"
+    assert torch.allclose((bands * share).sum(dim=1), difference.square().mean((1, 2, 3)), rtol=1e-5)
+    stripes = torch.ones(1, 3, 8, 8) * torch.tensor([1.0, -1.0]).repeat(4)  # vertical ones: HL of the finest level
+    assert torch.allclose(band_errors(stripes, 1), torch.tensor([[0.0, 4.0, 0.0, 0.0]]), atol=1e-5)
+
+
+def test_psnr_and_ssim_by_hand():
+    images = torch.zeros(1, 3, 176, 176)
+    errors = dict(zip(PER_IMAGE, image_errors(images, images + 20 / 127.5)[0].tolist()))  # 20 of 255 levels everywhere
+    assert errors["PSNR"] == pytest.approx(20 * np.log10(255 / 20), abs=1e-4)
+    same = dict(zip(PER_IMAGE, image_errors(images, images)[0].tolist()))
+    assert same["Recon"] == 0 and same["PSNR"] == 100 and same["SSIM"] == pytest.approx(1)
+    assert same["MS-SSIM"] == pytest.approx(1) and errors["MS-SSIM"] < 1
+
+
+def test_radial_spectrum_finds_a_wave_and_keeps_the_power():
+    wave = torch.cos(2 * torch.pi * 5 * torch.arange(32) / 32).expand(1, 1, 32, 32)
+    assert radial_spectrum(wave).argmax() == 5
+    noise = torch.randn(64, 1, 16, 16)
+    assert torch.allclose(radial_spectrum(noise), torch.ones(9, dtype=torch.float64), atol=0.25)  # white
+
+
+def autoencoders() -> dict[str, diffusers.ModelMixin]:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    common = {**blocks, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    rae = {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "decoder_hidden_size": 16, "patch_size": 4}
+    rae |= {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
+    dc = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
+    dc |= {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "attention_head_dim": 4}
+    dc |= {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
+    dc |= {"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())}
+    tiny = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    tiny |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    pytest.importorskip("transformers", reason="AutoencoderRAE's encoders are from transformers")
+    return {
+        "AutoencoderKL": diffusers.AutoencoderKL(**common, latent_channels=4),
+        "AsymmetricAutoencoderKL": diffusers.AsymmetricAutoencoderKL(
+            down_block_types=blocks["down_block_types"],
+            down_block_out_channels=(8, 8),
+            up_block_types=blocks["up_block_types"],
+            up_block_out_channels=(8, 8),
+            norm_num_groups=4,
+        ),
+        "AutoencoderKLFlux2": diffusers.AutoencoderKLFlux2(**common, latent_channels=4),
+        "AutoencoderTiny": diffusers.AutoencoderTiny(**tiny),
+        "AutoencoderDC": diffusers.AutoencoderDC(**dc),
+        "AutoencoderRAE": diffusers.AutoencoderRAE(encoder_input_size=28, image_size=8, **rae),
+        "VQModel": diffusers.VQModel(**common, num_vq_embeddings=16),
+        "VQModelFA": VQModelFA(**TINY_VQ),
+    }
+
+
+def test_every_class_of_autoencoder_reconstructs(tmp_path):
+    """The same 8 px image goes through each, saved and opened again; the budget is what the latent really holds."""
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    for name, model in autoencoders().items():
+        model.eval().save_pretrained(tmp_path / name)
+        vae = load_autoencoder(str(tmp_path / name))
+        assert type(vae) is type(model)
+        with torch.no_grad():
+            latents = encode(vae, images)
+            assert decode(vae, latents).shape == images.shape, name
+        budget = measure_budget(vae, 8)
+        assert budget.factor == 8 // latents.shape[-1] and budget.flops > 0 and budget.params == vae.num_parameters()
+        if name.startswith("VQ"):
+            bits = 4 if name == "VQModel" else 5
+            assert budget.bits_per_image == bits * latents[0, 0].numel() and budget.floats_per_image is None
+        else:
+            assert budget.floats_per_image == latents[0].numel() and budget.tokens_per_image is None
+
+
+def test_value_ranges_are_the_adapters_business():
+    """An RAE works in [0, 1]: asked directly in its range, it gives what the adapter gives."""
+    rae = autoencoders()["AutoencoderRAE"].eval()
+    images = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(reconstruct(rae, images * 2 - 1), rae(images).sample * 2 - 1, atol=1e-5)
+
+
+def test_posterior_and_pipelines(tiny_kl, tmp_path):
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(encode(tiny_kl, images), tiny_kl.encode(images).latent_dist.mode())
+        draws = [encode(tiny_kl, images, "sample", torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    tiny_kl.save_pretrained(tmp_path / "pipeline/vae")
+    (tmp_path / "pipeline/model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+    assert isinstance(load_autoencoder(str(tmp_path / "pipeline")), diffusers.AutoencoderKL)
+
+
+def test_autoencoders_that_cannot_take_the_images(tiny_kl, tmp_path):
+    with pytest.raises(AutoencoderError, match="takes images of 1 channels, not of 3"):
+        measure_budget(diffusers.AutoencoderKL(in_channels=1), 8)
+    with pytest.raises(AutoencoderError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
+        measure_budget(tiny_kl, 18)
+    with pytest.raises(AutoencoderError, match="no autoencoder could be opened here"):
+        load_autoencoder(str(tmp_path))
+    video = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), layers_per_block=1
+    )
+    with pytest.raises(AutoencoderError, match="takes no images of 8 px"):
+        measure_budget(video, 8)
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return FeatureExtractor("efficientnet-lite0")
+
+
+def test_reconstruction_results(tiny_favae, tmp_path, extractor):
+    images = ImageDataset(open_source(str(write_images(tmp_path / "images"))), 16)
+    references = references_of(CroppedImages(images), [extractor])
+
+    def evaluate(**options):
+        return evaluate_reconstruction(tiny_favae, images, [extractor], references, **options)
+
+    result = evaluate(batch_size=5)
+    metrics = result.metrics
+    assert result.errors.shape == (12, 7) and result.indices.tolist() == list(range(12))
+    assert metrics["Recon"] == pytest.approx((metrics["Low"] + 3 * metrics["High"]) / 4, rel=1e-5)
+    assert sum(result.bands[band] for band in ("LH1", "HL1", "HH1")) / 3 == pytest.approx(metrics["High"], rel=1e-5)
+    with torch.no_grad():
+        expected = [(tiny_favae(i["image"][None]).sample - i["image"]).square().mean() for i in (images[0], images[11])]
+        latents = encode(tiny_favae, torch.stack([images[i]["image"] for i in range(12)]))
+    assert torch.allclose(result.errors[[0, 11], 0].float(), torch.stack(expected), rtol=1e-4)
+    assert torch.allclose(result.latent_mean.float(), latents.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(result.latent_std.float(), latents.std((0, 2, 3), correction=0), atol=1e-5)
+    assert metrics["LPIPS"] is None and metrics["MS-SSIM"] is None and metrics["rFD(efficientnet-lite0)"] > 0
+
+    samples = [evaluate(posterior="sample", batch_size=size).errors[:, :5] for size in (5, 3)]
+    assert torch.allclose(*samples, rtol=1e-3) and not torch.allclose(samples[0], result.errors[:, :5], rtol=1e-3)
+
+    broken = images.source.files[5]
+    broken.write_bytes(broken.read_bytes()[:300])
+    without = evaluate(batch_size=5)
+    kept = torch.arange(12) != 5
+    assert without.indices.tolist() == torch.arange(12)[kept].tolist()
+    assert torch.allclose(without.errors[:, :5], result.errors[kept, :5], rtol=1e-4)
+
+    with torch.no_grad():
+        tiny_favae.decoder.low.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(AutoencoderError, match=r"reconstruction of .*\.png is not finite"):
+        evaluate()
+
+
+def test_command_keeps_what_was_measured(tmp_path, tiny_favae, tiny_kl):
+    """Two seeds of one model, another class, and one that fails: three rows, three pictures, one error."""
+    folder = write_images(tmp_path / "images")
+    tiny_favae.save_pretrained(tmp_path / "a")
+    torch.manual_seed(1)
+    type(tiny_favae).from_config(tiny_favae.config).save_pretrained(tmp_path / "b")
+    autoencoders()["AutoencoderTiny"].save_pretrained(tmp_path / "tiny")
+    diffusers.AutoencoderKL(in_channels=1, norm_num_groups=4, block_out_channels=(8,)).save_pretrained(
+        tmp_path / "grey"
+    )
+    named = (("ours", "a"), ("ours", "b"), ("grey", "grey"), ("taesd", "tiny"))
+    models = [f"--model={name}={tmp_path / path}" for name, path in named]
+    options = ("--data", folder, "--resolution", "16", "--features", "efficientnet-lite0", "--output", tmp_path / "out")
+    result = run("-m", "favae.eval.reconstruction", *models, *options, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: grey: this AutoencoderKL takes images of 1 channels, not of 3"
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [row["model"] for row in results["rows"]] == ["ours", "ours", "taesd"]
+    assert results["rows"][0]["metrics"]["Recon"] != results["rows"][1]["metrics"]["Recon"]
+    protocol = results["protocol"]
+    assert protocol["num_images"] == 12 and protocol["posterior"] == "mode" and protocol["crop"] == "center"
+    assert protocol["uint8"].startswith("round(") and len(protocol["data"]["hash"]) == 64
+    assert set(results["rows"][0]["bands"]) == set(band_names(3))
+    assert "NaN" not in (tmp_path / "out/results.json").read_text()
+    for name in ("comparison", "spectra", "latents"):
+        assert (tmp_path / f"out/{name}.png").stat().st_size > 5_000
+    assert "rFD(efficientnet-lite0)" in result.stdout and "FID" not in result.stdout
+
+    bad = run("-m", "favae.eval.reconstruction", models[0], *options, "--levels", "5", check=False)
+    assert bad.returncode == 1 and "--levels 5 needs a --resolution" in bad.stderr
