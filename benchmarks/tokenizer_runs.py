@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 from favae.autoencoders import measure_budget, reconstruct  # noqa: E402
 from favae.data.images import ImageDataset, open_source, skip_missing  # noqa: E402
+from favae.eval.extraction import image_statistics  # noqa: E402
 from favae.eval.features import FeatureExtractor  # noqa: E402
 from favae.eval.image_sets import CroppedImages  # noqa: E402
 from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors  # noqa: E402
-from favae.eval.references import references_of  # noqa: E402
 from favae.training.checkpoints import find_checkpoints  # noqa: E402
 from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config  # noqa: E402
 from train_tokenizer import train  # noqa: E402
@@ -132,7 +132,7 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     if strips is not None:
         extractor = FeatureExtractor("efficientnet-lite0")
         images = photos("heldout")
-        references = references_of(CroppedImages(images), [extractor])
+        references = image_statistics(CroppedImages(images), [extractor])
         row["rfd"] = evaluate_reconstruction(vae, images, [extractor], references).metrics[extractor.metric("rFID")]
         row["rfd_features"] = extractor.name
         row["error_spectrum"] = error_spectrum(vae)

@@ -82,6 +82,8 @@ def pair(first: dict[tuple, list], second: dict[tuple, list]) -> list[tuple[tupl
         if len(models) > 1:
             raise ComparisonError(f"several models ({', '.join(models)}); choose one with FILE:MODEL")
     pairs = [(a, b) for a in first for b in second if a[1] == b[1]]
+    if not pairs and len(first) == len(second) == 1:  # images of unknown origin against a pipeline's
+        pairs = [(*first, *second)]
     if not pairs:
         scales = [", ".join(str(key[1]) for key in side) for side in (first, second)]
         raise ComparisonError(f"no common guidance scale: {scales[0]} and {scales[1]}")
@@ -144,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
         differs = differences(first, second)
         if differs:
             if not arguments.force or first["kind"] != second["kind"]:
-                raise ComparisonError("different protocols (--force compares all the same):\n  " + "\n  ".join(differs))
+                hint = "" if first["kind"] != second["kind"] else " (--force compares all the same)"
+                raise ComparisonError(f"different protocols{hint}:\n  " + "\n  ".join(differs))
             print("WARNING: different protocols\n  " + "\n  ".join(differs) + "\n")
         print(compare(first, second))
     except ComparisonError as error:

@@ -2,17 +2,15 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
-from favae.data.images import DataError, skip_missing
+from favae.data.images import DataError
+from favae.data.latents import add_weights
 from favae.distributed import process_state
 from favae.foundation import OFFLINE_BACKBONE, FoundationModel, MissingWeights
 
@@ -20,7 +18,7 @@ INCEPTION = "inception"
 INCEPTION_HASH = "6726825d"  # of torch-fidelity's weights-inception-2015-12-05-6726825d.pth
 SPATIAL_CHANNELS = 7  # of sFID
 DINOV2 = "dinov2"
-DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # its class token at 224 px, as EDM2's FD-DINOv2
+DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # its class token at 224 px; timm resamples positions, see the docs
 
 REMEDY = f"--weights NAME=FILE takes a local file, --features {OFFLINE_BACKBONE} needs no network"
 INCEPTION_REMEDY = REMEDY.replace("--weights NAME=FILE", "--inception-weights FILE")
@@ -37,6 +35,9 @@ class FeatureExtractor:
             (no network needed), or any timm model.
         weights: a local file; None downloads.
 
+    Attributes:
+        hash: SHA-256 of the weights.
+
     Raises:
         MissingWeights: if they cannot be loaded, or the file is not the published one.
     """
@@ -49,6 +50,7 @@ class FeatureExtractor:
         else:
             self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights, REMEDY)
         self.model.to(process_state().device)
+        self.hash = weights_hash(self.model)
 
     def _keep_spatial(self, module, inputs, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order
@@ -58,10 +60,11 @@ class FeatureExtractor:
         if images.dtype != torch.uint8:
             raise TypeError(f"expected uint8 images, got {images.dtype}")
         images = images.to(process_state().device)
-        if self.name == INCEPTION:
-            features, logits = self.model(images)
-            return {"features": features.float(), "logits": logits.float(), "spatial": self._spatial.float()}
-        features, logits = self.model.pooled(images.float() / 127.5 - 1)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            if self.name == INCEPTION:
+                features, logits = self.model(images)
+                return {"features": features.float(), "logits": logits.float(), "spatial": self._spatial.float()}
+            features, logits = self.model.pooled(images.float() / 127.5 - 1)
         return {"features": features} if logits is None else {"features": features, "logits": logits}
 
     def metric(self, name: str) -> str:
@@ -98,6 +101,13 @@ def _inception(weights: str | None) -> torch.nn.Module:
             f"the Inception weights (weights-inception-2015-12-05-{INCEPTION_HASH}.pth, torch-fidelity) could not be "
             f"downloaded ({type(error).__name__}); {INCEPTION_REMEDY}"
         ) from error
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    add_weights(digest, model)
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,55 +186,18 @@ def gather_rows(rows: Tensor, indices: Tensor | range, total: int) -> Tensor:
     return everything.cpu() if bool(filled.all()) else everything[filled > 0].cpu()
 
 
+def everyone(ok: bool) -> bool:
+    """Whether it went well in all processes; all must ask. So that they fail together, and none waits for another."""
+    flag = torch.tensor([float(not ok)], device=process_state().device)
+    return reduce(flag, "sum").item() == 0
+
+
 def pixel_digests(images: Tensor) -> Tensor:
     """64 bits of each image's content: uint8 (B, 3, H, W) -> int64 (B,)."""
     digests = [hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images.cpu()]
-    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
 
 
 def combined_digest(digests: Tensor) -> str:
     """SHA-256 of a set of images in its order, from `pixel_digests`."""
     return hashlib.sha256(digests.cpu().numpy().astype(">i8").tobytes()).hexdigest()
-
-
-def extract_features(
-    images: Dataset,
-    extractors: Sequence[FeatureExtractor],
-    *,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    description: str = "features",
-) -> tuple[list[dict[str, np.ndarray]], str]:
-    """One pass over a set of images, by all processes together.
-
-    Args:
-        images: items {"image": uint8 (3, H, W), "index": its place}, or None for one that cannot be read.
-    Returns:
-        For each extractor its arrays (N, ...), in the order of the set, on every process; and the set's digest.
-    Raises:
-        DataError: if not one can be read.
-    """
-    loader = DataLoader(
-        Subset(images, own_indices(len(images))),
-        batch_size,
-        num_workers=num_workers,
-        collate_fn=skip_missing,
-        generator=torch.Generator(),  # the global one belongs to training
-    )
-    places, digests, parts = [], [], [[] for _ in extractors]
-    for batch in tqdm(loader, desc=description, disable=not process_state().is_main_process):
-        if batch is None:
-            continue
-        places.append(batch["index"])
-        digests.append(pixel_digests(batch["image"]))
-        for part, extractor in zip(parts, extractors):
-            part.append({key: value.cpu() for key, value in extractor(batch["image"]).items()})
-    if not places:
-        raise DataError("not one of the images can be read")
-    places, total = torch.cat(places), len(images)
-
-    def joined(part: list[dict[str, Tensor]], key: str) -> np.ndarray:
-        return gather_rows(torch.cat([batch.pop(key) for batch in part]), places, total).numpy()
-
-    arrays = [{key: joined(part, key) for key in list(part[0])} for part in parts]
-    return arrays, combined_digest(gather_rows(torch.cat(digests), places, total))

@@ -22,20 +22,21 @@ ZOOM = 4  # a zoom shows a window of 1 / ZOOM of the side
 
 
 def radial_spectrum(images: Tensor) -> Tensor:
-    """Power at each distance from the origin of frequency space, mean over images, channels and directions.
+    """Power at each distance from the origin of frequency space, mean over channels and directions.
 
     Args:
         images: (B, C, H, W) with H = W, any unit u.
     Returns:
-        (H // 2 + 1,) in u^2 per coefficient of the orthonormal FFT; entry r is the ring of r cycles per image.
+        (B, H // 2 + 1), float32, in u^2 per coefficient of the orthonormal FFT; entry r is the ring of r cycles per
+        image.
     """
     size = images.shape[-1]
-    power = torch.fft.fft2(images.double(), norm="ortho").abs().square().mean((0, 1)).flatten()
+    power = torch.fft.fft2(images.float(), norm="ortho").abs().square().mean(1).flatten(1)
     frequency = torch.fft.fftfreq(size, device=images.device) * size
     ring = (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt().round().long().flatten()
-    count = torch.zeros(int(ring.max()) + 1, dtype=power.dtype, device=images.device)
-    total = count.clone().index_add_(0, ring, power)
-    return (total / count.index_add_(0, ring, torch.ones_like(power)))[: size // 2 + 1]
+    count = torch.bincount(ring)
+    total = power.new_zeros(len(images), len(count)).index_add_(1, ring, power)
+    return (total / count)[:, : size // 2 + 1]
 
 
 def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Tensor], errors: Sequence[float]) -> None:

@@ -5,21 +5,47 @@ import numpy as np
 CHUNK = 4096  # rows whose float64 copy is held at a time
 
 
+class RunningStatistics:
+    """Mean and covariance of features (N, D) that come in batches, in float64; sums of several processes add up.
+
+    Attributes:
+        count: rows so far.
+        total: (D,), their sum. scatter: (D, D), the sum of their outer products.
+    """
+
+    def __init__(self, dimensions: int):
+        self.count = 0
+        self.total = np.zeros(dimensions)
+        self.scatter = np.zeros((dimensions, dimensions))
+
+    def update(self, features: np.ndarray) -> None:
+        for start in range(0, len(features), CHUNK):
+            rows = np.asarray(features[start : start + CHUNK], dtype=np.float64)
+            self.count += len(rows)
+            self.total += rows.sum(axis=0)
+            self.scatter += rows.T @ rows
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (D,) and covariance (D, D), unbiased.
+
+        Raises:
+            ValueError: with fewer than two rows.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        mean = self.total / self.count
+        return mean, (self.scatter - self.count * np.outer(mean, mean)) / (self.count - 1)
+
+
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and covariance (D, D) of features (N, D), unbiased, float64.
 
     Raises:
         ValueError: with fewer than two rows.
     """
-    count, dimensions = features.shape
-    if count < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {count}")
-    mean = features.mean(axis=0, dtype=np.float64)
-    scatter = np.zeros((dimensions, dimensions))
-    for start in range(0, count, CHUNK):
-        centred = features[start : start + CHUNK] - mean  # float64
-        scatter += centred.T @ centred
-    return mean, scatter / (count - 1)
+    statistics = RunningStatistics(features.shape[1])
+    statistics.update(features)
+    return statistics.finish()
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:

@@ -6,6 +6,7 @@ Items are {"image": uint8 (3, H, W), "index": int}, all of one size, or None for
 import contextlib
 import logging
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,19 @@ class SampleFolder(Dataset):
     """Image files of one size, below a folder, in the order of their paths. Nothing is cropped or resized.
 
     Raises:
-        DataError: if there is none; on reading, for one of another size than the first.
+        DataError: if there is none, or they differ in size.
     """
 
     def __init__(self, path: str | Path):
         self.source = FolderSource(path, min_size=1)
-        self.size = self.source.read(0).size[::-1]
+        sizes = [(height, width) for width, height in self.source.sizes]
+        self.size = sizes[0]
+        for i, (height, width) in enumerate(sizes):
+            if (height, width) != self.size:
+                raise DataError(
+                    f"{self.source.name(i)} is {width} x {height} where {self.source.name(0)} is {self.size[1]} x "
+                    f"{self.size[0]}; samples must have one size: remove it, or write all at one size"
+                )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -55,11 +63,6 @@ class SampleFolder(Dataset):
         except READ_ERRORS as error:
             logger.warning("skipped %s: %s", self.source.name(index), error)
             return None
-        if image.size[::-1] != self.size:
-            raise DataError(
-                f"{self.source.name(index)} is {image.width} x {image.height} where {self.source.name(0)} is "
-                f"{self.size[1]} x {self.size[0]}; samples must have one size: remove it, or write all at one size"
-            )
         return {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1), "index": index}
 
 
@@ -103,7 +106,7 @@ def _intact(path: str | Path):
         yield
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path} is no .npz file or a damaged one ({error}); write or download it again") from error
 
 

@@ -41,27 +41,30 @@ from favae.data.images import (
 )
 from favae.distributed import process_state
 from favae.errors import FavaeError
+from favae.eval.extraction import ImageStatistics, image_statistics, sum_over_processes
 from favae.eval.features import (
     FeatureExtractor,
     add_feature_arguments,
+    everyone,
     gather_rows,
     image_generator,
     metric_name,
     open_extractors,
     own_indices,
+    weights_hash,
 )
 from favae.eval.figures import radial_spectrum, save_comparison, save_latents, save_spectra
-from favae.eval.frechet import feature_statistics, frechet_distance
+from favae.eval.frechet import RunningStatistics, frechet_distance
 from favae.eval.image_sets import CroppedImages
-from favae.eval.references import Reference, open_references, references_of
-from favae.eval.results import UINT8, format_metric, format_table, write_results
+from favae.eval.references import Reference
+from favae.eval.results import UINT8, format_table, one_line, shown_metrics, write_results
 from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.wavelets import WaveletTransform2D
 
 logger = logging.getLogger(__name__)
 
 PER_IMAGE = ("Recon", "Low", "High", "PSNR", "SSIM", "MS-SSIM", "LPIPS")
-MS_SSIM_SIZE = 161  # the smallest at which its window of 11 fits into five scales
+MS_SSIM_SIZE = 176  # the smallest at which its window of 11 fits into five scales
 BANDS = ("LH", "HL", "HH")
 
 
@@ -122,7 +125,7 @@ class Reconstruction:
     bands: dict[str, float]
     errors: Tensor
     indices: Tensor
-    images_per_second: float
+    images_per_second: float | None
     spectra: dict[str, Tensor]
     latent_mean: Tensor
     latent_std: Tensor
@@ -133,7 +136,7 @@ def evaluate_reconstruction(
     vae,
     images: ImageDataset,
     extractors: Sequence[FeatureExtractor],
-    references: Sequence[Reference],
+    references: Sequence[ImageStatistics],
     *,
     lpips: LPIPS | None = None,
     posterior: str = "mode",
@@ -152,54 +155,71 @@ def evaluate_reconstruction(
     """
     device = process_state().device
     vae = vae.to(device).eval()
-    loader = DataLoader(
-        Subset(images, own_indices(len(images))), batch_size, num_workers=num_workers, collate_fn=skip_missing
-    )
-    columns: dict[str, list[Tensor]] = {}
     seconds = []
-    for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
-        if batch is None:
-            continue
-        x = batch["image"].to(device)
+
+    def look(x: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """Everything that is kept of a batch, one row per image."""
         started = _now(device)
-        z = encode(vae, x, posterior, [image_generator(0, int(i)) for i in batch["index"]])
+        z = encode(vae, x, posterior, [image_generator(0, int(i)) for i in indices])
         y = decode(vae, z)
         seconds.append((_now(device) - started) / len(x))
-        _check_finite(y, batch["index"], images)
         z = z.float()
+        spectra = {"original": x, "reconstruction": y, "error": y - x, "latent": z}
         found = {
-            "index": batch["index"],
             "errors": image_errors(x, y, lpips),
             "bands": band_errors(y - x, levels),
             "latent_moments": torch.stack([z.mean((2, 3)), z.square().mean((2, 3))], dim=1),
+            **{name: radial_spectrum(values) for name, values in spectra.items()},
         }
-        spectra = {"original": x, "reconstruction": y, "error": y - x, "latent": z}
-        for name, values in spectra.items():
-            found[name] = torch.stack([radial_spectrum(value[None]) for value in values])
         for i, extractor in enumerate(extractors):
             found[f"features{i}"] = extractor(to_uint8(y))["features"]
+        return {name: values.cpu() for name, values in found.items()}
+
+    # also a process that sees no readable image must know the shapes
+    empty = look(torch.zeros(1, 3, images.resolution, images.resolution, device=device), torch.zeros(1))
+    statistics = [RunningStatistics(empty.pop(f"features{i}").shape[1]) for i in range(len(extractors))]
+    columns = {name: [values[:0]] for name, values in empty.items()}
+    places = [torch.zeros(0, dtype=torch.int64)]
+    seconds.clear()  # it was a warm-up too
+    loader = DataLoader(
+        Subset(images, own_indices(len(images))), batch_size, num_workers=num_workers, collate_fn=skip_missing
+    )
+    for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
+        if batch is None:
+            continue
+        found = look(batch["image"].to(device), batch["index"])
+        places.append(batch["index"])
+        for i, running in enumerate(statistics):
+            running.update(found.pop(f"features{i}").numpy())
         for name, values in found.items():
-            columns.setdefault(name, []).append(values.cpu())
-    if not columns:
-        raise DataError("not one of the images can be read")
-    places = torch.cat(columns["index"])
+            columns[name].append(values)
+    places = torch.cat(places)
     rows = {name: gather_rows(torch.cat(values), places, len(images)) for name, values in columns.items()}
+    indices = gather_rows(places, places, len(images))
+    statistics = [sum_over_processes(running) for running in statistics]
+    if not len(indices):
+        raise DataError("not one of the images can be read")
+    broken = indices[~torch.isfinite(rows["errors"][:, 0])]
+    if len(broken):  # all processes see the same rows, and so all raise
+        name = images.source.name(int(broken[0]))
+        raise AutoencoderError(
+            f"the reconstruction of {name} is not finite; try float32 weights, or another checkpoint"
+        )
 
     means = rows["errors"].double().mean(dim=0).tolist()
     metrics = {name: None if value != value else value for name, value in zip(PER_IMAGE, means)}  # NaN
-    for i, reference in enumerate(references):
-        features = feature_statistics(rows[f"features{i}"].numpy())
-        metrics[metric_name("rFID", reference.features)] = frechet_distance(
-            reference.mean, reference.covariance, *features
-        )
+    for running, reference in zip(statistics, references):
+        enough = running.count > 1 and reference.mean is not None
+        distance = frechet_distance(reference.mean, reference.covariance, *running.finish()) if enough else None
+        metrics[metric_name("rFID", reference.features)] = distance
     moments = rows["latent_moments"].double().mean(dim=0)
     return Reconstruction(
         metrics=metrics,
         bands=dict(zip(band_names(levels), rows["bands"].double().mean(dim=0).tolist())),
         errors=rows["errors"],
-        indices=rows["index"],
-        images_per_second=1 / min(seconds),
-        spectra={name: rows[name].mean(dim=0) for name in spectra},
+        indices=indices,
+        images_per_second=1 / min(seconds) if seconds else None,
+        spectra={name: rows[name].mean(dim=0) for name in ("original", "reconstruction", "error", "latent")},
         latent_mean=moments[0],
         latent_std=(moments[1] - moments[0].square()).clamp_min(0).sqrt(),
     )
@@ -209,15 +229,6 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-def _check_finite(reconstructions: Tensor, indices: Tensor, images: ImageDataset) -> None:
-    finite = torch.isfinite(reconstructions).flatten(1).all(dim=1).cpu()
-    if not finite.all():
-        name = images.source.name(int(indices[~finite][0]))
-        raise AutoencoderError(
-            f"the reconstruction of {name} is not finite; try float32 weights, or another checkpoint"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,8 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
         run(arguments)
-    except (FavaeError, ValueError) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+    except (FavaeError, OSError, ValueError) as error:
+        sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted: results.json has the models that were finished")
 
@@ -263,12 +274,12 @@ def run(arguments: argparse.Namespace) -> None:
     extractors = open_extractors(arguments)
     lpips = _open_lpips(arguments.lpips_weights)
     loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
-    references = originals = references_of(CroppedImages(images), extractors, **loading)
-    if arguments.reference:
-        if not arguments.reference.endswith((".safetensors", ".npz")):
-            raise DataError(f"--reference {arguments.reference}: a .safetensors of favae.eval.references, or an .npz")
-        size = (arguments.resolution, arguments.resolution)
-        references = open_references(arguments.reference, extractors, size, **loading)
+    statistics = Reference(arguments.reference, extractors, None) if arguments.reference else None
+    originals = references = image_statistics(
+        CroppedImages(images), extractors, keep=0, description="originals", **loading
+    )
+    if statistics is not None:
+        references = statistics.statistics((arguments.resolution, arguments.resolution), **loading)
     protocol = {
         "num_images": originals[0].count,
         "data": {"hash": originals[0].hash},
@@ -277,17 +288,24 @@ def run(arguments: argparse.Namespace) -> None:
         "crop": "center",
         "posterior": arguments.posterior,
         "uint8": UINT8,
-        "features": [extractor.name for extractor in extractors],
+        "features": {extractor.name: extractor.hash for extractor in extractors},
         "reference": {r.features: {"hash": r.hash, "num_images": r.count} for r in references},
         "reference_name": arguments.reference or "the same images",
-        "lpips": None if lpips is None else "vgg16",
+        "lpips": None if lpips is None else {"vgg16": weights_hash(lpips)},
     }
 
     rows, finished, failures = [], [], []
     for name, path in arguments.model:
+        error = vae = None
         try:
             vae = load_autoencoder(path)
             budget = measure_budget(vae, arguments.resolution)
+        except AutoencoderError as caught:
+            error = caught
+        if not everyone(error is None):
+            failures.append(f"{name}: {error or 'it failed in another process'}")
+            continue  # the other models have nothing to do with it
+        try:
             result = evaluate_reconstruction(
                 vae,
                 images,
@@ -298,8 +316,8 @@ def run(arguments: argparse.Namespace) -> None:
                 levels=arguments.levels,
                 **loading,
             )
-        except AutoencoderError as error:  # the other models have nothing to do with it
-            failures.append(f"{name}: {error}")
+        except AutoencoderError as caught:  # in all processes
+            failures.append(f"{name}: {caught}")
             continue
         finished.append((name, vae.cpu(), result))
         speed = {"images_per_second": result.images_per_second, "batch_size": arguments.batch_size}
@@ -322,15 +340,15 @@ def run(arguments: argparse.Namespace) -> None:
 def table_row(row: dict) -> dict[str, str]:
     """The numbers of one model as they are shown, by heading."""
     tokens = row.get("tokens_per_image")
-    latent = f"{tokens:,} tokens" if tokens else f"{row['floats_per_image']:,}"
+    latent = f"{tokens:,} tokens, {row['bits_per_image']:,.0f} bits" if tokens else f"{row['floats_per_image']:,}"
     return {
         "model": row["model"],
-        **{name: format_metric(name, value) for name, value in row["metrics"].items()},
+        **shown_metrics(row),
         "floats/image": latent,
         "f": str(row["factor"]),
         "parameters": f"{row['params'] / 1e6:.2f}M",
         "GFLOP": f"{row['flops'] / 1e9:.2f}",
-        "images/s": f"{row['images_per_second']:.1f}",
+        "images/s": f"{row['images_per_second'] or 0:.1f}",
     }
 
 

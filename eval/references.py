@@ -12,13 +12,12 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch.utils.data import Dataset
 
 from favae.data.images import (
     DataError,
@@ -30,115 +29,77 @@ from favae.data.images import (
 )
 from favae.distributed import process_state
 from favae.errors import FavaeError
-from favae.eval.features import (
-    INCEPTION,
-    FeatureExtractor,
-    add_feature_arguments,
-    extract_features,
-    open_extractors,
-)
-from favae.eval.frechet import feature_statistics
+from favae.eval.extraction import ImageStatistics, image_statistics
+from favae.eval.features import INCEPTION, FeatureExtractor, add_feature_arguments, open_extractors
 from favae.eval.image_sets import IMAGES_KEY, CroppedImages, NpzImages, npz_names, read_npz
 
 KEPT = 10_000  # real images that precision, recall and KID look at, as ADM's evaluator does
-STATISTICS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "kept")
+ARRAYS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "kept", "logits")
 
 
-@dataclass
 class Reference:
-    """A set of real images in the eyes of one extractor.
-
-    Attributes:
-        features: the extractor's name.
-        hash: of the images' pixels, or of the file of statistics where the images are not at hand.
-        count: images behind mean and covariance; None if a file does not say.
-        mean, covariance: (D,), (D, D).
-        spatial_mean, spatial_covariance: (S,), (S, S), of Inception; else None.
-        kept: features (at most 10,000, D), always of the same images; None if there are no images.
-    """
-
-    features: str
-    hash: str
-    count: int | None
-    mean: np.ndarray
-    covariance: np.ndarray
-    spatial_mean: np.ndarray | None = None
-    spatial_covariance: np.ndarray | None = None
-    kept: np.ndarray | None = None
-
-
-def _from_features(name: str, arrays: dict[str, np.ndarray], digest: str) -> Reference:
-    """
-    Args:
-        arrays: "features" (N, D) and perhaps "spatial" (N, S), of `extract_features`.
-    Raises:
-        ValueError: with fewer than two images.
-    """
-    features = arrays["features"]
-    chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:KEPT])
-    spatial = feature_statistics(arrays["spatial"]) if "spatial" in arrays else (None, None)
-    return Reference(name, digest, len(features), *feature_statistics(features), *spatial, features[chosen])
-
-
-def open_references(
-    path: str,
-    extractors: Sequence[FeatureExtractor],
-    size: tuple[int, int],
-    *,
-    open_images: Callable[[], Source] | None = None,
-    batch_size: int = 32,
-    num_workers: int = 0,
-) -> list[Reference]:
-    """The real images, or statistics, that a path names; one `Reference` for each extractor.
+    """The real images, or statistics, that a path names. What can be checked is checked at once, before samples of
+    hours are drawn for it.
 
     Args:
         path: a .safetensors of this module, an .npz, or the name of a data source.
-        size: height and width of the images it is compared with.
+        extractors: in whose eyes.
         open_images: opens the data source.
     Raises:
-        DataError: if it is of another size or extractor, or damaged.
+        DataError: if it is missing or damaged, or of other features.
     """
-    loading = {"batch_size": batch_size, "num_workers": num_workers}
-    if path.endswith(".safetensors"):
-        return [load_reference(path, extractor.name, size) for extractor in extractors]
-    if path.endswith(".npz"):
-        return _from_npz(path, extractors, size, loading)
-    if size[0] != size[1]:
-        raise DataError(f"samples of {size[1]} x {size[0]} pixels need a reference .npz of that size; crops are square")
-    return references_of(CroppedImages(ImageDataset(open_images(), size[0])), extractors, **loading)
 
+    def __init__(self, path: str, extractors: Sequence[FeatureExtractor], open_images: Callable[[], Source] | None):
+        self.path, self.extractors = path, extractors
+        self.loaded = self.names = self.source = None
+        if path.endswith(".safetensors"):
+            self.loaded = load_statistics(path, extractors)
+        elif path.endswith(".npz"):
+            self.names = npz_names(path)
+            if IMAGES_KEY not in self.names and any(extractor.name != INCEPTION for extractor in extractors):
+                raise DataError(f"{path} has no images ({IMAGES_KEY}); it serves --features {INCEPTION} only")
+        elif open_images is None:
+            raise DataError(f"{path}: not a .safetensors of favae.eval.references, and not an .npz")
+        else:
+            self.source = open_images()
 
-def references_of(
-    images: Dataset, extractors: Sequence[FeatureExtractor], *, batch_size: int = 32, num_workers: int = 0
-) -> list[Reference]:
-    """A set of 8-bit images as a reference, for each extractor; all processes take part."""
-    arrays, digest = extract_features(
-        images, extractors, batch_size=batch_size, num_workers=num_workers, description="reference"
-    )
-    return [_from_features(e.name, values, digest) for e, values in zip(extractors, arrays)]
+    def statistics(self, size: tuple[int, int], *, batch_size: int = 32, num_workers: int = 0) -> list[ImageStatistics]:
+        """For each extractor; all processes take part.
 
+        Args:
+            size: height and width of the images that are compared with it.
+        Raises:
+            DataError: if it is of another size.
+        """
+        loading = {"keep": KEPT, "description": "reference", "batch_size": batch_size, "num_workers": num_workers}
+        samples = f"the samples have {size[1]} x {size[0]} pixels"
+        if self.loaded is not None:
+            found, statistics = self.loaded
+            if (found["resolution"],) * 2 != tuple(size):
+                raise DataError(f"{self.path} is of {found['resolution']} px images, {samples}")
+            return statistics
+        if self.names is not None:
+            return self._from_npz(tuple(size), samples, loading)
+        if size[0] != size[1]:
+            raise DataError(f"{samples}, which needs a reference .npz of that size; crops are square")
+        return image_statistics(CroppedImages(ImageDataset(self.source, size[0])), self.extractors, **loading)
 
-def _from_npz(
-    path: str, extractors: Sequence[FeatureExtractor], size: tuple[int, int], loading: dict
-) -> list[Reference]:
-    """Images, or ADM's statistics: Inception's, of all real images, with 10,000 of these in `arr_0`."""
-    names = npz_names(path)
-    images = NpzImages(path) if IMAGES_KEY in names else None
-    if images is not None and images.size != tuple(size):
-        raise DataError(f"{path} holds images of {images.size} pixels, the samples have {size}; take another file")
-    if images is None and any(extractor.name != INCEPTION for extractor in extractors):
-        raise DataError(f"{path} has no images ({IMAGES_KEY}); it serves --features {INCEPTION} only")
-    found = references_of(images, extractors, **loading) if images is not None else [None] * len(extractors)
-    if "mu" in names or images is None:
-        for i, extractor in enumerate(extractors):
-            if extractor.name == INCEPTION:
-                keys = ("mu", "sigma", "mu_s", "sigma_s") if "mu_s" in names else ("mu", "sigma")
-                statistics = [np.asarray(read_npz(path, key)) for key in keys]
+    def _from_npz(self, size: tuple[int, int], samples: str, loading: dict) -> list[ImageStatistics]:
+        """Images, or ADM's statistics: Inception's, of all real images, with 10,000 of these in `arr_0`."""
+        found: list[ImageStatistics | None] = [None] * len(self.extractors)
+        if IMAGES_KEY in self.names:
+            images = NpzImages(self.path)
+            if images.size != size:
+                raise DataError(f"{self.path} holds images of {images.size[1]} x {images.size[0]} pixels, {samples}")
+            found = image_statistics(images, self.extractors, **loading)
+        for i, extractor in enumerate(self.extractors):
+            if extractor.name == INCEPTION and ("mu" in self.names or found[i] is None):
+                keys = ("mu", "sigma", "mu_s", "sigma_s") if "mu_s" in self.names else ("mu", "sigma")
+                arrays = [np.asarray(read_npz(self.path, key)) for key in keys]
                 kept = found[i] and found[i].kept
-                found[i] = Reference(
-                    INCEPTION, _file_hash(path), None, *statistics[:2], *(statistics[2:] or (None, None)), kept
-                )
-    return found
+                spatial = arrays[2:] or (None, None)
+                found[i] = ImageStatistics(INCEPTION, _file_hash(self.path), None, *arrays[:2], *spatial, kept=kept)
+        return found
 
 
 def _file_hash(path: str) -> str:
@@ -153,39 +114,44 @@ def _file_hash(path: str) -> str:
 # Files of statistics
 
 
-def save_references(path: Path, references: Sequence[Reference], description: dict) -> None:
+def save_statistics(path: Path, statistics: Sequence[ImageStatistics], description: dict) -> None:
     """One file for several extractors; `description` says of what (data, resolution, crop)."""
     tensors, about = {}, {}
-    for reference in references:
-        values = asdict(reference)
-        for key in STATISTICS:
+    for entry in statistics:
+        values = asdict(entry)
+        for key in ARRAYS:
             if (value := values.pop(key)) is not None:
-                tensors[f"{reference.features}.{key}"] = np.ascontiguousarray(value)
-        about[reference.features] = values
+                tensors[f"{entry.features}.{key}"] = np.ascontiguousarray(value)
+        about[entry.features] = values
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}")
-    save_file(tensors, temporary, {"description": json.dumps(description), "references": json.dumps(about)})
+    save_file(tensors, temporary, {"description": json.dumps(description), "statistics": json.dumps(about)})
     temporary.rename(path)
 
 
-def load_reference(path: str, features: str, size: tuple[int, int]) -> Reference:
-    """
+def load_statistics(path: str, extractors: Sequence[FeatureExtractor]) -> tuple[dict, list[ImageStatistics]]:
+    """The description and the statistics of each extractor.
+
     Raises:
-        DataError: if the file is damaged, or holds statistics of other features or another size.
+        DataError: if the file is damaged, or holds statistics of other features or weights.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            if "references" not in metadata:
+            if "statistics" not in metadata:
                 raise DataError(f"{path} holds no statistics; write them with python -m favae.eval.references")
-            about, description = json.loads(metadata["references"]), json.loads(metadata["description"])
-            if features not in about:
-                raise DataError(f"{path} holds statistics of {', '.join(about)}, not of {features} (--features)")
-            if (description["resolution"],) * 2 != tuple(size):
-                found = description["resolution"]
-                raise DataError(f"{path} is of {found} px images, the samples have {size[1]} x {size[0]} pixels")
-            names = [key for key in STATISTICS if f"{features}.{key}" in file.keys()]  # noqa: SIM118
-            return Reference(**about[features], **{key: file.get_tensor(f"{features}.{key}") for key in names})
+            about, description = json.loads(metadata["statistics"]), json.loads(metadata["description"])
+            found = []
+            for extractor in extractors:
+                name = extractor.name
+                if name not in about:
+                    raise DataError(f"{path} holds statistics of {', '.join(about)}, not of {name} (--features)")
+                if about[name]["weights"] != extractor.hash:
+                    raise DataError(f"{path} was made with other weights of {name}; write it again with these")
+                keys = [key for key in ARRAYS if f"{name}.{key}" in file.keys()]  # noqa: SIM118
+                arrays = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+                found.append(ImageStatistics(**dict.fromkeys(ARRAYS) | about[name] | arrays))
+            return description, found
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -203,15 +169,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if arguments.output.suffix != ".safetensors":
             raise DataError(f"--output must end in .safetensors, got {arguments.output}")
-        images = CroppedImages(ImageDataset(open_data_arguments(arguments), arguments.resolution))
-        loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
-        references = references_of(images, open_extractors(arguments), **loading)
+        source = open_data_arguments(arguments)
+        reference = Reference(arguments.data, open_extractors(arguments), lambda: source)
+        size = (arguments.resolution, arguments.resolution)
+        found = reference.statistics(size, batch_size=arguments.batch_size, num_workers=arguments.num_workers)
         if process_state().is_main_process:
             description = {"data": data_name(arguments), "resolution": arguments.resolution, "crop": "center"}
-            save_references(arguments.output, references, description)
-            for reference in references:
-                print(f"{reference.features}: {reference.count:,} images, pixels {reference.hash[:12]}")
-    except (FavaeError, ValueError) as error:
+            save_statistics(arguments.output, found, description)
+            for entry in found:
+                print(f"{entry.features}: {entry.count:,} images, pixels {entry.hash[:12]}")
+    except (FavaeError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 from favae.eval.figures import BASELINE, INK, MUTED, OURS
 from favae.eval.reconstruction import table_row
-from favae.eval.results import format_metric
+from favae.eval.results import shown_metrics
 
 
 def _curves(logs: dict[str, tuple[list[dict], str]], terms: list[str]) -> str:
@@ -120,7 +120,7 @@ def _tokenizer_table(tokenizers: dict[str, dict], part: str | None = None) -> st
 def _generator_table(generator: dict) -> str:
     protocol = generator["protocol"]
     columns = {"generator": "LightningDiT on favae", "images": f"{protocol['num_images']:,}"}
-    columns |= {k: format_metric(k, v) for k, v in generator["metrics"].items() if "_std" not in k}
+    columns |= shown_metrics(generator)
     columns |= {"guidance": f"{generator['guidance_scale']}", "Euler steps": str(protocol["num_inference_steps"])}
     columns["training s"] = f"{generator['seconds']:.0f}"
     return _table(list(columns), [list(columns.values())])

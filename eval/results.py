@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 from pathlib import Path
@@ -33,7 +34,27 @@ def write_results(folder: Path, kind: str, protocol: dict, rows: list[dict]) -> 
         "protocol": protocol,
         "rows": rows,
     }
-    write_file(folder / "results.json", json.dumps(result, indent=1))
+    write_file(folder / "results.json", json.dumps(finite(result), indent=1, allow_nan=False))
+
+
+def shown_metrics(row: dict) -> dict[str, str]:
+    """A row's measures as people read them, without the deviations."""
+    return {name: format_metric(name, value) for name, value in row["metrics"].items() if not name.endswith("_std")}
+
+
+def finite(value):
+    """The same with None for numbers that JSON does not know: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def one_line(error: Exception) -> str:
+    """What a command prints of an error; a worker of a DataLoader puts its own lines before the message."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines and lines[0].startswith("Caught ") else lines[0]) if lines else type(error).__name__
 
 
 def format_table(rows: list[dict[str, str]]) -> str:

@@ -14,16 +14,27 @@ from tqdm.auto import tqdm
 from favae.data.images import DataError, to_uint8
 from favae.data.latents import tokenizer_hash
 from favae.distributed import process_state
-from favae.eval.features import image_generator
+from favae.eval.features import everyone, image_generator
 from favae.files import write_file
 
 SETTINGS_FILE = "settings.json"
+OWN_SAMPLES = "sample it yourself and give the folder with --samples"
+
+
+class NotFinite(DataError):
+    """Samples that are NaN or infinite; raised by all processes together."""
 
 
 def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
-    """The classes of a class-conditional pipeline; None for one without `class_labels`."""
+    """The classes of a class-conditional pipeline; None for one without `class_labels`.
+
+    Raises:
+        DataError: if there are classes, but none knows how many.
+    """
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         return None
+    if not hasattr(pipeline, "transformer"):
+        raise DataError(f"a {type(pipeline).__name__} has no transformer whose classes are known; {OWN_SAMPLES}")
     config = pipeline.transformer.config
     count = config["num_classes"] if "num_classes" in config else config["num_embeds_ada_norm"]
     names = {int(index): name for index, name in (pipeline.config.get("id2label") or {}).items()}
@@ -70,8 +81,8 @@ def sample_to_folder(
         pipeline: called with `class_labels`, or without classes with `batch_size`; `output_type="np"`.
         settings: passed to it (`guidance_scale`, `num_inference_steps`, ...).
     Raises:
-        DataError: if the folder holds samples of other settings, the pipeline cannot be called so, or an image is not
-            finite.
+        DataError: if the folder holds other images, or samples of other settings, or the pipeline cannot be called so.
+        NotFinite: if an image is not finite; those before it are kept.
     """
     folder, state = Path(folder), process_state()
     names = class_names(pipeline)
@@ -79,7 +90,7 @@ def sample_to_folder(
     unknown = [key for key in settings if key not in accepted]
     if unknown or (names is None and "batch_size" not in accepted):
         what = f"takes no {', '.join(unknown)}" if unknown else "takes neither class_labels nor batch_size"
-        raise DataError(f"a {type(pipeline).__name__} {what}; sample it yourself and give the folder with --samples")
+        raise DataError(f"a {type(pipeline).__name__} {what}; {OWN_SAMPLES}")
     plan = {"count": count, "labels": labels if names else None, "seed": seed, "batch_size": batch_size}
     plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": dict(pipeline.scheduler.config), **settings}
     _check_plan(folder, json.loads(json.dumps(plan, default=str)))
@@ -89,24 +100,25 @@ def sample_to_folder(
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     missing = [batch for batch in mine if not all(_file(folder, i).exists() for i in batch)]
+    bad: list[int] = []
+    devices = [state.device] if state.device.type == "cuda" else []
     for batch in tqdm(missing, desc="sampling", disable=not state.is_main_process):
         which = {"class_labels": [classes[i] for i in batch]} if names else {"batch_size": len(batch)}
         generators = [image_generator(seed, i) for i in batch]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             torch.manual_seed(image_generator(seed, batch[0]).initial_seed())
             images = pipeline(**which, generator=generators, output_type="np", **settings).images
         images = torch.from_numpy(np.asarray(images))
-        if not torch.isfinite(images).all():
-            bad = [i for i, image in zip(batch, images) if not torch.isfinite(image).all()]
-            raise DataError(
-                f"sample {bad[0]} is not finite (and {len(bad) - 1} more of its batch); "
-                "try float32, or look whether the tokenizer's statistics are the generator's"
-            )
+        bad = [i for i, image in zip(batch, images) if not torch.isfinite(image).all()]
+        if bad:
+            break
         for i, image in zip(batch, to_uint8(images * 2 - 1)):
             temporary = folder / f".writing-{i:06}"  # no suffix of an image: a killed process may leave it
             Image.fromarray(image.numpy()).save(temporary, format="PNG", compress_level=1)
             temporary.rename(_file(folder, i))
-    state.wait_for_everyone()
+    if not everyone(not bad):
+        which = f"sample {bad[0]} (and {len(bad) - 1} more of its batch)" if bad else "a sample of another process"
+        raise NotFinite(f"{which} is not finite; try float32, or see whether tokenizer and generator belong together")
 
 
 def _file(folder: Path, index: int) -> Path:
@@ -115,6 +127,8 @@ def _file(folder: Path, index: int) -> Path:
 
 def _check_plan(folder: Path, plan: dict) -> None:
     file, state = folder / SETTINGS_FILE, process_state()
+    if not file.is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"{folder} holds something else than samples of this command; take another --output")
     if file.is_file():
         old = json.loads(file.read_text())
         changed = [key for key in sorted(set(old) | set(plan)) if old.get(key) != plan.get(key)]

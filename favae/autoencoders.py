@@ -7,7 +7,6 @@ statistics belong to generators: an autoencoder's own `decode` takes what its `e
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import diffusers
 import torch
@@ -34,16 +33,21 @@ def load_autoencoder(path: str) -> ModelMixin:
     """
     import favae
 
-    options = {"subfolder": "vae"} if (Path(path) / "model_index.json").is_file() else {}
+    name = "model"
     try:
-        name = AutoModel.load_config(path, **options)["_class_name"]
+        try:
+            options, config = {}, AutoModel.load_config(path)
+        except OSError:
+            options = {"subfolder": "vae"}  # of a pipeline
+            config = AutoModel.load_config(path, **options)
+        name = config["_class_name"]
         kind = getattr(favae, name, None) or getattr(diffusers, name)
         if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
             raise AutoencoderError(f"{path}: a {name} is no autoencoder")
         return kind.from_pretrained(path, **options).eval()
     except NameError as error:  # diffusers' RAE without transformers
         raise AutoencoderError(f"{path}: a {name} needs the package transformers ({error})") from error
-    except (OSError, KeyError, AttributeError) as error:
+    except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise AutoencoderError(f"{path}: no autoencoder could be opened here ({_first_line(error)})") from error
 
 
@@ -133,7 +137,7 @@ def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
     try:
         with FlopCounterMode(display=False) as counter:
             latents = encode(vae, image)
-            if isinstance(vae, (VQModelFA, diffusers.VQModel)):  # without the search in the codebook
+            if _codebook(vae) and not vae.config.get("lookup_from_codebook"):  # without the search in the codebook
                 output = vae.decode(latents, force_not_quantize=True).sample
             else:
                 output = decode(vae, latents)
@@ -145,9 +149,11 @@ def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
         raise AutoencoderError(f"this {name} has latents of shape {tuple(latents.shape)}, not an image's (B, C, h, w)")
     factor = round(resolution / latents.shape[-1])
     if tuple(output.shape) != size:
+        found = output.shape[-1]
+        remedy = f"{found}" if found > resolution else f"a multiple of {factor}"  # the first has one size only
         raise AutoencoderError(
-            f"this {name} gives images of {resolution} px back at {output.shape[-1]} px; the resolution must be a "
-            f"multiple of {factor} for this autoencoder"
+            f"this {name} gives images of {resolution} px back at {found} px; the resolution must be {remedy} "
+            "for this autoencoder"
         )
     codebook = _codebook(vae)
     positions = latents.shape[-2] * latents.shape[-1]

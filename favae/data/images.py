@@ -1,4 +1,4 @@
-"""Images from a folder, a Hugging Face dataset, a parquet file, or the photographs inside the scikit-image wheel.
+"""Images from a folder, a Hugging Face dataset, a parquet file, or the photographs inside some wheels.
 
 A *source* reads image i as an RGB `PIL.Image`; `ImageDataset` crops, flips and scales it to a tensor in [-1, 1].
 """
@@ -110,6 +110,9 @@ class FolderSource:
     Headers are read once at the start: a file that is no image, or whose shorter side is below `min_size` pixels, is
     left out with a warning that names it.
 
+    Attributes:
+        files: those that are used. sizes: width and height of each, as stored.
+
     Raises:
         DataError: if the folder does not exist or nothing in it is usable.
     """
@@ -119,14 +122,14 @@ class FolderSource:
         if not self.path.is_dir():
             raise DataError(f"{path}: no such folder")
         files = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
-        self.files, skipped = [], 0
+        self.files, self.sizes, skipped = [], [], 0
         for file in files:
-            reason = self._unusable(file, min_size)
-            if reason is None:
+            try:
+                self.sizes.append(self._size(file, min_size))
                 self.files.append(file)
-            else:
+            except READ_ERRORS as error:
                 skipped += 1
-                logger.warning("skipped %s: %s", file, reason)
+                logger.warning("skipped %s: %s", file, error)
         if skipped:
             logger.warning("skipped %d of %d images in %s", skipped, len(files), path)
         if not self.files:
@@ -139,14 +142,12 @@ class FolderSource:
         self._labels = [index[name] for name in folders] or [0] * len(self.files)
 
     @staticmethod
-    def _unusable(file: Path, min_size: int) -> str | None:
-        try:
-            with Image.open(file) as image:
-                if min(image.size) < min_size:
-                    return f"{image.width}x{image.height} pixels, the shorter side must have {min_size} (data.min_size)"
-        except READ_ERRORS as error:
-            return str(error)
-        return None
+    def _size(file: Path, min_size: int) -> tuple[int, int]:
+        with Image.open(file) as image:
+            if min(image.size) < min_size:
+                size = f"{image.width}x{image.height} pixels"
+                raise UnusableImage(f"{size}, the shorter side must have {min_size} (data.min_size)")
+            return image.size
 
     def __len__(self) -> int:
         return len(self.files)

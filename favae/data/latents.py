@@ -71,10 +71,15 @@ def tokenizer_hash(tokenizer: ModelMixin) -> str:
     """SHA-256 of what determines the latents: class, configuration without its statistics, weights."""
     config = {k: v for k, v in tokenizer.config.items() if k not in STATISTICS_KEYS and not k.startswith("_")}
     digest = hashlib.sha256(json.dumps([type(tokenizer).__name__, config], sort_keys=True, default=list).encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    add_weights(digest, tokenizer)
     return digest.hexdigest()
+
+
+def add_weights(digest, model: torch.nn.Module) -> None:
+    """Feeds names and values of all parameters and buffers to a hash."""
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ def write_cache(
     Returns:
         The manifest.
     Raises:
+        AutoencoderError: for a size that does not fit.
         CacheError: if the folder holds a cache of another tokenizer, data set, size or dtype, or if the tokenizer
             cannot encode images of this size.
     """

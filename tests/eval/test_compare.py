@@ -66,6 +66,8 @@ def test_guidance_scales_are_matched(tmp_path):
     c["rows"][0]["guidance_scale"] = 4.0
     with pytest.raises(ComparisonError, match="no common guidance scale: 1.0, 1.5 and 4.0"):
         compare(a, c)
+    unknown = load_results(result(tmp_path, "d", [row("folder", 3.0, 1.0)]))
+    assert "A: y" in compare(b, unknown)  # one set on each side: nothing else could be meant
 
 
 def test_files_that_are_no_results(tmp_path):

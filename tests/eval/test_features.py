@@ -7,7 +7,9 @@ from conftest import write_images
 
 from favae.data.images import ImageDataset, open_source
 from favae.eval import features as module
-from favae.eval.features import FeatureExtractor, extract_features, image_generator, metric_name
+from favae.eval.extraction import image_statistics
+from favae.eval.features import FeatureExtractor, image_generator, metric_name
+from favae.eval.frechet import feature_statistics
 from favae.eval.image_sets import CroppedImages
 from favae.foundation import MissingWeights
 
@@ -83,17 +85,26 @@ def test_inception_gives_pool_logits_and_spatial_features(random_inception, monk
     assert torch.equal(found["spatial"][1, :7], outputs[0][1, :7, 0, 0])  # channels of the first position come first
 
 
-def test_features_keep_the_order_and_the_set_has_a_digest(extractor, tmp_path):
+def test_statistics_of_a_set_keep_its_order_and_digest(extractor, tmp_path):
     folder = write_images(tmp_path / "images")
     images = CroppedImages(ImageDataset(open_source(str(folder)), 16))
-    (whole,), digest = extract_features(images, [extractor], batch_size=5)
-    (other,), same = extract_features(images, [extractor], batch_size=3)
-    assert whole["features"].shape == (12, 1280) and digest == same
-    assert np.allclose(whole["features"], other["features"], atol=1e-4)
-    single = extractor(images[7]["image"][None])["features"].numpy()
-    assert np.allclose(whole["features"][7], single[0], atol=1e-4)
+    (whole,) = image_statistics(images, [extractor], batch_size=5, logits=True)
+    (other,) = image_statistics(images, [extractor], batch_size=3, num_workers=1)
+    assert whole.kept.shape == (12, 1280) and whole.logits.shape == (12, 1000) and whole.hash == other.hash
+    assert np.allclose(whole.kept, other.kept, atol=1e-4) and other.logits is None
+    found = extractor(images[7]["image"][None])
+    assert np.allclose(whole.kept[7], found["features"][0], atol=1e-4)
+    assert np.allclose(whole.logits[7], found["logits"][0], atol=1e-3)
+    mean, covariance = feature_statistics(whole.kept)
+    assert np.allclose(whole.mean, mean) and np.allclose(whole.covariance, covariance)
+
+    (some,) = image_statistics(images, [extractor], keep=4)  # always the same four, in their order
+    assert some.kept.shape == (4, 1280) and np.allclose(some.covariance, covariance, atol=1e-6)
+    places = [int(np.abs(whole.kept - row).sum(axis=1).argmin()) for row in some.kept]
+    assert places == sorted(set(places)) and np.allclose(some.kept, whole.kept[places], atol=1e-4)
 
     broken = images.images.source.files[5]
     broken.write_bytes(broken.read_bytes()[:300])
-    (rest,), changed = extract_features(images, [extractor], batch_size=5)
-    assert np.allclose(rest["features"], np.delete(whole["features"], 5, axis=0), atol=1e-4) and changed != digest
+    (rest,) = image_statistics(images, [extractor], batch_size=5)
+    assert rest.count == 11 and rest.hash != whole.hash
+    assert np.allclose(rest.kept, np.delete(whole.kept, 5, axis=0), atol=1e-4)

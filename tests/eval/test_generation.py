@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_LIGHTNINGDIT, run, write_images
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
 from favae.data.images import DataError, ImageDataset, open_source
+from favae.eval.extraction import ImageStatistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import feature_statistics
 from favae.eval.generation import measure, measure_samples
 from favae.eval.image_sets import CroppedImages, NpzImages, SampleFolder, open_samples, write_npz
-from favae.eval.references import Reference, load_reference, open_references, references_of, save_references
+from favae.eval.references import Reference, save_statistics
 from favae.eval.sampling import class_labels, class_names, sample_to_folder
 
 OFFLINE = ("--features", "efficientnet-lite0")
@@ -70,23 +71,25 @@ def test_labels_are_balanced_or_drawn(pipeline):
 def test_samples_that_are_not_finite_are_named(pipeline, tmp_path):
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(DataError, match=r"sample 0 is not finite \(and 3 more of its batch\)"):
+    with pytest.raises(DataError, match=r"sample 0 \(and 3 more of its batch\) is not finite"):
         sample_to_folder(pipeline, tmp_path / "out", 4, num_inference_steps=1, batch_size=4)
 
 
 def test_a_stock_dit_pipeline_is_sampled_too(tiny_kl, tmp_path):
-    """Whatever the global generator's state, which its scheduler draws from."""
+    """Whatever the global generator's state, which DDPM draws from in each step."""
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=6, out_channels=6, num_layers=1, sample_size=4,
         num_embeds_ada_norm=3, norm_num_groups=2,
     )  # fmt: skip
-    pipeline = DiTPipeline(transformer, tiny_kl, DDIMScheduler())
+    pipeline = DiTPipeline(transformer, tiny_kl, DDPMScheduler())
     for name in ("a", "b"):
         sample_to_folder(pipeline, tmp_path / name, 3, num_inference_steps=2, guidance_scale=1.0, batch_size=2)
         torch.rand(1)
     assert all(np.array_equal(a, b) for a, b in zip(pixels(tmp_path / "a"), pixels(tmp_path / "b"), strict=True))
     with pytest.raises(DataError, match="a DiTPipeline takes no guidance_interval; sample it yourself"):
         sample_to_folder(pipeline, tmp_path / "c", 3, guidance_interval=(0.1, 1.0))
+    with pytest.raises(DataError, match="holds something else than samples of this command"):
+        sample_to_folder(pipeline, write_images(tmp_path / "images"), 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,9 +130,17 @@ def test_bad_samples_are_one_line(tmp_path):
         open_samples(tmp_path / "missing.npz")
     folder = write_images(tmp_path / "mixed", classes=1)
     Image.new("RGB", (9, 9)).save(folder / "class0/z.png")
-    mixed = open_samples(folder)
     with pytest.raises(DataError, match=r"z.png is 9 x 9 where .*0.png is 24 x 20; samples must have one size"):
-        mixed[4]
+        open_samples(folder)
+    np.savez_compressed(
+        tmp_path / "packed.npz", arr_0=np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    )
+    packed = bytearray((tmp_path / "packed.npz").read_bytes())
+    for start in range(200, len(packed) - 500, 97):  # not every damage looks the same to zlib
+        damaged = bytes(packed[:start]) + bytes(50) + bytes(packed[start + 50 :])
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged.npz is no .npz file or a damaged one"):
+            open_samples(tmp_path / "damaged.npz")
 
 
 @pytest.fixture(scope="module")
@@ -138,32 +149,40 @@ def extractor():
 
 
 def test_references_agree_whatever_they_are_read_from(extractor, tmp_path):
-    folder = write_images(tmp_path / "images", size=(16, 16))
-    images = CroppedImages(ImageDataset(open_source(str(folder)), 16))
-    (direct,) = references_of(images, [extractor])
+    source = open_source(str(write_images(tmp_path / "images", size=(16, 16))))
+    images = CroppedImages(ImageDataset(source, 16))
+
+    def reference(name: str, size: int = 16, by=extractor):
+        return Reference(str(tmp_path / name), [by], lambda: source).statistics((size, size))
+
+    (direct,) = reference("images")
     assert direct.count == 12 and direct.kept.shape == (12, 1280) and direct.spatial_mean is None
-    save_references(tmp_path / "r.safetensors", [direct], {"data": "x", "resolution": 16, "crop": "center"})
-    (saved,) = open_references(str(tmp_path / "r.safetensors"), [extractor], (16, 16))
+    save_statistics(tmp_path / "r.safetensors", [direct], {"data": "x", "resolution": 16, "crop": "center"})
+    (saved,) = reference("r.safetensors")
     assert saved.hash == direct.hash and np.array_equal(saved.covariance, direct.covariance)
     np.savez(tmp_path / "r.npz", arr_0=np.stack([images[i]["image"].permute(1, 2, 0).numpy() for i in range(12)]))
-    (packed,) = open_references(str(tmp_path / "r.npz"), [extractor], (16, 16))
+    (packed,) = reference("r.npz")
     assert packed.hash == direct.hash and np.allclose(packed.mean, direct.mean, atol=1e-5)
 
     with pytest.raises(DataError, match="r.safetensors is of 16 px images, the samples have 32 x 32 pixels"):
-        open_references(str(tmp_path / "r.safetensors"), [extractor], (32, 32))
+        reference("r.safetensors", 32)
     with pytest.raises(DataError, match=r"holds statistics of efficientnet-lite0, not of inception \(--features\)"):
-        load_reference(str(tmp_path / "r.safetensors"), "inception", (16, 16))
-    with pytest.raises(DataError, match=r"r.npz holds images of \(16, 16\) pixels, the samples have \(32, 32\)"):
-        open_references(str(tmp_path / "r.npz"), [extractor], (32, 32))
+        reference("r.safetensors", by=Named())
+    with pytest.raises(DataError, match="r.npz holds images of 16 x 16 pixels, the samples have 32 x 32 pixels"):
+        reference("r.npz", 32)
+    other = Named()
+    other.name = extractor.name
+    with pytest.raises(DataError, match="r.safetensors was made with other weights of efficientnet-lite0"):
+        reference("r.safetensors", by=other)
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "r.safetensors").read_bytes()[:1000])
     with pytest.raises(DataError, match="torn.safetensors is damaged"):
-        open_references(str(tmp_path / "torn.safetensors"), [extractor], (16, 16))
+        reference("torn.safetensors")
 
 
 class Named:
     """An extractor of 4 simple features under Inception's name."""
 
-    name = "inception"
+    name, hash = "inception", "0"
 
     def __call__(self, images):
         pooled = images.float().mean((2, 3)) / 255
@@ -177,7 +196,7 @@ def test_adm_statistics_are_the_reference_and_their_images_only_for_precision(tm
     statistics = {"mu": np.full(4, 2.0), "sigma": np.eye(4), "mu_s": np.full(2, 3.0), "sigma_s": np.eye(2)}
     np.savez(tmp_path / "adm.npz", arr_0=images, **statistics)
     np.savez(tmp_path / "samples.npz", arr_0=images[:20])
-    (reference,) = open_references(str(tmp_path / "adm.npz"), [Named()], (8, 8))
+    (reference,) = Reference(str(tmp_path / "adm.npz"), [Named()], None).statistics((8, 8))
     assert reference.count is None and np.array_equal(reference.mean, statistics["mu"])
     assert np.array_equal(reference.spatial_covariance, np.eye(2)) and reference.kept.shape == (30, 4)
     metrics, count = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
@@ -187,19 +206,24 @@ def test_adm_statistics_are_the_reference_and_their_images_only_for_precision(tm
     assert metrics["precision"] == 1 and metrics["FID"] > 4 * (2 - 1) ** 2 and metrics["sFID"] > 2 * (3 - 1) ** 2
 
     np.savez(tmp_path / "statistics.npz", **statistics)  # without images
-    (reference,) = open_references(str(tmp_path / "statistics.npz"), [Named()], (8, 8))
+    (reference,) = Reference(str(tmp_path / "statistics.npz"), [Named()], None).statistics((8, 8))
     metrics, _ = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
     assert metrics["FID"] > 0 and metrics["precision"] is None and metrics["KID"] is None
 
 
 def test_too_few_images_leave_out_a_measure_and_keep_the_rest(caplog):
     rng = np.random.default_rng(0)
-    real = rng.normal(size=(50, 4))
-    reference = Reference("inception", "", 50, *feature_statistics(real), kept=real)
-    metrics = measure({"features": rng.normal(size=(3, 4)), "logits": rng.normal(size=(3, 5))}, reference)
+
+    def statistics(count: int, logits=None) -> ImageStatistics:
+        rows = rng.normal(size=(count, 4))
+        return ImageStatistics("inception", "", count, *feature_statistics(rows), kept=rows, logits=logits)
+
+    metrics = measure(statistics(3, rng.normal(size=(3, 5))), statistics(50))
     assert metrics["FID"] > 0 and metrics["IS"] >= 1 and metrics["KID"] is not None
     assert metrics["precision"] is None and "no precision, recall: k = 3 neighbours need more than 3" in caplog.text
-    assert "sFID" not in metrics and "IS" not in measure({"features": real}, reference)
+    assert "sFID" not in metrics and "IS" not in measure(statistics(50), statistics(50))
+    single = ImageStatistics("inception", "", 1, None, None, kept=np.zeros((1, 4)))
+    assert measure(single, statistics(50)) == dict.fromkeys(("FID", "precision", "recall", "KID", "KID_std"))
 
 
 def test_the_command_with_two_processes_equals_one(pipeline, tmp_path):
@@ -223,13 +247,16 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path):
     assert differing == ["reference_name"]  # the same images, whichever way they were given
     assert "FD(efficientnet-lite0)" in printed and "FID" not in printed
     assert (one / "samples-guidance_scale-2.0-seed-0.png").stat().st_size > 3_000
-    archive = one / "samples/guidance_scale-2.0-seed-0.npz"
+    archive = one / "samples-guidance_scale-2.0-seed-0.npz"
     again = run("-m", "favae.eval.generation", "--samples", archive, "--reference", images, *OFFLINE,
                 "--output", tmp_path / "again")  # fmt: skip
     assert again.returncode == 0
     (row,) = json.loads((tmp_path / "again/results.json").read_text())["rows"]
     same = results[0]["rows"][1]["metrics"]["FD(efficientnet-lite0)"]
     assert row["metrics"]["FD(efficientnet-lite0)"] == pytest.approx(same, rel=1e-4)
+
+    table = run("-m", "favae.eval.compare", one / "results.json", tmp_path / "again/results.json", check=False)
+    assert table.returncode == 1 and "sampler: " in table.stderr and "--force" in table.stderr
 
     refused = run("-m", "favae.eval.generation", "--samples", tmp_path / "nowhere", "--reference", images, *OFFLINE,
                   "--output", tmp_path / "x", check=False)  # fmt: skip

@@ -62,3 +62,5 @@ def test_training_is_the_same_with_evaluation(tmp_path):
     run("train_generator.py", recipe, *again)
     more = [json.loads(line) for line in log.read_text().splitlines()]
     assert more[:2] == records and [record["step"] for record in more] == [3, 6, 9]
+    assert more[2]["protocol"]["num_images"] == 4 and records[0]["protocol"]["num_images"] == 8
+    assert more[2][f"EP_{metric}@1e+09"] == 3.0  # the lines of eight images are another protocol

@@ -11,11 +11,11 @@ from conftest import TINY_VQ, run, write_images
 from favae import VQModelFA
 from favae.autoencoders import AutoencoderError, decode, encode, load_autoencoder, measure_budget, reconstruct
 from favae.data.images import ImageDataset, open_source
+from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
-from favae.eval.figures import radial_spectrum
+from favae.eval.figures import _high_error, _worst_windows, radial_spectrum
 from favae.eval.image_sets import CroppedImages
 from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, evaluate_reconstruction, image_errors
-from favae.eval.references import references_of
 
 
 def test_recon_is_made_of_low_and_high():
@@ -40,6 +40,7 @@ def test_psnr_and_ssim_by_hand():
     images = torch.zeros(1, 3, 176, 176)
     errors = dict(zip(PER_IMAGE, image_errors(images, images + 20 / 127.5)[0].tolist()))  # 20 of 255 levels everywhere
     assert errors["PSNR"] == pytest.approx(20 * np.log10(255 / 20), abs=1e-4)
+    assert image_errors(images[..., :168, :168], images[..., :168, :168])[0, 5].isnan()  # torchmetrics refuses it
     same = dict(zip(PER_IMAGE, image_errors(images, images)[0].tolist()))
     assert same["Recon"] == 0 and same["PSNR"] == 100 and same["SSIM"] == pytest.approx(1)
     assert same["MS-SSIM"] == pytest.approx(1) and errors["MS-SSIM"] < 1
@@ -47,9 +48,15 @@ def test_psnr_and_ssim_by_hand():
 
 def test_radial_spectrum_finds_a_wave_and_keeps_the_power():
     wave = torch.cos(2 * torch.pi * 5 * torch.arange(32) / 32).expand(1, 1, 32, 32)
-    assert radial_spectrum(wave).argmax() == 5
+    assert radial_spectrum(wave)[0].argmax() == 5
     noise = torch.randn(64, 1, 16, 16)
-    assert torch.allclose(radial_spectrum(noise), torch.ones(9, dtype=torch.float64), atol=0.25)  # white
+    assert torch.allclose(radial_spectrum(noise).mean(dim=0), torch.ones(9), atol=0.25)  # white
+
+
+def test_the_zoom_is_where_high_frequencies_are_missed():
+    difference = torch.full((1, 3, 32, 32), 0.5)  # a constant error has none
+    difference[:, :, 9:17, 20:28] += torch.tensor([0.3, -0.3]).repeat(4)
+    assert _worst_windows(_high_error(difference)).tolist() == [[9, 20, 8]]
 
 
 def autoencoders() -> dict[str, diffusers.ModelMixin]:
@@ -78,6 +85,7 @@ def autoencoders() -> dict[str, diffusers.ModelMixin]:
         "AutoencoderDC": diffusers.AutoencoderDC(**dc),
         "AutoencoderRAE": diffusers.AutoencoderRAE(encoder_input_size=28, image_size=8, **rae),
         "VQModel": diffusers.VQModel(**common, num_vq_embeddings=16),
+        "VQModel, as aMUSEd's": diffusers.VQModel(**common, num_vq_embeddings=16, lookup_from_codebook=True),
         "VQModelFA": VQModelFA(**TINY_VQ),
     }
 
@@ -95,7 +103,7 @@ def test_every_class_of_autoencoder_reconstructs(tmp_path):
         budget = measure_budget(vae, 8)
         assert budget.factor == 8 // latents.shape[-1] and budget.flops > 0 and budget.params == vae.num_parameters()
         if name.startswith("VQ"):
-            bits = 4 if name == "VQModel" else 5
+            bits = 5 if name == "VQModelFA" else 4
             assert budget.bits_per_image == bits * latents[0, 0].numel() and budget.floats_per_image is None
         else:
             assert budget.floats_per_image == latents[0].numel() and budget.tokens_per_image is None
@@ -125,6 +133,13 @@ def test_autoencoders_that_cannot_take_the_images(tiny_kl, tmp_path):
         measure_budget(diffusers.AutoencoderKL(in_channels=1), 8)
     with pytest.raises(AutoencoderError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
         measure_budget(tiny_kl, 18)
+    with pytest.raises(AutoencoderError, match="4 px back at 8 px; the resolution must be 8"):
+        measure_budget(autoencoders()["AutoencoderRAE"], 4)
+    tiny_kl.save_pretrained(tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps({**config, "latent_channels": 3}))
+    with pytest.raises(AutoencoderError, match="no autoencoder could be opened here"):
+        load_autoencoder(str(tmp_path / "other"))
     with pytest.raises(AutoencoderError, match="no autoencoder could be opened here"):
         load_autoencoder(str(tmp_path))
     video = diffusers.AutoencoderKLTemporalDecoder(
@@ -141,7 +156,7 @@ def extractor():
 
 def test_reconstruction_results(tiny_favae, tmp_path, extractor):
     images = ImageDataset(open_source(str(write_images(tmp_path / "images"))), 16)
-    references = references_of(CroppedImages(images), [extractor])
+    references = image_statistics(CroppedImages(images), [extractor])
 
     def evaluate(**options):
         return evaluate_reconstruction(tiny_favae, images, [extractor], references, **options)
@@ -202,6 +217,21 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, tiny_kl):
     for name in ("comparison", "spectra", "latents"):
         assert (tmp_path / f"out/{name}.png").stat().st_size > 5_000
     assert "rFD(efficientnet-lite0)" in result.stdout and "FID" not in result.stdout
+
+    # two processes agree with one, also where a model is not finite for an image that only one of them sees
+    ours = type(tiny_favae).from_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        ours.decoder.low.conv_out.bias.fill_(torch.nan)
+    ours.save_pretrained(tmp_path / "nan")
+    pair = [models[0], f"--model=nan={tmp_path / 'nan'}", models[1]]
+    again = [*options[:-1], tmp_path / "two"]
+    result = run("-m", "favae.eval.reconstruction", *pair, *again, processes=2, check=False)
+    assert result.returncode == 1 and "error: nan: the reconstruction of" in result.stderr
+    two = json.loads((tmp_path / "two/results.json").read_text())["rows"]
+    for a, b in zip(results["rows"][:2], two, strict=True):
+        for part in ("metrics", "bands"):
+            numbers = {name: value for name, value in a[part].items() if value is not None}
+            assert {name: b[part][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
 
     bad = run("-m", "favae.eval.reconstruction", models[0], *options, "--levels", "5", check=False)
     assert bad.returncode == 1 and "--levels 5 needs a --resolution" in bad.stderr
