@@ -126,6 +126,7 @@ class _Collector:
 
 def sum_over_processes(statistics: RunningStatistics) -> RunningStatistics:
     """The statistics of all processes' rows, on every process."""
+    statistics.flush()
     device = process_state().device
     device = torch.device("cpu") if device.type == "mps" else device  # it has no float64
     statistics.count = int(reduce(torch.tensor([statistics.count], device=device), "sum").item())

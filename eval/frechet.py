@@ -2,7 +2,7 @@
 
 import numpy as np
 
-CHUNK = 4096  # rows whose float64 copy is held at a time
+CHUNK = 1024  # rows that are added to a covariance at a time
 
 
 class RunningStatistics:
@@ -17,8 +17,17 @@ class RunningStatistics:
         self.count = 0
         self.total = np.zeros(dimensions)
         self.scatter = np.zeros((dimensions, dimensions))
+        self._waiting: list[np.ndarray] = []
 
     def update(self, features: np.ndarray) -> None:
+        self._waiting.append(features)
+        if sum(map(len, self._waiting)) >= CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Adds what is waiting; to be called before the sums are read."""
+        features = np.concatenate(self._waiting) if self._waiting else np.zeros((0, len(self.total)))
+        self._waiting = []
         for start in range(0, len(features), CHUNK):
             rows = np.asarray(features[start : start + CHUNK], dtype=np.float64)
             self.count += len(rows)
@@ -31,6 +40,7 @@ class RunningStatistics:
         Raises:
             ValueError: with fewer than two rows.
         """
+        self.flush()
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
         mean = self.total / self.count
@@ -44,7 +54,8 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ValueError: with fewer than two rows.
     """
     statistics = RunningStatistics(features.shape[1])
-    statistics.update(features)
+    for start in range(0, len(features), CHUNK):
+        statistics.update(features[start : start + CHUNK])
     return statistics.finish()
 
 
