@@ -80,7 +80,10 @@ def train(config: GeneratorConfig) -> None:
         transformer.enable_gradient_checkpointing()
     # The pipeline carries the statistics that its latents were normalised with.
     tokenizer.register_to_config(
-        latents_mean=dataset.manifest["latents_mean"], latents_std=dataset.manifest["latents_std"]
+        latents_mean=dataset.manifest["latents_mean"],
+        latents_std=dataset.manifest["latents_std"],
+        scaling_factor=1.0,
+        shift_factor=0.0,
     )
     pipeline = LightningDiTPipeline(
         transformer,

@@ -17,8 +17,8 @@ class LightningDiTPipeline(DiffusionPipeline):
 
     Parameters:
         transformer: predicts the velocity data - noise at time t, 0 = noise.
-        vae: an [`AutoencoderKL`] or a subclass. Latents are scaled back by its `latents_mean` and `latents_std`, or,
-            where these are None, by `scaling_factor` and `shift_factor`.
+        vae: an [`AutoencoderKL`] or a subclass. Latents are scaled back to z std / `scaling_factor` + mean with its
+            `latents_mean` and `latents_std`, or, where these are None, to z / `scaling_factor` + `shift_factor`.
         scheduler: a [`FlowMatchEulerDiscreteScheduler`]; its `shift` is 1 / s for LightningDiT's timestep shift s.
         id2label: class index -> name, for `get_label_ids`.
     """
@@ -66,7 +66,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         if config.latents_mean is not None and config.latents_std is not None:
             mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1)
             std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1)
-            latents = latents * std + mean
+            latents = latents * std / config.scaling_factor + mean  # as SDXL
         else:
             latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return self.vae.decode(latents.to(self.vae.dtype)).sample
