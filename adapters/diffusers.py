@@ -1,10 +1,113 @@
-"""Autoencoders in the pipelines of diffusers."""
+"""Autoencoders in the pipelines of diffusers: swapping them, and the normalisation of their latents."""
+
+import logging
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
-__all__ = ["fold_latent_statistics"]
+__all__ = ["fold_latent_statistics", "swap_vae"]
+
+logger = logging.getLogger(__name__)
+
+# What a pipeline applies to latents before it decodes them, by the beginning of its name; the longest that fits counts.
+APPLIES = {
+    "DiTPipeline": "scale",
+    "LightningDiTPipeline": "scale, shift, statistics",
+    "StableDiffusion": "scale",
+    "StableDiffusionXL": "scale, statistics of 4 channels",
+    "StableDiffusion3": "scale, shift",
+    "Flux": "scale, shift",
+    "PixArt": "scale",
+    "Lumina2": "scale, shift",
+    "Sana": "scale",
+}
+OTHER_FAMILIES = ("Flux2",)  # their names begin alike, their autoencoders do not
+
+
+def swap_vae(pipe: DiffusionPipeline, vae: AutoencoderKL) -> DiffusionPipeline:
+    """Gives a pipeline another autoencoder, with everything that it derived from the old one.
+
+    The new one has the old one's latent channels. Another factor changes the size of the images, not of the latents.
+    Images come out right if the generator was trained on these latents: an `AutoencoderKLFA.from_autoencoder_kl` of the
+    pipeline's own autoencoder has them (only its decoder is new); with another encoder the generator must be trained on
+    its latents, and a warning says so.
+
+    Args:
+        pipe: of DiT, Stable Diffusion (text, image to image, inpainting), SDXL, SD3, Flux, PixArt, Lumina2, Sana, or
+            ours; changed in place. Before offloading is switched on.
+        vae: an `AutoencoderKL` or a subclass; moved to the old one's device and dtype.
+    Returns:
+        The same pipeline.
+    Raises:
+        ValueError: if it cannot work: why, and what would.
+    """
+    name, kind = type(pipe).__name__, type(vae).__name__
+    families = [family for family in APPLIES if name.startswith(family) and not name.startswith(OTHER_FAMILIES)]
+    if not families or getattr(pipe, "vae", None) is None:
+        raise ValueError(f"a {name} is no pipeline whose autoencoder can be swapped; there are {', '.join(APPLIES)}")
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(f"a {name} takes an AutoencoderKL or a subclass such as AutoencoderKLFA, not a {kind}")
+    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
+        raise ValueError(f"this {name} is offloaded or spread over devices; swap the autoencoder first")
+    old, config = pipe.vae, vae.config
+    if config.latent_channels != old.config.latent_channels:
+        raise ValueError(
+            f"this {name} generates {old.config.latent_channels} latent channels, the {kind} has "
+            f"{config.latent_channels}: AutoencoderKLFA.from_autoencoder_kl(pipe.vae) gives these latents a new "
+            f"decoder; for those of the {kind} a generator must be trained"
+        )
+    _check_normalisation(name, APPLIES[max(families, key=len)], vae)
+    if not _same_latents(old, vae):
+        logger.warning(
+            "the %s has another encoder than the pipeline's autoencoder: images come out right only if the generator "
+            "was trained on its latents; AutoencoderKLFA.from_autoencoder_kl(pipe.vae) keeps those it was trained on",
+            kind,
+        )
+
+    factor, old_factor = 2 ** (len(config.block_out_channels) - 1), getattr(pipe, "vae_scale_factor", None)
+    if vae.dtype != old.dtype:
+        vae = vae.to(old.dtype)
+    pipe.register_modules(vae=vae.to(old.device).eval())
+    if old_factor is None:  # DiTPipeline derives nothing
+        return pipe
+    pipe.vae_scale_factor = factor
+    for attribute, processor in list(vars(pipe).items()):
+        if isinstance(processor, VaeImageProcessor):
+            own = processor.config.vae_scale_factor * factor // old_factor
+            setattr(pipe, attribute, type(processor).from_config(processor.config, vae_scale_factor=own))
+    if hasattr(pipe, "default_image_size"):
+        pipe.default_image_size = pipe.default_sample_size * factor
+    return pipe
+
+
+def _check_normalisation(name: str, applies: str, vae: AutoencoderKL) -> None:
+    config = vae.config
+    fold = "fold_latent_statistics(vae) writes it into the autoencoder"
+    has_statistics = config.latents_mean is not None and config.latents_std is not None
+    four = "of 4 channels" in applies
+    if has_statistics and ("statistics" not in applies or (four and config.latent_channels != 4)):
+        what = "only of 4 channels" if four else "not"
+        raise ValueError(f"a {name} does {what} apply latents_mean and latents_std; {fold}")
+    if config.shift_factor and "shift" not in applies:
+        raise ValueError(f"a {name} does not apply shift_factor={config.shift_factor}; {fold}")
+    if config.shift_factor is None:  # those that apply it cannot do without
+        vae.register_to_config(shift_factor=0.0)
+    if config.force_upcast and vae.post_quant_conv is None and "XL" in name:
+        raise ValueError(f"a {name} upcasts by post_quant_conv, which this autoencoder lacks; set force_upcast=False")
+
+
+def _same_latents(old: nn.Module, new: AutoencoderKL) -> bool:
+    """Whether two autoencoders encode alike: all weights up to the latents are the same."""
+
+    def weights(vae: nn.Module) -> dict[str, Tensor]:
+        parts = {name: getattr(vae, name, None) for name in ("encoder", "quant_conv")}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+
+    first, second = weights(old), weights(new)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key].to(first[key])) for key in first)
 
 
 @torch.no_grad()
