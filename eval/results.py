@@ -7,6 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
+from favae.distributed import process_state
 from favae.files import write_file
 
 UINT8 = "round((x + 1) * 127.5)"
@@ -31,6 +32,7 @@ def write_results(folder: Path, kind: str, protocol: dict, rows: list[dict]) -> 
         "kind": kind,
         "command": " ".join([f"python -m favae.eval.{kind}", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "num_processes": process_state().num_processes,  # which no number depends on
         "protocol": protocol,
         "rows": rows,
     }

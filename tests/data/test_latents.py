@@ -147,7 +147,7 @@ def test_stock_autoencoders_can_be_cached(tiny_kl, images, tmp_path):
     write_cache(loaded, images, tmp_path / "cache")
     assert LatentDataset(tmp_path / "cache", loaded).latent_shape == (6, 4, 4)
     with pytest.raises(AutoencoderError, match="no autoencoder"):
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path / "cache"))
     diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
         tmp_path / "tiny"
     )
