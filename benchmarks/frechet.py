@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=2048)
     parser.add_argument("--count", type=int, default=10_000, help="images behind the compared statistics")
     parser.add_argument("--images", type=int, default=50_000, help="for the memory")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results/frechet.json")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

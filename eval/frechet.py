@@ -1,6 +1,7 @@
 """The Fréchet distance between two Gaussians."""
 
 import numpy as np
+import scipy.linalg
 
 CHUNK = 1024  # rows that are added to a covariance at a time
 
@@ -62,8 +63,8 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64.
 
-    tr (S1 S2)^(1/2) is the sum of the square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric, so
-    nothing becomes complex, also where N < D leaves the covariances rank-deficient.
+    tr (S1 S2)^(1/2) is the sum of the square roots of the eigenvalues of S1 S2: those of the symmetric L^T S1 L with
+    S2 = L L^T, or, where N < D leaves S2 rank-deficient, of S2^(1/2) S1 S2^(1/2): nothing becomes complex.
 
     Args:
         mu1, mu2: (D,). sigma1, sigma2: (D, D), symmetric.
@@ -78,7 +79,13 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         raise ValueError(f"statistics of different sizes: {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("statistics that are not finite")
-    values, vectors = np.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)).sum()
+    try:
+        eigenvalues = scipy.linalg.eigvalsh(
+            sigma1.T, sigma2.T, type=2, driver="gvx", check_finite=False
+        )  # columns first
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(sigma2)
+        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+        eigenvalues = np.linalg.eigvalsh(root @ sigma1 @ root)
+    cross = np.sqrt(eigenvalues.clip(min=0)).sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
