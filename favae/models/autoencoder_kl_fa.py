@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from torch import Tensor, nn
 
 from favae.models.frequency_complement import Branch, ComplementedDecoder, check_widths
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, start_linear
+from favae.models.tiling import map_tiles
 from favae.wavelets import WaveletBands
 
 
@@ -145,6 +146,8 @@ class AutoencoderKLFA(AutoencoderKL):
     with one latent of the usual size, trained end to end in image space; the shortcut is ours.
     """
 
+    _skip_layerwise_casting_patterns = ["complements"]
+
     @register_to_config
     def __init__(
         self,
@@ -263,6 +266,28 @@ class AutoencoderKLFA(AutoencoderKL):
             Branch(encoder.low, decoder.low, decoder.low_latents),
             Branch(encoder.high, decoder.high, decoder.high_latents),
         )
+
+    def _tiled_encode(self, x: Tensor) -> Tensor:
+        stride = 2 ** (len(self.config.block_out_channels) - 1)
+        _check_size(x, stride)
+        tile = stride * self.tile_latent_min_size
+
+        def encode(tile: Tensor) -> Tensor:
+            moments = self.encoder(tile)
+            return moments if self.quant_conv is None else self.quant_conv(moments)
+
+        return map_tiles(encode, x, tile, stride * self._tile_overlap, unit=stride)
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """(B, C, h, w) in overlapping tiles of `tile_latent_min_size`, cross-faded -> as `decode`."""
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        sample = map_tiles(self.decoder, z, self.tile_latent_min_size, self._tile_overlap)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @property
+    def _tile_overlap(self) -> int:
+        return int(self.tile_latent_min_size * self.tile_overlap_factor)
 
     @classmethod
     def from_autoencoder_kl(cls, vae: AutoencoderKL, **settings) -> "AutoencoderKLFA":

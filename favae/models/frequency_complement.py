@@ -26,6 +26,7 @@ class FrequencyComplement(nn.Module):
     "res": h + B(h), the loss sees the sum. The same image as "conv"; only what the loss constrains differs.
     "attn": GroupNorm and a transformer layer over the positions in place of h, the loss sees the result; cost grows
         with the square of the positions. "attn" is for the three stages at the latent's size; the last is a "res".
+        torch's layer goes past the hooks of its own leaves: no offloading at leaf level.
 
     B is two times GroupNorm, SiLU, 3x3 convolution. The loss looks at the output of `constrained`; the decoder's own
     path is never blurred, and the encoder's features are not used to decode.

@@ -59,6 +59,7 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
             replaced by latents of the batch; 0 never, as published. A new entry counts as used once.
         commitment_weight: of the mean squared distance between latents (normalised, for cosine similarity) and entries.
         frequency_complement: "conv", "res", "attn" or None; see `FrequencyComplement`.
+        sample_size, scaling_factor, force_upcast: as in [`VQModel`]; only pipelines read them.
 
     Raises:
         ValueError: if settings do not fit together.
@@ -67,6 +68,8 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _supports_group_offloading = False  # as `VQModel`: `lookup` goes past the hooks of the codebook
+    _skip_layerwise_casting_patterns = ["codebook", "complements"]
 
     @register_to_config
     def __init__(
@@ -91,6 +94,7 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
         frequency_complement: str | None = "conv",
         sample_size: int = 256,
         scaling_factor: float = 1.0,
+        force_upcast: bool = False,
     ):
         super().__init__()
         check_widths("block_out_channels", block_out_channels, norm_num_groups)
@@ -171,7 +175,8 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: if an index is outside the codebook.
         """
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_tokens:
+        known = torch.compiler.is_compiling() or indices.numel() == 0  # compiled code cannot look
+        if not known and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_tokens:
             raise ValueError(f"indices must be in 0 ... {self.num_tokens - 1}, got {indices.min()} ... {indices.max()}")
         tokens = indices.flatten(1, 2)  # (B, hw) or (B, hw, Q)
         if self.config.quantizer == "fsq":
@@ -182,17 +187,24 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode(
-        self, h: Tensor, force_not_quantize: bool = False, return_dict: bool = True
+        self,
+        h: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: tuple[int, int, int, int] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """
         Args:
             h: indices, an integer tensor (B, h, w) or (B, h, w, Q); or latents (B, C, h, w).
             force_not_quantize: the latents are codebook vectors already.
+            shape: (B, h, w, C), for indices that come flat, as pipelines of [`VQModel`] give them.
         Returns:
-            The image (B, 3, H, W), in [-1, 1] up to overshoot, and the commitment loss.
+            The image (B, 3, H, W), in [-1, 1] up to overshoot, and the commitment loss, 0 where nothing was quantised.
         """
-        loss = None
+        loss = torch.zeros((), device=h.device)
         if not h.is_floating_point():
+            if shape is not None:
+                h = h.reshape(*shape[:3], *([-1] if self.config.quantizer == "residual" else []))
             h = self.lookup(h).to(self.dtype)
         elif not force_not_quantize:
             quantized = self.quantize(h)
@@ -237,4 +249,10 @@ def _build_quantizer(config) -> nn.Module:
     for module in quantizer.modules():
         if hasattr(module, "reset_cluster_size"):
             module.reset_cluster_size = max(1.0, config.dead_code_threshold)  # time to be found, for a new entry
+        if hasattr(module, "init_embed_"):
+            module.init_embed_ = _nothing  # of k-means, which is off; it branches on a tensor, so nothing could compile
     return quantizer
+
+
+def _nothing(*arguments, **options) -> None:
+    pass
