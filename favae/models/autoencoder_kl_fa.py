@@ -8,6 +8,7 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from torch import Tensor, nn
 
 from favae.models.frequency_complement import Branch, ComplementedDecoder, check_widths
+from favae.models.hub import HubModelMixin
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, start_linear
 from favae.models.tiling import map_tiles
 from favae.wavelets import WaveletBands
@@ -106,7 +107,7 @@ class WaveletDecoder(nn.Module):
         return image if self.shortcut is None else image + self.shortcut(sample)
 
 
-class AutoencoderKLFA(AutoencoderKL):
+class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
     r"""
     A frequency-aware KL autoencoder: an image is split by a wavelet transform, its low band and its high bands get
     encoders, latent channels and decoders of their own, and one inverse transform gives the image back.

@@ -17,6 +17,8 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from favae.models.hub import HubModelMixin
+
 
 def axial_rotary_embedding(height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding of a grid: half of each head turns with the row, half with the column.
@@ -95,7 +97,7 @@ class LightningDiTBlock(nn.Module):
         return hidden_states + gate2.unsqueeze(1) * fed
 
 
-class LightningDiTTransformer2DModel(ModelMixin, ConfigMixin):
+class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
     r"""
     The diffusion transformer of LightningDiT: patches with fixed sine-cosine positions, rotary attention, SwiGLU,
     RMSNorm and adaLN-Zero. It predicts the velocity data - noise of the linear path x_t = t data + (1 - t) noise.

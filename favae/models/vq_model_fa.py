@@ -12,7 +12,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, ResidualVQ, VectorQuantize
 
-from favae.models.frequency_complement import Branch, ComplementedDecoder, check_widths
+from favae.models.frequency_complement import Branch, ComplementedDecoder, FrequencyComplement, check_widths
+from favae.models.hub import HubModelMixin
 from favae.precision import no_autocast
 
 
@@ -30,7 +31,7 @@ class QuantizerOutput(BaseOutput):
     loss: Tensor
 
 
-class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
+class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     A vector-quantised autoencoder with frequency complement modules in its decoder.
 
@@ -60,6 +61,12 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
         commitment_weight: of the mean squared distance between latents (normalised, for cosine similarity) and entries.
         frequency_complement: "conv", "res", "attn" or None; see `FrequencyComplement`.
         sample_size, scaling_factor, force_upcast: as in [`VQModel`]; only pipelines read them.
+
+        norm_eps: of the group norms. The published code has 1e-5.
+        latent_norm_num_groups: of the first complement's norms, over the latents; None takes the largest common divisor
+            of `latent_channels` and `norm_num_groups`. The published f4 model has 3 for 3 channels.
+        codebook_norms: whether the entries have lengths of their own, kept apart from the directions that they are
+            chosen and trained by; for published codebooks, whose moving averages are shorter than 1.
 
     Raises:
         ValueError: if settings do not fit together.
@@ -95,6 +102,9 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
         sample_size: int = 256,
         scaling_factor: float = 1.0,
         force_upcast: bool = False,
+        norm_eps: float = 1e-6,
+        latent_norm_num_groups: int | None = None,
+        codebook_norms: bool = False,
     ):
         super().__init__()
         check_widths("block_out_channels", block_out_channels, norm_num_groups)
@@ -122,6 +132,21 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
                 frequency_complement=frequency_complement,
                 **common,
             )
+            if latent_norm_num_groups is not None:
+                first = FrequencyComplement(frequency_complement, latent_channels, latent_norm_num_groups)
+                self.decoder.complements[0] = first
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.eps = norm_eps
+        if codebook_norms and quantizer != "vq":
+            raise ValueError(f"codebook_norms is for quantizer='vq', got {quantizer!r}")
+        self.register_buffer("codebook_norms", torch.ones(self.num_tokens) if codebook_norms else None)
+        if codebook_norms:
+            self.codebook._codebook.register_forward_hook(self._stretch)
+
+    def _stretch(self, module: nn.Module, inputs, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        entries, indices, *rest = output
+        return entries * self.codebook_norms[indices].unsqueeze(-1), indices, *rest
 
     @property
     def num_tokens(self) -> int:
@@ -181,6 +206,9 @@ class VQModelFA(ModelMixin, AutoencoderMixin, ConfigMixin):
         tokens = indices.flatten(1, 2)  # (B, hw) or (B, hw, Q)
         if self.config.quantizer == "fsq":
             codes = self.codebook.project_out(self.codebook.implicit_codebook[tokens].to(self._codebook_dtype))
+        elif self.codebook_norms is not None:
+            codes = self.codebook.get_codes_from_indices(tokens) * self.codebook_norms[tokens].unsqueeze(-1)
+            codes = self.codebook.project_out(codes)
         else:
             codes = self.codebook.get_output_from_indices(tokens)
         return codes.transpose(1, 2).unflatten(2, indices.shape[1:3])

@@ -1,6 +1,8 @@
 """swap_vae in each pipeline: tiny random components, a real call, the right image size; and every refusal."""
 
 import logging
+import os
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -10,7 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from favae import AutoencoderKLFA
-from favae.adapters.diffusers import swap_vae
+from favae.adapters.diffusers import fold_latent_statistics, swap_vae
 
 STEPS = {"num_inference_steps": 1}
 
@@ -244,6 +246,13 @@ def ours(channels: int = 4, octaves: int = 3, **config) -> AutoencoderKLFA:
     ).eval()
 
 
+def run(build, pipe, call: dict, octaves: int) -> np.ndarray:
+    if "image" not in call and build is not dit:
+        size = 32 if build is sana else 8 * 2 ** (octaves - 1)  # Sana takes multiples of 32 only
+        call = {**call, "height": size, "width": size}
+    return pipe(**call, **STEPS, output_type="np", generator=torch.Generator().manual_seed(0)).images
+
+
 @pytest.mark.parametrize("octaves", [2, 3])
 @pytest.mark.parametrize("build", PIPELINES, ids=lambda build: build.__name__)
 def test_a_swapped_autoencoder_decodes_the_same_latents(build, octaves):
@@ -260,10 +269,7 @@ def test_a_swapped_autoencoder_decodes_the_same_latents(build, octaves):
         return decoded[-1][1]
 
     new.decode = record
-    if "image" not in call and build is not dit:
-        size = 32 if build is sana else 8 * 2 ** (octaves - 1)  # Sana takes multiples of 32 only
-        call |= {"height": size, "width": size}
-    images = pipe(**call, **STEPS, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    images = run(build, pipe, call, octaves)
     (latents, _), factor = decoded[0], 2 ** (octaves - 1)
     assert latents.shape[1] == 4 and images.shape == (1, factor * latents.shape[2], factor * latents.shape[3], 3)
     if "image" not in call and build is not sana:
@@ -320,3 +326,46 @@ def test_statistics_are_kept_where_they_are_applied():
     assert swap_vae(pipe, stock(**statistics)).vae.config.latents_std == [2.0] * 4
     pipe, _ = sd3(stock())
     assert swap_vae(pipe, stock(shift_factor=None)).vae.config.shift_factor == 0.0
+
+
+STATISTICS = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+CASES = {
+    "same factor": lambda: ours(octaves=2),
+    "another factor": lambda: ours(octaves=3),
+    "`latents_mean`, `latents_std`": lambda: ours(octaves=2, **STATISTICS),
+    "`shift_factor`": lambda: ours(octaves=2, shift_factor=0.1),
+    "folded statistics": lambda: fold_latent_statistics(ours(octaves=2, **STATISTICS)),
+    "other latent channels": lambda: ours(channels=6, octaves=2),
+}
+REMEDIES = ("fold_latent_statistics", "from_autoencoder_kl")
+README = Path(__file__).resolve().parents[2] / "README.md"
+MARKS = ("<!-- pipelines -->\n", "<!-- end of pipelines -->")
+
+
+def outcome(build, case: str) -> str:
+    pipe, call = build(stock())
+    pipe.set_progress_bar_config(disable=True)
+    vae = CASES[case]()
+    octaves = len(vae.config.block_out_channels)
+    try:
+        swap_vae(pipe, vae)
+    except ValueError as error:
+        (remedy,) = (remedy for remedy in REMEDIES if remedy in str(error))
+        return f"refused: `{remedy}`"
+    assert np.isfinite(run(build, pipe, call, octaves)).all()
+    return "works"
+
+
+def test_the_table_in_the_readme():
+    """FAVAE_WRITE_TABLES=1 writes it."""
+    lines = ["| pipeline | " + " | ".join(CASES) + " |", "|" + "---|" * (len(CASES) + 1)]
+    for build in PIPELINES:
+        name = type(build(stock())[0]).__name__
+        lines.append(f"| `{name}` | " + " | ".join(outcome(build, case) for case in CASES) + " |")
+    table = "\n".join(lines) + "\n"
+    before, after = README.read_text().split(MARKS[0])
+    old, after = after.split(MARKS[1])
+    if os.environ.get("FAVAE_WRITE_TABLES"):
+        README.write_text(before + MARKS[0] + table + MARKS[1] + after)
+    else:
+        assert old == table
