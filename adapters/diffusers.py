@@ -39,7 +39,7 @@ def swap_vae(pipe: DiffusionPipeline, vae: AutoencoderKL) -> DiffusionPipeline:
             ours; changed in place. Before offloading is switched on.
         vae: an `AutoencoderKL` or a subclass; moved to the old one's device and dtype.
     Returns:
-        The same pipeline. Saved and loaded again it is as it was, but for two: Lumina2 takes every factor to be 8, and Sana
+        The same pipeline. Saved and loaded it is the same, but for two: Lumina2 takes every factor to be 8, and Sana
         looks for a setting of its own autoencoder; load them with their own, and swap again.
     Raises:
         ValueError: if it cannot work: why, and what would.
