@@ -291,14 +291,17 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
         return int(self.tile_latent_min_size * self.tile_overlap_factor)
 
     @classmethod
-    def from_autoencoder_kl(cls, vae: AutoencoderKL, **settings) -> "AutoencoderKLFA":
+    def from_autoencoder_kl(cls, vae: AutoencoderKL, warm_start: bool = True, **settings) -> "AutoencoderKLFA":
         """The encoder and latent space of a trained autoencoder, frozen, with a new frequency-aware decoder.
 
         Latents stay what they are, so a generator trained on them profits from a better decoder as it is. Only the
-        decoder, which begins untrained, and `post_quant_conv` want gradients.
+        decoder and `post_quant_conv` want gradients.
 
         Args:
             vae: a stock [`AutoencoderKL`], such as Stable Diffusion's or VA-VAE.
+            warm_start: let both branches begin as the trained decoder up to its last octave, which the inverse
+                transform replaces, as far as their widths agree (`high_block_out_channels=None` takes its widths). Its
+                output layers begin untrained in any case.
             settings: what concerns the decoder: `high_block_out_channels`, `wavelet`, `frequency_complement`, ...
         Raises:
             ValueError: for another kind of autoencoder, or settings that the encoder has decided.
@@ -320,15 +323,32 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
             if name in (*kept, "encoder_type", "high_latent_channels", "shortcut"):
                 raise ValueError(f"{name} is decided by the autoencoder given to from_autoencoder_kl")
         settings.setdefault("high_block_out_channels", None)
+        settings.setdefault("attention", vae.config.up_block_types[0].startswith("Attn"))
         config = {name: vae.config[name] for name in kept}
         model = cls(**config, encoder_type="image", high_latent_channels=0, shortcut=False, **settings)
         for name in ("encoder", "quant_conv", "post_quant_conv"):
             if getattr(model, name) is not None:
                 getattr(model, name).load_state_dict(getattr(vae, name).state_dict())
+        if warm_start:
+            for branch in (model.decoder.low, model.decoder.high):
+                _begin_as(branch, vae.decoder)
         model.encoder.requires_grad_(False)
         if model.quant_conv is not None:
             model.quant_conv.requires_grad_(False)
         return model
+
+
+def _begin_as(branch: Decoder, trained: Decoder) -> None:
+    """Copies the blocks from the latent on, until one has another shape."""
+
+    def stages(decoder: Decoder) -> list[nn.Module]:
+        return [decoder.conv_in, decoder.mid_block, *decoder.up_blocks]
+
+    for ours, theirs in zip(stages(branch), stages(trained)):
+        own, state = ours.state_dict(), theirs.state_dict()
+        if any(name not in state or state[name].shape != value.shape for name, value in own.items()):
+            return
+        ours.load_state_dict({name: state[name] for name in own})
 
 
 def _check_settings(config, low_widths: tuple[int, ...], high_widths: tuple[int, ...]) -> None:

@@ -61,7 +61,6 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         commitment_weight: of the mean squared distance between latents (normalised, for cosine similarity) and entries.
         frequency_complement: "conv", "res", "attn" or None; see `FrequencyComplement`.
         sample_size, scaling_factor, force_upcast: as in [`VQModel`]; only pipelines read them.
-
         norm_eps: of the group norms. The published code has 1e-5.
         latent_norm_num_groups: of the first complement's norms, over the latents; None takes the largest common divisor
             of `latent_channels` and `norm_num_groups`. The published f4 model has 3 for 3 channels.
@@ -140,13 +139,13 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
                 module.eps = norm_eps
         if codebook_norms and quantizer != "vq":
             raise ValueError(f"codebook_norms is for quantizer='vq', got {quantizer!r}")
-        self.register_buffer("codebook_norms", torch.ones(self.num_tokens) if codebook_norms else None)
+        self.register_buffer("entry_norms", torch.ones(self.num_tokens) if codebook_norms else None)
         if codebook_norms:
             self.codebook._codebook.register_forward_hook(self._stretch)
 
     def _stretch(self, module: nn.Module, inputs, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         entries, indices, *rest = output
-        return entries * self.codebook_norms[indices].unsqueeze(-1), indices, *rest
+        return entries * self.entry_norms[indices].unsqueeze(-1), indices, *rest
 
     @property
     def num_tokens(self) -> int:
@@ -206,8 +205,8 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         tokens = indices.flatten(1, 2)  # (B, hw) or (B, hw, Q)
         if self.config.quantizer == "fsq":
             codes = self.codebook.project_out(self.codebook.implicit_codebook[tokens].to(self._codebook_dtype))
-        elif self.codebook_norms is not None:
-            codes = self.codebook.get_codes_from_indices(tokens) * self.codebook_norms[tokens].unsqueeze(-1)
+        elif self.entry_norms is not None:
+            codes = self.codebook.get_codes_from_indices(tokens) * self.entry_norms[tokens].unsqueeze(-1)
             codes = self.codebook.project_out(codes)
         else:
             codes = self.codebook.get_output_from_indices(tokens)

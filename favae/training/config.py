@@ -325,7 +325,9 @@ def check_model(settings: dict, classes: dict[str, type]) -> None:
     one_of("model.name", settings["name"], classes)
     allowed = [name for name in inspect.signature(classes[settings["name"]].__init__).parameters if name != "self"]
     if settings["name"] == "AutoencoderKLFA":
-        allowed.append(FROZEN)
+        allowed += [FROZEN, "warm_start"]
+    elif settings["name"] == "AutoencoderKL" and FROZEN in settings:
+        allowed = [FROZEN]
     if not isinstance(settings.get(FROZEN, ""), str) and set(settings[FROZEN]) - {"subfolder"} != {"path"}:
         raise ConfigError(f"model.{FROZEN} is a folder or hub name, or {{path: ..., subfolder: ...}}")
     for key in settings:
@@ -343,15 +345,18 @@ def build_model(settings: dict, classes: dict[str, type]):
     try:
         if FROZEN in arguments:
             with torch.device("cpu"):  # its weights exist, whatever a dry run says
-                return _with_frozen_encoder(**arguments)
+                return _with_frozen_encoder(classes[settings["name"]], **arguments)
         return classes[settings["name"]](**arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
 
 
-def _with_frozen_encoder(from_autoencoder_kl: str | dict, **settings) -> AutoencoderKLFA:
-    """An `AutoencoderKLFA` on the latent space of a pretrained autoencoder: a folder or hub name, or
-    {path: ..., subfolder: ...}."""
+def _with_frozen_encoder(kind: type, from_autoencoder_kl: str | dict, **settings) -> diffusers.AutoencoderKL:
+    """A decoder for the latent space of a pretrained autoencoder, its own or an `AutoencoderKLFA`'s.
+
+    Args:
+        from_autoencoder_kl: a folder or hub name, or {path: ..., subfolder: ...}.
+    """
     source = {"path": from_autoencoder_kl} if isinstance(from_autoencoder_kl, str) else dict(from_autoencoder_kl)
     path = source.pop("path")
     try:
@@ -361,7 +366,12 @@ def _with_frozen_encoder(from_autoencoder_kl: str | dict, **settings) -> Autoenc
             f"model.{FROZEN}: {path} is neither a folder with an autoencoder nor to be had from the hub "
             f"({str(error).splitlines()[0]})"
         ) from error
-    return AutoencoderKLFA.from_autoencoder_kl(vae, **settings)
+    if kind is AutoencoderKLFA:
+        return AutoencoderKLFA.from_autoencoder_kl(vae, **settings)
+    for part in (vae.encoder, vae.quant_conv):
+        if part is not None:
+            part.requires_grad_(False)
+    return vae
 
 
 Config = TypeVar("Config", TokenizerConfig, GeneratorConfig)

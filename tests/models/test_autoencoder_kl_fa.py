@@ -235,6 +235,20 @@ def test_from_autoencoder_kl_keeps_other_blocks_and_survives_saving(tmp_path):
     assert torch.equal(AutoencoderKLFA.from_pretrained(tmp_path)(images).sample, model(images).sample)
 
 
+def test_from_autoencoder_kl_begins_with_the_trained_decoder_where_widths_agree(tiny_kl):
+    def same(branch, name: str) -> bool:
+        ours, theirs = branch.get_submodule(name).state_dict(), tiny_kl.decoder.get_submodule(name).state_dict()
+        return all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+    blocks = ("conv_in", "mid_block", "up_blocks.0", "up_blocks.1")
+    warm = AutoencoderKLFA.from_autoencoder_kl(tiny_kl).decoder
+    assert all(same(branch, name) for branch in (warm.low, warm.high) for name in blocks)
+    assert not same(AutoencoderKLFA.from_autoencoder_kl(tiny_kl, warm_start=False).decoder.low, "conv_in")
+    narrow = AutoencoderKLFA.from_autoencoder_kl(tiny_kl, high_block_out_channels=(4, 16)).decoder
+    assert [same(narrow.high, name) for name in ("conv_in", "mid_block", "up_blocks.0")] == [True] * 3
+    assert narrow.high.up_blocks[1].resnets[0].conv1.out_channels == 4 and all(same(narrow.low, n) for n in blocks)
+
+
 def test_from_autoencoder_kl_refuses_what_the_encoder_decides(tiny_kl, tiny_favae):
     with pytest.raises(ValueError, match="latent_channels is decided"):
         AutoencoderKLFA.from_autoencoder_kl(tiny_kl, latent_channels=3)

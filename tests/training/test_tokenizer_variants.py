@@ -66,13 +66,14 @@ def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder):
     assert refused.returncode == 1 and "has no posterior to cache" in refused.stderr
 
 
-def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl):
+@pytest.mark.parametrize("kind", [AutoencoderKLFA, AutoencoderKL])
+def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl, kind):
     tiny_kl.register_to_config(scaling_factor=0.25)
     tiny_kl.save_pretrained(tmp_path / "existing")
-    model = f"{{name: AutoencoderKLFA, from_autoencoder_kl: {tmp_path / 'existing'}}}"
+    model = f"{{name: {kind.__name__}, from_autoencoder_kl: {tmp_path / 'existing'}}}"
     file = recipe(tmp_path, image_folder, model)
     run("train_tokenizer.py", file, *TRAIN, f"output={tmp_path / 'run'}", "loss.kl=0")
-    trained = AutoencoderKLFA.from_pretrained(tmp_path / "run/final").eval()
+    trained = kind.from_pretrained(tmp_path / "run/final").eval()
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     original = AutoencoderKL.from_pretrained(tmp_path / "existing").eval()
     assert torch.equal(trained.encode(images).latent_dist.mean, original.encode(images).latent_dist.mean)
@@ -82,6 +83,8 @@ def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl)
     a, b = safetensors.torch.load_file(first), safetensors.torch.load_file(last)
     changed = {name.split(".")[0] for name in a if not torch.equal(a[name], b[name])}
     assert changed == {"decoder", "post_quant_conv"}
+    if kind is AutoencoderKL:
+        return
     missing = run("train_tokenizer.py", file, f"output={tmp_path / 'other'}",
                   f"model.from_autoencoder_kl={tmp_path / 'nothing'}", check=False)  # fmt: skip
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
