@@ -1,0 +1,417 @@
+"""Our autoencoders behind the objects that the scripts of other generators call.
+
+Each shim takes a path (anything that `load_autoencoder` opens) or a loaded model. Which line of which script it
+replaces, and which constants change with it, is in docs/adapters.md. SiT and REPA's training need no shim: an
+`AutoencoderKLFA` is an `AutoencoderKL`.
+"""
+
+from functools import partial
+from itertools import accumulate
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+from torchvision import transforms
+
+from favae.autoencoders import decode, encode, load_autoencoder
+from favae.data.images import center_crop, to_rgb, to_tensor, to_uint8
+from favae.models import VQModelFA
+
+__all__ = ["DeTokVAE", "EDM2Encoder", "LlamaGenVQ", "MARVAE", "VARVQ", "VA_VAE"]
+
+
+class MARVAE(nn.Module):
+    """MAR's `AutoencoderKL`: `encode` gives a posterior, `decode` a tensor. Neither normalises.
+
+    MAR's scripts multiply samples by 0.2325, one over their deviation in MAR's autoencoder; with unit latents it is 1.
+
+    Args:
+        vae: an autoencoder with a posterior.
+
+    Source: Li et al., NeurIPS 2024 (arXiv 2406.11838).
+    """
+
+    def __init__(self, vae: str | Path | ModelMixin):
+        super().__init__()
+        self.vae = _open(vae)
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """(B, 3, H, W) in [-1, 1] -> `sample()`, `mode()`, `mean`, `std` (B, C, h, w), and `parameters` (B, 2C, h, w).
+
+        Raises:
+            ValueError: for an autoencoder without a posterior.
+        """
+        return _posterior(self.vae, x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W) around [-1, 1], unclamped, float32."""
+        return decode(self.vae, z.to(self.vae.dtype))
+
+
+class VA_VAE:
+    """LightningDiT's `VA_VAE`. Its scripts subtract and divide by `latents_stats.pt`, which they measure: we do not.
+
+    Args:
+        vae: any autoencoder.
+        img_size: height and width of the images, for `img_transform`.
+
+    Attributes:
+        model: a `MARVAE`, for scripts that take the network out of the object.
+
+    Source: Yao et al., CVPR 2025 (arXiv 2501.01423).
+    """
+
+    def __init__(self, vae: str | Path | ModelMixin, img_size: int = 256):
+        self.model = MARVAE(vae)
+        self.img_size = img_size
+
+    def to(self, device: torch.device | str | int) -> "VA_VAE":
+        self.model.to(device)
+        return self
+
+    def img_transform(self, p_hflip: float = 0, img_size: int | None = None) -> transforms.Compose:
+        """PIL image -> (3, S, S) in [-1, 1]: ADM's centre crop, mirrored with probability `p_hflip`."""
+        crop = partial(center_crop, size=self.img_size if img_size is None else img_size)
+        return transforms.Compose([to_rgb, crop, transforms.RandomHorizontalFlip(p_hflip), to_tensor])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], on any device -> a sample of the posterior (B, C, h, w), float32, not normalised."""
+        return encode(self.model.vae, images.to(self.model.vae.device), posterior="sample").float()
+
+    @torch.no_grad()
+    def decode_to_images(self, z: Tensor) -> np.ndarray:
+        """(B, C, h, w), no longer normalised, on any device -> uint8 (B, H, W, 3)."""
+        return to_uint8(self.model.decode(z.to(self.model.vae.device))).permute(0, 2, 3, 1).cpu().numpy()
+
+
+class DeTokVAE(MARVAE):
+    """The tokenizer of l-DeTok's generators: `tokenize` normalises, `detokenize` undoes it and gives [0, 1].
+
+    Args:
+        vae: an autoencoder with a posterior.
+        scale_factor: deviation of the normalised latents.
+
+    z -> (z - mean) * scale_factor / std, with 0 and 1 until `reset_stats`, which the scripts call with what they
+    measured (`--collect_tokenizer_stats`).
+
+    Source: Yang et al., 2025 (arXiv 2507.15856).
+    """
+
+    def __init__(self, vae: str | Path | ModelMixin, scale_factor: float = 1.0):
+        super().__init__(vae)
+        self.scale_factor = scale_factor
+        self.reset_stats(torch.zeros(()), torch.ones(()))
+
+    def reset_stats(self, mean: Tensor, std: Tensor) -> None:
+        """Scalars, or one number per channel, (C,)."""
+        like = next(self.parameters())
+        for name, value in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(value, dtype=torch.float32, device=like.device)
+            self.register_buffer(name, value.reshape(1, -1, 1, 1), persistent=False)
+
+    def normalize_z(self, z: Tensor) -> Tensor:
+        return (z - self.mean) * self.scale_factor / self.std
+
+    def denormalize_z(self, z: Tensor) -> Tensor:
+        return z * self.std / self.scale_factor + self.mean
+
+    def encode_into_posteriors(self, x: Tensor) -> DiagonalGaussianDistribution:
+        return self.encode(x)
+
+    def sample_from_moments(self, moments: Tensor) -> Tensor:
+        """[mean | logvar] (B, 2C, h, w) -> normalised (B, C, h, w)."""
+        return self.normalize_z(DiagonalGaussianDistribution(moments).sample())
+
+    def tokenize(self, x: Tensor, sampling: bool = False) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> normalised (B, C, h, w), the mean unless `sampling`."""
+        posterior = self.encode(x)
+        return self.normalize_z(posterior.sample() if sampling else posterior.mode())
+
+    def detokenize(self, z: Tensor) -> Tensor:
+        """Normalised (B, C, h, w), or (B, h * h, C) -> (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: if the tokens of a sequence make no square.
+        """
+        if z.ndim == 3:
+            side = isqrt(z.shape[1])
+            if side * side != z.shape[1]:
+                raise ValueError(f"{z.shape[1]} tokens make no square; give (B, C, h, w)")
+            z = z.transpose(1, 2).unflatten(2, (side, side))
+        return (self.decode(self.denormalize_z(z)) / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> the same in [0, 1]."""
+        return self.detokenize(self.tokenize(x))
+
+
+class EDM2Encoder:
+    """EDM2's encoder object, which REPA's preprocessing calls too: 8-bit pixels, raw latents, final latents.
+
+    Raw latents are [mean | std] of the posterior, as the data set holds them. Final latents, the generator's, are
+    sampled from them and scaled from raw_mean and raw_std to final_mean and final_std.
+
+    Args:
+        vae: an autoencoder with a posterior. Given as a path, it is left out when this object is pickled.
+        raw_mean, raw_std: of the latents, one number per channel or one for all; None takes them from the
+            autoencoder's config, `latents_mean` and `latents_std / scaling_factor`, or `shift_factor` and
+            `1 / scaling_factor` where these are missing.
+        final_mean, final_std: what they become; 0.5 is EDM2's `sigma_data`.
+        batch_size: images at a time through the autoencoder.
+
+    Source: Karras et al., CVPR 2024 (arXiv 2312.02696).
+    """
+
+    def __init__(
+        self,
+        vae: str | Path | ModelMixin,
+        raw_mean: float | list[float] | None = None,
+        raw_std: float | list[float] | None = None,
+        final_mean: float | list[float] = 0.0,
+        final_std: float | list[float] = 0.5,
+        batch_size: int = 8,
+    ):
+        self.path = str(vae) if isinstance(vae, str | Path) else None
+        self.vae = _open(vae)
+        config = self.vae.config
+        factor, statistics = config.get("scaling_factor", 1.0), config.get("latents_std") is not None
+        if raw_mean is None:
+            raw_mean = config.latents_mean if statistics else config.get("shift_factor") or 0.0
+        if raw_std is None:
+            raw_std = torch.tensor(config.latents_std if statistics else 1.0) / factor
+        raw_std = _per_channel(raw_std)
+        if not bool((raw_std > 0).all()):
+            raise ValueError("raw_std must be above 0")
+        self.scale = _per_channel(final_std) / raw_std
+        self.bias = _per_channel(final_mean) - _per_channel(raw_mean) * self.scale
+        self.batch_size = batch_size
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "vae": None if self.path else self.vae}
+
+    def init(self, device: torch.device | str) -> None:
+        """Loads the autoencoder if it is not there, and moves it."""
+        self.vae = (load_autoencoder(self.path) if self.vae is None else self.vae).to(device)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> final latents (B, C, h, w)."""
+        return self.encode_latents(self.encode_pixels(x))
+
+    @torch.no_grad()
+    def encode_pixels(self, x: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> [mean | std] (B, 2C, h, w), float32.
+
+        Raises:
+            ValueError: for other dtypes, and for an autoencoder without a posterior.
+        """
+        if x.dtype != torch.uint8:
+            raise ValueError(f"pixels must be uint8, 0 to 255, got {x.dtype}")
+        self.init(x.device)
+        batches = [_posterior(self.vae, batch.float() / 127.5 - 1) for batch in x.split(self.batch_size)]
+        return torch.cat([torch.cat([batch.mean, batch.std], dim=1).float() for batch in batches])
+
+    def encode_latents(self, x: Tensor) -> Tensor:
+        """[mean | std] (B, 2C, h, w) -> final latents (B, C, h, w), float32."""
+        mean, std = x.float().chunk(2, dim=1)
+        return (mean + std * torch.randn_like(mean)) * self.scale.to(x.device) + self.bias.to(x.device)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Final latents (B, C, h, w) -> uint8 (B, 3, H, W)."""
+        self.init(x.device)
+        z = (x.float() - self.bias.to(x.device)) / self.scale.to(x.device)
+        return torch.cat([to_uint8(decode(self.vae, part.to(self.vae.dtype))) for part in z.split(self.batch_size)])
+
+
+class LlamaGenVQ(nn.Module):
+    """LlamaGen's `VQModel`, for the extraction of codes, reconstruction and sampling; it is not for training.
+
+    Args:
+        vq: a `VQModelFA` with one token per position. `vocab_size` is what its generator needs.
+
+    Raises:
+        ValueError: for another class, and for a residual quantizer: LlamaGen's sequences are h * w tokens long.
+
+    Source: Sun et al., 2024 (arXiv 2406.06525).
+    """
+
+    def __init__(self, vq: str | Path | VQModelFA):
+        super().__init__()
+        self.vq = _open_codebook(vq)
+        if self.vq.config.quantizer == "residual":
+            raise ValueError("LlamaGen has one token per position; this VQModelFA has several (quantizer='residual')")
+        self.vocab_size = self.vq.num_tokens
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, tuple, tuple[None, None, Tensor]]:
+        """(B, 3, H, W) in [-1, 1] -> codebook vectors (B, C, h, w), losses, and (None, None, indices (B * h * w,)).
+
+        Of the four losses only the second, commitment, is there.
+        """
+        output = self.vq.quantize(self.vq.encode(x.to(self.vq.dtype)).latents)
+        return output.latents, (None, output.loss, None, None), (None, None, output.indices.flatten())
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Codebook vectors (B, C, h, w) -> (B, 3, H, W), in [-1, 1] up to overshoot."""
+        return self.vq.decode(quant, force_not_quantize=True).sample
+
+    def decode_code(self, code_b: Tensor, shape: tuple[int, ...] | None = None, channel_first: bool = True) -> Tensor:
+        """
+        Args:
+            code_b: indices, B * h * w of them in any shape; (B, h, w) if there is no `shape`.
+            shape: (B, C, h, w), or (B, h, w, C) without `channel_first`. C is not looked at: scripts have their own.
+        Returns:
+            (B, 3, H, W), in [-1, 1] up to overshoot.
+        Raises:
+            ValueError: if the indices do not fill the shape, or are outside the codebook.
+        """
+        size = tuple(code_b.shape)
+        if shape is not None:
+            size = (shape[0], *shape[2:]) if channel_first else tuple(shape[:3])
+        if len(size) != 3 or code_b.numel() != size[0] * size[1] * size[2]:
+            raise ValueError(f"{code_b.numel()} indices do not fill (B, h, w) = {size}")
+        return self.vq.decode(code_b.long().reshape(size)).sample
+
+
+class VARVQ(nn.Module):
+    """VAR's `VQVAE`, for the training and sampling of its transformer.
+
+    VAR predicts maps of tokens, each from the sum of those before. Ours are the codebooks of a residual quantizer: Q
+    maps of the same size (`patch_nums` is Q times h), in one vocabulary, where codebook q begins at q * num_tokens.
+    The first map is drawn from the class alone, all tokens at once, which for VAR's own first map is a single one.
+    One codebook gives one map: enough for reading and writing tokens, not for VAR's transformer.
+
+    Args:
+        vq: a `VQModelFA`.
+
+    Attributes:
+        vocab_size: Q * num_tokens.
+        Cvae: channels of the latents.
+        quantize: what VAR's trainer and transformer call `VectorQuantizer2`; its vectors are a copy.
+
+    Raises:
+        ValueError: for another class.
+
+    Source: Tian et al., NeurIPS 2024 (arXiv 2404.02905).
+    """
+
+    def __init__(self, vq: str | Path | VQModelFA):
+        super().__init__()
+        self.vq = _open_codebook(vq)
+        self.quantize = VARQuantizer(_contributions(self.vq).float())
+        self.vocab_size, self.Cvae = self.quantize.vocab_size, self.quantize.Cvae
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.vq.encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.vq.decoder
+
+    @torch.no_grad()
+    def img_to_idxBl(self, inp_img_no_grad: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> indices (B, h * w), one tensor per codebook."""
+        indices = self.vq.quantize(self.vq.encode(inp_img_no_grad.to(self.vq.dtype)).latents).indices
+        maps = indices.flatten(1, 2).reshape(len(indices), -1, self.vocab_size // self.vq.num_tokens).unbind(2)
+        return [tokens + level * self.vq.num_tokens for level, tokens in enumerate(maps)]
+
+    def idxBl_to_img(self, ms_idx_Bl: list[Tensor], same_shape: bool, last_one: bool = False) -> list[Tensor] | Tensor:
+        """
+        Args:
+            ms_idx_Bl: indices (B, h * h), one tensor per codebook.
+            same_shape: of no effect: all maps have one size.
+            last_one: the image of all maps alone, rather than a list of those of the first 1, 2, ... maps.
+        Returns:
+            (B, 3, H, W) in [-1, 1].
+        Raises:
+            ValueError: if the tokens make no square, or are outside the vocabulary.
+        """
+        side = isqrt(ms_idx_Bl[0].shape[1])
+        for tokens in ms_idx_Bl:
+            if tokens.shape[1] != side * side:
+                raise ValueError(f"maps of tokens must be squares of one size, got {tokens.shape[1]} tokens")
+            if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+                raise ValueError(f"indices must be in 0 ... {self.vocab_size - 1}")
+        maps = [self.quantize.embedding(tokens).transpose(1, 2).unflatten(2, (side, side)) for tokens in ms_idx_Bl]
+        sums = self.quantize.embed_to_fhat(maps)
+        return self.fhat_to_img(sums[-1]) if last_one else [self.fhat_to_img(f_hat) for f_hat in sums]
+
+    def fhat_to_img(self, f_hat: Tensor) -> Tensor:
+        """The sum of the maps' vectors (B, Cvae, h, w) -> (B, 3, H, W) in [-1, 1]."""
+        return self.vq.decode(f_hat.to(self.vq.dtype), force_not_quantize=True).sample.clamp(-1, 1)
+
+
+class VARQuantizer(nn.Module):
+    """VAR's `VectorQuantizer2` for maps of one size: nothing is resized or convolved between them.
+
+    Args:
+        vectors: (vocab_size, Cvae).
+    """
+
+    def __init__(self, vectors: Tensor):
+        super().__init__()
+        self.vocab_size, self.Cvae = vectors.shape
+        self.embedding = nn.Embedding.from_pretrained(vectors)
+        self.prog_si = -1  # VAR's trainer sets it; progressive training is not supported, as in VAR
+
+    def embed_to_fhat(
+        self, ms_h_BChw: list[Tensor], all_to_max_scale: bool = True, last_one: bool = False
+    ) -> list[Tensor] | Tensor:
+        """Maps of vectors (B, Cvae, h, w) -> the sums of the first 1, 2, ... of them, or the last sum."""
+        sums = list(accumulate(ms_h_BChw))
+        return sums[-1] if last_one else sums
+
+    def idxBl_to_var_input(self, gt_ms_idx_Bl: list[Tensor]) -> Tensor:
+        """Q maps of indices (B, l) -> what the maps after the first are predicted from, (B, (Q - 1) * l, Cvae).
+
+        Raises:
+            ValueError: for a single map.
+        """
+        if len(gt_ms_idx_Bl) < 2:
+            raise ValueError("VAR predicts maps of tokens from the ones before; quantizer='residual' has more than one")
+        return torch.cat(list(accumulate(map(self.embedding, gt_ms_idx_Bl[:-1]))), dim=1)
+
+    def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """Map `si` of `SN` -> the sum with it (B, Cvae, h, w), twice: for the image and for the next map."""
+        f_hat = f_hat + h_BChw
+        return f_hat, f_hat
+
+
+def _open(vae: str | Path | ModelMixin) -> ModelMixin:
+    return load_autoencoder(str(vae)) if isinstance(vae, str | Path) else vae
+
+
+def _open_codebook(vq: str | Path | VQModelFA) -> VQModelFA:
+    vq = _open(vq)
+    if not isinstance(vq, VQModelFA):
+        raise ValueError(f"tokens come from a VQModelFA, not from a {type(vq).__name__}")
+    return vq
+
+
+@torch.no_grad()
+def _contributions(vq: VQModelFA) -> Tensor:
+    """What each index adds to the latents, (Q * num_tokens, C). The bias of a projection counts once."""
+    if vq.config.quantizer != "residual":
+        return vq.lookup(torch.arange(vq.num_tokens, device=vq.device).view(1, -1, 1))[0, :, :, 0].T.contiguous()
+    project, codebooks = vq.codebook.project_out, vq.codebook.codebooks.to(vq.dtype)  # (Q, num_tokens, D)
+    bias = project(torch.zeros_like(codebooks[0, :1]))
+    return torch.cat([project(codebooks[:1]), project(codebooks[1:]) - bias]).flatten(0, 1)
+
+
+def _posterior(vae: ModelMixin, images: Tensor) -> DiagonalGaussianDistribution:
+    """Raises `ValueError` if there is none."""
+    output = vae.encode(images.to(vae.dtype))
+    if not hasattr(output, "latent_dist"):
+        raise ValueError(f"these scripts need a posterior, which a {type(vae).__name__} does not have")
+    return output.latent_dist
+
+
+def _per_channel(values: float | list[float] | Tensor) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
