@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a class-conditional generator by flow matching on a latent cache.
+"""Trains a class-conditional generator on a latent cache: LightningDiT or DiT, by flow matching or (DiT) diffusion.
 
     tokenizer first   python train_tokenizer.py ...; python -m favae.data.latents ...
     one process       python train_generator.py configs/generator/photos_lightningdit.yaml
@@ -18,16 +18,18 @@ evaluation.jsonl every K steps, with the epochs that FID <= k took (EP_FID@k).
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from torchvision.utils import save_image
 
+from favae.adapters.diffusers import fold_latent_statistics
 from favae.data.latents import LatentDataset, load_tokenizer
 from favae.eval.online import OnlineEvaluation
-from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
 from favae.pipelines import LightningDiTPipeline
+from favae.pipelines.pipeline_lightningdit import num_classes
 from favae.training.config import GENERATORS, ConfigError, GeneratorConfig, build_model, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run
+from favae.training.objectives import DIFFUSION, Objective
 from favae.training.script import main
 
 
@@ -58,11 +60,30 @@ def check_shapes(config: GeneratorConfig, transformer, dataset: LatentDataset) -
             f"{config.data.latents} holds latents of shape {dataset.latent_shape}, "
             f"the generator is built for {expected} (model.in_channels, model.sample_size)"
         )
-    if len(dataset.classes) > built.num_classes:
+    classes = num_classes(transformer)
+    if len(dataset.classes) > classes:
+        name = "num_classes" if "num_classes" in built else "num_embeds_ada_norm"
         raise ConfigError(
-            f"{config.data.latents} has {len(dataset.classes)} classes, "
-            f"the generator {built.num_classes} (model.num_classes)"
+            f"{config.data.latents} has {len(dataset.classes)} classes, the generator {classes} (model.{name})"
         )
+
+
+def make_pipeline(config: GeneratorConfig, transformer, tokenizer, dataset: LatentDataset) -> DiffusionPipeline:
+    """What samples the transformer; its autoencoder carries the statistics that the latents were normalised with."""
+    tokenizer.register_to_config(
+        latents_mean=dataset.manifest["latents_mean"],
+        latents_std=dataset.manifest["latents_std"],
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    names = dict(enumerate(dataset.classes))
+    if config.loss.objective == "ddpm":
+        scheduler = DDIMScheduler(**DIFFUSION, clip_sample=False)
+        pipeline = DiTPipeline(transformer, fold_latent_statistics(tokenizer), scheduler, id2label=names)
+        pipeline.register_to_config(id2label=names)  # which it forgets
+        return pipeline
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.sampling.shift)
+    return LightningDiTPipeline(transformer, tokenizer, scheduler, id2label=names)
 
 
 def train(config: GeneratorConfig) -> None:
@@ -78,36 +99,21 @@ def train(config: GeneratorConfig) -> None:
     check_shapes(config, transformer, dataset)
     if train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    # The pipeline carries the statistics that its latents were normalised with.
-    tokenizer.register_to_config(
-        latents_mean=dataset.manifest["latents_mean"],
-        latents_std=dataset.manifest["latents_std"],
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-    pipeline = LightningDiTPipeline(
-        transformer,
-        tokenizer.to(run.device).eval(),
-        FlowMatchEulerDiscreteScheduler(shift=config.sampling.shift),
-        id2label=dict(enumerate(dataset.classes)),
-    )
+    pipeline = make_pipeline(config, transformer, tokenizer.to(run.device).eval(), dataset)
+    objective = Objective(config.loss, transformer)
 
     run.add("generator", transformer, train.learning_rate)
     model = run.prepare({"transformer": transformer}, averaged=transformer)["generator"]
     evaluate = None
     if config.evaluation.every:
-        size = transformer.config.sample_size * pipeline.vae_scale_factor
+        size = transformer.config.sample_size * 2 ** (len(tokenizer.config.block_out_channels) - 1)
         evaluate = OnlineEvaluation(config.evaluation, run.folder, (size, size))
     run.resume()
 
     for batch in run.batches(dataset):
         transformer.train()
         with run.accelerator.accumulate(model):
-            times = sample_times(len(batch["label"]), config.loss.time_sampling, run.device)
-            noise = torch.randn_like(batch["latent"])
-            noisy, velocity = interpolate(batch["latent"], noise, times)
-            prediction = model(noisy, times, batch["label"], return_dict=False)[0]
-            loss, terms = flow_matching_loss(prediction, velocity, cosine_weight=config.loss.cosine_weight)
+            loss, terms = objective(model, batch["latent"], batch["label"])
             finite = run.optimise("generator", loss)
 
         if run.end_step(terms, finite):
@@ -125,7 +131,7 @@ def train(config: GeneratorConfig) -> None:
         run.finish(pipeline.save_pretrained)
 
 
-def save_samples(run: Run, config: GeneratorConfig, pipeline: LightningDiTPipeline) -> None:
+def save_samples(run: Run, config: GeneratorConfig, pipeline: DiffusionPipeline) -> None:
     """samples/step-N.png: classes in turn, the same noise each time."""
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
@@ -133,15 +139,18 @@ def save_samples(run: Run, config: GeneratorConfig, pipeline: LightningDiTPipeli
     classes = len(pipeline.config.id2label)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.eval()
+    guided = isinstance(pipeline, LightningDiTPipeline)
+    interval = {"guidance_interval": tuple(sampling.guidance_interval)} if guided else {}
     with run.averaged():
         images = pipeline(
             [i % classes for i in range(sampling.num_images)],
             guidance_scale=sampling.guidance_scale,
-            guidance_interval=tuple(sampling.guidance_interval),
             num_inference_steps=sampling.num_inference_steps,
             generator=torch.Generator().manual_seed(config.seed),
-            output_type="pt",
+            output_type="np",
+            **interval,
         ).images
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
     save_image(images, folder / f"step-{run.step:07}.png", nrow=min(classes, 8))
 
 

@@ -40,8 +40,8 @@ RENAMED_IN_BLOCK = {
 def transformer_from_lightningdit(state: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
     """LightningDiT as a [`LightningDiTTransformer2DModel`].
 
-    Of the original's settings, SwiGLU, RoPE and RMSNorm must be on, `wo_shift` and `learn_sigma` off, as in all of its
-    published models; `use_qknorm` may be either. Its fixed position embeddings are compared, and not kept: ours
+    Of the original's settings, SwiGLU, RoPE and RMSNorm must be on and `learn_sigma` off, as in all of its published
+    models; `use_qknorm` and `wo_shift` may be either. Its fixed position embeddings are compared, and not kept: ours
     computes them. Where an exponential moving average of them has drifted by rounding, ours are the exact ones.
 
     Args:
@@ -68,6 +68,7 @@ def transformer_from_lightningdit(state: Mapping[str, Tensor]) -> tuple[dict[str
         "num_classes": need(state, "y_embedder.embedding_table.weight", 2).shape[0] - 1,
         "class_dropout_prob": 0.1,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "wo_shift": need(state, "blocks.0.adaLN_modulation.1.weight", 2).shape[0] == 4 * width,
     }
     shapes = shapes_of(LightningDiTTransformer2DModel, config)
     for name, expected in _fixed(config).items():

@@ -37,7 +37,8 @@ def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
         raise DataError(f"a {type(pipeline).__name__} has no transformer whose classes are known; {OWN_SAMPLES}")
     config = pipeline.transformer.config
     count = config["num_classes"] if "num_classes" in config else config["num_embeds_ada_norm"]
-    names = {int(index): name for index, name in (pipeline.config.get("id2label") or {}).items()}
+    names = {index: name for name, index in getattr(pipeline, "labels", {}).items()}  # all that DiTPipeline keeps
+    names |= {int(index): name for index, name in (pipeline.config.get("id2label") or {}).items()}
     # of a transformer that was built for more classes than it was trained on, those that have a name
     return [str(names[index]) for index in sorted(names)] or [str(index) for index in range(count)]
 

@@ -81,16 +81,22 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class LightningDiTBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero; Peebles and Xie, 2023)."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int, mlp_ratio: float, qk_norm: bool):
+    def __init__(self, dim: int, heads: int, head_dim: int, mlp_ratio: float, qk_norm: bool, wo_shift: bool):
         super().__init__()
         self.norm1 = RMSNorm(dim, eps=1e-6)
         self.attn = LightningDiTAttention(dim, heads, head_dim, qk_norm)
         self.norm2 = RMSNorm(dim, eps=1e-6)
         self.ff = SwiGLUFeedForward(dim, mlp_ratio)
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.wo_shift = wo_shift
+        self.modulation = nn.Linear(dim, (4 if wo_shift else 6) * dim)
 
     def forward(self, hidden_states: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=1)
+        modulation = self.modulation(F.silu(condition))
+        if self.wo_shift:
+            shift1 = shift2 = torch.zeros_like(condition)
+            scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=1)
+        else:
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         attended = self.attn(modulate(self.norm1(hidden_states), shift1, scale1), rotary)
         hidden_states = hidden_states + gate1.unsqueeze(1) * attended
         fed = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
@@ -111,6 +117,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         num_classes: class labels; index `num_classes` is the null class of classifier-free guidance.
         class_dropout_prob: share of labels replaced by the null class in training.
         qk_norm: RMS-normalise queries and keys; steadier in long bf16 runs, slightly worse otherwise.
+        wo_shift: blocks are modulated by scales and gates alone.
 
     Source: Yao et al., CVPR 2025 (arXiv 2501.01423). XL/1 with 32 channels has 675M parameters, B/1 131M.
     """
@@ -133,6 +140,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         qk_norm: bool = False,
+        wo_shift: bool = False,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -145,7 +153,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         self.time_embedding = TimestepEmbedding(256, dim)
         self.class_embedding = LabelEmbedding(num_classes, dim, class_dropout_prob)
         self.blocks = nn.ModuleList(
-            LightningDiTBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm)
+            LightningDiTBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, wo_shift)
             for _ in range(num_layers)
         )
         self.norm_out = RMSNorm(dim, eps=1e-6)

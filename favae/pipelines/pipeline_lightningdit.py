@@ -2,7 +2,13 @@
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -11,12 +17,24 @@ from torch import Tensor
 from favae.models import LightningDiTTransformer2DModel
 
 
+def num_classes(transformer: ModelMixin) -> int:
+    """Classes of a LightningDiT or DiT, which is also the index of the null class."""
+    config = transformer.config
+    return config.num_embeds_ada_norm if isinstance(transformer, DiTTransformer2DModel) else config.num_classes
+
+
+def time_scale(transformer: ModelMixin) -> float:
+    """What the times 0 to 1 are multiplied with: DiT embeds 0 to 1,000."""
+    return 1000.0 if isinstance(transformer, DiTTransformer2DModel) else 1.0
+
+
 class LightningDiTPipeline(DiffusionPipeline):
     r"""
-    Class-conditional generation with a [`LightningDiTTransformer2DModel`].
+    Class-conditional generation by flow matching.
 
     Parameters:
-        transformer: predicts the velocity data - noise at time t, 0 = noise.
+        transformer: predicts the velocity data - noise at time t, 0 = noise: a [`LightningDiTTransformer2DModel`], or
+            a [`DiTTransformer2DModel`] that was trained so (with as many output as input channels).
         vae: an [`AutoencoderKL`] or a subclass. Latents are scaled back to z std / `scaling_factor` + mean with its
             `latents_mean` and `latents_std`, or, where these are None, to z / `scaling_factor` + `shift_factor`.
         scheduler: a [`FlowMatchEulerDiscreteScheduler`]; its `shift` is 1 / s for LightningDiT's timestep shift s.
@@ -27,7 +45,7 @@ class LightningDiTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: LightningDiTTransformer2DModel,
+        transformer: LightningDiTTransformer2DModel | DiTTransformer2DModel,
         vae: AutoencoderKL,
         scheduler: FlowMatchEulerDiscreteScheduler,
         id2label: dict[int, str] | None = None,
@@ -105,9 +123,10 @@ class LightningDiTPipeline(DiffusionPipeline):
         transformer, config = self.transformer, self.transformer.config
         device = self._execution_device
         labels = torch.as_tensor(class_labels, device=device).reshape(-1)
-        if bool(((labels < 0) | (labels >= config.num_classes)).any()):
-            raise ValueError(f"class labels go from 0 to {config.num_classes - 1}, got {labels.tolist()}")
-        if guidance_scale != 1 and config.class_dropout_prob == 0:
+        null_class, scale = num_classes(transformer), time_scale(transformer)
+        if bool(((labels < 0) | (labels >= null_class)).any()):
+            raise ValueError(f"class labels go from 0 to {null_class - 1}, got {labels.tolist()}")
+        if guidance_scale != 1 and config.get("class_dropout_prob") == 0:
             raise ValueError("guidance needs a transformer trained with class_dropout_prob > 0; use guidance_scale=1")
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
@@ -115,7 +134,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         latents = latents.to(device, torch.float32)
-        null_labels = torch.full_like(labels, config.num_classes)
+        null_labels = torch.full_like(labels, null_class)
 
         # The exact grid of LightningDiT; set_timesteps(N) alone ends above zero and shifts its end twice.
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
@@ -124,8 +143,9 @@ class LightningDiTPipeline(DiffusionPipeline):
             guided = guidance_scale != 1 and guidance_interval[0] <= time <= guidance_interval[1]
             batch = torch.cat([latents, latents]) if guided else latents
             classes = torch.cat([labels, null_labels]) if guided else labels
+            times = scale * time.expand(len(batch)).float()
             velocity = transformer(
-                batch.to(transformer.dtype), time.expand(len(batch)).float(), classes, return_dict=False
+                batch.to(transformer.dtype), timestep=times, class_labels=classes, return_dict=False
             )[0].float()
             if guided:
                 velocity = self._guide(velocity, guidance_scale, guidance_channels)

@@ -13,14 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from favae.errors import FavaeError
-from favae.losses.flow_matching import FlowMatchingConfig
 from favae.losses.tokenizer_loss import SpectrumConfig, STFTConfig, TokenizerLossConfig
 from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel, VQModelFA
+from favae.training.objectives import GeneratorLossConfig
 from favae.wavelets import WaveletTransform2D
 
 TOKENIZERS = {"AutoencoderKLFA": AutoencoderKLFA, "VQModelFA": VQModelFA, "AutoencoderKL": diffusers.AutoencoderKL}
 FROZEN = "from_autoencoder_kl"  # model: the autoencoder whose latent space a decoder is trained for
-GENERATORS = {"LightningDiTTransformer2DModel": LightningDiTTransformer2DModel}
+GENERATORS = {
+    "LightningDiTTransformer2DModel": LightningDiTTransformer2DModel,
+    "DiTTransformer2DModel": diffusers.DiTTransformer2DModel,
+}
 
 
 class ConfigError(FavaeError):
@@ -292,13 +295,28 @@ def check_loss(loss: TokenizerLossConfig, model: dict, resolution: int) -> None:
 @dataclass
 class GeneratorConfig(RunConfig):
     data: LatentDataConfig = field(default_factory=LatentDataConfig)
-    loss: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    loss: GeneratorLossConfig = field(default_factory=GeneratorLossConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: GeneratorTrainConfig = field(default_factory=GeneratorTrainConfig)
 
     def __post_init__(self):
         check_model(self.model, GENERATORS)
+        dit = self.model["name"] == "DiTTransformer2DModel"
+        channels = self.model.get("in_channels", 4)
+        if self.loss.objective == "ddpm" and not dit:
+            raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel")
+        if self.loss.objective == "ddpm" and self.model.get("num_embeds_ada_norm", 1000) != 1000:
+            raise ConfigError(
+                "loss.objective=ddpm is sampled by DiTPipeline, whose null class is always 1000: "
+                f"model.num_embeds_ada_norm must be 1000, got {self.model['num_embeds_ada_norm']}; fewer may be used"
+            )
+        allowed = (channels, 2 * channels) if self.loss.objective == "ddpm" else (channels,)
+        if dit and self.model.get("out_channels", channels) not in allowed:
+            raise ConfigError(
+                f"model.out_channels must be {' or '.join(map(str, allowed))} for loss.objective="
+                f"{self.loss.objective} and model.in_channels={channels}, got {self.model['out_channels']}"
+            )
         if self.model.get("class_dropout_prob") == 0 and self.sampling.guidance_scale != 1:
             raise ConfigError("sampling.guidance_scale must be 1 without a null class (model.class_dropout_prob=0)")
         if self.model.get("class_dropout_prob") == 0 and self.evaluation.guidance_scale != 1:

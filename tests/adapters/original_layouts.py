@@ -311,7 +311,7 @@ def sinusoids(positions: Tensor, size: int) -> Tensor:
 
 
 class LightningDiT(nn.Module):
-    def __init__(self, size=6, patch=2, channels=3, depth=2, heads=2, head_dim=8, classes=5, qk_norm=False):
+    def __init__(self, size=6, patch=2, channels=3, depth=2, heads=2, head_dim=8, classes=5, qk_norm=False, shift=True):
         super().__init__()
         width, grid, hidden = heads * head_dim, size // patch, int(2 / 3 * 4 * heads * head_dim)
         self.heads, self.patch, self.grid = heads, patch, grid
@@ -337,7 +337,7 @@ class LightningDiT(nn.Module):
                 norm2=RootMeanSquare(width),
                 attn=attention,
                 mlp=holder(w12=nn.Linear(width, 2 * hidden), w3=nn.Linear(hidden, width)),
-                adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)),
+                adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, (6 if shift else 4) * width)),
             )
 
         self.blocks = nn.ModuleList(block() for _ in range(depth))
@@ -366,7 +366,8 @@ class LightningDiT(nn.Module):
         condition = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], 1).float())
         condition = condition + self.y_embedder.embedding_table(y)
         for block in self.blocks:
-            b1, s1, g1, b2, s2, g2 = block.adaLN_modulation(condition).unsqueeze(1).chunk(6, -1)
+            parts = block.adaLN_modulation(condition).unsqueeze(1).unflatten(-1, (-1, h.shape[-1])).unbind(-2)
+            b1, s1, g1, b2, s2, g2 = parts if len(parts) == 6 else (0, *parts[:2], 0, *parts[2:])  # wo_shift
             h = h + g1 * self.attend(block.attn, block.norm1(h) * (1 + s1) + b1)
             gate, linear = block.mlp.w12(block.norm2(h) * (1 + s2) + b2).chunk(2, -1)
             h = h + g2 * block.mlp.w3(gate * gate.sigmoid() * linear)

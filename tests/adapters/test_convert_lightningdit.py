@@ -9,7 +9,9 @@ LATENTS = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 TIMES, LABELS = torch.tensor([0.0, 0.37, 1.0]), torch.tensor([0, 4, 5])  # 5 is the null class
 
 
-@pytest.mark.parametrize("layout", [{}, {"qk_norm": True}, {"patch": 1, "depth": 1, "heads": 3, "head_dim": 12}])
+@pytest.mark.parametrize(
+    "layout", [{}, {"qk_norm": True}, {"shift": False}, {"patch": 1, "depth": 1, "heads": 3, "head_dim": 12}]
+)
 @torch.no_grad()
 def test_the_transformer_gives_the_same_velocities(layout):
     original = randomise(LightningDiT(**layout))
@@ -49,9 +51,9 @@ def test_what_is_not_of_the_layout_is_named():
     refused(r"^lacks blocks\.1\.norm2\.weight$", "blocks.1.norm2.weight")
     refused(r"^lacks feat_rope\.freqs_cos$", "feat_rope.freqs_cos")  # use_rope off
     refused(r"^has blocks\.0\.mlp\.fc1\.weight, which", **{"blocks/0/mlp/fc1/weight": torch.zeros(1)})
-    refused(  # wo_shift
-        r"^blocks\.0\.adaLN_modulation\.1\.weight has shape \(64, 16\), expected \(96, 16\)",
-        **{"blocks/0/adaLN_modulation/1/weight": torch.zeros(64, 16)},
+    refused(  # wo_shift in one block only
+        r"^blocks\.1\.adaLN_modulation\.1\.weight has shape \(64, 16\), expected \(96, 16\)",
+        **{"blocks/1/adaLN_modulation/1/weight": torch.zeros(64, 16)},
     )
     refused(  # learn_sigma
         r"^final_layer\.linear\.bias has shape \(24,\), expected \(12,\)",
