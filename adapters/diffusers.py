@@ -1,5 +1,6 @@
 """Autoencoders in the pipelines of diffusers: swapping them, and the normalisation of their latents."""
 
+import copy
 import logging
 
 import torch
@@ -23,16 +24,20 @@ APPLIES = {
     "Lumina2": "scale, shift",
     "Sana": "scale",
 }
-OTHER_FAMILIES = ("Flux2",)  # their names begin alike, their autoencoders do not
+# Their names begin alike; their autoencoders, or what they make of them, do not.
+OTHER_FAMILIES = ("Flux2", "FluxFill", "StableDiffusionLDM3D", "SanaVideo", "SanaImageToVideo", "SanaWM")
+BINNED = ("PixArt", "Sana")  # call with use_resolution_binning=False after another factor
+NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def swap_vae(pipe: DiffusionPipeline, vae: AutoencoderKL) -> DiffusionPipeline:
     """Gives a pipeline another autoencoder, with everything that it derived from the old one.
 
-    The new one has the old one's latent channels. Another factor changes the size of the images, not of the latents.
-    Images come out right if the generator was trained on these latents: an `AutoencoderKLFA.from_autoencoder_kl` of the
-    pipeline's own autoencoder has them (only its decoder is new); with another encoder the generator must be trained on
-    its latents, and a warning says so.
+    The new one has the old one's latent channels. Another factor changes the size of the images, not of the latents
+    (PixArt and Sana then need `use_resolution_binning=False`, and a warning says so). Images come out right if the
+    generator was trained on these latents: an `AutoencoderKLFA.from_autoencoder_kl` of the pipeline's own autoencoder
+    has them (only its decoder is new), and takes over the old one's scaling and statistics; with another encoder the
+    generator must be trained on its latents, and a warning says so.
 
     Args:
         pipe: of DiT, Stable Diffusion (text, image to image, inpainting), SDXL, SD3, Flux, PixArt, Lumina2, Sana, or
@@ -50,15 +55,21 @@ def swap_vae(pipe: DiffusionPipeline, vae: AutoencoderKL) -> DiffusionPipeline:
         raise ValueError(f"a {name} is no pipeline whose autoencoder can be swapped; there are {', '.join(APPLIES)}")
     if not isinstance(vae, AutoencoderKL):
         raise ValueError(f"a {name} takes an AutoencoderKL or a subclass such as AutoencoderKLFA, not a {kind}")
-    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
-        raise ValueError(f"this {name} is offloaded or spread over devices; swap the autoencoder first")
     old, config = pipe.vae, vae.config
-    if config.latent_channels != old.config.latent_channels:
+    if getattr(pipe, "hf_device_map", None) or _hooked(pipe):
+        raise ValueError(f"this {name} is offloaded, cast or spread over devices; swap the autoencoder first")
+    if config.latent_channels != old.config.get("latent_channels"):
         raise ValueError(
-            f"this {name} generates {old.config.latent_channels} latent channels, the {kind} has "
+            f"this {name} generates {old.config.get('latent_channels')} latent channels, the {kind} has "
             f"{config.latent_channels}: AutoencoderKLFA.from_autoencoder_kl(pipe.vae) gives these latents a new "
             f"decoder; for those of the {kind} a generator must be trained"
         )
+    for key in ("in_channels", "out_channels"):
+        expected = old.config.get(key, 3)
+        if config[key] != expected:
+            raise ValueError(f"this {name} has an autoencoder of {key}={expected}, the {kind} has {config[key]}")
+    if _same_weights(old, vae, ("encoder", "quant_conv")):
+        vae.register_to_config(**{key: old.config.get(key) for key in NORMALISATION})
     _check_normalisation(name, APPLIES[max(families, key=len)], vae)
     if not _same_latents(old, vae):
         logger.warning(
@@ -71,8 +82,11 @@ def swap_vae(pipe: DiffusionPipeline, vae: AutoencoderKL) -> DiffusionPipeline:
     if vae.dtype != old.dtype:
         vae = vae.to(old.dtype)
     pipe.register_modules(vae=vae.to(old.device).eval())
+    vae.use_tiling, vae.use_slicing = getattr(old, "use_tiling", False), getattr(old, "use_slicing", False)
     if old_factor is None:  # DiTPipeline derives nothing
         return pipe
+    if factor != old_factor and name.startswith(BINNED):
+        logger.warning("call the %s with use_resolution_binning=False: its bins are for factor %d", name, old_factor)
     pipe.vae_scale_factor = factor
     for attribute, processor in list(vars(pipe).items()):
         if isinstance(processor, VaeImageProcessor):
@@ -99,16 +113,28 @@ def _check_normalisation(name: str, applies: str, vae: AutoencoderKL) -> None:
         raise ValueError(f"a {name} upcasts by post_quant_conv, which this autoencoder lacks; set force_upcast=False")
 
 
-def _same_latents(old: nn.Module, new: AutoencoderKL) -> bool:
-    """Whether two autoencoders encode alike: all weights up to the latents are the same."""
+def _hooked(pipe: DiffusionPipeline) -> bool:
+    """Whether something moves the autoencoder's weights, which it would not do for another."""
+    hooked = any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in pipe.vae.modules())
+    return hooked or bool(getattr(pipe, "_all_hooks", None)) or pipe.vae.device.type == "meta"
 
+
+def _same_weights(old: nn.Module, new: nn.Module, names: tuple[str, ...]) -> bool:
     def weights(vae: nn.Module) -> dict[str, Tensor]:
-        parts = {name: getattr(vae, name, None) for name in ("encoder", "quant_conv")}
+        parts = {name: getattr(vae, name, None) for name in names}
         states = {name: part.state_dict() for name, part in parts.items() if part is not None}
         return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
     first, second = weights(old), weights(new)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key].to(first[key])) for key in first)
+
+
+def _same_latents(old: nn.Module, new: AutoencoderKL) -> bool:
+    """Whether two autoencoders encode alike, normalisation included, which may be folded in."""
+    if not _same_weights(old, new, ("encoder",)) or not isinstance(old, AutoencoderKL):
+        return False
+    first, second = (normalised_moments(vae).state_dict() for vae in (old, new))
+    return all(torch.allclose(first[key], second[key].to(first[key]), rtol=1e-3, atol=1e-5) for key in first)
 
 
 @torch.no_grad()
@@ -128,25 +154,13 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
     Raises:
         ValueError: if only one of `latents_mean` and `latents_std` is there, or they are not one number per channel.
     """
-    config, channels = vae.config, vae.config.latent_channels
-    if (config.latents_mean is None) != (config.latents_std is None):
-        raise ValueError("latents_mean and latents_std belong together; this autoencoder has one of them")
-    if config.latents_mean is None:
-        mean, std = torch.full((channels,), float(config.shift_factor or 0)), torch.ones(channels)
-    else:
-        mean, std = torch.tensor(config.latents_mean).flatten(), torch.tensor(config.latents_std).flatten()
-    if len(mean) != channels or len(std) != channels or not bool((std > 0).all()):
-        raise ValueError(f"latents_mean and latents_std must be {channels} numbers, the deviations above 0")
-    std = std / config.scaling_factor
-
-    first = vae.quant_conv or _identity(2 * channels)
-    last = vae.post_quant_conv or _identity(channels)
-    ones, zeros = torch.ones(channels), torch.zeros(channels)
-    # the moments are [mean | logvar] along the channels
-    _after(first, torch.cat([1 / std, ones]), torch.cat([-mean / std, zeros - 2 * std.log()]))
+    mean, std = latent_statistics(vae)
+    first = normalised_moments(vae)
+    last = vae.post_quant_conv or _identity(vae.config.latent_channels)
     _before(last, std, mean)
-    like = next(vae.parameters())
-    vae.quant_conv, vae.post_quant_conv = first.to(like), last.to(like)
+    like = next(vae.decoder.parameters())
+    learns = next(vae.encoder.parameters()).requires_grad
+    vae.quant_conv, vae.post_quant_conv = first.to(like).requires_grad_(learns), last.to(like)
     vae.register_to_config(
         use_quant_conv=True,
         use_post_quant_conv=True,
@@ -156,6 +170,35 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
         latents_std=None,
     )
     return vae
+
+
+def latent_statistics(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (C,) that pipelines normalise the latents with, whatever the config names them.
+
+    Raises:
+        ValueError: if only one of `latents_mean` and `latents_std` is there, or they are not one number per channel.
+    """
+    config, channels = vae.config, vae.config.latent_channels
+    if (config.latents_mean is None) != (config.latents_std is None):
+        raise ValueError("latents_mean and latents_std belong together; this autoencoder has one of them")
+    if config.latents_mean is None:
+        mean, std = torch.full((channels,), float(config.shift_factor or 0)), torch.ones(channels)
+    else:
+        mean, std = torch.tensor(config.latents_mean).flatten(), torch.tensor(config.latents_std).flatten()
+    if len(mean) != channels or len(std) != channels or not bool((std > 0).all()):
+        raise ValueError(f"latents_mean and latents_std must be {channels} numbers, the deviations above 0")
+    return mean.float(), std.float() / config.scaling_factor
+
+
+@torch.no_grad()
+def normalised_moments(vae: AutoencoderKL) -> nn.Conv2d:
+    """A copy of `quant_conv`, or an identity, that gives the moments of the normalised latents, float32, on the CPU."""
+    mean, std = latent_statistics(vae)
+    convolution = _identity(2 * len(mean)) if vae.quant_conv is None else copy.deepcopy(vae.quant_conv).float().cpu()
+    ones, zeros = torch.ones_like(std), torch.zeros_like(std)
+    # the moments are [mean | logvar] along the channels
+    _after(convolution, torch.cat([1 / std, ones]), torch.cat([-mean / std, zeros - 2 * std.log()]))
+    return convolution
 
 
 def _identity(channels: int) -> nn.Conv2d:

@@ -14,7 +14,7 @@ def prepare_for_hub(folder: str | Path) -> None:
     """Changes a saved pipeline with classes of ours so that it opens from the Hub, with `trust_remote_code=True`.
 
     Names in model_index.json become those of files beside the weights, each a line that imports a class from the
-    installed package. Upload the folder afterwards (`hf upload NAME FOLDER`); it opens as it is, too.
+    installed package. Upload the folder afterwards (`hf upload NAME FOLDER`). It, too, opens with that flag only.
 
     Args:
         folder: of `pipe.save_pretrained`.

@@ -31,7 +31,7 @@ PRETRAINED, LATENTS, GENERATOR = RUNS / "pretrained", RUNS / "latents", RUNS / "
 STEPS = 2_000  # of the stock autoencoder, and of each decoder afterwards
 IMAGES = 270
 FROZEN = {"from_autoencoder_kl": str(PRETRAINED / "final")}
-OURS = {"name": "AutoencoderKLFA", **FROZEN, "high_block_out_channels": [24, 48, 128]}  # equal FLOPs
+OURS = {"name": "AutoencoderKLFA", **FROZEN, "high_block_out_channels": [24, 48, 128]}  # FLOPs within 5%
 
 EXPERIMENTS = {
     "stock": Experiment({"name": "AutoencoderKL", **FROZEN}, "its own decoder, trained on", {"kl": 0.0}),
@@ -84,8 +84,6 @@ def generate(output: Path) -> dict[str, dict]:
         pipe = DiffusionPipeline.from_pretrained(GENERATOR / "final")
         pipe.set_progress_bar_config(disable=True)
         vae = TOKENIZERS[EXPERIMENTS[name].model["name"]].from_pretrained(RUNS / f"{name}-0/final")
-        statistics = {key: pipe.vae.config[key] for key in ("latents_mean", "latents_std")}
-        vae.register_to_config(**statistics, scaling_factor=1.0, shift_factor=0.0)
         swap_vae(pipe, vae)
 
         def call(output_type: str):

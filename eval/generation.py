@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pipeline", help="a saved pipeline to sample: folder or hub name")
+    parser.add_argument("--trust-remote-code", action="store_true", help="of a pipeline prepared for the Hub")
     what.add_argument("--samples", help="images that are there: a folder, or an .npz (arr_0)")
     add_data_arguments(parser, "--reference", split="train")
     parser.add_argument("--output", type=Path, required=True)
@@ -203,7 +204,8 @@ def _label(row: dict) -> str:
 
 def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolder]], dict, list[str] | None]:
     """Samples a pipeline; returns the sets with their guidance and seed, the protocol, and the classes if in turn."""
-    pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline).to(process_state().device)
+    pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline, trust_remote_code=arguments.trust_remote_code)
+    pipeline = pipeline.to(process_state().device)
     names = class_names(pipeline)
     settings = {"num_inference_steps": arguments.num_inference_steps}
     if arguments.guidance_interval:

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
 from torch import Tensor, nn
 
 from favae.models.frequency_complement import Branch, ComplementedDecoder, check_widths
@@ -244,8 +245,9 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
 
         self.use_slicing = False
         self.use_tiling = False
-        self.tile_sample_min_size = sample_size
-        self.tile_latent_min_size = sample_size // stride
+        size = max(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size
+        self.tile_sample_min_size = size
+        self.tile_latent_min_size = max(1, size // stride)
         self.tile_overlap_factor = 0.25
 
     @property
@@ -271,24 +273,27 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
     def _tiled_encode(self, x: Tensor) -> Tensor:
         stride = 2 ** (len(self.config.block_out_channels) - 1)
         _check_size(x, stride)
-        tile = stride * self.tile_latent_min_size
+        tile = max(1, self.tile_sample_min_size // stride)  # in latents
 
         def encode(tile: Tensor) -> Tensor:
             moments = self.encoder(tile)
             return moments if self.quant_conv is None else self.quant_conv(moments)
 
-        return map_tiles(encode, x, tile, stride * self._tile_overlap, unit=stride)
+        overlap = int(tile * self.tile_overlap_factor)
+        return map_tiles(encode, x, stride * tile, stride * overlap, unit=stride)
+
+    def tiled_encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """As `encode`, in overlapping tiles of `tile_sample_min_size`, cross-faded."""
+        posterior = DiagonalGaussianDistribution(self._tiled_encode(x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """(B, C, h, w) in overlapping tiles of `tile_latent_min_size`, cross-faded -> as `decode`."""
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        sample = map_tiles(self.decoder, z, self.tile_latent_min_size, self._tile_overlap)
+        tile = self.tile_latent_min_size
+        sample = map_tiles(self.decoder, z, tile, int(tile * self.tile_overlap_factor))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    @property
-    def _tile_overlap(self) -> int:
-        return int(self.tile_latent_min_size * self.tile_overlap_factor)
 
     @classmethod
     def from_autoencoder_kl(cls, vae: AutoencoderKL, warm_start: bool = True, **settings) -> "AutoencoderKLFA":

@@ -14,7 +14,12 @@ class HubModelMixin:
     executed.
     """
 
-    _auto_class = "AutoModel"  # `save_config` writes the name of that file and the class into config.json
+    _recipe = _metrics = None
+
+    @property
+    def _auto_class(self) -> str | None:
+        """Makes `save_config` write the name of that file and the class into config.json."""
+        return "AutoModel" if _is_ours(type(self)) else None
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **options):
@@ -23,36 +28,43 @@ class HubModelMixin:
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *arguments, **options) -> None:
         """As in [`ModelMixin`]."""
-        if is_main_process and not Path(save_directory).is_file():  # of which `ModelMixin` says so
-            write_remote_code(type(self), Path(save_directory))
+        folder = Path(save_directory)
+        if is_main_process and _is_ours(type(self)) and not folder.is_file():  # of which `ModelMixin` says so
+            write_remote_code(type(self), folder)
         super().save_pretrained(save_directory, is_main_process, *arguments, **options)
 
-    def push_to_hub(self, repo_id: str, *, recipe: str | None = None, metrics: str | None = None, **options) -> str:
-        """Uploads the model with a model card.
+    def push_to_hub(
+        self, repo_id: str, *arguments, recipe: str | Path | None = None, metrics: str | Path | None = None, **options
+    ) -> str:
+        """Uploads the model with a model card; without one into a subfolder.
 
         Args:
             repo_id: its name on the Hub.
             recipe: a file, the config.yaml of its training; where it is None, that of the run folder from which the
                 model was loaded, if there is one.
             metrics: a file, results.json of an evaluator.
-            options: as in [`ModelMixin`].
+            arguments, options: as in [`ModelMixin`].
         """
-        folder = Path(self.config.get("_name_or_path") or "")
-        if recipe is None and folder.name == "final" and (folder.parent / "config.yaml").is_file():
-            recipe = folder.parent / "config.yaml"
-        self._card = model_card(self, repo_id, recipe, metrics)
+        model_card(self, repo_id, recipe, metrics)  # what is wrong with the files is said before anything is uploaded
+        self._recipe, self._metrics = recipe, metrics
         try:
-            return super().push_to_hub(repo_id, **options)
+            return super().push_to_hub(repo_id, *arguments, **options)
         finally:
-            del self._card
+            self._recipe = self._metrics = None
 
     def _upload_folder(self, working_dir, repo_id: str, *arguments, **options):
         readme = Path(working_dir) / "README.md"
         if readme.exists():  # diffusers writes none for a subfolder
-            text = readme.read_text(encoding="utf-8")
-            card = getattr(self, "_card", None) or model_card(self, repo_id)
-            readme.write_text(_with_section(text, card), encoding="utf-8")
+            card = model_card(self, repo_id, self._recipe, self._metrics)
+            readme.write_text(_with_section(readme.read_text(encoding="utf-8"), card), encoding="utf-8")
         return super()._upload_folder(working_dir, repo_id, *arguments, **options)
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether the package exports the class: subclasses that users write are theirs to find."""
+    import favae
+
+    return getattr(favae, kind.__name__, None) is kind
 
 
 def write_remote_code(kind: type, folder: Path) -> Path:
@@ -71,16 +83,19 @@ def model_card(model, repo_id: str, recipe: str | Path | None = None, metrics: s
         ValueError: if the metrics are not results.json of an evaluator.
     """
     kind, config = type(model).__name__, model.config
+    folder = Path(config.get("_name_or_path") or "")
+    if recipe is None and folder.name == "final" and (folder.parent / "config.yaml").is_file():
+        recipe = folder.parent / "config.yaml"
     parts = [
         f"# {kind}",
         f"{model.num_parameters() / 1e6:.1f} M parameters. With the package favae, `from favae import {kind}`:",
-        f'```python\nvae = {kind}.from_pretrained("{repo_id}")\n```',
+        f'```python\nmodel = {kind}.from_pretrained("{repo_id}")\n```',
         f'or `diffusers.AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)`; the code is one line, which '
         "imports that class.",
-        "## Latents",
-        "`encode` and `decode` apply none of these; pipelines do.",
-        _table([{"setting": name, "value": config[name]} for name in STATISTICS if name in config]),
     ]
+    statistics = [{"setting": name, "value": config[name]} for name in STATISTICS if name in config]
+    if statistics:
+        parts += ["## Latents", "`encode` and `decode` apply none of these; pipelines do.", _table(statistics)]
     if metrics is not None:
         parts += ["## Measured", *_measured(Path(metrics))]
     if recipe is not None:

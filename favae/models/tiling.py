@@ -19,7 +19,11 @@ def map_tiles(function: Callable[[Tensor], Tensor], sample: Tensor, tile: int, o
         unit: where tiles may begin.
     Returns:
         (B, C', r H, r W).
+    Raises:
+        ValueError: for another overlap.
     """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"tiles of {tile} cannot overlap by {overlap}; the overlap must be from 0 to below the tile")
     size = [min(tile, length) for length in sample.shape[-2:]]
     starts = [_starts(length, t, max(t - overlap, unit)) for length, t in zip(sample.shape[-2:], size)]
     total = weights = None

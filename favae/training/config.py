@@ -378,12 +378,15 @@ def _with_frozen_encoder(kind: type, from_autoencoder_kl: str | dict, **settings
     source = {"path": from_autoencoder_kl} if isinstance(from_autoencoder_kl, str) else dict(from_autoencoder_kl)
     path = source.pop("path")
     try:
-        vae = diffusers.AutoencoderKL.from_pretrained(path, **source)
-    except (OSError, ValueError, RuntimeError) as error:
+        found = diffusers.AutoencoderKL.load_config(path, **source)["_class_name"]
+        vae = diffusers.AutoencoderKL.from_pretrained(path, **source) if found == "AutoencoderKL" else None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
             f"model.{FROZEN}: {path} is neither a folder with an autoencoder nor to be had from the hub "
             f"({str(error).splitlines()[0]})"
         ) from error
+    if vae is None:
+        raise ConfigError(f"model.{FROZEN}: {path} is a {found}, not a stock AutoencoderKL")
     if kind is AutoencoderKLFA:
         return AutoencoderKLFA.from_autoencoder_kl(vae, **settings)
     for part in (vae.encoder, vae.quant_conv):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import TINY_LIGHTNINGDIT
+from conftest import TINY_FAVAE, TINY_LIGHTNINGDIT
 from diffusers import AutoModel, DiffusionPipeline
 from test_swap_vae import STEPS, dit, ours, stable_diffusion, stock
 
@@ -105,8 +105,15 @@ def hub(monkeypatch, tmp_path):
             old.read_text() if old.exists() else "---\nlicense: mit\n---\nMine.\n"
         )
 
+    def create(name, **options):
+        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
     for module in (diffusers.utils.hub_utils, diffusers.models.modeling_utils):
-        monkeypatch.setattr(module, "create_repo", lambda name, **options: SimpleNamespace(repo_id=name))
+        monkeypatch.setattr(
+            module,
+            "create_repo",
+            lambda name, **options: SimpleNamespace(repo_id=name if "/" in name else f"me/{name}"),
+        )
         monkeypatch.setattr(module, "load_or_create_model_card", card)
     monkeypatch.setattr(diffusers.utils.hub_utils, "upload_folder", upload)
     return uploaded
@@ -141,6 +148,29 @@ def test_push_to_hub_writes_a_card(hub, tiny_favae, tmp_path):
     loaded.save_pretrained(str(tmp_path / "again"), push_to_hub=True, repo_id="me/tiny")  # without metrics
     text = (hub / "me/tiny/README.md").read_text()
     assert text.count("## Latents") == 1 and "31.25" not in text and "Mine." in text
+
+
+def test_cards_know_the_repository_and_the_run(hub, lightningdit, tiny_favae, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("seed: 17\n")
+    tiny_favae.save_pretrained(tmp_path / "run/final")
+    AutoencoderKLFA.from_pretrained(tmp_path / "run/final").save_pretrained(
+        str(tmp_path / "again"), push_to_hub=True, repo_id="me/tiny"
+    )
+    assert "seed: 17" in (hub / "me/tiny/README.md").read_text()
+    tiny_favae.push_to_hub("short", "what changed")  # the message comes second, as in diffusers
+    assert 'from_pretrained("me/short")' in (hub / "me/short/README.md").read_text()
+    lightningdit.transformer.push_to_hub("me/generator")
+    text = (hub / "me/generator/README.md").read_text()
+    assert "Latents" not in text and "model = LightningDiTTransformer2DModel" in text
+
+
+def test_classes_of_users_are_theirs_to_find(tmp_path):
+    class Mine(AutoencoderKLFA):
+        pass
+
+    Mine(**TINY_FAVAE).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py")) and "auto_map" not in (tmp_path / "config.json").read_text()
 
 
 def test_a_card_needs_the_files_it_is_told(hub, tiny_favae, tmp_path):

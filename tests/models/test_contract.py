@@ -242,6 +242,26 @@ def test_tiles_of_any_size_that_is_larger(name, size):
     assert torch.equal(model(small).sample, whole)  # one tile is no tiling
 
 
+def test_tiles_have_the_size_that_was_asked_for():
+    model = AutoencoderKLFA(**{**TINY_FAVAE, "sample_size": [64, 64]}).eval()
+    sizes = []
+    for part in (model.encoder, model.decoder):
+        part.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
+    model.enable_tiling()
+    model.tile_sample_min_size, model.tile_latent_min_size = 18, 5  # 16 px: whole latents
+    images = photograph(40, 28)
+    z = latents(model, images)
+    assert len(sizes) == 3 * 2 and set(sizes) == {(16, 16)}
+    assert torch.equal(model.tiled_encode(images).latent_dist.mean, z)
+    sizes.clear()
+    model.decode(z)
+    assert len(sizes) == 3 * 2 and set(sizes) == {(5, 5)}
+    model.tile_overlap_factor = 1.0
+    with pytest.raises(ValueError, match="cannot overlap by 5"):
+        model.decode(z)
+    assert AutoencoderKLFA(**{**TINY_FAVAE, "sample_size": 2}).tile_latent_min_size == 1
+
+
 def test_tiles_leave_no_seams():
     """Mean difference to the untiled decode of a photograph: below 1% of the range, with a trained network."""
     torch.manual_seed(0)

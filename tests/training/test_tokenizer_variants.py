@@ -10,7 +10,7 @@ from conftest import ROOT, run, tiny_tokenizer_recipe
 from diffusers import AutoencoderKL
 
 from favae import AutoencoderKLFA, VQModelFA
-from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config
+from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, load_config
 
 VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
 codebook_size: 16, frequency_complement: res}"
@@ -85,6 +85,9 @@ def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl,
     assert changed == {"decoder", "post_quant_conv"}
     if kind is AutoencoderKL:
         return
+    settings = {"name": "AutoencoderKLFA", "from_autoencoder_kl": str(tmp_path / "run/final")}
+    with pytest.raises(ConfigError, match="is a AutoencoderKLFA, not a stock AutoencoderKL"):
+        build_model(settings, TOKENIZERS)
     missing = run("train_tokenizer.py", file, f"output={tmp_path / 'other'}",
                   f"model.from_autoencoder_kl={tmp_path / 'nothing'}", check=False)  # fmt: skip
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
