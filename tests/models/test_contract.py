@@ -279,7 +279,7 @@ def test_tiles_leave_no_seams():
     whole, z = model(photo).sample, latents(model, photo)
     linear = model.decoder.shortcut(model.post_quant_conv(z))
     assert (whole - linear).abs().mean() > 0.05  # the networks do a part of it
-    model.tile_latent_min_size = 16  # 64 px
+    model.tile_sample_min_size, model.tile_latent_min_size = 64, 16
     model.enable_tiling()
     tiled = model.decode(z).sample
     assert 0 < (tiled - whole).abs().mean() < 0.01 * 2
