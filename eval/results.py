@@ -41,7 +41,11 @@ def write_results(folder: Path, kind: str, protocol: dict, rows: list[dict]) -> 
 
 def shown_metrics(row: dict) -> dict[str, str]:
     """A row's measures as people read them, without the deviations."""
-    return {name: format_metric(name, value) for name, value in row["metrics"].items() if not name.endswith("_std")}
+    return {
+        name: format_metric(name, value)
+        for name, value in row["metrics"].items()
+        if not name.partition("(")[0].endswith("_std")
+    }
 
 
 def finite(value):
