@@ -102,7 +102,12 @@ def train(config: GeneratorConfig) -> None:
     pipeline = make_pipeline(config, transformer, tokenizer.to(run.device).eval(), dataset)
     objective = Objective(config.loss, transformer)
 
-    run.add("generator", transformer, train.learning_rate)
+    blocks = transformer.transformer_blocks if hasattr(transformer, "transformer_blocks") else transformer.blocks
+    if train.compile:
+        for block in blocks:
+            block.compile()  # in place: names of weights stay, and one graph serves all blocks
+    matrices = [p for p in blocks.parameters() if p.ndim == 2] if train.optimizer == "muon" else []
+    run.add("generator", transformer, train.learning_rate, matrices=matrices)
     model = run.prepare({"transformer": transformer}, averaged=transformer)["generator"]
     evaluate = None
     if config.evaluation.every:

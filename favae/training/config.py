@@ -116,6 +116,12 @@ class TokenizerTrainConfig(TrainConfig):
 class GeneratorTrainConfig(TrainConfig):
     ema_decay: float = 0.9999
     learning_rate: float = 2e-4
+    optimizer: str = "adamw"  # or "muon": for the matrices of the blocks, AdamW for the rest
+    compile: bool = False  # each block with torch.compile
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("train.optimizer", self.optimizer, ("adamw", "muon"))
 
 
 @dataclass

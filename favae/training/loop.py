@@ -82,7 +82,7 @@ class Run:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self.ema: Ema | None = None
-        self._trained: dict[str, tuple] = {}  # name: (model, optimiser, schedule)
+        self._trained: dict[str, tuple] = {}  # name: (model, optimisers, their schedules)
         self.checkpoint = self._checkpoint_to_resume()
         set_seed(config.seed)
 
@@ -128,23 +128,33 @@ class Run:
         learning_rate: float,
         first_step: int = 0,
         groups: list[dict] | None = None,
+        matrices: list[nn.Parameter] = (),
     ) -> None:
         """A model to train, with an AdamW optimiser and a schedule of its own, which begins at `first_step`.
 
-        `groups` are the optimiser's parameter groups; None puts all parameters into one.
+        `groups` are the optimiser's parameter groups; None puts all parameters into one. `matrices` are left out of it
+        and get Muon (Jordan et al., 2024), with updates of AdamW's size, so that the learning rate serves both.
         """
-        train = self.train
-        optimizer = torch.optim.AdamW(
-            groups or model.parameters(), learning_rate, betas=tuple(train.betas), weight_decay=train.weight_decay
-        )
-        schedule = get_scheduler(
-            train.lr_scheduler,
-            optimizer,
-            num_warmup_steps=train.lr_warmup_steps,
-            num_training_steps=max(1, train.steps - first_step),
-            num_cycles=train.lr_num_cycles,
-        )
-        self._trained[name] = (model, optimizer, schedule)
+        train, left_out = self.train, {id(parameter) for parameter in matrices}
+        rest = groups or [p for p in model.parameters() if id(p) not in left_out]
+        optimizers = [torch.optim.AdamW(rest, learning_rate, betas=tuple(train.betas), weight_decay=train.weight_decay)]
+        if matrices:
+            optimizers.append(
+                torch.optim.Muon(
+                    matrices, learning_rate, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        schedules = [
+            get_scheduler(
+                train.lr_scheduler,
+                optimizer,
+                num_warmup_steps=train.lr_warmup_steps,
+                num_training_steps=max(1, train.steps - first_step),
+                num_cycles=train.lr_num_cycles,
+            )
+            for optimizer in optimizers
+        ]
+        self._trained[name] = (model, optimizers, schedules)
 
     def prepare(self, modules: dict[str, nn.Module], averaged: nn.Module) -> dict[str, nn.Module]:
         """Distribution, averaging and checkpointing for the models that were added.
@@ -157,10 +167,10 @@ class Run:
         """
         prepare = self.accelerator.prepare
         # A prepared schedule would step once per process.
-        self._trained = {
-            name: (*prepare(model, opt), schedule) for name, (model, opt, schedule) in self._trained.items()
-        }
-        self.accelerator.register_for_checkpointing(*(schedule for _, _, schedule in self._trained.values()))
+        for name, (model, optimizers, schedules) in self._trained.items():
+            model, *optimizers = prepare(model, *optimizers)
+            self._trained[name] = (model, optimizers, schedules)
+            self.accelerator.register_for_checkpointing(*schedules)
         if self.train.ema_decay:
             self.ema = Ema(averaged, self.train.ema_decay, self.device)
         self.checkpointer = Checkpointer(
@@ -218,17 +228,20 @@ class Run:
             False if the step was skipped. All processes decide alike: they look at the same summed gradient.
         """
         accelerator = self.accelerator
-        model, optimizer, schedule = self._trained[name]
+        model, optimizers, schedules = self._trained[name]
         accelerator.backward(loss)
         if not accelerator.sync_gradients:
             return True
         norm = accelerator.clip_grad_norm_(model.parameters(), self.train.max_grad_norm or math.inf)
         finite = bool(torch.isfinite(torch.as_tensor(norm)))
-        if finite or accelerator.scaler is not None:  # a gradient scaler skips the step itself, and lowers its scale
-            optimizer.step()
-        if finite:
-            schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules):
+            if (
+                finite or accelerator.scaler is not None
+            ):  # a gradient scaler skips the step itself, and lowers its scale
+                optimizer.step()
+            if finite:
+                schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         return finite
 
     def end_step(self, terms: dict[str, Tensor], finite: bool) -> bool:
@@ -277,7 +290,7 @@ class Run:
         values = torch.stack([self._sums[name] / max(self._count, 1) for name in names]) if names else torch.zeros(0)
         values = self.accelerator.reduce(values.to(self.device), "mean").tolist()
         record = {name: value for name, value in zip(names, values)}
-        record["learning_rate"] = self._trained["generator"][2].get_last_lr()[0]
+        record["learning_rate"] = self._trained["generator"][2][0].get_last_lr()[0]
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
         record |= {"skipped": self.skipped, "seconds": round(self.seconds, 2)}
         if self.is_main:

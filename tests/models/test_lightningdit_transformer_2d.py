@@ -13,9 +13,9 @@ def tiny(**options) -> LightningDiTTransformer2DModel:
     return model
 
 
-@pytest.mark.parametrize("patch_size", [1, 2])
-def test_forward_save_load(patch_size, tmp_path):
-    model = tiny(patch_size=patch_size, qk_norm=True)
+@pytest.mark.parametrize("patch_size, wo_shift", [(1, False), (2, False), (1, True)])
+def test_forward_save_load(patch_size, wo_shift, tmp_path):
+    model = tiny(patch_size=patch_size, wo_shift=wo_shift, qk_norm=True)
     latents, times, labels = torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 3])
     output = model(latents, times, labels).sample
     assert output.shape == latents.shape
@@ -27,7 +27,7 @@ def test_forward_save_load(patch_size, tmp_path):
 
 @pytest.mark.parametrize(
     "layers, heads, head_dim, published",
-    [(12, 12, 64, 130.6), (24, 16, 64, 458.2), (28, 16, 72, 675.26)],
+    [(12, 12, 64, 130.6), (24, 16, 64, 458.2), (28, 16, 72, 675.26), (24, 24, 64, 1029), (28, 28, 64, 1632)],
 )
 def test_published_sizes(layers, heads, head_dim, published):
     with torch.device("meta"):
@@ -36,7 +36,7 @@ def test_published_sizes(layers, heads, head_dim, published):
         )
     # the published counts include the fixed positions, which are no parameters here
     count = model.num_parameters() + model.patch_embed.pos_embed.numel()
-    assert count / 1e6 == pytest.approx(published, abs=0.05)
+    assert count / 1e6 == pytest.approx(published, abs=0.05 if published < 1000 else 1)
 
 
 def test_starts_at_zero_and_learns():

@@ -5,7 +5,7 @@ from conftest import ROOT, run, tiny_tokenizer_recipe
 
 from favae.training.config import ConfigError, GeneratorConfig, TokenizerConfig, load_config, loss_at
 
-RECIPES = sorted(ROOT.glob("configs/*/*.yaml"))
+RECIPES = sorted(file for kind in ("tokenizer", "generator") for file in ROOT.glob(f"configs/{kind}/*.yaml"))
 
 
 @pytest.fixture

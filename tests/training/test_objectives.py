@@ -125,3 +125,21 @@ def test_objectives_that_do_not_fit_are_named(tmp_path, model, objective, messag
     recipe.write_text(yaml.safe_dump({"model": model, "loss": {"objective": objective}}))
     with pytest.raises(ConfigError, match=message):
         load_config(GeneratorConfig, recipe)
+
+
+def test_muon_takes_the_matrices_and_compiled_blocks_train(cache):
+    recipe = tiny_generator_recipe(cache, cache / "cache", cache / "tokenizer")
+    options = ("train.optimizer=muon", "train.compile=true", "train.sample_every=0")
+    for steps in (2, 4):  # the second resumes
+        run("train_generator.py", recipe, f"output={cache / 'run'}", f"train.steps={steps}", *options)
+    state = cache / "run/checkpoints/step-4"
+    adamw, muon = (torch.load(state / name, weights_only=True) for name in ("optimizer.bin", "optimizer_1.bin"))
+    assert {tuple(entry) for entry in muon["state"].values()} == {("momentum_buffer",)}
+    assert all(entry["momentum_buffer"].ndim == 2 for entry in muon["state"].values())
+    model = LightningDiTTransformer2DModel.from_pretrained(state / "transformer")
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    assert len(muon["state"]) == len(matrices)
+    assert len(adamw["state"]) == len(list(model.parameters())) - len(matrices)
+    assert (
+        DiffusionPipeline.from_pretrained(cache / "run/final").transformer.blocks[0].modulation.weight.abs().sum() > 0
+    )
