@@ -104,6 +104,9 @@ img {{ max-width: 100%; }} p.note {{ color: {MUTED}; }}
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
+    """Without the columns that nothing was measured for."""
+    measured = [i for i in range(len(headings)) if any(row[i] != "-" for row in rows)]
+    headings, rows = [headings[i] for i in measured], [[row[i] for i in measured] for row in rows]
     head = "".join(f"<th>{heading}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -151,8 +154,8 @@ def write_report(folder: Path) -> Path:
 {_tokenizer_table(tokenizers)}
 <p class="note">{protocol["num_images"]} crops of two photographs at {protocol["resolution"]} px,
 posterior {protocol["posterior"]}. Recon, Low, High: mean squared error in [-1, 1] of the image, its LL band,
-and the mean of LH, HL and HH; Recon = (Low + 3 High) / 4. LPIPS needs weights that may not be at hand.
-vavae is a stock AutoencoderKL.</p>
+and the mean of LH, HL and HH; Recon = (Low + 3 High) / 4. LPIPS needs weights from a download, MS-SSIM larger
+images. vavae is a stock AutoencoderKL.</p>
 <h2>Reconstruction of unseen regions of the trained photographs</h2>
 {_tokenizer_table(tokenizers, "validation")}
 <h2>The worst images: originals, baseline, FA-VAE, where their high frequencies differ most, errors</h2>
