@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent: written under a temporary name, renamed, found by step."""
 
+import errno
 import json
 import logging
 import re
@@ -13,9 +14,19 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from favae.errors import FavaeError
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+
+
+class CheckpointError(FavaeError):
+    """A checkpoint that cannot be written."""
+
+
+def _disk_is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def find_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
@@ -103,9 +114,35 @@ class Checkpointer:
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     def save(self, step: int, state: dict) -> Path:
-        """Writes `step-N`; called by every process."""
+        """Writes `step-N`; called by every process.
+
+        Raises:
+            CheckpointError: if the disk is full; the older checkpoints are as they were.
+        """
         final = self.folder / f"step-{step}"
         temporary = self.folder / f".writing-step-{step}"
+        try:
+            return self._save(step, state, temporary, final)
+        except (OSError, RuntimeError) as error:  # safetensors and torch.save have errors of their own
+            if not _disk_is_full(error):
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(self._what_is_needed(step)) from error
+
+    def _what_is_needed(self, step: int) -> str:
+        there = find_checkpoints(self.folder)
+        modules = [*self.modules.values(), *([self.ema.model] if self.ema else [])]
+        needed = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        if there:
+            needed = max(needed, sum(file.stat().st_size for file in there[-1][1].rglob("*") if file.is_file()))
+        free = shutil.disk_usage(self.folder).free
+        last = f"the last complete one is {there[-1][1]}" if there else "there is no complete one yet"
+        return (
+            f"the disk is full: checkpoint step-{step} needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
+            f"in {self.folder}; {last}"
+        )
+
+    def _save(self, step: int, state: dict, temporary: Path, final: Path) -> Path:
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 
@@ -7,7 +8,7 @@ from conftest import tiny_tokenizer_recipe
 from torch import nn
 
 from favae.files import write_folder
-from favae.training.checkpoints import Ema, find_checkpoints
+from favae.training.checkpoints import CheckpointError, Ema, find_checkpoints
 from favae.training.config import ConfigError, TokenizerConfig, load_config, to_yaml
 from favae.training.loop import NonFiniteLossError, Run, changed_settings
 
@@ -106,3 +107,22 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=message):
             Run(load_config(TokenizerConfig, recipe, [output, *overrides]))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "full", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter: No space left")]
+)
+def test_a_full_disk_leaves_the_older_checkpoint(run, monkeypatch, full):
+    run.checkpointer.save(1, {})
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+
+    def write(*arguments, **options):
+        raise full
+
+    monkeypatch.setattr("favae.training.checkpoints.save_module", write)
+    with pytest.raises(CheckpointError, match=r"step-2 needs about 0.00 GB, .* GB are free in .*; the last .*step-1"):
+        run.checkpointer.save(2, {})
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr("favae.training.checkpoints.save_module", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.checkpointer.save(2, {})
