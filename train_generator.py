@@ -94,7 +94,7 @@ def train(config: GeneratorConfig) -> None:
             raise ConfigError(f"data.{key} is missing")
 
     tokenizer = load_tokenizer(config.data.tokenizer)
-    dataset = LatentDataset(config.data.latents, tokenizer, flip=config.data.flip)
+    dataset = LatentDataset(config.data.latents, tokenizer, config.data.flip, config.data.shuffle_shards)
     transformer = build_model(config.model, GENERATORS)
     check_shapes(config, transformer, dataset)
     if train.gradient_checkpointing:
@@ -118,7 +118,7 @@ def train(config: GeneratorConfig) -> None:
     for batch in run.batches(dataset):
         transformer.train()
         with run.accelerator.accumulate(model):
-            loss, terms = objective(model, batch["latent"], batch["label"])
+            loss, terms = objective(model, dataset.draw(batch), batch["label"])
             finite = run.optimise("generator", loss)
 
         if run.end_step(terms, finite):

@@ -16,8 +16,6 @@ import json
 import logging
 import math
 import sys
-from bisect import bisect_right
-from itertools import accumulate
 from pathlib import Path
 
 import diffusers
@@ -27,7 +25,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from favae.autoencoders import load_autoencoder, measure_budget
@@ -226,22 +224,29 @@ def _summary(output: Path, num_shards: int) -> dict:
 # Reading
 
 
-class LatentDataset(Dataset):
-    """A latent cache, normalised to zero mean and unit deviation per channel.
+class LatentDataset:
+    """A latent cache, read in batches; normalised to zero mean and unit deviation per channel where it is drawn from.
 
     Args:
         folder: of the cache.
         tokenizer: if given, the cache must come from it.
-        flip: whether `sample` may take the mirror image.
+        flip: whether an epoch takes half of the images as their mirror images.
+        shuffle_shards: how many shards are mixed at a time; None mixes all. With fewer, what is read at a time is small
+            enough to stay in memory, or to be read in one go from a slow disk.
 
-    `sample(i, rng)` draws a latent from the posterior of image i: {"latent": (C, h, w), "label": int}.
-    `moments(i, view)` is what was stored.
+    `read(indices, views)` gives moments as stored, `draw(batch)` latents from their posteriors; `epoch(rng)` an order.
 
     Raises:
         CacheError: for a folder without manifest, another tokenizer's cache, a missing or a truncated shard.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: ModelMixin | None = None, flip: bool = True):
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: ModelMixin | None = None,
+        flip: bool = True,
+        shuffle_shards: int | None = None,
+    ):
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
             raise CacheError(f"{folder}: no finished latent cache; write it with python -m favae.data.latents")
@@ -251,13 +256,13 @@ class LatentDataset(Dataset):
                 f"{folder} was made by another tokenizer than data.tokenizer; give the one that wrote it, or write the "
                 "cache again into another folder"
             )
-        self.flip = flip
+        self.flip, self.shuffle_shards = flip, shuffle_shards
         self.classes = self.manifest["classes"]
         self.latent_shape = tuple(self.manifest["latent_shape"])
         self.mean = torch.tensor(self.manifest["latents_mean"]).view(-1, 1, 1)
         self.std = torch.tensor(self.manifest["latents_std"]).view(-1, 1, 1)
-        self._ends = list(accumulate(self.manifest["counts"]))
-        self._open: dict[int, safe_open] = {}
+        self._ends = np.cumsum(self.manifest["counts"])
+        self._open: dict[int, dict[str, Tensor | list[int]]] = {}
         self._check_shards()
 
     def _check_shards(self) -> None:
@@ -271,29 +276,54 @@ class LatentDataset(Dataset):
                 raise CacheError(f"{path} holds {found} images where the manifest says {count}; delete the cache")
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return int(self._ends[-1])
 
-    def _locate(self, index: int) -> tuple[safe_open, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = bisect_right(self._ends, index)
-        if number not in self._open:  # opened in the worker that reads it: memory-mapped, not loaded
-            self._open[number] = _open_shard(_shard(self.folder, number))
-        return self._open[number], index - (self._ends[number - 1] if number else 0)
+    def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of all images in a random order, and the view of each (1: mirrored)."""
+        views = (rng.random(len(self)) < 0.5).astype(np.int64) if self.flip else np.zeros(len(self), np.int64)
+        if self.shuffle_shards is None:
+            return rng.permutation(len(self)), views
+        counts = np.asarray(self.manifest["counts"])
+        shards = rng.permutation(len(counts))
+        windows = [shards[i : i + self.shuffle_shards] for i in range(0, len(shards), self.shuffle_shards)]
+        parts = [np.concatenate([np.arange(self._ends[k] - counts[k], self._ends[k]) for k in ks]) for ks in windows]
+        return np.concatenate([rng.permutation(part) for part in parts]), views
 
-    def moments(self, index: int, view: int = 0) -> tuple[Tensor, Tensor, int]:
-        """Mean and logvar (C, h, w) as stored, and the label; `view` 1 is the mirror image."""
-        shard, row = self._locate(index)
-        mean = shard.get_slice("mean")[row : row + 1, view][0]
-        logvar = shard.get_slice("logvar")[row : row + 1, view][0]
-        return mean, logvar, int(shard.get_slice("labels")[row : row + 1])
+    def read(self, indices: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
+        """
+        Args:
+            indices, views: (B,), of images and of their views.
+        Returns:
+            mean, logvar (B, C, h, w) of the stored dtype, label (B,) int64; on the CPU.
+        Raises:
+            IndexError: for an index that is not there.
+        """
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"indices must be in 0 ... {len(self) - 1}")
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        rows = indices - self._ends[numbers] + np.asarray(self.manifest["counts"])[numbers]
+        shards = [self._shard(number) for number in numbers.tolist()]
+        like = shards[0]["mean"]
+        batch = {name: torch.empty(len(indices), *self.latent_shape, dtype=like.dtype) for name in ("mean", "logvar")}
+        means, logvars = batch["mean"].unbind(), batch["logvar"].unbind()
+        for place, (shard, row, view) in enumerate(zip(shards, rows.tolist(), views.tolist())):
+            means[place].copy_(shard["mean"][row, view])
+            logvars[place].copy_(shard["logvar"][row, view])
+        return {**batch, "label": torch.tensor([shard["labels"][row] for shard, row in zip(shards, rows.tolist())])}
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict:
-        view = int(self.flip and rng.random() < 0.5)
-        mean, logvar, label = self.moments(index, view)
-        noise = torch.from_numpy(rng.standard_normal(tuple(mean.shape), dtype=np.float32))
-        latent = mean.float() + (0.5 * logvar.float()).exp() * noise
-        return {"latent": (latent - self.mean) / self.std, "label": label}
+    def _shard(self, number: int) -> dict[str, Tensor | list[int]]:
+        if number not in self._open:  # opened once in each worker that reads it; memory-mapped, not loaded
+            with _open_shard(_shard(self.folder, number)) as shard:
+                moments = {name: shard.get_tensor(name) for name in ("mean", "logvar")}
+                self._open[number] = {**moments, "labels": shard.get_tensor("labels").tolist()}
+        return self._open[number]
+
+    def draw(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Samples of the posteriors that `read` gave, normalised: (B, C, h, w) float32, on the batch's device."""
+        mean, logvar = batch["mean"].float(), batch["logvar"].float()
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        latents = mean + (0.5 * logvar).exp() * noise
+        return (latents - self.mean.to(mean.device)) / self.std.to(mean.device)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}  # memory maps do not travel to workers

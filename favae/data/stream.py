@@ -7,28 +7,47 @@ import itertools
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 
 class TrainingStream(Dataset):
-    """An endless shuffled sequence over a dataset with `sample(index, rng)`: item p depends on (seed, p) alone.
+    """An endless shuffled sequence over a data set: item p depends on (seed, p) alone.
 
     Args:
-        dataset: anything with `__len__` and `sample`.
-        seed: of the order and of every random choice in `sample`.
+        dataset: with `__len__` and `sample(index, rng)`, which gives one item; or, for data that are read faster
+            together, with `epoch(rng)`, an order and a view of each item, and `read(indices, views)`, a batch.
+        seed: of the order and of every random choice.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
         self.seed = seed
-        self._epoch, self._order = None, None
+        self._epochs: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def _epoch(self, number: int) -> tuple[np.ndarray, ...]:
+        if number not in self._epochs:
+            rng = np.random.default_rng([self.seed, number])
+            order = self.dataset.epoch(rng) if self._in_batches else (rng.permutation(len(self.dataset)),)
+            self._epochs = {k: v for k, v in self._epochs.items() if k == number - 1} | {number: order}
+        return self._epochs[number]
+
+    @property
+    def _in_batches(self) -> bool:
+        return hasattr(self.dataset, "read")
 
     def __getitem__(self, position: int) -> dict:
         epoch, offset = divmod(position, len(self.dataset))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        return self.dataset.sample(int(self._order[offset]), np.random.default_rng([self.seed, position, 1]))
+        (order,) = self._epoch(epoch)
+        return self.dataset.sample(int(order[offset]), np.random.default_rng([self.seed, position, 1]))
+
+    def __getitems__(self, positions: range) -> dict | list[dict]:
+        """What the loader calls for a batch."""
+        if not self._in_batches:
+            return [self[position] for position in positions]
+        epochs, offsets = np.divmod(np.asarray(positions), len(self.dataset))
+        parts = [[array[offsets[epochs == epoch]] for array in self._epoch(epoch)] for epoch in np.unique(epochs)]
+        indices, views = (np.concatenate(arrays) for arrays in zip(*parts))
+        return self.dataset.read(indices, views)
 
     def batches(
         self, batch_size: int, first_batch: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
@@ -42,7 +61,12 @@ class TrainingStream(Dataset):
             self,
             batch_sampler=slices,
             num_workers=num_workers,
+            collate_fn=_as_it_is if self._in_batches else default_collate,
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # else each new iterator draws from the generator that training resumes with
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch

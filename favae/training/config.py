@@ -51,7 +51,12 @@ class LatentDataConfig:
     latents: str | None = None  # a cache written by favae.data.latents
     tokenizer: str | None = None  # the autoencoder that wrote it: a folder or hub name
     flip: bool = True
+    shuffle_shards: int | None = None  # how many shards are mixed at a time; None: all
     num_images: int | None = None  # as above
+
+    def __post_init__(self):
+        if self.shuffle_shards is not None:
+            at_least("data.shuffle_shards", self.shuffle_shards, 1)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from favae import AutoencoderKLFA
 from favae.autoencoders import AutoencoderError
 from favae.data.images import ImageDataset, open_source
 from favae.data.latents import CacheError, LatentDataset, load_tokenizer, tokenizer_hash, write_cache
+from favae.data.stream import TrainingStream
 
 
 @pytest.fixture
@@ -25,6 +26,10 @@ def cache(tiny_favae, images, tmp_path):
     return tmp_path / "cache"
 
 
+def read(dataset: LatentDataset, indices: list[int], views: list[int] | int = 0) -> dict[str, torch.Tensor]:
+    return dataset.read(np.array(indices), np.broadcast_to(np.array(views), len(indices)).copy())
+
+
 def test_reading_equals_encoding_again(tiny_favae, images, cache):
     dataset = LatentDataset(cache, tiny_favae)
     assert len(dataset) == 12 and dataset.latent_shape == (6, 4, 4) and dataset.classes == images.classes
@@ -32,38 +37,78 @@ def test_reading_equals_encoding_again(tiny_favae, images, cache):
     for index in (0, 4, 5, 11):
         image = images[index]["image"].unsqueeze(0)
         for view, picture in enumerate((image, image.flip(-1))):
-            mean, logvar, label = dataset.moments(index, view)
-            posterior = tiny_favae.encode(picture).latent_dist
-            assert torch.allclose(mean, posterior.mean[0], atol=1e-5)
-            assert torch.allclose(logvar, posterior.logvar[0], atol=1e-4)
-            assert label == images.source.label(index)
+            batch, posterior = read(dataset, [index], view), tiny_favae.encode(picture).latent_dist
+            assert torch.allclose(batch["mean"], posterior.mean, atol=1e-5)
+            assert torch.allclose(batch["logvar"], posterior.logvar, atol=1e-4)
+            assert batch["label"].tolist() == [images.source.label(index)]
 
 
 def test_statistics_against_numpy(cache):
     dataset = LatentDataset(cache)
-    stored = [dataset.moments(i, view)[:2] for i in range(12) for view in range(2)]
-    mean = np.stack([m.numpy() for m, _ in stored]).astype(np.float64)
-    variance = np.exp(np.stack([v.numpy() for _, v in stored]).astype(np.float64))
+    stored = [read(dataset, list(range(12)), view) for view in range(2)]
+    mean = np.concatenate([batch["mean"].numpy() for batch in stored]).astype(np.float64)
+    variance = np.exp(np.concatenate([batch["logvar"].numpy() for batch in stored]).astype(np.float64))
     assert np.allclose(dataset.manifest["latents_mean"], mean.mean((0, 2, 3)), rtol=1e-6)
     expected = np.sqrt(mean.var((0, 2, 3)) + variance.mean((0, 2, 3)))
     assert np.allclose(dataset.manifest["latents_std"], expected, rtol=1e-6)
 
 
-def test_samples_are_normalised_draws_from_the_posterior(cache):
+def test_draws_are_normalised_and_from_the_posterior(cache):
     dataset = LatentDataset(cache)
-    draws = torch.stack([dataset.sample(i % 12, np.random.default_rng(i))["latent"] for i in range(2400)])
-    assert draws.mean((0, 2, 3)).abs().max() < 0.1
+    draws = dataset.draw(read(dataset, [i % 12 for i in range(2400)], [i // 12 % 2 for i in range(2400)]))
+    assert draws.dtype == torch.float32 and draws.mean((0, 2, 3)).abs().max() < 0.1
     assert (draws.std((0, 2, 3)) - 1).abs().max() < 0.1
-    assert torch.equal(
-        dataset.sample(3, np.random.default_rng(1))["latent"], dataset.sample(3, np.random.default_rng(1))["latent"]
-    )
-    mean, logvar, _ = dataset.moments(3, 0)
-    unflipped = LatentDataset(cache, flip=False)
-    many = torch.stack([unflipped.sample(3, np.random.default_rng(i))["latent"] for i in range(2000)])
-    expected = (mean - dataset.mean) / dataset.std
-    spread = (0.5 * logvar).exp() / dataset.std
-    assert ((many.mean(0) - expected) / spread).abs().max() < 0.15
-    assert (many.std(0) / spread - 1).abs().max() < 0.15
+    batch = read(dataset, [3] * 2000)
+    again = [dataset.draw(batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
+    expected = (batch["mean"][0] - dataset.mean) / dataset.std
+    spread = (0.5 * batch["logvar"][0]).exp() / dataset.std
+    assert ((again[0].mean(0) - expected) / spread).abs().max() < 0.15
+    assert (again[0].std(0) / spread - 1).abs().max() < 0.15
+
+
+def test_a_batch_is_its_images_in_order(cache):
+    """Across shards of five, and with repetitions."""
+    dataset = LatentDataset(cache)
+    indices, views = [11, 0, 4, 5, 4, 9], [0, 1, 0, 0, 1, 1]
+    batch = read(dataset, indices, views)
+    for place, (index, view) in enumerate(zip(indices, views)):
+        alone = read(dataset, [index], view)
+        assert all(torch.equal(values[place], alone[name][0]) for name, values in batch.items())
+    assert batch["label"].tolist() == [index // 4 for index in indices]
+    with pytest.raises(IndexError, match="0 ... 11"):
+        read(dataset, [12])
+
+
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_an_epoch_has_every_image_once(cache, window):
+    dataset = LatentDataset(cache, shuffle_shards=window)
+    order, views = dataset.epoch(np.random.default_rng(0))
+    assert sorted(order) == list(range(12)) and set(views) == {0, 1} and list(order) != list(range(12))
+    if window == 1:  # shards of 5, 5 and 2 images, one after the other
+        changes = np.flatnonzero(np.diff(order // 5)) + 1
+        assert len(changes) == 2
+    assert set(LatentDataset(cache, flip=False).epoch(np.random.default_rng(0))[1]) == {0}
+
+
+def test_the_training_stream_reads_batches(cache):
+    dataset = LatentDataset(cache)
+    stream = TrainingStream(dataset, seed=3)
+
+    def take(count, **arguments):
+        return [batch for _, batch in zip(range(count), stream.batches(**arguments))]
+
+    whole = take(6, batch_size=4, first_batch=0)  # two epochs
+    halves = [take(6, batch_size=2, first_batch=0, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *parts in zip(whole, *halves):
+        assert all(torch.equal(batch[name], torch.cat([part[name] for part in parts])) for name in batch)
+    assert all(torch.equal(a["mean"], b["mean"]) for a, b in zip(take(4, batch_size=4, first_batch=2), whole[2:]))
+    (odd,) = take(1, batch_size=9, first_batch=1)  # across the end of an epoch
+    assert torch.equal(odd["mean"], torch.cat([batch["mean"] for batch in whole])[9:18])
+    labels = torch.cat([batch["label"] for batch in whole])
+    assert labels[:12].bincount().tolist() == labels[12:].bincount().tolist() == [4, 4, 4]
+    (worker,) = take(1, batch_size=4, first_batch=0, num_workers=1)
+    assert torch.equal(worker["mean"], whole[0]["mean"])
 
 
 def test_a_killed_run_fills_the_gaps(tiny_favae, images, cache):
@@ -119,7 +164,7 @@ def test_unreadable_images_are_left_out(tiny_favae, images, tmp_path, caplog):
     assert str(files[1]) in caplog.text
     dataset = LatentDataset(tmp_path / "cache")
     expected = tiny_favae.encode(images[10]["image"].unsqueeze(0)).latent_dist.mean[0]
-    assert len(dataset) == 6 and torch.allclose(dataset.moments(4)[0], expected, atol=1e-5)
+    assert len(dataset) == 6 and torch.allclose(read(dataset, [4])["mean"][0], expected, atol=1e-5)
     with safe_open(tmp_path / "cache/shard-00000.safetensors", "pt") as shard:
         assert shard.get_tensor("indices").tolist() == [0, 2, 3, 4]
 
