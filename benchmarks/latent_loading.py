@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -107,7 +106,6 @@ def main() -> None:
         "images_per_second": {name: statistics.median(found) for name, found in speeds.items()},
         "speedup": statistics.median(ratios),
         "speedup_range": [min(ratios), max(ratios)],
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
     }
     arguments.output.write_text(json.dumps(result, indent=1))
     speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in result["images_per_second"].items())

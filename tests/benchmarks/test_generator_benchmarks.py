@@ -1,0 +1,40 @@
+"""What the generator benchmarks compare with is what they say."""
+
+import importlib
+
+import pytest
+import torch
+from conftest import ROOT, TINY_LIGHTNINGDIT
+
+from favae import LightningDiTTransformer2DModel
+
+
+@pytest.fixture
+def step(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("generator_step")
+
+
+@torch.no_grad()
+def test_the_published_block_computes_the_same(step):
+    ours = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT).eval()
+    theirs = step.published(LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    state = ours.state_dict()
+    rest = {name: value for name, value in state.items() if not name.startswith("blocks.")}
+    for k in range(len(ours.blocks)):
+
+        def take(*names: str, kind: str, k: int = k) -> torch.Tensor:
+            return torch.cat([state[f"blocks.{k}.{name}.{kind}"] for name in names])
+
+        layers = {"qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "proj": ("attn.to_out",)}
+        layers |= {"w12": ("ff.gate", "ff.linear_in"), "w3": ("ff.linear_out",), "modulation.1": ("modulation",)}
+        for name, parts in layers.items():
+            rest |= {f"blocks.{k}.{name}.{kind}": take(*parts, kind=kind) for kind in ("weight", "bias")}
+        rest |= {f"blocks.{k}.{name}.weight": take(name, kind="weight") for name in ("norm1", "norm2")}
+    missing, unexpected = theirs.load_state_dict(rest, strict=False)
+    assert not unexpected and all(name.endswith((".cos", ".sin")) for name in missing)
+    arguments = torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 3])
+    expected = ours(*arguments).sample
+    assert expected.std() > 0.1 and torch.allclose(theirs(*arguments).sample, expected, atol=1e-5)
