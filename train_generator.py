@@ -26,9 +26,11 @@ from favae.data.latents import LatentDataset, load_tokenizer
 from favae.eval.online import OnlineEvaluation
 from favae.pipelines import LightningDiTPipeline
 from favae.pipelines.pipeline_lightningdit import num_classes
-from favae.training.config import GENERATORS, ConfigError, GeneratorConfig, build_model, to_yaml
+from favae.training.checks import ConfigError
+from favae.training.config import GeneratorConfig, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run
+from favae.training.models import GENERATORS, build_model
 from favae.training.objectives import DIFFUSION, Objective
 from favae.training.script import main
 

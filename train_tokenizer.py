@@ -21,9 +21,11 @@ from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_los
 from favae.losses.perceptual import LPIPS
 from favae.losses.tokenizer_loss import TokenizerLoss
 from favae.models import VQModelFA
-from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, loss_at, to_yaml
+from favae.training.checks import ConfigError
+from favae.training.config import TokenizerConfig, loss_at, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run, describe_tokenizer
+from favae.training.models import TOKENIZERS, build_model
 from favae.training.script import main
 from favae.training.trainee import TokenizerTrainee
 

@@ -21,7 +21,7 @@ from tokenizer_runs import ROOT, Experiment, errors, main, throughput
 from torch import Tensor, nn
 
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, start_linear
-from favae.training.config import TOKENIZERS, build_model
+from favae.training.models import TOKENIZERS, build_model
 from favae.wavelets import WaveletBands
 
 

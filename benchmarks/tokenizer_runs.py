@@ -34,7 +34,8 @@ from favae.eval.features import FeatureExtractor  # noqa: E402
 from favae.eval.image_sets import CroppedImages  # noqa: E402
 from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors  # noqa: E402
 from favae.training.checkpoints import find_checkpoints  # noqa: E402
-from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config  # noqa: E402
+from favae.training.config import TokenizerConfig, load_config  # noqa: E402
+from favae.training.models import TOKENIZERS, build_model  # noqa: E402
 from train_tokenizer import train  # noqa: E402
 
 POINTS = 4  # of a curve

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from favae.autoencoders import measure_budget
-from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config
+from favae.training.config import TokenizerConfig, load_config
+from favae.training.models import TOKENIZERS, build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("vavae_f16d32", "favae_f16d32", "favae_f16d32_fast")

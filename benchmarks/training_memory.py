@@ -19,7 +19,8 @@ import torchvision
 from torch import nn
 
 from favae.losses.adversarial import PatchDiscriminator, adversarial_loss, hinge_discriminator_loss
-from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config
+from favae.training.config import TokenizerConfig, load_config
+from favae.training.models import TOKENIZERS, build_model
 from favae.training.trainee import TokenizerTrainee
 
 ROOT = Path(__file__).resolve().parent.parent

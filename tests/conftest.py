@@ -60,6 +60,10 @@ def tiny_favae() -> AutoencoderKLFA:
 
 @pytest.fixture
 def tiny_kl() -> AutoencoderKL:
+    return make_tiny_kl()
+
+
+def make_tiny_kl() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,

@@ -22,7 +22,8 @@ from favae.distributed import on_cpu
 from favae.errors import FavaeError
 from favae.files import write_file, write_folder
 from favae.training.checkpoints import STATE_FILE, Checkpointer, Ema, find_checkpoints
-from favae.training.config import ConfigError, RunConfig, TrainConfig, to_yaml
+from favae.training.checks import ConfigError
+from favae.training.config import RunConfig, TrainConfig, to_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT
 
 from favae.autoencoders import measure_budget
-from favae.training.config import TOKENIZERS, TokenizerConfig, build_model, load_config
+from favae.training.config import TokenizerConfig, load_config
+from favae.training.models import TOKENIZERS, build_model
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from favae import AutoencoderKLFA
 from favae.eval.online import epochs_to_reach
-from favae.training.config import ConfigError, GeneratorConfig, load_config
+from favae.training.checks import ConfigError
+from favae.training.config import GeneratorConfig, load_config
 
 
 def test_epochs_to_reach():

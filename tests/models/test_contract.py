@@ -3,7 +3,7 @@
 import accelerate
 import pytest
 import torch
-from conftest import TINY_FAVAE, TINY_VQ
+from conftest import TINY_FAVAE, TINY_VQ, make_tiny_kl
 from diffusers import AutoencoderKL, AutoModel, VQModel
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -12,24 +12,11 @@ from skimage import data
 
 from favae import AutoencoderKLFA, VQModelFA
 
-
-def image_encoder(**settings) -> AutoencoderKLFA:
-    stock = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        norm_num_groups=4,
-        latent_channels=6,
-        sample_size=16,
-    )
-    return AutoencoderKLFA.from_autoencoder_kl(stock, **settings)
-
-
 BUILDS = {
     "favae": lambda: AutoencoderKLFA(**TINY_FAVAE),
     "complements": lambda: AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": True, "frequency_complement": "conv"}),
     "attention": lambda: AutoencoderKLFA(**TINY_FAVAE, attention=True, frequency_complement="attn", wavelet="db2"),
-    "image": image_encoder,
+    "image": lambda: AutoencoderKLFA.from_autoencoder_kl(make_tiny_kl()),
     "vq": lambda: VQModelFA(**TINY_VQ),
     "residual": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "residual", "num_quantizers": 2}),
     "fsq": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "fsq", "codebook_size": None, "fsq_levels": (5, 4, 3)}),

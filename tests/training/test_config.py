@@ -3,7 +3,8 @@ import importlib
 import pytest
 from conftest import ROOT, run, tiny_tokenizer_recipe
 
-from favae.training.config import ConfigError, GeneratorConfig, TokenizerConfig, load_config, loss_at
+from favae.training.checks import ConfigError
+from favae.training.config import GeneratorConfig, TokenizerConfig, load_config, loss_at
 
 RECIPES = sorted(file for kind in ("tokenizer", "generator") for file in ROOT.glob(f"configs/{kind}/*.yaml"))
 
@@ -106,7 +107,7 @@ def test_recipes_are_comparable():
     import torch
 
     from favae.autoencoders import measure_budget
-    from favae.training.config import TOKENIZERS, build_model
+    from favae.training.models import TOKENIZERS, build_model
 
     for ours, baseline in (("photos_favae", "photos_vavae"), ("favae_f16d32", "vavae_f16d32")):
         a, b = (load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml") for name in (ours, baseline))

@@ -9,7 +9,8 @@ from torch import nn
 
 from favae.files import write_folder
 from favae.training.checkpoints import CheckpointError, Ema, find_checkpoints
-from favae.training.config import ConfigError, TokenizerConfig, load_config, to_yaml
+from favae.training.checks import ConfigError
+from favae.training.config import TokenizerConfig, load_config, to_yaml
 from favae.training.loop import NonFiniteLossError, Run, changed_settings
 
 

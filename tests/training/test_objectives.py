@@ -11,7 +11,8 @@ from favae import LightningDiTTransformer2DModel
 from favae.data.images import ImageDataset, open_source
 from favae.data.latents import write_cache
 from favae.eval.sampling import class_names
-from favae.training.config import ConfigError, GeneratorConfig, load_config
+from favae.training.checks import ConfigError
+from favae.training.config import GeneratorConfig, load_config
 from favae.training.objectives import GeneratorLossConfig, Objective
 
 TINY_DIT = {

@@ -10,7 +10,9 @@ from conftest import ROOT, run, tiny_tokenizer_recipe
 from diffusers import AutoencoderKL
 
 from favae import AutoencoderKLFA, VQModelFA
-from favae.training.config import TOKENIZERS, ConfigError, TokenizerConfig, build_model, load_config
+from favae.training.checks import ConfigError
+from favae.training.config import TokenizerConfig, load_config
+from favae.training.models import TOKENIZERS, build_model
 
 VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
 codebook_size: 16, frequency_complement: res}"
