@@ -22,7 +22,7 @@ STATE_FILE = "trainer_state.json"
 
 
 class CheckpointError(FavaeError):
-    """A checkpoint that cannot be written."""
+    """A checkpoint that cannot be written, or gone on from."""
 
 
 def _disk_is_full(error: Exception) -> bool:
@@ -155,7 +155,8 @@ class Checkpointer:
                 with self.ema as averaged:
                     save_module(averaged, temporary / "ema")
                 state = {**state, "ema_steps": self.ema.average.optimization_step}
-            (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}))
+            state = {"step": step, "num_processes": self.accelerator.num_processes, **state}
+            (temporary / STATE_FILE).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)
@@ -170,11 +171,20 @@ class Checkpointer:
                 shutil.rmtree(path)
 
     def load(self, path: Path) -> dict:
-        """Restores a checkpoint and returns the state given to `save`, with its step."""
+        """Restores a checkpoint and returns the state given to `save`, with its step.
+
+        Raises:
+            CheckpointError: for a checkpoint of another number of processes, whose random states are not there.
+        """
+        state = json.loads((path / STATE_FILE).read_text())
+        written, here = state.get("num_processes"), self.accelerator.num_processes
+        if written not in (None, here):
+            raise CheckpointError(
+                f"{path} was written by {written} process(es) and goes on with as many, not with {here}"
+            )
         for name, module in self.modules.items():
             load_module(module, path / name)
         self.accelerator.load_state(str(path))
-        state = json.loads((path / STATE_FILE).read_text())
         if self.ema is not None:
             self.ema.load(path / "ema", state["ema_steps"])
         logger.info("resumed from %s", path)

@@ -186,6 +186,8 @@ class Run:
         if self.checkpoint is not None:
             try:
                 state = self.checkpointer.load(self.checkpoint)
+            except FavaeError:
+                raise
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0]
                 raise ConfigError(f"resume: {self.checkpoint} does not fit these settings ({reason})") from error

@@ -125,6 +125,10 @@ def test_two_processes_train_and_evaluate_as_one(latents, tmp_path):
         )
     assert steps_logged(tmp_path / "tokenizer") == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "tokenizer/checkpoints/step-6/random_states_1.pkl").exists()
+    alone = run(
+        "train_tokenizer.py", recipe, f"output={tmp_path / 'tokenizer'}", "train.steps=8", accumulate, check=False
+    )
+    assert alone.returncode == 1 and "written by 2 process(es)" in alone.stderr.strip().splitlines()[-1]
 
     recipe = tiny_generator_recipe(tmp_path, latents / "one", latents / "tokenizer/final")
     run("train_generator.py", recipe, f"output={tmp_path / 'generator'}", "train.steps=4", processes=2)
