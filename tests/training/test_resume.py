@@ -152,7 +152,7 @@ def test_two_processes_train_and_evaluate_as_one(latents, tmp_path):
         assert {"Recon", "PSNR"} <= one["metrics"].keys() or {"IS", "precision"} <= one["metrics"].keys()
         numbers, same = ({k: v for k, v in row["metrics"].items() if v is not None} for row in (one, two))
         assert same == pytest.approx(numbers, rel=1e-4)
-        assert one["num_images"] == two["num_images"] == (11 if name == "reconstruction" else 7)
+        assert [result["protocol"]["num_images"] for result in results] == [11 if name == "reconstruction" else 7] * 2
 
 
 def test_bfloat16_with_workers_and_gradient_checkpointing(latents, tmp_path):
