@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from favae import AutoencoderKLFA
+from favae.data.images import ImageDataset, open_source
+from favae.data.latents import write_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,6 +121,14 @@ train: {{batch_size: 4, steps: 6, num_workers: 0, log_every: 1, sample_every: 3,
 """
     )
     return file
+
+
+@pytest.fixture
+def tiny_cache(tmp_path, image_folder, tiny_favae):
+    """A folder with tokenizer/ and its latents in cache/."""
+    tiny_favae.save_pretrained(tmp_path / "tokenizer")
+    write_cache(tiny_favae, ImageDataset(open_source(str(image_folder)), 16), tmp_path / "cache")
+    return tmp_path
 
 
 def run(*command: str | Path, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:

@@ -8,8 +8,6 @@ from conftest import TINY_LIGHTNINGDIT, run, tiny_generator_recipe
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
 from favae import LightningDiTTransformer2DModel
-from favae.data.images import ImageDataset, open_source
-from favae.data.latents import write_cache
 from favae.eval.sampling import class_names
 from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig, load_config
@@ -73,25 +71,18 @@ def test_diffusion_noises_as_the_scheduler():
     assert terms["variance"] > 0
 
 
-@pytest.fixture
-def cache(tmp_path, image_folder, tiny_favae):
-    tiny_favae.save_pretrained(tmp_path / "tokenizer")
-    write_cache(tiny_favae, ImageDataset(open_source(str(image_folder)), 16), tmp_path / "cache")
-    return tmp_path
-
-
 @pytest.mark.parametrize("objective, out_channels", [("flow_matching", 6), ("ddpm", 12)])
-def test_a_dit_trains_and_its_pipeline_opens(cache, objective, out_channels):
-    recipe = tiny_generator_recipe(cache, cache / "cache", cache / "tokenizer")
+def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
     model = {"name": "DiTTransformer2DModel", **TINY_DIT, "out_channels": out_channels}
     if objective == "ddpm":
         model["num_embeds_ada_norm"] = 1000
     settings = {**yaml.safe_load(recipe.read_text()), "model": model, "loss": {"objective": objective}}
     recipe.write_text(yaml.safe_dump(settings))
     for steps in (4, 6):  # the second resumes
-        run("train_generator.py", recipe, f"output={cache / 'run'}", f"train.steps={steps}")
-    assert (cache / "run/samples/step-0000006.png").exists()
-    pipe = DiffusionPipeline.from_pretrained(cache / "run/final")
+        run("train_generator.py", recipe, f"output={tiny_cache / 'run'}", f"train.steps={steps}")
+    assert (tiny_cache / "run/samples/step-0000006.png").exists()
+    pipe = DiffusionPipeline.from_pretrained(tiny_cache / "run/final")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.transformer, DiTTransformer2DModel)
     images = pipe([0, 2], num_inference_steps=3, guidance_scale=2.0, output_type="np").images
@@ -128,12 +119,12 @@ def test_objectives_that_do_not_fit_are_named(tmp_path, model, objective, messag
         load_config(GeneratorConfig, recipe)
 
 
-def test_muon_takes_the_matrices_and_compiled_blocks_train(cache):
-    recipe = tiny_generator_recipe(cache, cache / "cache", cache / "tokenizer")
+def test_muon_takes_the_matrices_and_compiled_blocks_train(tiny_cache):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
     options = ("train.optimizer=muon", "train.compile=true", "train.sample_every=0")
     for steps in (2, 4):  # the second resumes
-        run("train_generator.py", recipe, f"output={cache / 'run'}", f"train.steps={steps}", *options)
-    state = cache / "run/checkpoints/step-4"
+        run("train_generator.py", recipe, f"output={tiny_cache / 'run'}", f"train.steps={steps}", *options)
+    state = tiny_cache / "run/checkpoints/step-4"
     adamw, muon = (torch.load(state / name, weights_only=True) for name in ("optimizer.bin", "optimizer_1.bin"))
     assert {tuple(entry) for entry in muon["state"].values()} == {("momentum_buffer",)}
     assert all(entry["momentum_buffer"].ndim == 2 for entry in muon["state"].values())
@@ -142,5 +133,6 @@ def test_muon_takes_the_matrices_and_compiled_blocks_train(cache):
     assert len(muon["state"]) == len(matrices)
     assert len(adamw["state"]) == len(list(model.parameters())) - len(matrices)
     assert (
-        DiffusionPipeline.from_pretrained(cache / "run/final").transformer.blocks[0].modulation.weight.abs().sum() > 0
+        DiffusionPipeline.from_pretrained(tiny_cache / "run/final").transformer.blocks[0].modulation.weight.abs().sum()
+        > 0
     )
