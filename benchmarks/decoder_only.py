@@ -36,6 +36,11 @@ OURS = {"name": "AutoencoderKLFA", **FROZEN, "high_block_out_channels": [24, 48,
 EXPERIMENTS = {
     "stock": Experiment({"name": "AutoencoderKL", **FROZEN}, "its own decoder, trained on", {"kl": 0.0}),
     "ours": Experiment(OURS, "two branches and an inverse transform, begun with the trained blocks", {"kl": 0.0}),
+    "ours_whole": Experiment(
+        {**OURS, "low_branch": "image"},
+        "the trained decoder, and a high branch that adds to it",
+        {"kl": 0.0},
+    ),
     "ours_band": Experiment(OURS, "the same, with our loss on the high bands", {"kl": 0.0, **BAND}),
     "ours_cold": Experiment({**OURS, "warm_start": False}, "`ours`, begun untrained", {"kl": 0.0}),
 }

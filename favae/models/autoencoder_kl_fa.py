@@ -78,6 +78,7 @@ class WaveletDecoder(nn.Module):
         low_latents, high_latents: which of the latent channels each decoder reads.
         low, high, bands, upsample_low: as in `WaveletEncoder`.
         shortcut: latents to patches, added to the image; None for none.
+        whole_image: `low` decodes the image itself, and the high bands are added to it.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class WaveletDecoder(nn.Module):
         high_latents: slice,
         upsample_low: bool,
         shortcut: LatentsToPatches | None,
+        whole_image: bool = False,
     ):
         super().__init__()
         self.low = low
@@ -98,10 +100,13 @@ class WaveletDecoder(nn.Module):
         self.high_latents = high_latents
         self.upsample_low = upsample_low
         self.shortcut = shortcut
+        self.whole_image = whole_image
 
     def forward(self, sample: Tensor) -> Tensor:
         low = self.low(sample[:, self.low_latents])
         high = self.high(sample[:, self.high_latents])
+        if self.whole_image:
+            return low + self.bands.join(high.new_zeros(len(high), low.shape[1], *high.shape[-2:]), high)
         if self.upsample_low:
             low = F.interpolate(low, size=high.shape[-2:], mode="bicubic")
         image = self.bands.join(low, high)
@@ -133,7 +138,8 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
         encoder_type: "wavelet"; or "image", a stock encoder of `block_out_channels`, whose latents belong to no band:
             see `from_autoencoder_kl`.
         down_block_types: of the "image" encoder; `None` takes "DownEncoderBlock2D" throughout.
-        low_branch: "native" works on LL as it is; "upsampled" resizes it to the image's size first, as published.
+        low_branch: "native" works on LL as it is; "upsampled" resizes it to the image's size first, as published;
+            "image", with an "image" encoder, is a whole stock decoder, to which the high branch adds, from nothing.
         high_decoder_input: "all" latents (they hold what the details belong to), or only the "high" ones, as published.
         frequency_complement: "conv", "res" or "attn" puts `FrequencyComplement` modules into the decoders.
         shortcut: a linear path from patches to latents and back, which the networks only correct. An untrained model
@@ -184,7 +190,8 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
     ):
         ModelMixin.__init__(self)  # everything of AutoencoderKL but its networks
         upsample_low = low_branch == "upsampled"
-        low_widths = tuple(block_out_channels)[0 if upsample_low else wavelet_levels :]
+        whole_image = low_branch == "image"
+        low_widths = tuple(block_out_channels)[0 if upsample_low or whole_image else wavelet_levels :]
         high_widths = tuple(high_block_out_channels or block_out_channels[wavelet_levels:])
         _check_settings(self.config, low_widths, high_widths)
         stride = 2 ** (len(block_out_channels) - 1)
@@ -218,7 +225,11 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
             high_latents,
             upsample_low,
             LatentsToPatches(latent_channels, out_channels, stride) if shortcut else None,
+            whole_image,
         )
+        if whole_image:
+            for parameter in self.decoder.high.conv_out.parameters():
+                nn.init.zeros_(parameter)
         if encoder_type == "image":
             types = down_block_types or ("DownEncoderBlock2D",) * len(block_out_channels)
             self.encoder = ImageEncoder(
@@ -305,8 +316,9 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
         Args:
             vae: a stock [`AutoencoderKL`], such as Stable Diffusion's or VA-VAE.
             warm_start: let both branches begin as the trained decoder up to its last octave, which the inverse
-                transform replaces, as far as their widths agree (`high_block_out_channels=None` takes its widths). Its
-                output layers begin untrained in any case.
+                transform replaces, as far as their widths agree (`high_block_out_channels=None` takes its widths), with
+                untrained output layers. With `low_branch="image"` the whole decoder is kept, and images are at the
+                start what they were.
             settings: what concerns the decoder: `high_block_out_channels`, `wavelet`, `frequency_complement`, ...
         Raises:
             ValueError: for another kind of autoencoder, or settings that the encoder has decided.
@@ -347,7 +359,7 @@ def _begin_as(branch: Decoder, trained: Decoder) -> None:
     """Copies the blocks from the latent on, until one has another shape."""
 
     def stages(decoder: Decoder) -> list[nn.Module]:
-        return [decoder.conv_in, decoder.mid_block, *decoder.up_blocks]
+        return [decoder.conv_in, decoder.mid_block, *decoder.up_blocks, decoder.conv_norm_out, decoder.conv_out]
 
     for ours, theirs in zip(stages(branch), stages(trained)):
         own, state = ours.state_dict(), theirs.state_dict()
@@ -361,7 +373,7 @@ def _check_settings(config, low_widths: tuple[int, ...], high_widths: tuple[int,
     image = config.encoder_type == "image"
     for name, allowed in {
         "encoder_type": ("wavelet", "image"),
-        "low_branch": ("native", "upsampled"),
+        "low_branch": ("native", "upsampled", "image"),
         "high_decoder_input": ("all", "high"),
     }.items():
         if config[name] not in allowed:
@@ -378,6 +390,8 @@ def _check_settings(config, low_widths: tuple[int, ...], high_widths: tuple[int,
         )
     if image and config.high_decoder_input == "high":
         raise ValueError("encoder_type='image' has no latents of the high band: high_decoder_input must be 'all'")
+    if config.low_branch == "image" and not image:
+        raise ValueError("low_branch='image' is a decoder for latents that exist: it needs encoder_type='image'")
     if image and config.shortcut:
         raise ValueError("encoder_type='image' keeps its latent space: shortcut must be False")
     if image and config.down_block_types is not None and len(config.down_block_types) != len(config.block_out_channels):

@@ -249,6 +249,18 @@ def test_from_autoencoder_kl_begins_with_the_trained_decoder_where_widths_agree(
     assert narrow.high.up_blocks[1].resnets[0].conv1.out_channels == 4 and all(same(narrow.low, n) for n in blocks)
 
 
+def test_a_whole_decoder_with_a_high_branch_begins_as_it_was(tiny_kl):
+    model = AutoencoderKLFA.from_autoencoder_kl(tiny_kl, low_branch="image", high_block_out_channels=(4, 16)).eval()
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    expected = tiny_kl(images).sample
+    assert torch.equal(model(images).sample, expected)
+    torch.nn.init.normal_(model.decoder.high.conv_out.weight)
+    low, high = model.decoder.bands.split(model(images).sample - expected)
+    assert low.abs().max() < 1e-5 < high.abs().max()  # it adds to the high bands alone
+    with pytest.raises(ValueError, match="low_branch='image' .* needs encoder_type='image'"):
+        AutoencoderKLFA(**{**TINY_FAVAE, "low_branch": "image"})
+
+
 def test_from_autoencoder_kl_refuses_what_the_encoder_decides(tiny_kl, tiny_favae):
     with pytest.raises(ValueError, match="latent_channels is decided"):
         AutoencoderKLFA.from_autoencoder_kl(tiny_kl, latent_channels=3)

@@ -17,11 +17,12 @@ BUILDS = {
     "complements": lambda: AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": True, "frequency_complement": "conv"}),
     "attention": lambda: AutoencoderKLFA(**TINY_FAVAE, attention=True, frequency_complement="attn", wavelet="db2"),
     "image": lambda: AutoencoderKLFA.from_autoencoder_kl(make_tiny_kl()),
+    "whole": lambda: AutoencoderKLFA.from_autoencoder_kl(make_tiny_kl(), low_branch="image"),
     "vq": lambda: VQModelFA(**TINY_VQ),
     "residual": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "residual", "num_quantizers": 2}),
     "fsq": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "fsq", "codebook_size": None, "fsq_levels": (5, 4, 3)}),
 }
-KL = ["favae", "complements", "attention", "image"]
+KL = ["favae", "complements", "attention", "image", "whole"]
 VQ = ["vq", "residual", "fsq"]
 
 
