@@ -42,7 +42,6 @@ EXPERIMENTS = {
         {"kl": 0.0},
     ),
     "ours_band": Experiment(OURS, "the same, with our loss on the high bands", {"kl": 0.0, **BAND}),
-    "ours_cold": Experiment({**OURS, "warm_start": False}, "`ours`, begun untrained", {"kl": 0.0}),
 }
 
 
