@@ -48,7 +48,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         transformer: LightningDiTTransformer2DModel | DiTTransformer2DModel,
         vae: AutoencoderKL,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         if transformer.config.in_channels != vae.config.latent_channels:

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -87,13 +89,15 @@ def test_latent_statistics_are_undone(pipeline, tiny_favae):
     assert torch.allclose(pipeline.decode_latents(z), tiny_favae.decode(z / 0.5 + 0.25).sample, atol=1e-6)
 
 
-def test_saved_and_loaded_by_diffusers(pipeline, tmp_path):
+def test_saved_and_loaded_by_diffusers(pipeline, tmp_path, caplog):
     pipeline.vae.register_to_config(latents_mean=[0.1] * 6, latents_std=[2.0] * 6)
     pipeline.save_pretrained(tmp_path)
     latents = torch.randn(1, 6, 4, 4)
     expected = pipeline([1], latents=latents, num_inference_steps=3, output_type="np").images
     for cls in (DiffusionPipeline, LightningDiTPipeline):
-        loaded = cls.from_pretrained(tmp_path)
+        with caplog.at_level(logging.WARNING, logger="diffusers"):
+            loaded = cls.from_pretrained(tmp_path)
+        assert not caplog.records
         loaded.set_progress_bar_config(disable=True)
         assert isinstance(loaded, LightningDiTPipeline)
         assert loaded.get_label_ids(["fish", "cat"]) == [2, 0]
