@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import diffusers
 import torch
-from diffusers import AutoModel, ModelMixin
+from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,11 +35,11 @@ def load_autoencoder(path: str) -> ModelMixin:
 
     name = "model"
     try:
-        try:
-            options, config = {}, AutoModel.load_config(path)
+        try:  # by a class that keeps its config's name: AutoModel's becomes model_index.json once it has read one
+            options, config = {}, diffusers.AutoencoderKL.load_config(path)
         except OSError:
             options = {"subfolder": "vae"}  # of a pipeline
-            config = AutoModel.load_config(path, **options)
+            config = diffusers.AutoencoderKL.load_config(path, **options)
         name = config["_class_name"]
         kind = getattr(favae, name, None) or getattr(diffusers, name)
         if not (hasattr(kind, "encode") and hasattr(kind, "decode")):

@@ -126,6 +126,8 @@ def test_posterior_and_pipelines(tiny_kl, tmp_path):
     tiny_kl.save_pretrained(tmp_path / "pipeline/vae")
     (tmp_path / "pipeline/model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
     assert isinstance(load_autoencoder(str(tmp_path / "pipeline")), diffusers.AutoencoderKL)
+    diffusers.AutoModel.from_pretrained(str(tmp_path / "pipeline"), subfolder="vae")  # which changes the class
+    assert isinstance(load_autoencoder(str(tmp_path / "pipeline/vae")), diffusers.AutoencoderKL)
 
 
 def test_autoencoders_that_cannot_take_the_images(tiny_kl, tmp_path):
