@@ -306,15 +306,15 @@ class LatentDataset:
         like = shards[0]["mean"]
         batch = {name: torch.empty(len(indices), *self.latent_shape, dtype=like.dtype) for name in ("mean", "logvar")}
         means, logvars = batch["mean"].unbind(), batch["logvar"].unbind()
-        for place, (shard, row, view) in enumerate(zip(shards, rows.tolist(), views.tolist())):
-            means[place].copy_(shard["mean"][row, view])
-            logvars[place].copy_(shard["logvar"][row, view])
+        for mean, logvar, shard, row in zip(means, logvars, shards, (2 * rows + views).tolist()):
+            mean.copy_(shard["mean"][row])
+            logvar.copy_(shard["logvar"][row])
         return {**batch, "label": torch.tensor([shard["labels"][row] for shard, row in zip(shards, rows.tolist())])}
 
     def _shard(self, number: int) -> dict[str, Tensor | list[int]]:
         if number not in self._open:  # opened once in each worker that reads it; memory-mapped, not loaded
             with _open_shard(_shard(self.folder, number)) as shard:
-                moments = {name: shard.get_tensor(name) for name in ("mean", "logvar")}
+                moments = {name: shard.get_tensor(name).flatten(0, 1) for name in ("mean", "logvar")}  # (2n, C, h, w)
                 self._open[number] = {**moments, "labels": shard.get_tensor("labels").tolist()}
         return self._open[number]
 
