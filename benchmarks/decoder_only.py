@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A better decoder for latents that exist, with the generator trained on them left as it is.
 
-    python benchmarks/decoder_only.py               (photographs at 64 px, f8, 16 channels: 40 minutes on a CPU)
+    python benchmarks/decoder_only.py --seeds 0     (photographs at 64 px, f8, 16 channels: an hour on a CPU)
 
 First a stock `AutoencoderKL` is trained, and a LightningDiT on its latents. Then, with the encoder frozen and for
 equally many further steps, its own decoder and those of `AutoencoderKLFA.from_autoencoder_kl`. Data, optimiser and

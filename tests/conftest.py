@@ -1,8 +1,10 @@
 """Tiny models and data that many tests share."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the tests compare with the CPU's numbers
@@ -133,15 +135,38 @@ def tiny_cache(tmp_path, image_folder, tiny_favae):
 
 def run(*command: str | Path, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a script or `-m module` of the project as a user would, on one thread per process."""
+    result = subprocess.run(
+        _launched(command, processes), cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def kill_when(appears: Path, *command: str | Path, processes: int = 1) -> None:
+    """Starts a script and kills all its processes, without warning, as soon as a path is there."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(
+        _launched(command, processes), cwd=ROOT, env=_environment(), start_new_session=True, **quiet
+    )
+    try:
+        deadline = time.monotonic() + 180
+        while not appears.exists():
+            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+            time.sleep(0.001)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _launched(command: tuple, processes: int) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         launcher += ["--master_port", "0", "--standalone"]
         if command[0] != "-m":
             command = (ROOT / command[0], *command[1:])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result
+    return [*launcher, *map(str, command)]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -321,7 +321,8 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
                 start what they were.
             settings: what concerns the decoder: `high_block_out_channels`, `wavelet`, `frequency_complement`, ...
         Raises:
-            ValueError: for another kind of autoencoder, or settings that the encoder has decided.
+            ValueError: for another kind of autoencoder, settings that the encoder has decided, or a decoder that
+                `low_branch="image"` cannot keep whole.
         """
         if not isinstance(vae, AutoencoderKL) or isinstance(vae, cls):
             raise ValueError(f"from_autoencoder_kl takes a stock AutoencoderKL, got {type(vae).__name__}")
@@ -347,16 +348,20 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
             if getattr(model, name) is not None:
                 getattr(model, name).load_state_dict(getattr(vae, name).state_dict())
         if warm_start:
-            for branch in (model.decoder.low, model.decoder.high):
-                _begin_as(branch, vae.decoder)
+            whole = _begin_as(model.decoder.low, vae.decoder)
+            _begin_as(model.decoder.high, vae.decoder)
+            if model.config.low_branch == "image" and not whole:
+                raise ValueError(
+                    "low_branch='image' keeps decoders with attention in the deepest blocks or none, not this"
+                )
         model.encoder.requires_grad_(False)
         if model.quant_conv is not None:
             model.quant_conv.requires_grad_(False)
         return model
 
 
-def _begin_as(branch: Decoder, trained: Decoder) -> None:
-    """Copies the blocks from the latent on, until one has another shape."""
+def _begin_as(branch: Decoder, trained: Decoder) -> bool:
+    """Copies the blocks from the latent on, until one is another; returns whether none was."""
 
     def stages(decoder: Decoder) -> list[nn.Module]:
         return [decoder.conv_in, decoder.mid_block, *decoder.up_blocks, decoder.conv_norm_out, decoder.conv_out]
@@ -364,8 +369,9 @@ def _begin_as(branch: Decoder, trained: Decoder) -> None:
     for ours, theirs in zip(stages(branch), stages(trained)):
         own, state = ours.state_dict(), theirs.state_dict()
         if any(name not in state or state[name].shape != value.shape for name, value in own.items()):
-            return
+            return False
         ours.load_state_dict({name: state[name] for name in own})
+    return trained.state_dict().keys() <= branch.state_dict().keys()
 
 
 def _check_settings(config, low_widths: tuple[int, ...], high_widths: tuple[int, ...]) -> None:

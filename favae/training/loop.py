@@ -133,8 +133,8 @@ class Run:
     ) -> None:
         """A model to train, with an AdamW optimiser and a schedule of its own, which begins at `first_step`.
 
-        `groups` are the optimiser's parameter groups; None puts all parameters into one. `matrices` are left out of it
-        and get Muon (Jordan et al., 2024), with updates of AdamW's size, so that the learning rate serves both.
+        `groups` are the optimiser's parameter groups; None puts all parameters into one, but for `matrices`, which
+        get Muon (Jordan et al., 2024), with updates of AdamW's size, so that the learning rate serves both.
         """
         train, left_out = self.train, {id(parameter) for parameter in matrices}
         rest = groups or [p for p in model.parameters() if id(p) not in left_out]

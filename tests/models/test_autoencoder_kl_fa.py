@@ -257,6 +257,15 @@ def test_a_whole_decoder_with_a_high_branch_begins_as_it_was(tiny_kl):
     torch.nn.init.normal_(model.decoder.high.conv_out.weight)
     low, high = model.decoder.bands.split(model(images).sample - expected)
     assert low.abs().max() < 1e-5 < high.abs().max()  # it adds to the high bands alone
+    other = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+    )
+    with pytest.raises(ValueError, match="attention in the deepest blocks or none"):
+        AutoencoderKLFA.from_autoencoder_kl(other, low_branch="image")
+    AutoencoderKLFA.from_autoencoder_kl(other)  # begins as far as it goes
     with pytest.raises(ValueError, match="low_branch='image' .* needs encoder_type='image'"):
         AutoencoderKLFA(**{**TINY_FAVAE, "low_branch": "image"})
 

@@ -1,40 +1,15 @@
 """Real processes: killed and run again, alone and in pairs."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, run, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
+from conftest import kill_when, run, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
 
 
 def weights(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
-
-
-def kill_after_checkpoint(script: str, recipe, output, step: int, *overrides: str) -> None:
-    """Starts a training and kills it, without warning, once the checkpoint of `step` is there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, script, str(recipe), f"output={output}", *overrides],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (output / f"checkpoints/step-{step}").exists():
-            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
 
 
 def steps_logged(output) -> list[int]:
@@ -46,7 +21,7 @@ def test_killed_tokenizer_training_ends_with_the_same_weights(tmp_path):
     more = ["train.steps=40", "train.checkpoint_every=2", "train.gradient_accumulation_steps=2"]
     run("train_tokenizer.py", recipe, f"output={tmp_path / 'whole'}", *more)
     killed = tmp_path / "killed"
-    kill_after_checkpoint("train_tokenizer.py", recipe, killed, 4, *more)
+    kill_when(killed / "checkpoints/step-4", "train_tokenizer.py", recipe, f"output={killed}", *more)
     assert not (killed / "final").exists()
     (killed / "checkpoints/.writing-step-6").mkdir(exist_ok=True)  # as a kill in the middle of writing leaves it
     run("train_tokenizer.py", recipe, f"output={killed}", *more, "resume=auto")
@@ -88,7 +63,7 @@ def test_killed_generator_training_ends_with_the_same_weights(latents, tmp_path)
     more = ["train.steps=40", "train.checkpoint_every=2"]
     run("train_generator.py", recipe, f"output={tmp_path / 'whole'}", *more)
     killed = tmp_path / "killed"
-    kill_after_checkpoint("train_generator.py", recipe, killed, 4, *more)
+    kill_when(killed / "checkpoints/step-4", "train_generator.py", recipe, f"output={killed}", *more)
     run("train_generator.py", recipe, f"output={killed}", *more)
     assert weights(tmp_path / "whole/final") == weights(killed / "final")
 
