@@ -15,6 +15,8 @@ With evaluation.every=K evaluation.reference=STATISTICS, FID and the other measu
 evaluation.jsonl every K steps, with the epochs that FID <= k took (EP_FID@k).
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ from favae.training.measure import describe_run
 from favae.training.models import GENERATORS, build_model
 from favae.training.objectives import DIFFUSION, Objective
 from favae.training.script import main
+from favae.training.sharding import in_one_piece, shard
 
 
 def dry_run(config: GeneratorConfig, num_processes: int) -> None:
@@ -108,6 +111,8 @@ def train(config: GeneratorConfig) -> None:
     if train.compile:
         for block in blocks:
             block.compile()  # in place: names of weights stay, and one graph serves all blocks
+    if train.shard:
+        shard(transformer, blocks)
     matrices = [p for p in blocks.parameters() if p.ndim == 2] if train.optimizer == "muon" else []
     run.add("generator", transformer, train.learning_rate, matrices=matrices)
     model = run.prepare({"transformer": transformer}, averaged=transformer)["generator"]
@@ -124,39 +129,49 @@ def train(config: GeneratorConfig) -> None:
             finite = run.optimise("generator", loss)
 
         if run.end_step(terms, finite):
-            if run.due(train.sample_every) and run.is_main:
-                save_samples(run, config, pipeline)
+            if run.due(train.sample_every):
+                with averaged(run, pipeline, transformer):
+                    save_samples(run, config, pipeline)
             if run.due(config.evaluation.every):
-                transformer.eval()
-                with run.averaged():
+                with averaged(run, pipeline, transformer):
                     metrics = evaluate(pipeline, run.step, run.epoch(dataset))
                 run.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
             if run.due(train.checkpoint_every):
                 run.save_checkpoint()
 
-    with run.averaged():
+    with averaged(run, pipeline, transformer):
         run.finish(pipeline.save_pretrained)
+
+
+@contextlib.contextmanager
+def averaged(run: Run, pipeline: DiffusionPipeline, transformer) -> Iterator[None]:
+    """The pipeline with the averaged weights, in one piece, in eval mode; entered by all processes."""
+    transformer.eval()
+    with run.averaged():
+        pipeline.register_modules(transformer=in_one_piece(transformer))
+        yield
+        pipeline.register_modules(transformer=transformer)
 
 
 def save_samples(run: Run, config: GeneratorConfig, pipeline: DiffusionPipeline) -> None:
     """samples/step-N.png: classes in turn, the same noise each time."""
+    if not run.is_main:
+        return
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
     sampling = config.sampling
     classes = len(pipeline.config.id2label)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.transformer.eval()
     guided = isinstance(pipeline, LightningDiTPipeline)
     interval = {"guidance_interval": tuple(sampling.guidance_interval)} if guided else {}
-    with run.averaged():
-        images = pipeline(
-            [i % classes for i in range(sampling.num_images)],
-            guidance_scale=sampling.guidance_scale,
-            num_inference_steps=sampling.num_inference_steps,
-            generator=torch.Generator().manual_seed(config.seed),
-            output_type="np",
-            **interval,
-        ).images
+    images = pipeline(
+        [i % classes for i in range(sampling.num_images)],
+        guidance_scale=sampling.guidance_scale,
+        num_inference_steps=sampling.num_inference_steps,
+        generator=torch.Generator().manual_seed(config.seed),
+        output_type="np",
+        **interval,
+    ).images
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     save_image(images, folder / f"step-{run.step:07}.png", nrow=min(classes, 8))
 

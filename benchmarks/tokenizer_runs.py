@@ -207,6 +207,7 @@ def main(
     steps: int,
     seeds: int,
     pictures: bool = True,
+    run=run_row,
 ) -> None:
     """The command line: trains what is missing, then `finish` adds to the report and draws.
 
@@ -214,6 +215,7 @@ def main(
         finish: called with a report of the rows of this number of steps and of the models there are, and the output
             file, when all rows are there.
         pictures: whether rows have pictures, the error's spectrum and rFD.
+        run: trains and measures a row, as `run_row`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(experiments), default=list(experiments), metavar="MODEL")
@@ -236,7 +238,7 @@ def main(
     if arguments.worker:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         name, seed = arguments.worker[0], int(arguments.worker[1])
-        row = run_row(name, experiments[name], seed, steps_of(name), runs, strips)
+        row = run(name, experiments[name], seed, steps_of(name), runs, strips)
         (runs / f"{name}-{seed}.json").write_text(json.dumps(row))
         return
 

@@ -15,6 +15,14 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from favae.errors import FavaeError
+from favae.training.sharding import (
+    in_one_piece,
+    kind_of,
+    load_optimizers,
+    load_whole,
+    own_parts,
+    save_optimizers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +43,14 @@ def find_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def save_module(module: nn.Module, path: Path) -> None:
-    """A diffusers model as a folder that `from_pretrained` opens, any other module as a safetensors file."""
+def save_module(module: nn.Module, path: Path, write: bool = True) -> None:
+    """A diffusers model as a folder that `from_pretrained` opens, any other module as a safetensors file.
+
+    All processes call it, in case the model is sharded; one of them, with `write`, does what the name says.
+    """
+    module = in_one_piece(module)
+    if not write:
+        return
     if isinstance(module, ModelMixin):
         module.save_pretrained(path)
     else:
@@ -46,7 +60,7 @@ def save_module(module: nn.Module, path: Path) -> None:
 def load_module(module: nn.Module, path: Path) -> None:
     """Reads what `save_module` wrote into a module that exists."""
     if isinstance(module, ModelMixin):
-        module.load_state_dict(type(module).from_pretrained(path).state_dict())
+        load_whole(module, kind_of(module).from_pretrained(path).state_dict())
     else:
         safetensors.torch.load_model(module, f"{path}.safetensors")
 
@@ -60,25 +74,25 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | str = "cpu"):
         self.model = model
-        self.average = EMAModel(model.parameters(), decay=decay)
+        self.average = EMAModel(own_parts(model), decay=decay)
         self.average.to(device, dtype=torch.float32)
 
     def step(self) -> None:
-        self.average.step(self.model.parameters())
+        self.average.step(own_parts(self.model))
 
     def __enter__(self) -> nn.Module:
-        self.average.store(self.model.parameters())
-        self.average.copy_to(self.model.parameters())
+        self.average.store(own_parts(self.model))
+        self.average.copy_to(own_parts(self.model))
         return self.model
 
     def __exit__(self, *error) -> None:
-        self.average.restore(self.model.parameters())
+        self.average.restore(own_parts(self.model))
 
     def load(self, path: Path, steps: int) -> None:
         """Reads averaged weights that `save_module` wrote, and how many steps they stand for."""
         with self as model:
             load_module(model, path)
-            for shadow, parameter in zip(self.average.shadow_params, model.parameters()):
+            for shadow, parameter in zip(self.average.shadow_params, own_parts(model)):
                 shadow.copy_(parameter.detach())
         self.average.optimization_step = steps
 
@@ -95,6 +109,8 @@ class Checkpointer:
         modules: by name, unwrapped.
         ema: saved as one more module, "ema".
         total_limit: how many checkpoints are kept; None keeps all.
+        sharded: by name, models that are divided among the processes, and their optimisers, of which accelerate would
+            save the main process's part only.
     """
 
     def __init__(
@@ -104,12 +120,14 @@ class Checkpointer:
         modules: dict[str, nn.Module],
         ema: Ema | None,
         total_limit: int | None,
+        sharded: dict[str, tuple[nn.Module, list]] | None = None,
     ):
         self.accelerator = accelerator
         self.folder = folder
         self.modules = modules
         self.ema = ema
         self.total_limit = total_limit
+        self.sharded = sharded or {}
         accelerator.register_save_state_pre_hook(lambda models, weights, output: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
@@ -148,13 +166,16 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
-        if self.accelerator.is_main_process:
-            for name, module in self.modules.items():
-                save_module(module, temporary / name)
-            if self.ema is not None:
-                with self.ema as averaged:
-                    save_module(averaged, temporary / "ema")
-                state = {**state, "ema_steps": self.ema.average.optimization_step}
+        main = self.accelerator.is_main_process
+        for name, module in self.modules.items():
+            save_module(module, temporary / name, write=main)
+        if self.ema is not None:
+            with self.ema as averaged:
+                save_module(averaged, temporary / "ema", write=main)
+            state = {**state, "ema_steps": self.ema.average.optimization_step}
+        for name, (model, optimizers) in self.sharded.items():
+            save_optimizers(model, optimizers, temporary / f"{name}-optimizer")
+        if main:
             state = {"step": step, "num_processes": self.accelerator.num_processes, **state}
             (temporary / STATE_FILE).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
@@ -185,6 +206,8 @@ class Checkpointer:
         for name, module in self.modules.items():
             load_module(module, path / name)
         self.accelerator.load_state(str(path))
+        for name, (model, optimizers) in self.sharded.items():
+            load_optimizers(model, optimizers, path / f"{name}-optimizer")
         if self.ema is not None:
             self.ema.load(path / "ema", state["ema_steps"])
         logger.info("resumed from %s", path)

@@ -110,9 +110,12 @@ class GeneratorTrainConfig(TrainConfig):
     learning_rate: float = 2e-4
     optimizer: str = "adamw"  # or "muon": for the matrices of the blocks, AdamW for the rest
     compile: bool = False  # each block with torch.compile
+    shard: bool = False  # parameters, optimiser and average divided among the processes (FSDP)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.shard and self.mixed_precision == "fp16":
+            raise ConfigError("train.shard has no gradient scaler for train.mixed_precision=fp16; use bf16")
         one_of("train.optimizer", self.optimizer, ("adamw", "muon"))
 
 

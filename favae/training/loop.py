@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -24,6 +25,7 @@ from favae.files import write_file, write_folder
 from favae.training.checkpoints import STATE_FILE, Checkpointer, Ema, find_checkpoints
 from favae.training.checks import ConfigError
 from favae.training.config import RunConfig, TrainConfig, to_yaml
+from favae.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -168,14 +170,24 @@ class Run:
         """
         prepare = self.accelerator.prepare
         # A prepared schedule would step once per process.
+        sharded = {}
         for name, (model, optimizers, schedules) in self._trained.items():
-            model, *optimizers = prepare(model, *optimizers)
+            if is_sharded(model):  # autocast, but no second distribution
+                model = self.accelerator.prepare_model(model, evaluation_mode=True)
+                sharded[name] = (model, optimizers)
+            else:
+                model, *optimizers = prepare(model, *optimizers)
             self._trained[name] = (model, optimizers, schedules)
             self.accelerator.register_for_checkpointing(*schedules)
         if self.train.ema_decay:
             self.ema = Ema(averaged, self.train.ema_decay, self.device)
         self.checkpointer = Checkpointer(
-            self.accelerator, self.folder / "checkpoints", modules, self.ema, self.train.checkpoints_total_limit
+            self.accelerator,
+            self.folder / "checkpoints",
+            modules,
+            self.ema,
+            self.train.checkpoints_total_limit,
+            sharded,
         )
         return {name: model for name, (model, _, _) in self._trained.items()}
 
@@ -236,6 +248,7 @@ class Run:
         if not accelerator.sync_gradients:
             return True
         norm = accelerator.clip_grad_norm_(model.parameters(), self.train.max_grad_norm or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = bool(torch.isfinite(torch.as_tensor(norm)))
         for optimizer, schedule in zip(optimizers, schedules):
             if (

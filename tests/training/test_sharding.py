@@ -1,0 +1,43 @@
+"""A generator divided among two processes: the weights of a run that is not, whole in every file, and resumed."""
+
+import safetensors.torch
+import torch
+from conftest import kill_when, run, tiny_generator_recipe
+from diffusers import DiffusionPipeline
+from torch import nn
+
+import favae  # noqa: F401  (makes its pipelines known to diffusers)
+from favae.training.sharding import in_one_piece, own_parts, shard
+
+
+def test_sharded_training_is_the_same_training(tiny_cache):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    more = [
+        "train.steps=10",
+        "train.sample_every=5",
+        "train.learning_rate=0.01",
+        "train.max_grad_norm=1",
+        "train.optimizer=muon",  # and AdamW, for what is no matrix
+        "train.gradient_accumulation_steps=2",
+    ]
+    run("train_generator.py", recipe, f"output={tiny_cache / 'whole'}", *more, processes=2)
+    sharded = ("train_generator.py", recipe, f"output={tiny_cache / 'sharded'}", "train.shard=true", *more)
+    kill_when(tiny_cache / "sharded/checkpoints/.writing-step-6", *sharded, processes=2)
+    optimizers = list((tiny_cache / "sharded/checkpoints/step-4/generator-optimizer").glob("*.distcp"))
+    assert len(optimizers) == 2  # a part of each process
+    run(*sharded, processes=2)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    expected, found = (safetensors.torch.load_file(tiny_cache / name / "final" / file) for name in ("whole", "sharded"))
+    assert expected.keys() == found.keys()
+    for name in expected:  # weights have moved by up to 0.1; Muon works in bfloat16, in another order
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-3)
+    config = (tiny_cache / "sharded/final/transformer/config.json").read_text()
+    assert '"_class_name": "LightningDiTTransformer2DModel"' in config
+    assert len(DiffusionPipeline.from_pretrained(tiny_cache / "sharded/final")([0, 1]).images) == 2
+    assert (tiny_cache / "sharded/samples/step-0000005.png").exists()
+
+
+def test_one_process_keeps_its_model():
+    model = nn.Sequential(nn.Linear(2, 2))
+    shard(model, [model[0]])
+    assert in_one_piece(model) is model and own_parts(model) == list(model.parameters())
