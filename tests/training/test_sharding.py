@@ -15,9 +15,8 @@ def test_sharded_training_is_the_same_training(tiny_cache):
     more = [
         "train.steps=10",
         "train.sample_every=5",
-        "train.learning_rate=0.001",
+        "train.learning_rate=0.01",
         "train.max_grad_norm=1",
-        "train.optimizer=muon",  # and AdamW, for what is no matrix
         "train.gradient_accumulation_steps=2",
     ]
     run("train_generator.py", recipe, f"output={tiny_cache / 'whole'}", *more, processes=2)
@@ -29,8 +28,8 @@ def test_sharded_training_is_the_same_training(tiny_cache):
     file = "transformer/diffusion_pytorch_model.safetensors"
     expected, found = (safetensors.torch.load_file(tiny_cache / name / "final" / file) for name in ("whole", "sharded"))
     assert expected.keys() == found.keys()
-    for name in expected:  # weights have moved by up to 0.01; Muon works in bfloat16, in another order
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=5e-4)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
     config = (tiny_cache / "sharded/final/transformer/config.json").read_text()
     assert '"_class_name": "LightningDiTTransformer2DModel"' in config
     assert len(DiffusionPipeline.from_pretrained(tiny_cache / "sharded/final")([0, 1]).images) == 2
