@@ -54,9 +54,7 @@ POINTS = (0.25, 0.5, 1.0)  # of the training at which images are drawn
 GUIDANCE = {"unguided": 1.0, "guided": 1.5}
 PATCH = 8  # pixels per latent
 
-EXPERIMENTS: dict[str, Experiment] = {
-    name: ALL[name] for name in ("stock", "stock_shortcut", "split", "published", "quality")
-}
+EXPERIMENTS: dict[str, Experiment] = {name: ALL[name] for name in ("stock", "split", "quality", "overlapping")}
 
 
 class Images(Dataset):

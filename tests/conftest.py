@@ -28,7 +28,7 @@ TINY_FAVAE = {
     "norm_num_groups": 4,
     "latent_channels": 6,
     "high_latent_channels": 2,
-    "shortcut": False,  # it would silence the networks at the start
+    "shortcut": None,  # it would silence the networks at the start
     "sample_size": 16,
 }
 TINY_VQ = {

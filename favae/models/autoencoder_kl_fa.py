@@ -142,8 +142,9 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
             "image", with an "image" encoder, is a whole stock decoder, to which the high branch adds, from nothing.
         high_decoder_input: "all" latents (they hold what the details belong to), or only the "high" ones, as published.
         frequency_complement: "conv", "res" or "attn" puts `FrequencyComplement` modules into the decoders.
-        shortcut: a linear path from patches to latents and back, which the networks only correct. An untrained model
-            is then a linear codec, rather than noise.
+        shortcut: a linear path from patches to latents and back, which the networks only correct: an untrained model is
+            then a linear codec, rather than noise. "overlapping" decodes a patch from its latent and the eight around
+            it, "patches" from its own alone; `None` is without.
         use_quant_conv, use_post_quant_conv, sample_size, scaling_factor, shift_factor, latents_mean, latents_std,
             force_upcast: as in [`AutoencoderKL`].
 
@@ -178,7 +179,7 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
         low_branch: str = "native",
         high_decoder_input: str = "all",
         frequency_complement: str | None = None,
-        shortcut: bool = True,
+        shortcut: str | None = "overlapping",
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         sample_size: int = 256,
@@ -224,7 +225,7 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
             low_latents,
             high_latents,
             upsample_low,
-            LatentsToPatches(latent_channels, out_channels, stride) if shortcut else None,
+            LatentsToPatches(latent_channels, out_channels, stride, shortcut == "overlapping") if shortcut else None,
             whole_image,
         )
         if whole_image:
@@ -343,7 +344,7 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
         settings.setdefault("high_block_out_channels", None)
         settings.setdefault("attention", vae.config.up_block_types[0].startswith("Attn"))
         config = {name: vae.config[name] for name in kept}
-        model = cls(**config, encoder_type="image", high_latent_channels=0, shortcut=False, **settings)
+        model = cls(**config, encoder_type="image", high_latent_channels=0, shortcut=None, **settings)
         for name in ("encoder", "quant_conv", "post_quant_conv"):
             if getattr(model, name) is not None:
                 getattr(model, name).load_state_dict(getattr(vae, name).state_dict())
@@ -381,6 +382,7 @@ def _check_settings(config, low_widths: tuple[int, ...], high_widths: tuple[int,
         "encoder_type": ("wavelet", "image"),
         "low_branch": ("native", "upsampled", "image"),
         "high_decoder_input": ("all", "high"),
+        "shortcut": ("overlapping", "patches", None),
     }.items():
         if config[name] not in allowed:
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {config[name]!r}")
@@ -399,7 +401,7 @@ def _check_settings(config, low_widths: tuple[int, ...], high_widths: tuple[int,
     if config.low_branch == "image" and not image:
         raise ValueError("low_branch='image' is a decoder for latents that exist: it needs encoder_type='image'")
     if image and config.shortcut:
-        raise ValueError("encoder_type='image' keeps its latent space: shortcut must be False")
+        raise ValueError("encoder_type='image' keeps its latent space: shortcut must be None")
     if image and config.down_block_types is not None and len(config.down_block_types) != len(config.block_out_channels):
         raise ValueError(
             f"down_block_types must have as many entries as block_out_channels ({len(config.block_out_channels)}), "

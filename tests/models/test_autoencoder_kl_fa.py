@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import TINY_FAVAE
 from diffusers import AutoencoderKL, AutoModel
+from skimage import data
 
 from favae import AutoencoderKLFA
-from favae.models.linear_shortcut import frequency_basis
+from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, expected_patches, frequency_basis
 
 IMAGE = {"encoder_type": "image", "high_latent_channels": 0}
 
@@ -48,7 +49,8 @@ def test_save_load_same_output(tiny_favae, tmp_path):
         {"wavelet_levels": 2, "high_block_out_channels": (8,)},
         {"frequency_complement": "conv"},
         {"frequency_complement": "attn", "high_decoder_input": "high"},
-        {"shortcut": True},
+        {"shortcut": "overlapping"},
+        {"shortcut": "patches"},
         {"attention": True},
         {"encoder_type": "image", "high_latent_channels": 0},
         {"encoder_type": "image", "high_latent_channels": 0, "low_branch": "upsampled", "frequency_complement": "res"},
@@ -148,9 +150,10 @@ def test_auto_model_inside_a_folder_of_components(tiny_favae, tmp_path):
         ),
         ({"encoder_type": "image"}, "encoder_type='image'.*high_latent_channels"),
         (IMAGE | {"high_decoder_input": "high"}, "encoder_type='image'.*high_decoder_input"),
-        (IMAGE | {"shortcut": True}, "encoder_type='image'.*shortcut"),
+        (IMAGE | {"shortcut": "overlapping"}, "encoder_type='image'.*shortcut"),
         ({"down_block_types": ("DownEncoderBlock2D",) * 3}, "encoder_type='wavelet'.*down_block_types"),
-        ({"shortcut": True, "latent_channels": 49}, "3 x 4 x 4 has fewer than 49"),
+        ({"shortcut": "overlapping", "latent_channels": 49}, "3 x 4 x 4 has fewer than 49"),
+        ({"shortcut": True}, "shortcut must be 'overlapping' or 'patches' or None, got True"),
         ({"block_out_channels": (8, 8, 18)}, "block_out_channels must be multiples of norm_num_groups = 4"),
         ({"high_block_out_channels": (8, 10)}, "high_block_out_channels must be multiples of norm_num_groups = 4"),
         ({"band_scales": (2.0,)}, "band_scales must be two positive numbers"),
@@ -178,8 +181,45 @@ def test_frequency_basis_is_orthonormal_and_begins_with_the_mean():
         frequency_basis(2, 13)
 
 
+def test_expected_patches_are_those_of_the_gaussian_field():
+    """Against the textbook's conditional expectation, of one colour, everything at once: 3 x 3 patches of 2 px."""
+    size, count = 2, 3
+    places = torch.cartesian_prod(torch.arange(6.0), torch.arange(6.0)).double()
+    covariance = torch.exp(-torch.cdist(places, places) / (5 * size))
+    basis = frequency_basis(size, count, channels=1).double()[:, 0]
+    seen = torch.zeros(3, 3, count, 6, 6).double()
+    for i in range(3):
+        for j in range(3):
+            seen[i, j, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = basis
+    seen = seen.flatten(0, 2).flatten(1)
+    coordinates = torch.randn(27).double()
+    expected = covariance @ seen.T @ torch.linalg.solve(seen @ covariance @ seen.T, coordinates)
+    patches = expected_patches(size, count, channels=1)
+    found = torch.nn.functional.conv_transpose2d(
+        coordinates.view(1, 3, 3, count).permute(0, 3, 1, 2).float(), patches, stride=size
+    )
+    assert torch.allclose(found[0, 0, 4:6, 4:6], expected.view(6, 6)[2:4, 2:4].float(), atol=1e-5)
+
+
+def test_overlapping_patches_keep_the_coordinates_and_hide_the_borders():
+    encode, decode, independent = (
+        PatchesToLatents(3, 16, 8),
+        LatentsToPatches(16, 3, 8),
+        LatentsToPatches(16, 3, 8, overlapping=False),
+    )
+    photo = torch.tensor(data.astronaut().copy()).permute(2, 0, 1)[None, :, :256, :256] / 127.5 - 1
+    with torch.no_grad():
+        latents = encode(photo)
+        smooth, blocky = decode(latents), independent(latents)
+        assert torch.allclose(encode(smooth), latents, atol=1e-4)
+    assert (smooth - photo).square().mean() < 0.93 * (blocky - photo).square().mean()
+    steps = [(image[..., 1:] - image[..., :-1]).abs().mean((0, 1, 2)) for image in (smooth, blocky)]
+    seams = [float(step[7::8].mean() / step.mean()) for step in steps]
+    assert seams[0] - 1 < 0.5 * (seams[1] - 1)
+
+
 def test_an_untrained_model_with_a_shortcut_is_a_linear_codec():
-    model = AutoencoderKLFA(**TINY_FAVAE | {"shortcut": True}).eval()
+    model = AutoencoderKLFA(**TINY_FAVAE | {"shortcut": "patches"}).eval()
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     posterior = model.encode(images).latent_dist
     basis = frequency_basis(4, 6).flatten(1)
@@ -192,7 +232,7 @@ def test_an_untrained_model_with_a_shortcut_is_a_linear_codec():
 
 
 def test_everything_behind_a_shortcut_learns():
-    model = AutoencoderKLFA(**TINY_FAVAE | {"shortcut": True}).train()
+    model = AutoencoderKLFA(**TINY_FAVAE | {"shortcut": "overlapping"}).train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(3):

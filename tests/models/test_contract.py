@@ -14,7 +14,7 @@ from favae import AutoencoderKLFA, VQModelFA
 
 BUILDS = {
     "favae": lambda: AutoencoderKLFA(**TINY_FAVAE),
-    "complements": lambda: AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": True, "frequency_complement": "conv"}),
+    "complements": lambda: AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": "overlapping", "frequency_complement": "conv"}),
     "attention": lambda: AutoencoderKLFA(**TINY_FAVAE, attention=True, frequency_complement="attn", wavelet="db2"),
     "image": lambda: AutoencoderKLFA.from_autoencoder_kl(make_tiny_kl()),
     "whole": lambda: AutoencoderKLFA.from_autoencoder_kl(make_tiny_kl(), low_branch="image"),
@@ -253,7 +253,7 @@ def test_tiles_have_the_size_that_was_asked_for():
 def test_tiles_leave_no_seams():
     """Mean difference to the untiled decode of a photograph: below 1% of the range, with a trained network."""
     torch.manual_seed(0)
-    model = AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": True}).train()
+    model = AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": "overlapping"}).train()
     photo = torch.tensor(data.astronaut().copy()).permute(2, 0, 1)[None, :, :252, :200] / 127.5 - 1
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     with torch.enable_grad():

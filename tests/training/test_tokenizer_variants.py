@@ -98,7 +98,7 @@ def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl,
 
 def test_two_processes_with_complements_and_every_regulariser(tmp_path, image_folder):
     file = recipe(tmp_path, image_folder)
-    more = ["model.frequency_complement=conv", "model.shortcut=true", "loss.scale_equivariance=0.1"]
+    more = ["model.frequency_complement=conv", "model.shortcut=overlapping", "loss.scale_equivariance=0.1"]
     more += ["loss.latent_noise=0.1", "loss.high_dropout=0.5", "loss.stft={weight: 0.1, window: 8}", "loss.ssim=0.1"]
     run("train_tokenizer.py", file, *SPECTRUM, *more, f"output={tmp_path / 'run'}", processes=2)
     last = metrics(tmp_path / "run")[-1]
