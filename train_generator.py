@@ -24,8 +24,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEu
 from torchvision.utils import save_image
 
 from favae.adapters.diffusers import fold_latent_statistics
+from favae.data.images import ImageDataset, open_source
 from favae.data.latents import LatentDataset, load_tokenizer
 from favae.eval.online import OnlineEvaluation
+from favae.foundation import FoundationModel
 from favae.pipelines import LightningDiTPipeline
 from favae.pipelines.pipeline_lightningdit import num_classes
 from favae.training.checks import ConfigError
@@ -33,9 +35,11 @@ from favae.training.config import GeneratorConfig, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run
 from favae.training.models import GENERATORS, build_model
-from favae.training.objectives import DIFFUSION, Objective
+from favae.training.objectives import DIFFUSION, AlignedTransformer, Objective, blocks_of
 from favae.training.script import main
 from favae.training.sharding import in_one_piece, shard
+
+REMEDY = "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network"
 
 
 def dry_run(config: GeneratorConfig, num_processes: int) -> None:
@@ -54,6 +58,21 @@ def dry_run(config: GeneratorConfig, num_processes: int) -> None:
         check_shapes(config, transformer, dataset)
         images = len(dataset)
     print(describe_run(config, images, num_processes))
+
+
+def open_images(config: GeneratorConfig) -> ImageDataset | None:
+    """The images behind the latents, at the cache's resolution, if their features are wanted."""
+    data = config.data
+    if not config.loss.alignment.weight:
+        return None
+    source = open_source(
+        data.images,
+        data.split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        min_size=data.min_size,
+    )
+    return ImageDataset(source, LatentDataset(data.latents).manifest["resolution"])
 
 
 def check_shapes(config: GeneratorConfig, transformer, dataset: LatentDataset) -> None:
@@ -99,23 +118,29 @@ def train(config: GeneratorConfig) -> None:
             raise ConfigError(f"data.{key} is missing")
 
     tokenizer = load_tokenizer(config.data.tokenizer)
-    dataset = LatentDataset(config.data.latents, tokenizer, config.data.flip, config.data.shuffle_shards)
+    data, alignment = config.data, config.loss.alignment
+    dataset = LatentDataset(data.latents, tokenizer, data.flip, data.shuffle_shards, open_images(config))
     transformer = build_model(config.model, GENERATORS)
     check_shapes(config, transformer, dataset)
     if train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     pipeline = make_pipeline(config, transformer, tokenizer.to(run.device).eval(), dataset)
     objective = Objective(config.loss, transformer)
+    trained, modules, teacher = transformer, {"transformer": transformer}, None
+    if alignment.weight:
+        teacher = FoundationModel(alignment.backbone, alignment.weights, REMEDY).to(run.device)
+        trained = AlignedTransformer(transformer, alignment.layer, teacher.channels)
+        modules["head"] = trained.head
 
-    blocks = transformer.transformer_blocks if hasattr(transformer, "transformer_blocks") else transformer.blocks
+    blocks = blocks_of(transformer)
     if train.compile:
         for block in blocks:
             block.compile()  # in place: names of weights stay, and one graph serves all blocks
     if train.shard:
         shard(transformer, blocks)
     matrices = [p for p in blocks.parameters() if p.ndim == 2] if train.optimizer == "muon" else []
-    run.add("generator", transformer, train.learning_rate, matrices=matrices)
-    model = run.prepare({"transformer": transformer}, averaged=transformer)["generator"]
+    run.add("generator", trained, train.learning_rate, matrices=matrices)
+    model = run.prepare(modules, averaged=transformer)["generator"]
     evaluate = None
     if config.evaluation.every:
         size = transformer.config.sample_size * 2 ** (len(tokenizer.config.block_out_channels) - 1)
@@ -124,8 +149,12 @@ def train(config: GeneratorConfig) -> None:
 
     for batch in run.batches(dataset):
         transformer.train()
+        features = None
+        if teacher is not None:
+            trained.active = alignment.stop_step is None or run.step < alignment.stop_step
+            features = teacher(batch["image"], (trained.grid, trained.grid)) if trained.active else None
         with run.accelerator.accumulate(model):
-            loss, terms = objective(model, dataset.draw(batch), batch["label"])
+            loss, terms = objective(model, dataset.draw(batch), batch["label"], features)
             finite = run.optimise("generator", loss)
 
         if run.end_step(terms, finite):

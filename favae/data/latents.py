@@ -233,6 +233,7 @@ class LatentDataset:
         flip: whether an epoch takes half of the images as their mirror images.
         shuffle_shards: how many shards are mixed at a time; None mixes all. With fewer, what is read at a time is small
             enough to stay in memory, or to be read in one go from a slow disk.
+        images: the images that the cache was made of, if batches shall have them too.
 
     `read(indices, views)` gives moments as stored, `draw(batch)` latents from their posteriors; `epoch(rng)` an order.
 
@@ -246,6 +247,7 @@ class LatentDataset:
         tokenizer: ModelMixin | None = None,
         flip: bool = True,
         shuffle_shards: int | None = None,
+        images: ImageDataset | None = None,
     ):
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
@@ -256,7 +258,9 @@ class LatentDataset:
                 f"{folder} was made by another tokenizer than data.tokenizer; give the one that wrote it, or write the "
                 "cache again into another folder"
             )
-        self.flip, self.shuffle_shards = flip, shuffle_shards
+        self.flip, self.shuffle_shards, self.images = flip, shuffle_shards, images
+        if images is not None and len(images) != self.manifest["images"]:
+            raise CacheError(f"{folder} was made of {self.manifest['images']} images, data.images has {len(images)}")
         self.classes = self.manifest["classes"]
         self.latent_shape = tuple(self.manifest["latent_shape"])
         self.mean = torch.tensor(self.manifest["latents_mean"]).view(-1, 1, 1)
@@ -294,7 +298,8 @@ class LatentDataset:
         Args:
             indices, views: (B,), of images and of their views.
         Returns:
-            mean, logvar (B, C, h, w) of the stored dtype, label (B,) int64; on the CPU.
+            mean, logvar (B, C, h, w) of the stored dtype, label (B,) int64; with images, image (B, 3, H, W) in
+            [-1, 1], the same view; on the CPU.
         Raises:
             IndexError: for an index that is not there.
         """
@@ -309,13 +314,25 @@ class LatentDataset:
         for mean, logvar, shard, row in zip(means, logvars, shards, (2 * rows + views).tolist()):
             mean.copy_(shard["mean"][row])
             logvar.copy_(shard["logvar"][row])
-        return {**batch, "label": torch.tensor([shard["labels"][row] for shard, row in zip(shards, rows.tolist())])}
+        batch["label"] = torch.tensor([shard["labels"][row] for shard, row in zip(shards, rows.tolist())])
+        if self.images is not None:
+            found = [self._image(shard["indices"][row]) for shard, row in zip(shards, rows.tolist())]
+            mirrored = torch.from_numpy(np.asarray(views, bool)).view(-1, 1, 1, 1)
+            batch["image"] = torch.where(mirrored, torch.stack(found).flip(-1), torch.stack(found))
+        return batch
+
+    def _image(self, index: int) -> Tensor:
+        item = self.images[index]
+        if item is None:
+            raise CacheError(f"image {index} of data.images cannot be read, which it could when the cache was written")
+        return item["image"]
 
     def _shard(self, number: int) -> dict[str, Tensor | list[int]]:
         if number not in self._open:  # opened once in each worker that reads it; memory-mapped, not loaded
             with _open_shard(_shard(self.folder, number)) as shard:
                 moments = {name: shard.get_tensor(name).flatten(0, 1) for name in ("mean", "logvar")}  # (2n, C, h, w)
-                self._open[number] = {**moments, "labels": shard.get_tensor("labels").tolist()}
+                lists = {name: shard.get_tensor(name).tolist() for name in ("labels", "indices")}
+                self._open[number] = moments | lists
         return self._open[number]
 
     def draw(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Alignment of latents with the features of a frozen vision model."""
+"""Alignment with the features of a frozen vision model: of latents, and of what a generator computes."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,3 +34,29 @@ def vision_foundation_alignment(
         distances = (z.transpose(1, 2) @ z - f.transpose(1, 2) @ f).abs()  # (B, N, N)
         cosine = (z * f).sum(dim=1)  # (B, N)
         return F.relu(distances - distmat_margin).mean() + F.relu(1 - cosine_margin - cosine).mean()
+
+
+def representation_alignment(projected: Tensor, features: Tensor) -> Tensor:
+    """Pulls a generator's hidden states towards a feature map, token by token.
+
+    L = mean_i (1 - cos(h_i, g_i)),   g = (f - mean_i f) / std_i f  per image and channel
+
+    where i runs over the h*w positions of one image: what the feature map has in common everywhere is left out, so that
+    its structure in space is what counts. Computed in float32.
+
+    Args:
+        projected: (B, C, h, w), the hidden states mapped to the feature's channels.
+        features: (B, C, h, w), not differentiated.
+    Returns:
+        Scalar in [0, 2].
+    Raises:
+        ValueError: if the shapes differ.
+    Source: Yu et al., ICLR 2025 (REPA, arXiv 2410.06940); the normalisation, Singh et al., 2025 (iREPA, arXiv
+    2512.10794), with the mean subtracted whole.
+    """
+    if projected.shape != features.shape:
+        raise ValueError(f"hidden states {tuple(projected.shape)} and features {tuple(features.shape)} differ in shape")
+    with no_autocast(projected.device):
+        f = features.detach().float()
+        f = (f - f.mean((2, 3), keepdim=True)) / (f.std((2, 3), keepdim=True) + 1e-6)
+        return 1 - F.cosine_similarity(projected.float(), f, dim=1).mean()

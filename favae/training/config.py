@@ -39,6 +39,11 @@ class LatentDataConfig:
     tokenizer: str | None = None  # the autoencoder that wrote it: a folder or hub name
     flip: bool = True
     shuffle_shards: int | None = None  # how many shards are mixed at a time; None: all
+    images: str | None = None  # what the cache was made of, for loss.alignment
+    split: str = "train"  # of `images`
+    image_column: str = "image"
+    label_column: str = "label"
+    min_size: int = 16
     num_images: int | None = None  # as above
 
     def __post_init__(self):
@@ -318,6 +323,13 @@ class GeneratorConfig(RunConfig):
                 f"model.out_channels must be {' or '.join(map(str, allowed))} for loss.objective="
                 f"{self.loss.objective} and model.in_channels={channels}, got {self.model['out_channels']}"
             )
+        if self.loss.alignment.weight:
+            layers = self.model.get("num_layers", 28)
+            one_of("loss.alignment.layer", self.loss.alignment.layer, range(1, layers + 1))
+            if self.data.images is None:
+                raise ConfigError("loss.alignment.weight needs data.images, what the latents were made of")
+            if self.train.shard:
+                raise ConfigError("loss.alignment.weight and train.shard do not go together")
         if self.model.get("class_dropout_prob") == 0 and self.sampling.guidance_scale != 1:
             raise ConfigError("sampling.guidance_scale must be 1 without a null class (model.class_dropout_prob=0)")
         if self.model.get("class_dropout_prob") == 0 and self.evaluation.guidance_scale != 1:
