@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from favae.models.hub import HubModelMixin
+from favae.precision import no_autocast
 
 
 def axial_rotary_embedding(height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LightningDiTBlock"]
     _repeated_blocks = ["LightningDiTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embedding", "norm"]
 
     @register_to_config
     def __init__(
@@ -200,8 +201,9 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         if tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(f"built for latents of shape {expected}, got {tuple(hidden_states.shape[1:])}")
         dtype = hidden_states.dtype
-        # The time must not be rounded to half precision before its sinusoids are computed.
-        time = self.time_embedding(self.time_proj(timestep.float()).to(dtype))
+        with no_autocast(hidden_states.device):  # in half precision neighbouring times would be one
+            weight = self.time_embedding.linear_1.weight
+            time = self.time_embedding(self.time_proj(timestep.float()).to(weight.dtype)).to(dtype)
         condition = time + self.class_embedding(class_labels)  # (B, D)
         rotary = (self.rotary_cos, self.rotary_sin)
         hidden_states = self.patch_embed(hidden_states).to(dtype)  # (B, N, D)

@@ -89,3 +89,24 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match=r"built for latents of shape \(6, 4, 4\), got \(6, 8, 8\)"):
         tiny()(torch.zeros(1, 6, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+
+
+def test_time_norms_and_the_residual_stream_stay_in_float32_under_autocast():
+    model = tiny().eval()
+    seen = {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            seen[name] = (output if isinstance(output, torch.Tensor) else output[0]).dtype
+
+        return hook
+
+    for name in ("time_embedding", "blocks.0.norm1", "blocks.0.norm2", "norm_out", "blocks.0", "blocks.0.ff.gate"):
+        model.get_submodule(name).register_forward_hook(watch(name))
+    arguments = (torch.randn(2, 6, 4, 4), torch.tensor([0.5, 0.5004]), torch.tensor([1, 1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*arguments)
+    assert seen.pop("blocks.0.ff.gate") == torch.bfloat16
+    assert set(seen.values()) == {torch.float32} and len(seen) == 5
+    half = tiny().to(torch.bfloat16)  # as a pipeline runs it
+    assert half(arguments[0].bfloat16(), *arguments[1:]).sample.dtype == torch.bfloat16
