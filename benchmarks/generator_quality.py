@@ -14,6 +14,8 @@ Writes docs/results/generator_quality.json, its figures, and the table of docs/r
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -38,11 +40,10 @@ from favae.eval.generation import measure
 from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.sampling import sample_to_folder
 from favae.training.checkpoints import find_checkpoints
-from favae.training.config import GeneratorConfig, TokenizerConfig, load_config
+from favae.training.config import GeneratorConfig, load_config
 from favae.training.models import GENERATORS
 from train_generator import make_pipeline
 from train_generator import train as train_generator
-from train_tokenizer import train as train_tokenizer
 
 OUTPUT = ROOT / "docs/results/generator_quality.json"
 RECIPE = ROOT / "configs/generator/photos_lightningdit.yaml"
@@ -115,7 +116,9 @@ def trained_tokenizer(name: str, experiment: Experiment, seed: int, folder: Path
         recipe = folder / f"tokenizer-{name}-{seed}.json"  # which is YAML too
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(json.dumps(experiment.recipe(TOKENIZER_STEPS)))
-        train_tokenizer(load_config(TokenizerConfig, recipe, [f"output={output}", f"seed={seed}"]))
+        # In a process of its own: one process has one mixed precision.
+        command = [sys.executable, ROOT / "train_tokenizer.py", recipe, f"output={output}", f"seed={seed}"]
+        subprocess.run(command, check=True)
     kind = TOKENIZERS[experiment.model["name"]]
     return kind.from_pretrained(output / "final").eval(), output / "final"
 
