@@ -5,12 +5,19 @@
     one process       python train_generator.py configs/generator/photos_lightningdit.yaml
     8 GPUs            accelerate launch --num_processes 8 train_generator.py CONFIG.yaml data.latents=LATENTS
     2 CPU processes   torchrun --nproc_per_node 2 train_generator.py CONFIG.yaml
+    4 x 8 GPUs        torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
+                          train_generator.py CONFIG.yaml                      (on each of the four; HOST is one of them)
+    with SLURM        srun --nodes 4 --ntasks-per-node 1 bash -c 'torchrun --nnodes 4 --nproc_per_node 8 \\
+                          --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint $(scontrol show hostnames \\
+                          $SLURM_JOB_NODELIST | head -n 1):29500 train_generator.py CONFIG.yaml'
     what would run    python train_generator.py CONFIG.yaml --dry-run
 
 Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again goes
 on from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by default
 runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (guided, from the averaged weights),
 checkpoints/step-N/ and, at the end, final/: a pipeline for `DiffusionPipeline.from_pretrained`, tokenizer included.
+What one GPU cannot hold: train.shard=true divides parameters, optimiser and average among the processes (FSDP),
+train.gradient_checkpointing=true computes activations twice; train.compile=true compiles each block.
 With evaluation.every=K evaluation.reference=STATISTICS, FID and the other measures of the averaged weights go to
 evaluation.jsonl every K steps, with the epochs that FID <= k took (EP_FID@k).
 """
