@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Trains a class-conditional generator on a latent cache: LightningDiT or DiT, by flow matching or (DiT) diffusion.
+"""Trains a generator on a latent cache: LightningDiT or DiT from classes, by flow matching or (DiT) diffusion; CAT from
+texts, token by token.
 
     tokenizer first   python train_tokenizer.py ...; python -m favae.data.latents ...
+    for CAT, then     python -m favae.data.text --latents LATENTS --encoder minilm
     one process       python train_generator.py configs/generator/photos_lightningdit.yaml
     8 GPUs            accelerate launch --num_processes 8 train_generator.py CONFIG.yaml data.latents=LATENTS
     2 CPU processes   torchrun --nproc_per_node 2 train_generator.py CONFIG.yaml
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 from torchvision.utils import save_image
 
 from favae.adapters.diffusers import fold_latent_statistics
@@ -37,6 +40,7 @@ from favae.eval.online import OnlineEvaluation
 from favae.foundation import FoundationModel
 from favae.pipelines import LightningDiTPipeline
 from favae.pipelines.pipeline_lightningdit import num_classes
+from favae.training import text_to_image
 from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig, to_yaml
 from favae.training.loop import Run
@@ -45,6 +49,7 @@ from favae.training.models import GENERATORS, build_model
 from favae.training.objectives import DIFFUSION, AlignedTransformer, Objective, blocks_of
 from favae.training.script import main
 from favae.training.sharding import in_one_piece, shard
+from favae.training.text_to_image import TextToImage, open_states
 
 REMEDY = "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network"
 
@@ -53,16 +58,13 @@ def dry_run(config: GeneratorConfig, num_processes: int) -> None:
     print(to_yaml(config))
     with torch.device("meta"):
         transformer = build_model(config.model, GENERATORS)
-    shape = transformer.config
-    print(
-        f"generator: {transformer.num_parameters():,} parameters, "
-        f"{shape.in_channels * shape.sample_size**2:,} floats per image, "
-        f"{(shape.sample_size // shape.patch_size) ** 2:,} tokens"
-    )
+    shape, size = transformer.config, transformer.config.sample_size
+    tokens = size**2 if config.from_text else (size // shape.patch_size) ** 2
+    print(f"generator: {transformer.num_parameters():,} parameters, {tokens:,} tokens per image")
     images = config.data.num_images
     if config.data.latents is not None and Path(config.data.latents).exists():
-        dataset = LatentDataset(config.data.latents)
-        check_shapes(config, transformer, dataset)
+        dataset = LatentDataset(config.data.latents, text=open_states(config) if config.from_text else None)
+        (text_to_image.check_shapes if config.from_text else check_shapes)(config, transformer, dataset)
         images = len(dataset)
     print(describe_run(config, images, num_processes))
 
@@ -82,9 +84,36 @@ def open_images(config: GeneratorConfig) -> ImageDataset | None:
     return ImageDataset(source, LatentDataset(data.latents).manifest["resolution"])
 
 
+class ClassToImage:
+    """LightningDiT or DiT on a cache of latents; the counterpart of `TextToImage`.
+
+    Raises:
+        ConfigError: if the transformer was built for another latent shape, or for fewer classes.
+    """
+
+    def __init__(self, config: GeneratorConfig, tokenizer, dataset: LatentDataset, transformer):
+        self.config, self.dataset = config, dataset
+        check_shapes(config, transformer, dataset)
+        self.objective = Objective(config.loss, transformer)
+        self.pipeline = make_pipeline(config, transformer, tokenizer, dataset)
+
+    def loss(self, model, batch: dict, features: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective(model, self.dataset.draw(batch), batch["label"], features)
+
+    def samples(self) -> tuple[dict, int]:
+        sampling, classes = self.config.sampling, len(self.dataset.classes)
+        options = {"class_labels": [i % classes for i in range(sampling.num_images)]}
+        options["num_inference_steps"] = sampling.num_inference_steps
+        if isinstance(self.pipeline, LightningDiTPipeline):
+            options["guidance_interval"] = tuple(sampling.guidance_interval)
+        return options, min(classes, 8)
+
+
 def check_shapes(config: GeneratorConfig, transformer, dataset: LatentDataset) -> None:
     """A generator is built for one latent shape and number of classes; the cache must have them."""
     built = transformer.config
+    if dataset.kind != "moments":
+        raise ConfigError(f"{config.data.latents} holds tokens of a codebook, which are for a CATTransformerModel")
     expected = (built.in_channels, built.sample_size, built.sample_size)
     if dataset.latent_shape != expected:
         raise ConfigError(
@@ -126,13 +155,13 @@ def train(config: GeneratorConfig) -> None:
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     data, alignment = config.data, config.loss.alignment
-    dataset = LatentDataset(data.latents, tokenizer, data.flip, data.shuffle_shards, open_images(config))
+    states = open_states(config) if config.from_text else None
+    dataset = LatentDataset(data.latents, tokenizer, data.flip, data.shuffle_shards, open_images(config), states)
     transformer = build_model(config.model, GENERATORS)
-    check_shapes(config, transformer, dataset)
+    task = (TextToImage if config.from_text else ClassToImage)(config, tokenizer, dataset, transformer)
+    pipeline = task.pipeline.to(run.device)
     if train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    pipeline = make_pipeline(config, transformer, tokenizer.to(run.device).eval(), dataset)
-    objective = Objective(config.loss, transformer)
     trained, modules, teacher = transformer, {"transformer": transformer}, None
     if alignment.weight:
         teacher = FoundationModel(alignment.backbone, alignment.weights, REMEDY).to(run.device)
@@ -161,13 +190,13 @@ def train(config: GeneratorConfig) -> None:
             trained.active = alignment.stop_step is None or run.step < alignment.stop_step
             features = teacher(batch["image"], (trained.grid, trained.grid)) if trained.active else None
         with run.accelerator.accumulate(model):
-            loss, terms = objective(model, dataset.draw(batch), batch["label"], features)
+            loss, terms = task.loss(model, batch, features)
             finite = run.optimise("generator", loss)
 
         if run.end_step(terms, finite):
             if run.due(train.sample_every):
                 with averaged(run, pipeline, transformer):
-                    save_samples(run, config, pipeline)
+                    save_samples(run, pipeline, *task.samples())
             if run.due(config.evaluation.every):
                 with averaged(run, pipeline, transformer):
                     metrics = evaluate(pipeline, run.step, run.epoch(dataset))
@@ -189,27 +218,17 @@ def averaged(run: Run, pipeline: DiffusionPipeline, transformer) -> Iterator[Non
         pipeline.register_modules(transformer=transformer)
 
 
-def save_samples(run: Run, config: GeneratorConfig, pipeline: DiffusionPipeline) -> None:
-    """samples/step-N.png: classes in turn, the same noise each time."""
+def save_samples(run: Run, pipeline: DiffusionPipeline, options: dict, columns: int) -> None:
+    """samples/step-N.png: the same conditions and the same noise each time."""
     if not run.is_main:
         return
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
-    sampling = config.sampling
-    classes = len(pipeline.config.id2label)
     pipeline.set_progress_bar_config(disable=True)
-    guided = isinstance(pipeline, LightningDiTPipeline)
-    interval = {"guidance_interval": tuple(sampling.guidance_interval)} if guided else {}
-    images = pipeline(
-        [i % classes for i in range(sampling.num_images)],
-        guidance_scale=sampling.guidance_scale,
-        num_inference_steps=sampling.num_inference_steps,
-        generator=torch.Generator().manual_seed(config.seed),
-        output_type="np",
-        **interval,
-    ).images
+    options |= {"guidance_scale": run.config.sampling.guidance_scale, "output_type": "np"}
+    images = pipeline(**options, generator=torch.Generator().manual_seed(run.config.seed)).images
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    save_image(images, folder / f"step-{run.step:07}.png", nrow=min(classes, 8))
+    save_image(images, folder / f"step-{run.step:07}.png", nrow=columns)
 
 
 if __name__ == "__main__":

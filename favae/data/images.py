@@ -1,6 +1,7 @@
 """Images from a folder, a Hugging Face dataset, a parquet file, or the photographs inside some wheels.
 
-A *source* reads image i as an RGB `PIL.Image`; `ImageDataset` crops, flips and scales it to a tensor in [-1, 1].
+A *source* reads image i as an RGB `PIL.Image`, and its captions; `ImageDataset` crops, flips and scales the image to a
+tensor in [-1, 1].
 """
 
 import argparse
@@ -103,10 +104,18 @@ class Source(Protocol):
 
     def read(self, index: int) -> Image.Image: ...
 
+    def captions(self, index: int) -> list[str]: ...
+
+
+def _usable(captions: list[str]) -> list[str]:
+    """Without white space around them, and without those that are nothing else."""
+    return [caption.strip() for caption in captions if caption.strip()]
+
 
 class FolderSource:
     """Every image below `path`; the class is the first folder below it (ImageFolder's layout), if there is one.
 
+    The captions of `name.png` are the lines of `name.txt` beside it, in UTF-8; without such a file it has none.
     Headers are read once at the start: a file that is no image, or whose shorter side is below `min_size` pixels, is
     left out with a warning that names it.
 
@@ -162,15 +171,27 @@ class FolderSource:
         with Image.open(self.files[index]) as image:
             return to_rgb(image)
 
+    def captions(self, index: int) -> list[str]:
+        """Raises `DataError` for a file that is not UTF-8."""
+        file = self.files[index].with_suffix(".txt")
+        if not file.is_file():
+            return []
+        try:
+            return _usable(file.read_text(encoding="utf-8-sig").splitlines())  # with or without a byte order mark
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: captions must be UTF-8 text, one caption per line") from error
+
 
 class HuggingFaceSource:
     """A dataset of the `datasets` library, from the hub or from a local parquet file.
+
+    Captions are strings or lists of strings; without such a column no image has any.
 
     Raises:
         DataError: if a column is missing.
     """
 
-    def __init__(self, path: str, split: str, image_column: str, label_column: str):
+    def __init__(self, path: str, split: str, image_column: str, label_column: str, caption_column: str = "caption"):
         import datasets
 
         try:
@@ -189,6 +210,8 @@ class HuggingFaceSource:
         self.path = path
         self.data = data.cast_column(image_column, datasets.Image())
         self.image_column = image_column
+        self.caption_column = caption_column
+        self._captions = data.select_columns(caption_column) if caption_column in data.column_names else None
         labels = data[label_column] if label_column in data.column_names else [0] * len(data)
         if any(label is None for label in labels):
             raise DataError(f"{path}: some values of '{label_column}' (data.label_column) are missing")
@@ -216,14 +239,27 @@ class HuggingFaceSource:
             raise UnusableImage("no image in this row")
         return to_rgb(image)
 
+    def captions(self, index: int) -> list[str]:
+        """Raises `DataError` for values that are no text."""
+        if self._captions is None:
+            return []
+        value = self._captions[index][self.caption_column] or []
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+            raise DataError(
+                f"{self.name(index)}: the values of '{self.caption_column}' (--caption-column) must be strings or "
+                "lists of strings"
+            )
+        return _usable(values)
+
 
 class PhotoSource:
     """Square crops of photographs that are inside the wheels of scikit-image, matplotlib and scikit-learn.
 
-    The class is the photograph. Splits: "train" takes crops from the left three quarters of each photograph,
-    "validation" from the right quarter, "heldout" from two photographs that the other splits never touch, and "test"
-    from three more, which no setting of a recipe was ever chosen on. Crop i is a pure function of i: its photograph is
-    i modulo their number, its side is log-uniform between 64 pixels and the region's shorter side.
+    The class is the photograph, the caption its description. Splits: "train" takes crops from the left three quarters
+    of each photograph, "validation" from the right quarter, "heldout" from two photographs that the other splits never
+    touch, and "test" from three more, which no setting of a recipe was ever chosen on. Crop i is a pure function of i:
+    its photograph is i modulo their number, its side is log-uniform between 64 pixels and the region's shorter side.
 
     Args:
         split: one of `SPLITS`.
@@ -295,6 +331,9 @@ class PhotoSource:
         left, top = rng.integers(region.width - side + 1), rng.integers(region.height - side + 1)
         return region.crop((left, top, left + side, top + side))
 
+    def captions(self, index: int) -> list[str]:
+        return _usable([self.PHOTOS[self.classes[self.label(index)]][1]])
+
 
 def open_source(
     path: str,
@@ -302,6 +341,7 @@ def open_source(
     *,
     image_column: str = "image",
     label_column: str = "label",
+    caption_column: str = "caption",
     min_size: int = 16,
 ) -> Source:
     """Opens images by one name.
@@ -310,7 +350,8 @@ def open_source(
         path: "photos" (built in), a folder, a .parquet file, or "hf:NAME" for a dataset of the Hugging Face hub.
             ":SPLIT" may follow "photos" and stands for `split`.
         split: of "photos" and of hub datasets.
-        image_column, label_column: of parquet files and hub datasets; without a label column all images are class 0.
+        image_column, label_column, caption_column: of parquet files and hub datasets; without a label column all images
+            are class 0, without a caption column none has captions.
         min_size: images of a folder with a shorter side than this many pixels are skipped.
 
     Raises:
@@ -319,11 +360,11 @@ def open_source(
     if path == "photos" or path.startswith("photos:"):
         return PhotoSource(path.partition(":")[2] or split)
     if path.startswith("hf:"):
-        return HuggingFaceSource(path.removeprefix("hf:"), split, image_column, label_column)
+        return HuggingFaceSource(path.removeprefix("hf:"), split, image_column, label_column, caption_column)
     if path.endswith(".parquet"):
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file")
-        return HuggingFaceSource(path, split, image_column, label_column)
+        return HuggingFaceSource(path, split, image_column, label_column, caption_column)
     return FolderSource(path, min_size)
 
 
@@ -333,6 +374,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, name: str, split: str) -
     parser.add_argument("--split", default=split, help=f"of a hub dataset (default: {split})")
     parser.add_argument("--image-column", default="image", help="of a parquet file or a hub dataset")
     parser.add_argument("--label-column", default="label", help="likewise")
+    parser.add_argument("--caption-column", default="caption", help="likewise; strings or lists of strings")
     parser.add_argument(
         "--min-size", type=int, default=16, help="skip a folder's images with a shorter side below this"
     )
@@ -351,6 +393,7 @@ def open_data_arguments(arguments: argparse.Namespace) -> Source:
         arguments.split,
         image_column=arguments.image_column,
         label_column=arguments.label_column,
+        caption_column=arguments.caption_column,
         min_size=arguments.min_size,
     )
 
@@ -384,6 +427,10 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def captions(self, index: int) -> list[str]:
+        """Of image `index`; none of them is empty."""
+        return self.source.captions(index)
 
     def _read(self, index: int) -> Image.Image | None:
         try:

@@ -15,7 +15,8 @@ class TrainingStream(Dataset):
 
     Args:
         dataset: with `__len__` and `sample(index, rng)`, which gives one item; or, for data that are read faster
-            together, with `epoch(rng)`, an order and a view of each item, and `read(indices, views)`, a batch.
+            together, with `epoch(rng)`, arrays with an entry for each item, the first of them an order, and `read`,
+            which makes a batch of the same places of all arrays.
         seed: of the order and of every random choice.
     """
 
@@ -46,8 +47,7 @@ class TrainingStream(Dataset):
             return [self[position] for position in positions]
         epochs, offsets = np.divmod(np.asarray(positions), len(self.dataset))
         parts = [[array[offsets[epochs == epoch]] for array in self._epoch(epoch)] for epoch in np.unique(epochs)]
-        indices, views = (np.concatenate(arrays) for arrays in zip(*parts))
-        return self.dataset.read(indices, views)
+        return self.dataset.read(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
     def batches(
         self, batch_size: int, first_batch: int, rank: int = 0, world_size: int = 1, num_workers: int = 0

@@ -2,10 +2,11 @@
 
 import diffusers
 
+from favae.pipelines.pipeline_cat import CATPipeline
 from favae.pipelines.pipeline_lightningdit import LightningDiTPipeline
 
-__all__ = ["LightningDiTPipeline"]
+__all__ = ["CATPipeline", "LightningDiTPipeline"]
 
 # `DiffusionPipeline.from_pretrained` looks a saved pipeline's class up in the diffusers module and nowhere else.
-for _pipeline in (LightningDiTPipeline,):
+for _pipeline in (CATPipeline, LightningDiTPipeline):
     setattr(diffusers, _pipeline.__name__, _pipeline)

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from favae.models import LightningDiTTransformer2DModel
+from favae.pipelines.decoding import decode_latents
 
 
 def num_classes(transformer: ModelMixin) -> int:
@@ -80,14 +81,7 @@ class LightningDiTPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, C, h, w) -> images (B, 3, H, W) around [-1, 1]."""
-        config = self.vae.config
-        if config.latents_mean is not None and config.latents_std is not None:
-            mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1)
-            std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1)
-            latents = latents * std / config.scaling_factor + mean  # as SDXL
-        else:
-            latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype)).sample
+        return decode_latents(self.vae, latents)
 
     @torch.no_grad()
     def __call__(

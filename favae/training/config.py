@@ -39,6 +39,8 @@ class LatentDataConfig:
     tokenizer: str | None = None  # the autoencoder that wrote it: a folder or hub name
     flip: bool = True
     shuffle_shards: int | None = None  # how many shards are mixed at a time; None: all
+    text: str | None = None  # states of captions, written by favae.data.text; None: the folder text of the cache
+    text_encoder: str | None = None  # where the encoder of these states is now; None: where it was
     images: str | None = None  # what the cache was made of, for loss.alignment
     split: str = "train"  # of `images`
     image_column: str = "image"
@@ -133,6 +135,10 @@ class SamplingConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # in time, 0 = noise
     shift: float = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
     num_images: int = 16
+    prompts: list[str] | None = None  # of the sample grids, with texts; None: captions of the first images
+    temperature: float = 1.0  # with texts, as the next two
+    top_k: int | None = None
+    top_p: float | None = None
 
     def __post_init__(self):
         for name in ("num_inference_steps", "num_images"):
@@ -306,8 +312,23 @@ class GeneratorConfig(RunConfig):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: GeneratorTrainConfig = field(default_factory=GeneratorTrainConfig)
 
+    @property
+    def from_text(self) -> bool:
+        """Whether the generator is conditioned on texts, not on classes."""
+        return self.model["name"] == "CATTransformerModel"
+
     def __post_init__(self):
         check_model(self.model, GENERATORS)
+        if self.from_text:
+            for key, asked in (
+                ("loss.alignment.weight", self.loss.alignment.weight),
+                ("evaluation.every", self.evaluation.every),
+                ("loss.objective", self.loss.objective != "flow_matching"),
+            ):
+                if asked:
+                    raise ConfigError(f"{key} is for generators of classes, not for a CATTransformerModel")
+            if self.model.get("text_dropout_prob") == 0 and self.sampling.guidance_scale != 1:
+                raise ConfigError("sampling.guidance_scale must be 1 without dropped texts (model.text_dropout_prob=0)")
         dit = self.model["name"] == "DiTTransformer2DModel"
         channels = self.model.get("in_channels", 4)
         if self.loss.objective == "ddpm" and not dit:

@@ -5,7 +5,7 @@ import inspect
 import diffusers
 import torch
 
-from favae.models import AutoencoderKLFA, LightningDiTTransformer2DModel, VQModelFA
+from favae.models import AutoencoderKLFA, CATTransformerModel, LightningDiTTransformer2DModel, VQModelFA
 from favae.training.checks import ConfigError, one_of
 
 TOKENIZERS = {"AutoencoderKLFA": AutoencoderKLFA, "VQModelFA": VQModelFA, "AutoencoderKL": diffusers.AutoencoderKL}
@@ -13,6 +13,7 @@ FROZEN = "from_autoencoder_kl"  # model: the autoencoder whose latent space a de
 GENERATORS = {
     "LightningDiTTransformer2DModel": LightningDiTTransformer2DModel,
     "DiTTransformer2DModel": diffusers.DiTTransformer2DModel,
+    "CATTransformerModel": CATTransformerModel,
 }
 
 

@@ -1,3 +1,4 @@
+import argparse
 import logging
 
 import numpy as np
@@ -12,7 +13,9 @@ from favae.data.images import (
     ImageDataset,
     PhotoSource,
     UnusableImage,
+    add_data_arguments,
     center_crop,
+    open_data_arguments,
     open_source,
     skip_missing,
     to_rgb,
@@ -135,3 +138,50 @@ def test_parquet_and_missing_columns(tmp_path):
         open_source(str(tmp_path / "broken.parquet"))
     with pytest.raises(DataError, match="no column 'picture'.*image, label"):
         open_source(str(tmp_path / "images.parquet"), image_column="picture")
+
+
+def test_captions_beside_images(image_folder):
+    source = FolderSource(image_folder)
+    source.files[0].with_suffix(".txt").write_text("a cat \n\n \t\nune pomme verte, dorée\n", encoding="utf-8-sig")
+    source.files[1].with_suffix(".txt").write_text(" \n")
+    assert source.captions(0) == ["a cat", "une pomme verte, dorée"]  # without empty ones
+    assert source.captions(1) == source.captions(2) == []
+    assert ImageDataset(source, 16).captions(0) == source.captions(0)
+    source.files[2].with_suffix(".txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"2.txt: captions must be UTF-8 text, one caption per line"):
+        source.captions(2)
+
+
+def test_captions_of_photos(monkeypatch):
+    source = PhotoSource("heldout")
+    assert source.captions(2) == ["the face of a tabby cat"] and source.classes[source.label(2)] == "cat"
+    file, _ = PhotoSource.PHOTOS["cat"]
+    monkeypatch.setitem(PhotoSource.PHOTOS, "cat", (file, " "))
+    assert source.captions(0) == []
+
+
+def test_captions_of_columns(tmp_path):
+    import datasets
+
+    columns = {
+        "caption": [["a cat", " ", "an animal "], [], ["a dog"]],
+        "text": ["a cat", None, " "],
+        "views": [1, 2, 3],
+    }
+    images = {"image": [Image.new("RGB", (20, 20))] * 3}
+    data = datasets.Dataset.from_dict(images | columns).cast_column("image", datasets.Image())
+    file = str(tmp_path / "images.parquet")
+    data.to_parquet(file)
+
+    def captions(source):
+        return [source.captions(i) for i in range(3)]
+
+    assert captions(open_source(file)) == [["a cat", "an animal"], [], ["a dog"]]
+    assert captions(open_source(file, caption_column="text")) == [["a cat"], [], []]
+    assert captions(open_source(file, caption_column="nothing")) == [[], [], []]
+    with pytest.raises(DataError, match=r"\[0\]: the values of 'views' \(--caption-column\) must be strings or lists"):
+        open_source(file, caption_column="views").captions(0)
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser, "--data", split="train")
+    arguments = parser.parse_args(["--data", file, "--caption-column", "text"])
+    assert captions(open_data_arguments(arguments)) == [["a cat"], [], []]

@@ -5,10 +5,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FAVAE
+from conftest import TINY_FAVAE, TINY_VQ
 from safetensors import safe_open
 
-from favae import AutoencoderKLFA
+from favae import AutoencoderKLFA, VQModelFA
 from favae.autoencoders import AutoencoderError
 from favae.data.images import ImageDataset, open_source
 from favae.data.latents import CacheError, LatentDataset, load_tokenizer, tokenizer_hash, write_cache
@@ -199,3 +199,91 @@ def test_stock_autoencoders_can_be_cached(tiny_kl, images, tmp_path):
     with pytest.raises(CacheError, match="a AutoencoderTiny has no posterior"):
         load_tokenizer(str(tmp_path / "tiny"))
     assert json.loads((tmp_path / "cache/manifest.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantizer": "residual", "num_quantizers": 2}])
+def test_tokens_equal_quantising_again(settings, images, tmp_path):
+    tokenizer = VQModelFA(**TINY_VQ, **settings).eval()
+    tokenizer.save_pretrained(tmp_path / "vq")
+    tokenizer = load_tokenizer(str(tmp_path / "vq"))
+    manifest = write_cache(tokenizer, images, tmp_path / "cache", shard_size=5, batch_size=2)
+    assert manifest["kind"] == "tokens" and manifest["codebook_size"] == 32 and manifest["dtype"] == "int32"
+    assert not any(name.startswith("latents_") for name in manifest)
+    dataset = LatentDataset(tmp_path / "cache", tokenizer)
+    assert dataset.kind == "tokens" and dataset.codebook_size == 32 and dataset.mean is dataset.std is None
+    assert dataset.latent_shape == (4, 4, *([2] if settings else []))
+    for index in (0, 4, 5, 11):
+        image = images[index]["image"].unsqueeze(0)
+        for view, picture in enumerate((image, image.flip(-1))):
+            batch = read(dataset, [index], view)
+            expected = tokenizer.quantize(tokenizer.encode(picture).latents).indices
+            assert batch["tokens"].dtype == torch.int64 and torch.equal(batch["tokens"], expected)
+            assert batch["label"].tolist() == [images.source.label(index)]
+    with safe_open(tmp_path / "cache/shard-00001.safetensors", "pt") as shard:
+        assert shard.get_tensor("tokens").dtype == torch.int32
+        assert shard.get_tensor("tokens").shape == (5, 2, *dataset.latent_shape)
+    with pytest.raises(CacheError, match="tokens of a codebook, there is no posterior"):
+        dataset.draw(batch)
+    (batch,) = [batch for _, batch in zip(range(1), TrainingStream(dataset, seed=0).batches(4, 0))]
+    assert sorted(batch) == ["label", "tokens"]
+
+
+def test_caches_of_the_first_version_hold_moments(cache):
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert manifest["kind"] == "moments" and manifest["captions"] is None
+    (cache / "manifest.json").write_text(
+        json.dumps({k: manifest[k] for k in manifest if k not in ("kind", "captions")})
+    )
+    dataset = LatentDataset(cache)
+    assert dataset.kind == "moments" and dataset.codebook_size is None
+    assert dataset.draw(read(dataset, [0, 11])).shape == (2, 6, 4, 4)
+
+
+@pytest.fixture
+def captioned(images):
+    """Image 0 has two captions, image 2 none, the others one."""
+    for i, file in enumerate(images.source.files):
+        lines = ["image zero", " ", "the first"] if i == 0 else [f"image {i}"]
+        file.with_suffix(".txt").write_text("\n".join(lines) if i != 2 else " \n")
+    return images
+
+
+def test_captions_are_written_beside_the_shards(tiny_favae, captioned, tmp_path):
+    broken = captioned.source.files[1]
+    broken.write_bytes(broken.read_bytes()[:300])
+    manifest = write_cache(tiny_favae, captioned, tmp_path / "cache", shard_size=5)
+    assert manifest["captions"]["count"] == 11 and manifest["captions"]["images_without"] == 1
+    captions = [json.loads(file.read_text()) for file in sorted((tmp_path / "cache").glob("captions-*.json"))]
+    assert captions[0] == [["image zero", "the first"], [], ["image 3"], ["image 4"]]  # as many as the shard's images
+    assert list(map(len, captions)) == manifest["counts"] == [4, 5, 2]
+
+
+def test_captions_that_come_later_are_added_without_encoding(tiny_favae, captioned, tmp_path, monkeypatch):
+    texts = {file: file.read_text() for file in captioned.source.path.rglob("*.txt")}
+    for file in texts:
+        file.unlink()
+    assert write_cache(tiny_favae, captioned, tmp_path / "cache", shard_size=5)["captions"] is None
+    assert not list((tmp_path / "cache").glob("captions-*"))
+    for file, text in texts.items():
+        file.write_text(text)
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("shard-*")}
+    first = write_cache(tiny_favae, captioned, tmp_path / "cache", shard_size=5)
+    assert first["captions"]["count"] == 12 and len(list((tmp_path / "cache").glob("captions-*"))) == 3
+    (tmp_path / "cache/captions-00001.json").unlink()  # as after a changed caption
+    captioned.source.files[5].with_suffix(".txt").write_text("another caption")
+    second = write_cache(tiny_favae, captioned, tmp_path / "cache", shard_size=5)
+    assert second["captions"]["hash"] != first["captions"]["hash"]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("shard-*")} == times
+
+
+def test_damaged_captions(tiny_favae, captioned, tmp_path):
+    write_cache(tiny_favae, captioned, tmp_path / "cache", shard_size=5)
+    file = tmp_path / "cache/captions-00001.json"
+    whole = file.read_text()
+    for text, message in (
+        (whole[:-5], "captions-00001.json is damaged"),
+        ("[[]]", "of 1 images where its shard has 5"),
+    ):
+        file.write_text(text)
+        with pytest.raises(CacheError, match=message):
+            write_cache(tiny_favae, captioned, tmp_path / "cache", shard_size=5)

@@ -1,0 +1,149 @@
+"""`CATPipeline`: texts to images, token by token, with a codebook or with continuous latents."""
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from favae.models import CATTransformerModel, VQModelFA
+from favae.pipelines.decoding import decode_latents
+from favae.text import encode_texts, warn_of_cut
+
+
+class CATPipeline(DiffusionPipeline):
+    r"""
+    Autoregressive text-to-image generation.
+
+    Parameters:
+        transformer: a [`CATTransformerModel`].
+        vae: what its tokens belong to: a [`VQModelFA`], or an [`AutoencoderKL`] whose `latents_mean` and `latents_std`
+            scale its latents back.
+        text_encoder, tokenizer: of transformers; the encoder that the transformer was trained with.
+        max_length: tokens of a prompt, at most; longer ones are cut, with a warning. None takes what the encoder takes.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        transformer: CATTransformerModel,
+        vae: VQModelFA | AutoencoderKL,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+    ):
+        super().__init__()
+        _check_parts(transformer, vae, text_encoder)
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(max_length=max_length)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
+        """Token states (B, L, D) and their mask (B, L); an empty prompt has an empty mask: no text at all.
+
+        Raises:
+            ValueError: for a prompt that is no string.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt is a string or a list of strings, got {prompt!r}")
+        states, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, self.config.max_length)
+        if self.config.max_length is not None:
+            warn_of_cut(self.tokenizer, prompts, mask, self.config.max_length)
+        empty = torch.tensor([not text.strip() for text in prompts], device=mask.device)
+        return states, mask & ~empty.unsqueeze(1)
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """What the transformer draws -> images (B, 3, H, W) around [-1, 1]."""
+        if isinstance(self.vae, VQModelFA):
+            return self.vae.decode(tokens).sample
+        return decode_latents(self.vae, tokens)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 3.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_head_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Args:
+            prompt: one text, or one per image; an empty one draws without a condition.
+            num_images_per_prompt: consecutive images of each prompt.
+            guidance_scale: classifier-free guidance of logits or velocities, null + scale (given - null); 1 is without.
+            temperature: 1 draws from the distribution learnt, less is safer, 0 the likeliest.
+            top_k, top_p: of a codebook: only the k likeliest tokens, or those that together have this probability.
+            num_head_steps: Euler steps for each token of continuous latents.
+            generator: one, or one per image; with one per image a sample does not depend on its batch.
+            prompt_embeds, prompt_attention_mask: token states (B, L, D) and mask (B, L), in place of `prompt`.
+            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (the tokens:
+                int64 (B, h, w) or (B, h, w, Q), or normalised latents (B, C, h, w)).
+
+        Returns:
+            [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: without or with both of `prompt` and `prompt_embeds`, for as many generators as there are
+                no images, or settings that the transformer refuses.
+        """
+        device, dtype = self._execution_device, self.transformer.dtype
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        if prompt_embeds is None:
+            prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
+        elif prompt_attention_mask is None:
+            prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool)
+        states = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        mask = prompt_attention_mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        with self.progress_bar(total=self.transformer.num_tokens) as bar:
+            tokens = self.transformer.generate(
+                states,
+                mask,
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                num_head_steps=num_head_steps,
+                generator=generator,
+                callback=lambda position: bar.update(),
+            )
+        if output_type == "latent":
+            images = tokens
+        else:
+            images = self.image_processor.postprocess(self.decode_tokens(tokens), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _check_parts(
+    transformer: CATTransformerModel, vae: VQModelFA | AutoencoderKL, text_encoder: PreTrainedModel
+) -> None:
+    """Raises ValueError for a transformer of other tokens than the autoencoder's, or other texts than the encoder's."""
+    config = transformer.config
+    if (config.head == "categorical") != isinstance(vae, VQModelFA):
+        raise ValueError(f"a transformer with head='{config.head}' does not draw the tokens of a {type(vae).__name__}")
+    if config.head == "flow":
+        name, wanted, found = "latent channels", config.latent_channels, vae.config.latent_channels
+    else:
+        name, wanted, found = "entries in the codebook", config.codebook_size, vae.num_tokens
+    if wanted != found:
+        raise ValueError(f"the transformer was built for {wanted} {name}, the autoencoder has {found}")
+    width = text_encoder.config.hidden_size
+    if config.text_dim != width:
+        raise ValueError(
+            f"the transformer was built for states of {config.text_dim} channels, the text encoder gives {width}"
+        )

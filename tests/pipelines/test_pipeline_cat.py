@@ -1,0 +1,141 @@
+import pytest
+import torch
+from conftest import TINY_VQ
+from diffusers import DiffusionPipeline
+from tiny_text import save_bert, save_clip
+
+from favae import CATPipeline, CATTransformerModel, VQModelFA
+from favae.text import TextEncoder
+
+TINY_CAT = {
+    "sample_size": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "hidden_size": 16,
+    "text_dim": 8,
+    "codebook_size": 32,
+    "head_width": 16,
+    "head_layers": 1,
+}
+
+
+def transformer(**options) -> CATTransformerModel:
+    torch.manual_seed(0)
+    model = CATTransformerModel(**{**TINY_CAT, **options}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def assemble(model: CATTransformerModel, vae, folder) -> CATPipeline:
+    encoder = TextEncoder(str(folder))
+    pipe = CATPipeline(model, vae, encoder.model, encoder.tokenizer, encoder.max_length)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def codes(tmp_path) -> CATPipeline:
+    return assemble(transformer(), VQModelFA(**TINY_VQ).eval(), save_bert(tmp_path / "bert"))
+
+
+@pytest.fixture
+def latents(tmp_path, tiny_favae) -> CATPipeline:
+    tiny_favae.register_to_config(latents_mean=[0.5] * 6, latents_std=[2.0] * 6)
+    return assemble(transformer(head="flow", latent_channels=6), tiny_favae, save_bert(tmp_path / "bert"))
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def draw(pipe, *args, **options):
+    return pipe(*args, **{"output_type": "latent", **options}).images
+
+
+@pytest.mark.parametrize("name", ["codes", "latents"])
+def test_prompts_give_images_of_every_output_type(name, request):
+    pipe = request.getfixturevalue(name)
+    assert len(pipe("a red apple").images) == 1
+    images = pipe(["a cat", "a dog"], num_images_per_prompt=2, generator=seeds(0, 1, 2, 3), output_type="pt").images
+    assert images.shape == (4, 3, 16, 16) and images.min() >= 0 and images.max() <= 1
+    assert pipe("ein Äpfel 🍎", output_type="np", return_dict=False)[0].shape == (1, 16, 16, 3)
+
+
+def test_an_image_depends_on_its_prompt_and_its_generator_alone(codes):
+    alone = draw(codes, "a red apple", generator=seeds(1))
+    among = draw(codes, ["the dog of the cat of the dog", "a red apple"], generator=seeds(0, 1))
+    assert torch.equal(among[1], alone[0])
+    assert not torch.equal(draw(codes, "a cat", generator=seeds(1)), alone)
+    assert not torch.equal(draw(codes, "a red apple", generator=seeds(2)), alone)
+    twice = draw(codes, "a red apple", num_images_per_prompt=2, generator=seeds(1, 1))
+    assert torch.equal(twice, alone.expand(2, -1, -1))
+
+
+def test_an_empty_prompt_is_no_text(codes):
+    empty = draw(codes, ["", "  "], generator=seeds(1, 1))
+    states = torch.randn(2, 3, 8)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    given = draw(codes, prompt_embeds=states, prompt_attention_mask=nothing, generator=seeds(1, 1))
+    assert torch.equal(empty, given)
+    assert torch.equal(draw(codes, "", guidance_scale=9.0, generator=seeds(1)), empty[:1])  # nothing to be guided by
+
+
+def test_encoded_prompts_are_those_the_states_were_made_with(tmp_path, codes):
+    for folder in (tmp_path / "bert", save_clip(tmp_path / "clip")):
+        encoder = TextEncoder(str(folder))
+        pipe = assemble(transformer(), VQModelFA(**TINY_VQ).eval(), folder)
+        states, mask = pipe.encode_prompt(["a cat", "the red apple of the dog"])
+        expected, expected_mask = encoder.encode(["a cat", "the red apple of the dog"])
+        assert torch.equal(states, expected) and torch.equal(mask, expected_mask)
+
+
+def test_latents_are_scaled_back(latents):
+    tokens = draw(latents, "a cat", generator=seeds(0), num_head_steps=2)
+    expected = latents.vae.decode(tokens * 2.0 + 0.5).sample
+    assert torch.allclose(latents.decode_tokens(tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["codes", "latents"])
+def test_saved_and_loaded(name, request, tmp_path):
+    pipe = request.getfixturevalue(name)
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(loaded) is CATPipeline and loaded.config.max_length == 12
+    options = {"generator": seeds(3), "num_images_per_prompt": 1}
+    expected = draw(pipe, "a red cat", generator=seeds(3))
+    assert torch.allclose(draw(loaded, "a red cat", **options), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "give either prompt or prompt_embeds"),
+        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 8)}, "give either"),
+        ({"prompt": [3]}, "a string or a list of strings"),
+        ({"prompt": []}, "a string or a list of strings"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1"),
+        ({"prompt": ["a", "cat"], "generator": seeds(1)}, "1 generators for 2 images"),
+        ({"prompt_embeds": torch.zeros(1, 2, 5)}, r"text states \(B, L, 8\)"),
+        ({"prompt": "a", "top_k": 0}, "top_k must be at least 1"),
+    ],
+)
+def test_bad_calls_are_one_line(codes, options, message):
+    with pytest.raises(ValueError, match=message):
+        codes(**options)
+
+
+def test_parts_that_do_not_belong_together(codes, tiny_favae):
+    parts = codes.components
+    with pytest.raises(ValueError, match="head='categorical' does not draw the tokens of a AutoencoderKLFA"):
+        CATPipeline(**{**parts, "vae": tiny_favae})
+    with pytest.raises(ValueError, match="built for 16 entries in the codebook, the autoencoder has 32"):
+        CATPipeline(**{**parts, "transformer": transformer(codebook_size=16)})
+    with pytest.raises(ValueError, match="states of 5 channels, the text encoder gives 8"):
+        CATPipeline(**{**parts, "transformer": transformer(text_dim=5)})
+
+
+def test_a_long_prompt_is_cut_with_a_warning(codes, caplog):
+    codes("the cat of the dog of the cat of the dog of the cat", output_type="latent")
+    assert "are cut to 12 tokens" in caplog.text
