@@ -5,9 +5,10 @@
     python -m favae.eval.generation --samples FOLDER-OR-NPZ --reference VIRTUAL_imagenet256_labeled.npz --output ...
     torchrun --nproc_per_node 8 -m favae.eval.generation ...
 
-A pipeline (class-conditional with a transformer, or without classes) is sampled into <output>/samples/, once for each
-guidance scale and seed; classes in turn unless --labels random. Image i has its own seed: the number of processes
-changes nothing, and a killed command goes on when it is run again. Folders and .npz files are measured as they are.
+A pipeline (class-conditional with a transformer, of texts, or without a condition) is sampled into <output>/samples/,
+once for each guidance scale and seed; classes in turn unless --labels random, the lines of --prompts in turn. Image i
+has its own seed: the number of processes changes nothing, and a killed command goes on when it is run again. Folders
+and .npz files are measured as they are.
 Prints a table; writes results.json and samples.png.
 
 FID, sFID, precision and recall (k = 3, Inception's 2,048 features) follow ADM's evaluator, IS (10 parts; at 50,000
@@ -16,6 +17,7 @@ at 10,000 real images at most, as ADM's do.
 """
 
 import argparse
+import hashlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +51,7 @@ __all__ = ["inception_score", "kernel_distance", "measure", "precision_recall"]
 logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 3
+OF_TOKENS = ("temperature", "top_k", "top_p")
 SHOWN = {"guidance_scale": "guidance", "seed": "seed"}
 
 
@@ -149,10 +152,14 @@ def main(argv: list[str] | None = None) -> None:
     sampling = parser.add_argument_group("with --pipeline")
     sampling.add_argument("--num-images", type=int, default=50_000)
     sampling.add_argument("--labels", choices=["balanced", "random"], default="balanced")
+    sampling.add_argument("--prompts", type=Path, help="a file of texts, one per line, for a text-to-image pipeline")
     sampling.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0], help="1 is without guidance")
     sampling.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="of time, 1 = data")
     sampling.add_argument("--num-inference-steps", type=int, default=50)
     sampling.add_argument("--seed", type=int, nargs="+", default=[0])
+    sampling.add_argument("--temperature", type=float, help="of an autoregressive pipeline, as the next two")
+    sampling.add_argument("--top-k", type=int)
+    sampling.add_argument("--top-p", type=float)
     parser.add_argument("--write-npz", action="store_true", help="the samples for ADM's evaluator too, shuffled")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -170,7 +177,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.pipeline:
         sets, protocol, names = _sample(arguments)
     else:
-        unknown = dict.fromkeys(("labels", "sampler", "shift", "guidance_interval", "num_inference_steps", "posterior"))
+        unknown = dict.fromkeys(("labels", "prompts", "sampler", "shift", "guidance_interval", "num_inference_steps"))
+        unknown |= dict.fromkeys(("posterior", *OF_TOKENS))
         sets, protocol, names = [({}, open_samples(arguments.samples))], unknown | {"uint8": "as given"}, None
     loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
     size = sets[0][1].size
@@ -194,6 +202,19 @@ def run(arguments: argparse.Namespace) -> None:
     print(format_table([{"": _label(row), **shown_metrics(row)} for row in rows]))
 
 
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises `DataError` if there is none."""
+    if not file.is_file():
+        raise DataError(f"--prompts: no such file: {file}")
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise DataError(f"--prompts: {file} is not UTF-8 text") from None
+    if not prompts:
+        raise DataError(f"--prompts: {file} is empty; it has a text per line")
+    return prompts
+
+
 def _slug(about: dict) -> list[str]:
     return [f"{key}-{value}" for key, value in about.items()]
 
@@ -204,18 +225,21 @@ def _label(row: dict) -> str:
 
 def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolder]], dict, list[str] | None]:
     """Samples a pipeline; returns the sets with their guidance and seed, the protocol, and the classes if in turn."""
+    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
     pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline, trust_remote_code=arguments.trust_remote_code)
     pipeline = pipeline.to(process_state().device)
     names = class_names(pipeline)
-    settings = {"num_inference_steps": arguments.num_inference_steps}
+    autoregressive = not hasattr(pipeline, "scheduler")
+    settings = {} if autoregressive else {"num_inference_steps": arguments.num_inference_steps}
+    settings |= {key: value for key in OF_TOKENS if (value := getattr(arguments, key)) is not None}
     if arguments.guidance_interval:
         settings["guidance_interval"] = tuple(arguments.guidance_interval)
-    if names is None and arguments.guidance_scale != [1.0]:
+    if names is None and prompts is None and arguments.guidance_scale != [1.0]:
         raise DataError(f"--guidance-scale: a {type(pipeline).__name__} has no classes to be guided by")
     sets = []
     for scale in arguments.guidance_scale:
         for seed in arguments.seed:
-            guidance = {"guidance_scale": scale} if names else {}
+            guidance = {"guidance_scale": scale} if names or prompts else {}
             about = {**guidance, "seed": seed}
             folder = arguments.output / "samples" / "-".join(_slug(about))
             sample_to_folder(
@@ -223,6 +247,7 @@ def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolde
                 folder,
                 arguments.num_images,
                 labels=arguments.labels,
+                prompts=prompts,
                 seed=seed,
                 batch_size=arguments.batch_size,
                 **guidance,
@@ -234,10 +259,12 @@ def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolde
             sets.append((about, samples))
     protocol = {
         "labels": arguments.labels if names else None,
-        "sampler": type(pipeline.scheduler).__name__,
-        "shift": pipeline.scheduler.config.get("shift"),
+        "prompts": None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "sampler": None if autoregressive else type(pipeline.scheduler).__name__,
+        "shift": None if autoregressive else pipeline.scheduler.config.get("shift"),
         "guidance_interval": arguments.guidance_interval,
-        "num_inference_steps": arguments.num_inference_steps,
+        "num_inference_steps": None if autoregressive else arguments.num_inference_steps,
+        **{key: getattr(arguments, key) for key in OF_TOKENS},
         "posterior": None,
         "uint8": UINT8,
     }

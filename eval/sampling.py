@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def sample_to_folder(
     count: int,
     *,
     labels: str = "balanced",
+    prompts: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = 32,
     **settings,
@@ -79,7 +81,9 @@ def sample_to_folder(
     from the global generator find it seeded by batch: so every image is a function of these arguments alone.
 
     Args:
-        pipeline: called with `class_labels`, or without classes with `batch_size`; `output_type="np"`.
+        pipeline: called with `class_labels`, with `prompt`, or without a condition with `batch_size`;
+            `output_type="np"`.
+        prompts: of a text-to-image pipeline; taken in turn.
         settings: passed to it (`guidance_scale`, `num_inference_steps`, ...).
     Raises:
         DataError: if the folder holds other images, or samples of other settings, or the pipeline cannot be called so.
@@ -89,11 +93,18 @@ def sample_to_folder(
     names = class_names(pipeline)
     accepted = inspect.signature(pipeline.__call__).parameters
     unknown = [key for key in settings if key not in accepted]
-    if unknown or (names is None and "batch_size" not in accepted):
+    if prompts is None and "prompt" in accepted:
+        raise DataError(f"a {type(pipeline).__name__} draws from texts: give them with --prompts")
+    if prompts is not None and "prompt" not in accepted:
+        raise DataError(f"--prompts: a {type(pipeline).__name__} takes no texts")
+    if unknown or (names is None and prompts is None and "batch_size" not in accepted):
         what = f"takes no {', '.join(unknown)}" if unknown else "takes neither class_labels nor batch_size"
         raise DataError(f"a {type(pipeline).__name__} {what}; {OWN_SAMPLES}")
     plan = {"count": count, "labels": labels if names else None, "seed": seed, "batch_size": batch_size}
-    plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": dict(pipeline.scheduler.config), **settings}
+    if prompts is not None:
+        plan["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    scheduler = getattr(pipeline, "scheduler", None)
+    plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and dict(scheduler.config), **settings}
     _check_plan(folder, json.loads(json.dumps(plan, default=str)))
 
     classes = class_labels(count, len(names), labels, seed) if names else None
@@ -104,7 +115,10 @@ def sample_to_folder(
     bad: list[int] = []
     devices = [state.device] if state.device.type == "cuda" else []
     for batch in tqdm(missing, desc="sampling", disable=not state.is_main_process):
-        which = {"class_labels": [classes[i] for i in batch]} if names else {"batch_size": len(batch)}
+        if prompts is not None:
+            which = {"prompt": [prompts[i % len(prompts)] for i in batch]}
+        else:
+            which = {"class_labels": [classes[i] for i in batch]} if names else {"batch_size": len(batch)}
         generators = [image_generator(seed, i) for i in batch]
         with torch.random.fork_rng(devices):
             torch.manual_seed(image_generator(seed, batch[0]).initial_seed())

@@ -6,19 +6,27 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LIGHTNINGDIT, run, write_images
+from conftest import TINY_LIGHTNINGDIT, TINY_VQ, run, write_images
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from tiny_text import save_bert
 
-from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
+from favae import (
+    CATPipeline,
+    CATTransformerModel,
+    LightningDiTPipeline,
+    LightningDiTTransformer2DModel,
+    VQModelFA,
+)
 from favae.data.images import DataError, ImageDataset, open_source
 from favae.eval.extraction import ImageStatistics
-from favae.eval.features import FeatureExtractor
+from favae.eval.features import FeatureExtractor, image_generator
 from favae.eval.frechet import feature_statistics
 from favae.eval.generation import measure, measure_samples
 from favae.eval.image_sets import CroppedImages, NpzImages, SampleFolder, open_samples, write_npz
 from favae.eval.references import Reference, save_statistics
 from favae.eval.sampling import class_labels, class_names, sample_to_folder
+from favae.text import TextEncoder
 
 OFFLINE = ("--features", "efficientnet-lite0")
 
@@ -261,3 +269,33 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path):
     refused = run("-m", "favae.eval.generation", "--samples", tmp_path / "nowhere", "--reference", images, *OFFLINE,
                   "--output", tmp_path / "x", check=False)  # fmt: skip
     assert refused.returncode == 1 and refused.stderr.splitlines()[-1].endswith("nowhere: no such folder")
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", 0.5, "--top-k", 5, "--guidance-scale", 1, 3)])
+def test_a_pipeline_of_texts_draws_the_lines_of_a_file(tmp_path, image_folder, options):
+    encoder = TextEncoder(str(save_bert(tmp_path / "bert")))
+    transformer = CATTransformerModel(
+        sample_size=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, hidden_size=16, text_dim=8,
+        codebook_size=32,
+    )  # fmt: skip
+    pipe = CATPipeline(transformer, VQModelFA(**TINY_VQ), encoder.model, encoder.tokenizer)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "prompts.txt").write_text("a red apple\n\nthe dog\n")
+    common = ["-m", "favae.eval.generation", "--pipeline", tmp_path / "pipeline", "--reference", image_folder, *OFFLINE]
+    common += ["--num-images", 5, "--batch-size", 2, "--output", tmp_path / "out"]
+    run(*common, "--prompts", tmp_path / "prompts.txt", *options)
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(found["rows"]) == (2 if options else 1)
+    assert found["protocol"]["top_k"] == (5 if options else None) and len(found["protocol"]["prompts"]) == 64
+    (folder,) = (tmp_path / "out/samples").glob("guidance_scale-1.0-*")
+    third = pipe("a red apple", guidance_scale=1.0, generator=[image_generator(0, 2)], output_type="np",
+                 **({"temperature": 0.5, "top_k": 5} if options else {})).images[0]  # fmt: skip
+    assert np.abs(np.array(Image.open(folder / "000002.png")) / 255 - third).max() < 0.01
+    for arguments, message in (
+        ((), "draws from texts: give them with --prompts"),
+        (("--prompts", tmp_path / "none.txt"), "no such file"),
+        (("--prompts", tmp_path / "bert/model.safetensors"), "is not UTF-8 text"),
+    ):
+        failed = run(*common[:-1], tmp_path / "other", *arguments, check=False)
+        last = failed.stderr.strip().splitlines()[-1]
+        assert failed.returncode == 1 and message in last and "Traceback" not in failed.stderr
