@@ -54,6 +54,7 @@ INFERENCE_STEPS = 20
 POINTS = (0.25, 0.5, 1.0)  # of the training at which images are drawn
 GUIDANCE = {"unguided": 1.0, "guided": 1.5}
 PATCH = 8  # pixels per latent
+PICTURED = 2  # the seed whose samples are shown
 
 EXPERIMENTS: dict[str, Experiment] = {name: ALL[name] for name in ("stock", "split", "quality", "overlapping")}
 
@@ -169,7 +170,7 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
             sample_to_folder(pipeline, drawn, IMAGES, seed=seed, **settings)
             point[kind] = measures(SampleFolder(drawn), extractor, reference)
         curve.append(point)
-    if pictures is not None and seed == 0:
+    if pictures is not None and seed == PICTURED:
         pictures.mkdir(parents=True, exist_ok=True)
         for kind in GUIDANCE:
             samples = SampleFolder(output / f"samples-{steps}-{kind}")
@@ -237,7 +238,7 @@ def save_curves(report: dict, file: Path) -> None:
 
 
 def save_grids(report: dict, output: Path) -> None:
-    """Guided samples of each model, one class per column, the first seed."""
+    """Guided samples of each model, one class per column."""
     names = [name for name in EXPERIMENTS if (output.with_suffix("") / f"{name}-guided.png").exists()]
     figure, axes = plt.subplots(len(names), 1, figsize=(7, 3.2 * len(names)), constrained_layout=True, squeeze=False)
     for axis, name in zip(axes[:, 0], names):
