@@ -238,12 +238,15 @@ def save_curves(report: dict, file: Path) -> None:
 
 
 def save_grids(report: dict, output: Path) -> None:
-    """Guided samples of each model, one class per column."""
-    names = [name for name in EXPERIMENTS if (output.with_suffix("") / f"{name}-guided.png").exists()]
-    figure, axes = plt.subplots(len(names), 1, figsize=(7, 3.2 * len(names)), constrained_layout=True, squeeze=False)
-    for axis, name in zip(axes[:, 0], names):
-        axis.imshow(plt.imread(output.with_suffix("") / f"{name}-guided.png"), interpolation="nearest")
-        axis.set(title=name, xticks=[], yticks=[])
+    """Samples of each model, one class per column."""
+    folder = output.with_suffix("")
+    names = [name for name in EXPERIMENTS if (folder / f"{name}-guided.png").exists()]
+    size = {"figsize": (7 * len(GUIDANCE), 3.2 * len(names)), "constrained_layout": True, "squeeze": False}
+    figure, axes = plt.subplots(len(names), len(GUIDANCE), **size)
+    for row, name in zip(axes, names):
+        for axis, kind in zip(row, GUIDANCE):
+            axis.imshow(plt.imread(folder / f"{name}-{kind}.png"), interpolation="nearest")
+            axis.set(title=f"{name}, {kind}", xticks=[], yticks=[])
     figure.savefig(output.with_name(f"{output.stem}_samples.png"), dpi=110)
     plt.close(figure)
 
