@@ -25,12 +25,13 @@ evaluation.jsonl every K steps, with the epochs that FID <= k took (EP_FID@k).
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from favae.adapters.diffusers import fold_latent_statistics
@@ -155,6 +156,7 @@ def train(config: GeneratorConfig) -> None:
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     data, alignment = config.data, config.loss.alignment
+    aligned_until = (alignment.stop_step or train.steps) if alignment.weight else 0
     states = open_states(config) if config.from_text else None
     dataset = LatentDataset(data.latents, tokenizer, data.flip, data.shuffle_shards, open_images(config), states)
     transformer = build_model(config.model, GENERATORS)
@@ -174,7 +176,8 @@ def train(config: GeneratorConfig) -> None:
             block.compile()  # in place: names of weights stay, and one graph serves all blocks
     if train.shard:
         shard(transformer, blocks)
-    matrices = [p for p in blocks.parameters() if p.ndim == 2] if train.optimizer == "muon" else []
+    layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+    matrices = [layer.weight for layer in layers] if train.optimizer == "muon" else []
     run.add("generator", trained, train.learning_rate, matrices=matrices)
     model = run.prepare(modules, averaged=transformer)["generator"]
     evaluate = None
@@ -183,11 +186,11 @@ def train(config: GeneratorConfig) -> None:
         evaluate = OnlineEvaluation(config.evaluation, run.folder, (size, size))
     run.resume()
 
-    for batch in run.batches(dataset):
+    for batch in itertools.chain(run.batches(dataset, aligned_until), without_images(run, dataset)):
         transformer.train()
         features = None
         if teacher is not None:
-            trained.active = alignment.stop_step is None or run.step < alignment.stop_step
+            trained.active = run.step < aligned_until
             features = teacher(batch["image"], (trained.grid, trained.grid)) if trained.active else None
         with run.accelerator.accumulate(model):
             loss, terms = task.loss(model, batch, features)
@@ -208,12 +211,18 @@ def train(config: GeneratorConfig) -> None:
         run.finish(pipeline.save_pretrained)
 
 
+def without_images(run: Run, dataset: LatentDataset) -> Iterator[dict]:
+    """The batches from here on, for which no image is read any more."""
+    dataset.images = None
+    yield from run.batches(dataset)
+
+
 @contextlib.contextmanager
 def averaged(run: Run, pipeline: DiffusionPipeline, transformer) -> Iterator[None]:
     """The pipeline with the averaged weights, in one piece, in eval mode; entered by all processes."""
     transformer.eval()
     with run.averaged():
-        pipeline.register_modules(transformer=in_one_piece(transformer))
+        pipeline.register_modules(transformer=in_one_piece(transformer).to(run.device))
         yield
         pipeline.register_modules(transformer=transformer)
 

@@ -230,7 +230,8 @@ def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolde
     pipeline = pipeline.to(process_state().device)
     names = class_names(pipeline)
     autoregressive = not hasattr(pipeline, "scheduler")
-    settings = {} if autoregressive else {"num_inference_steps": arguments.num_inference_steps}
+    steps = None if autoregressive and pipeline.transformer.config.head != "flow" else arguments.num_inference_steps
+    settings = {} if steps is None else {"num_head_steps" if autoregressive else "num_inference_steps": steps}
     settings |= {key: value for key in OF_TOKENS if (value := getattr(arguments, key)) is not None}
     if arguments.guidance_interval:
         settings["guidance_interval"] = tuple(arguments.guidance_interval)
@@ -263,7 +264,7 @@ def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolde
         "sampler": None if autoregressive else type(pipeline.scheduler).__name__,
         "shift": None if autoregressive else pipeline.scheduler.config.get("shift"),
         "guidance_interval": arguments.guidance_interval,
-        "num_inference_steps": None if autoregressive else arguments.num_inference_steps,
+        "num_inference_steps": steps,
         **{key: getattr(arguments, key) for key in OF_TOKENS},
         "posterior": None,
         "uint8": UINT8,

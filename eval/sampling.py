@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from favae.data.images import DataError, to_uint8
 from favae.data.latents import tokenizer_hash
 from favae.distributed import process_state
-from favae.eval.features import everyone, image_generator
+from favae.eval.features import everyone, image_generator, weights_hash
 from favae.files import write_file
 
 SETTINGS_FILE = "settings.json"
@@ -58,9 +59,10 @@ def class_labels(count: int, classes: int, kind: str, seed: int) -> list[int]:
 
 
 def pipeline_hash(pipeline: DiffusionPipeline) -> str:
-    """SHA-256 of the weights and configurations of all its models."""
-    models = [model for _, model in sorted(pipeline.components.items()) if isinstance(model, ModelMixin)]
-    return hashlib.sha256("".join(map(tokenizer_hash, models)).encode()).hexdigest()
+    """SHA-256 of the weights of all its models, and of the configurations of those that are diffusers'."""
+    models = [model for _, model in sorted(pipeline.components.items()) if isinstance(model, nn.Module)]
+    hashes = [tokenizer_hash(model) if isinstance(model, ModelMixin) else weights_hash(model) for model in models]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ REMEDY = "a local folder can stand in place of the name, and 'minilm' needs no n
 class TextEncoder(nn.Module):
     """A frozen text encoder of the transformers library. It stays in eval mode and out of every saved model.
 
-    CLIP's text tower gives the last hidden states of all its positions (77 for ViT-L/14), any other encoder those of
-    the tokens there are; of an encoder with a decoder (T5) the encoder alone is used.
+    States are the last hidden ones of a text's tokens. CLIP's text tower, trained so, sees all its positions (77 for
+    ViT-L/14); what is padding is masked. Of an encoder with a decoder (T5) the encoder alone is used.
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 inside a wheel, 384 channels, no network), or a folder or hub name that

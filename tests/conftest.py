@@ -1,7 +1,6 @@
 """Tiny models and data that many tests share."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the tests compare with the CPU's numbers
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -154,8 +154,12 @@ def kill_when(appears: Path, *command: str | Path, processes: int = 1) -> None:
             assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
             time.sleep(0.001)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun's workers first: they have sessions of their own, and would go on without it.
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            member.kill()
         process.wait()
+        psutil.wait_procs(family, timeout=60)
 
 
 def _launched(command: tuple, processes: int) -> list[str]:

@@ -104,6 +104,8 @@ class Source(Protocol):
 
     def read(self, index: int) -> Image.Image: ...
 
+    has_captions: bool  # whether there may be any
+
     def captions(self, index: int) -> list[str]: ...
 
 
@@ -171,6 +173,10 @@ class FolderSource:
         with Image.open(self.files[index]) as image:
             return to_rgb(image)
 
+    @property
+    def has_captions(self) -> bool:
+        return any(self.path.rglob("*.txt"))
+
     def captions(self, index: int) -> list[str]:
         """Raises `DataError` for a file that is not UTF-8."""
         file = self.files[index].with_suffix(".txt")
@@ -191,7 +197,7 @@ class HuggingFaceSource:
         DataError: if a column is missing.
     """
 
-    def __init__(self, path: str, split: str, image_column: str, label_column: str, caption_column: str = "caption"):
+    def __init__(self, path: str, split: str, image_column: str, label_column: str, caption_column: str | None = None):
         import datasets
 
         try:
@@ -210,8 +216,13 @@ class HuggingFaceSource:
         self.path = path
         self.data = data.cast_column(image_column, datasets.Image())
         self.image_column = image_column
-        self.caption_column = caption_column
-        self._captions = data.select_columns(caption_column) if caption_column in data.column_names else None
+        if caption_column is not None and caption_column not in data.column_names:
+            raise DataError(
+                f"{path}: no column '{caption_column}' (--caption-column), there are {', '.join(data.column_names)}"
+            )
+        self.caption_column = caption_column or "caption"
+        self.has_captions = self.caption_column in data.column_names
+        self._captions = data.select_columns(self.caption_column) if self.has_captions else None
         labels = data[label_column] if label_column in data.column_names else [0] * len(data)
         if any(label is None for label in labels):
             raise DataError(f"{path}: some values of '{label_column}' (data.label_column) are missing")
@@ -269,6 +280,7 @@ class PhotoSource:
         DataError: if the split is unknown, or the package with its photographs is not installed.
     """
 
+    has_captions = True
     PHOTOS = {  # name: (file, description)
         "astronaut": ("skimage/data/astronaut.png", "a smiling astronaut in an orange suit"),
         "brick": ("skimage/data/brick.png", "a brick wall"),
@@ -341,7 +353,7 @@ def open_source(
     *,
     image_column: str = "image",
     label_column: str = "label",
-    caption_column: str = "caption",
+    caption_column: str | None = None,
     min_size: int = 16,
 ) -> Source:
     """Opens images by one name.
@@ -351,7 +363,7 @@ def open_source(
             ":SPLIT" may follow "photos" and stands for `split`.
         split: of "photos" and of hub datasets.
         image_column, label_column, caption_column: of parquet files and hub datasets; without a label column all images
-            are class 0, without a caption column none has captions.
+            are class 0; captions are in a column "caption", if there is one, unless another is named.
         min_size: images of a folder with a shorter side than this many pixels are skipped.
 
     Raises:
@@ -374,7 +386,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, name: str, split: str) -
     parser.add_argument("--split", default=split, help=f"of a hub dataset (default: {split})")
     parser.add_argument("--image-column", default="image", help="of a parquet file or a hub dataset")
     parser.add_argument("--label-column", default="label", help="likewise")
-    parser.add_argument("--caption-column", default="caption", help="likewise; strings or lists of strings")
+    parser.add_argument(
+        "--caption-column", help="likewise; strings or lists of strings (default: caption, if there is one)"
+    )
     parser.add_argument(
         "--min-size", type=int, default=16, help="skip a folder's images with a shorter side below this"
     )

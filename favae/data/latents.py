@@ -147,7 +147,7 @@ def write_cache(
     check_plan(output, plan, "latent cache")
 
     tokenizer = tokenizer.to(state.device).eval()
-    captioned = any(images.captions(i) for i in range(len(images)))
+    captioned = images.source.has_captions
     files = (shard_file, captions_file) if captioned else (shard_file,)
     shards = range(math.ceil(len(images) / shard_size))
     missing = [k for k in shards if not all(file(output, k).exists() for file in files)]
@@ -171,7 +171,8 @@ def write_cache(
         manifest = {**plan, "classes": images.classes, "kind": kind, **_summary(output, len(shards), kind)}
         if kind == TOKENS:
             manifest["codebook_size"] = tokenizer.num_tokens
-        manifest["captions"] = _summary_of_captions(output, manifest["counts"]) if captioned else None
+        captions = _summary_of_captions(output, manifest["counts"]) if captioned else {"count": 0}
+        manifest["captions"] = captions if captions["count"] else None
         write_file(output / MANIFEST, json.dumps(manifest, indent=1))
     state.wait_for_everyone()
     return json.loads((output / MANIFEST).read_text())

@@ -56,9 +56,9 @@ def frequency_basis(size: int, count: int, channels: int = 3) -> Tensor:
 def _expected(size: int, count: int, channels: int) -> np.ndarray:
     colours, which, waves = _strongest(size, count, channels)
     side = 3 * size
-    places = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1).reshape(-1, 2)
-    distance = np.linalg.norm(places[:, None] - places[None], axis=-1)
-    covariance = np.exp(-distance / (CORRELATION_LENGTH * size)).reshape((side,) * 4)
+    along = np.abs(np.arange(side)[:, None] - np.arange(side))
+    of_offset = np.exp(-np.hypot(*np.indices((side, side))) / (CORRELATION_LENGTH * size))
+    covariance = of_offset[along[:, None, :, None], along[None, :, None, :]]  # (row, column, row, column)
     middle = slice(size, 2 * size)
     result = np.zeros((count, channels, side, side))
     for c in range(channels):

@@ -140,6 +140,10 @@ def _check_parts(
         name, wanted, found = "latent channels", config.latent_channels, vae.config.latent_channels
     else:
         name, wanted, found = "entries in the codebook", config.codebook_size, vae.num_tokens
+    residual = isinstance(vae, VQModelFA) and vae.config.quantizer == "residual"
+    codes = vae.config.num_quantizers if residual else 1
+    if config.num_quantizers != codes:
+        raise ValueError(f"the transformer draws {config.num_quantizers} codes per token, the autoencoder has {codes}")
     if wanted != found:
         raise ValueError(f"the transformer was built for {wanted} {name}, the autoencoder has {found}")
     width = text_encoder.config.hidden_size

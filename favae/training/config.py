@@ -143,6 +143,12 @@ class SamplingConfig:
     def __post_init__(self):
         for name in ("num_inference_steps", "num_images"):
             at_least(f"sampling.{name}", getattr(self, name), 1)
+        if self.temperature < 0:
+            raise ConfigError(f"sampling.temperature must be at least 0, got {self.temperature}")
+        if self.top_k is not None:
+            at_least("sampling.top_k", self.top_k, 1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"sampling.top_p must be above 0 and at most 1, got {self.top_p}")
         if len(self.guidance_interval) != 2:
             raise ConfigError(f"sampling.guidance_interval must be two numbers, got {list(self.guidance_interval)}")
         if self.shift <= 0:
@@ -327,6 +333,8 @@ class GeneratorConfig(RunConfig):
             ):
                 if asked:
                     raise ConfigError(f"{key} is for generators of classes, not for a CATTransformerModel")
+            if self.model.get("head") == "flow" and (self.sampling.top_k, self.sampling.top_p) != (None, None):
+                raise ConfigError("sampling.top_k and sampling.top_p are for model.head=categorical")
             if self.model.get("text_dropout_prob") == 0 and self.sampling.guidance_scale != 1:
                 raise ConfigError("sampling.guidance_scale must be 1 without dropped texts (model.text_dropout_prob=0)")
         dit = self.model["name"] == "DiTTransformer2DModel"

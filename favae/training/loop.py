@@ -200,7 +200,7 @@ class Run:
                 state = self.checkpointer.load(self.checkpoint)
             except FavaeError:
                 raise
-            except (RuntimeError, ValueError, KeyError) as error:
+            except (OSError, RuntimeError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0]
                 raise ConfigError(f"resume: {self.checkpoint} does not fit these settings ({reason})") from error
             self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
@@ -221,8 +221,11 @@ class Run:
             lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be torn
             write_file(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
-    def batches(self, dataset: Dataset) -> Iterable[dict]:
-        """This process's micro-batches from the current step on, on its device."""
+    def batches(self, dataset: Dataset, until: int | None = None) -> Iterable[dict]:
+        """This process's micro-batches from the current step on, to step `until` or the last, on its device."""
+        until = self.train.steps if until is None else min(until, self.train.steps)
+        if self.step >= until:
+            return
         stream = TrainingStream(dataset, self.config.seed)
         loader = stream.batches(
             self.train.batch_size,
@@ -232,7 +235,7 @@ class Run:
             self.train.num_workers,
         )
         for batch in loader:
-            if self.step >= self.train.steps:
+            if self.step >= until:
                 return
             yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 

@@ -101,6 +101,9 @@ def test_training_aligns_until_it_stops(tiny_cache):
     [
         (["loss.alignment.weight=0.5"], "loss.alignment.layer must be one of 1, 2, got 8"),
         (["loss.alignment.weight=0.5", "loss.alignment.layer=1"], "needs data.images"),
+        (["sampling.temperature=-1"], "sampling.temperature must be at least 0"),
+        (["sampling.top_p=1.5"], "sampling.top_p must be above 0 and at most 1"),
+        (["sampling.top_k=0"], "sampling.top_k must be at least 1"),
         (["loss.alignment.weight=-1"], "loss.alignment.weight must be at least 0"),
         (
             ["loss.alignment.weight=0.5", "loss.alignment.layer=1", "data.images=photos", "train.shard=true"],

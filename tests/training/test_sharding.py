@@ -1,13 +1,16 @@
 """A generator divided among two processes: the weights of a run that is not, whole in every file, and resumed."""
 
+import pytest
 import safetensors.torch
 import torch
 from conftest import kill_when, run, tiny_generator_recipe
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 import favae  # noqa: F401  (makes its pipelines known to diffusers)
-from favae.training.sharding import in_one_piece, own_parts, shard
+from favae.training import sharding
+from favae.training.sharding import in_one_piece, load_whole, own_parts, shard
 
 
 def test_sharded_training_is_the_same_training(tiny_cache):
@@ -24,6 +27,7 @@ def test_sharded_training_is_the_same_training(tiny_cache):
     kill_when(tiny_cache / "sharded/checkpoints/.writing-step-6", *sharded, processes=2)
     optimizers = list((tiny_cache / "sharded/checkpoints/step-4/generator-optimizer").glob("*.distcp"))
     assert len(optimizers) == 2  # a part of each process
+    assert not (tiny_cache / "sharded/checkpoints/step-6").exists()
     run(*sharded, processes=2)
     file = "transformer/diffusion_pytorch_model.safetensors"
     expected, found = (safetensors.torch.load_file(tiny_cache / name / "final" / file) for name in ("whole", "sharded"))
@@ -34,6 +38,33 @@ def test_sharded_training_is_the_same_training(tiny_cache):
     assert '"_class_name": "LightningDiTTransformer2DModel"' in config
     assert len(DiffusionPipeline.from_pretrained(tiny_cache / "sharded/final")([0, 1]).images) == 2
     assert (tiny_cache / "sharded/samples/step-0000005.png").exists()
+
+
+def test_a_run_without_shards_is_no_beginning_for_one_with(tiny_cache):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    run("train_generator.py", recipe, f"output={tiny_cache / 'whole'}", "train.steps=2", processes=2)
+    checkpoint, output = tiny_cache / "whole/checkpoints/step-2", tiny_cache / "sharded"
+    more = (f"resume={checkpoint}", f"output={output}", "train.shard=true")
+    result = run("train_generator.py", recipe, *more, processes=2, check=False)
+    assert result.returncode and "does not fit these settings (no generator-optimizer" in result.stderr
+
+
+def test_weights_of_another_model_are_refused():
+    model = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match="not those of this Linear"):
+        load_whole(model, nn.Linear(1, 2).state_dict())  # which copying would spread
+    with pytest.raises(ValueError, match="not those of this Linear"):
+        load_whole(model, {**model.state_dict(), "more": torch.zeros(1)})
+
+
+def test_a_full_disk_is_what_it_is(monkeypatch, tmp_path):
+    def save(*arguments, **options):
+        raise CheckpointException("write", {1: (OSError(28, "No space left on device"), None)})
+
+    monkeypatch.setattr(sharding.distributed_checkpoint, "save", save)
+    model = nn.Linear(2, 2)
+    with pytest.raises(OSError, match="No space left"):
+        sharding.save_optimizers(model, torch.optim.AdamW(model.parameters()), tmp_path)
 
 
 def test_one_process_keeps_its_model():
