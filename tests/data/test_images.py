@@ -178,7 +178,11 @@ def test_captions_of_columns(tmp_path):
 
     assert captions(open_source(file)) == [["a cat", "an animal"], [], ["a dog"]]
     assert captions(open_source(file, caption_column="text")) == [["a cat"], [], []]
-    assert captions(open_source(file, caption_column="nothing")) == [[], [], []]
+    with pytest.raises(DataError, match=r"no column 'nothing' \(--caption-column\), there are image, caption"):
+        open_source(file, caption_column="nothing")
+    data.remove_columns("caption").to_parquet(tmp_path / "without.parquet")
+    without = open_source(str(tmp_path / "without.parquet"))
+    assert captions(without) == [[], [], []] and not without.has_captions
     with pytest.raises(DataError, match=r"\[0\]: the values of 'views' \(--caption-column\) must be strings or lists"):
         open_source(file, caption_column="views").captions(0)
     parser = argparse.ArgumentParser()
