@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_LIGHTNINGDIT
 
-from favae import LightningDiTTransformer2DModel
+from favae import CATTransformerModel, LightningDiTTransformer2DModel
 
 
 @pytest.fixture
@@ -38,3 +38,25 @@ def test_the_published_block_computes_the_same(step):
     arguments = torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 3])
     expected = ours(*arguments).sample
     assert expected.std() > 0.1 and torch.allclose(theirs(*arguments).sample, expected, atol=1e-5)
+
+
+def test_seams_are_seen(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    quality = importlib.import_module("generator_quality")
+    noise = torch.randn(8, 3, 64, 64)
+    assert quality.seams(noise) == pytest.approx(1, abs=0.02)
+    patches = torch.randn(8, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert quality.seams(noise + patches) == pytest.approx(2**0.5, abs=0.05)  # differences' variance: 2 + 2 to 2
+
+
+@torch.no_grad()
+def test_tokens_drawn_without_a_cache_are_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("cat_sampling")
+    model = CATTransformerModel(sample_size=3, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+                                hidden_size=16, text_dim=8, codebook_size=32).eval()  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    text, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    drawn = model.generate(text, mask, guidance_scale=3.0, temperature=0)
+    assert torch.equal(benchmark.uncached(model, text, mask, 3.0), drawn) and drawn.unique().numel() > 2
