@@ -156,7 +156,8 @@ def train(config: GeneratorConfig) -> None:
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     data, alignment = config.data, config.loss.alignment
-    aligned_until = (alignment.stop_step or train.steps) if alignment.weight else 0
+    stop = train.steps if alignment.stop_step is None else alignment.stop_step
+    aligned_until = stop if alignment.weight else 0
     states = open_states(config) if config.from_text else None
     dataset = LatentDataset(data.latents, tokenizer, data.flip, data.shuffle_shards, open_images(config), states)
     transformer = build_model(config.model, GENERATORS)

@@ -27,8 +27,8 @@ class RepresentationAlignmentConfig:
     stop_step: int | None = None  # from which it is left out (HASTE, arXiv 2505.16792); None: never
 
     def __post_init__(self):
-        for name in ("weight", "layer"):
-            if getattr(self, name) < 0:
+        for name in ("weight", "layer", "stop_step"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"loss.alignment.{name} must be at least 0, got {getattr(self, name)}")
 
 
