@@ -61,7 +61,9 @@ def dry_run(config: GeneratorConfig, num_processes: int) -> None:
         transformer = build_model(config.model, GENERATORS)
     shape, size = transformer.config, transformer.config.sample_size
     tokens = size**2 if config.from_text else (size // shape.patch_size) ** 2
-    print(f"generator: {transformer.num_parameters():,} parameters, {tokens:,} tokens per image")
+    channels = shape.latent_channels if config.from_text else shape.in_channels
+    what = "codes" if channels is None else f"{channels * size**2:,} floats per image"
+    print(f"generator: {transformer.num_parameters():,} parameters, {tokens:,} tokens of {what}")
     images = config.data.num_images
     if config.data.latents is not None and Path(config.data.latents).exists():
         dataset = LatentDataset(config.data.latents, text=open_states(config) if config.from_text else None)

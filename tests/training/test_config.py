@@ -98,7 +98,7 @@ def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert f"steps: {config.train.steps}" in output  # the resolved config
     assert "parameters" in output and "steps per epoch" in output
-    assert "floats per" in output or "tokens of" in output
+    assert "floats per" in output or "tokens of" in output  # of a codebook
     assert not (ROOT / config.output).exists() or config.output.startswith("runs/photos")
 
 

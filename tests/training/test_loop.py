@@ -124,6 +124,6 @@ def test_a_full_disk_leaves_the_older_checkpoint(run, monkeypatch, full):
     with pytest.raises(CheckpointError, match=r"step-2 needs about 0.00 GB, .* GB are free in .*; the last .*step-1"):
         run.checkpointer.save(2, {})
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
-    monkeypatch.setattr("favae.training.checkpoints.save_module", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("favae.training.checkpoints.save_module", lambda *arguments, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.checkpointer.save(2, {})

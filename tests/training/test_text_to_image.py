@@ -9,11 +9,14 @@ from conftest import TINY_VQ, run
 from diffusers import DiffusionPipeline
 from tiny_text import save_bert
 
-from favae import CATPipeline, VQModelFA
+from favae import CATPipeline, CATTransformerModel, VQModelFA
 from favae.data.images import ImageDataset, open_source
-from favae.data.latents import write_cache
+from favae.data.latents import LatentDataset, write_cache
 from favae.data.text import write_states
 from favae.text import TextEncoder
+from favae.training.checks import ConfigError
+from favae.training.config import GeneratorConfig, load_config
+from favae.training.text_to_image import check_shapes, open_states
 
 MODEL = {
     "name": "CATTransformerModel",
@@ -80,10 +83,7 @@ def test_it_trains_resumes_and_its_pipeline_opens(kind, term, request, tmp_path)
     "override, message",
     [
         ("model.codebook_size=16", "a codebook of 32 entries, the generator is built for 16"),
-        ("model.sample_size=8", r"tokens of shape \(4, 4\), the generator is built for \(8, 8\)"),
-        ("model.text_dim=5", "have 8 channels, the generator is built for 5"),
         ("data.text=NOWHERE", "NOWHERE: no finished folder of text states"),
-        ("loss.alignment.weight=1", "for generators of classes"),
         ("model={name: CATTransformerModel, head: flow, latent_channels: 6}", "holds tokens; model.head=flow"),
         ("data.text_encoder=NOWHERE", "text encoder 'NOWHERE' could not be loaded"),
     ],
@@ -93,6 +93,27 @@ def test_what_does_not_fit_is_one_line(codes, tmp_path, override, message):
     assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(result.stderr)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ({"sample_size": 8}, r"tokens of shape \(4, 4\), the generator is built for \(8, 8\)"),
+        ({"num_quantizers": 2}, r"tokens of shape \(4, 4\), the generator is built for \(4, 4, 2\)"),
+        ({"text_dim": 5}, "have 8 channels, the generator is built for 5"),
+    ],
+)
+def test_shapes_that_do_not_fit(codes, override, message):
+    config = load_config(GeneratorConfig, codes)
+    dataset = LatentDataset(config.data.latents, text=open_states(config))
+    arguments = {key: value for key, value in MODEL.items() if key != "name"} | override
+    with pytest.raises(ConfigError, match=message):
+        check_shapes(config, CATTransformerModel(**arguments), dataset)
+
+
+def test_alignment_is_for_generators_of_classes(codes):
+    with pytest.raises(ConfigError, match="loss.alignment.weight is for generators of classes"):
+        load_config(GeneratorConfig, codes, ["loss.alignment.weight=1"])
 
 
 def test_codes_are_not_for_generators_of_classes(codes, tmp_path):
