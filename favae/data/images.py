@@ -269,7 +269,7 @@ class PhotoSource:
 
     The class is the photograph, the caption its description. Splits: "train" takes crops from the left three quarters
     of each photograph, "validation" from the right quarter, "heldout" from two photographs that the other splits never
-    touch, and "test" from three more, which no setting of a recipe was ever chosen on. Crop i is a pure function of i:
+    touch, and "test" from three more, looked at for one setting only (docs/results.md). Crop i is a pure function of i:
     its photograph is i modulo their number, its side is log-uniform between 64 pixels and the region's shorter side.
 
     Args:
