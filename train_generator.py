@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from favae.adapters.diffusers import fold_latent_statistics
-from favae.data.images import ImageDataset, open_source
+from favae.data.images import ImageDataset
 from favae.data.latents import LatentDataset, load_tokenizer
+from favae.data.sources import open_source
 from favae.eval.online import OnlineEvaluation
 from favae.foundation import FoundationModel
 from favae.pipelines import LightningDiTPipeline

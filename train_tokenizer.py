@@ -15,7 +15,8 @@ checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pr
 import torch
 from torchvision.utils import save_image
 
-from favae.data.images import ImageDataset, open_source, skip_missing
+from favae.data.images import ImageDataset, skip_missing
+from favae.data.sources import open_source
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS

@@ -31,8 +31,9 @@ from torch.utils.data import Dataset, Subset
 from torchvision.utils import save_image
 
 from favae.autoencoders import reconstruct
-from favae.data.images import ImageDataset, PhotoSource, open_source, to_uint8
+from favae.data.images import ImageDataset, to_uint8
 from favae.data.latents import LatentDataset, write_cache
+from favae.data.sources import PhotoSource, open_source
 from favae.eval import references
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import FeatureExtractor

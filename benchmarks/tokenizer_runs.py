@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from favae.autoencoders import measure_budget, reconstruct  # noqa: E402
-from favae.data.images import ImageDataset, open_source, skip_missing  # noqa: E402
+from favae.data.images import ImageDataset, skip_missing  # noqa: E402
+from favae.data.sources import open_source  # noqa: E402
 from favae.eval.extraction import image_statistics  # noqa: E402
 from favae.eval.features import FeatureExtractor  # noqa: E402
 from favae.eval.image_sets import CroppedImages  # noqa: E402

@@ -14,7 +14,8 @@ import torch
 from numpy.lib import format as npy
 from torch.utils.data import Dataset
 
-from favae.data.images import READ_ERRORS, DataError, FolderSource, ImageDataset, to_uint8
+from favae.data.images import READ_ERRORS, DataError, ImageDataset, to_uint8
+from favae.data.sources import FolderSource
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,8 @@
 """Measures of a set of generated images, from features or logits as plain arrays; no model is needed."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -103,3 +106,32 @@ def kernel_distance(
         within = sum((k.sum() - np.trace(k)) / pairs for k in (kernel(x, x), kernel(y, y)))
         distances.append(within - 2 * kernel(x, y).mean())
     return float(np.mean(distances)), float(np.std(distances))
+
+
+def retrieval(
+    samples: np.ndarray, gallery: np.ndarray, relevant: np.ndarray, top: Sequence[int] = (1, 5)
+) -> tuple[dict[int, float], dict[int, float]]:
+    """How often one of a sample's k nearest images, by the angle between features, is what its text asked for.
+
+    Args:
+        samples, gallery: features (M, D) of generated and (N, D) of real images.
+        relevant: (M, N), whether an image of the gallery is what the text of a sample asked for.
+        top: values of k.
+    Returns:
+        The share of samples for each k, and what k images drawn at random would give.
+    Raises:
+        ValueError: for other shapes, or k not in 1 ... N.
+    """
+    relevant = np.asarray(relevant, dtype=bool)
+    if relevant.shape != (len(samples), len(gallery)):
+        raise ValueError(f"relevant must have shape {(len(samples), len(gallery))}, got {relevant.shape}")
+    if not all(1 <= k <= len(gallery) for k in top):
+        raise ValueError(f"k must be in 1 ... {len(gallery)}, got {tuple(top)}")
+    samples, gallery = (np.asarray(x, np.float64) for x in (samples, gallery))
+    samples, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (samples, gallery))
+    nearest = np.argsort(-(samples @ gallery.T), axis=1, kind="stable")
+    found = np.take_along_axis(relevant, nearest, axis=1)
+    rates = {k: float(found[:, :k].any(axis=1).mean()) for k in top}
+    others = len(gallery) - relevant.sum(axis=1)
+    missed = {k: [math.comb(int(n), k) / math.comb(len(gallery), k) for n in others] for k in top}
+    return rates, {k: float(1 - np.mean(values)) for k, values in missed.items()}

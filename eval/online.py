@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from favae.data.images import open_source
+from favae.data.sources import open_source
 from favae.distributed import process_state
 from favae.eval.features import FeatureExtractor
 from favae.eval.generation import measure_samples, protocol_of

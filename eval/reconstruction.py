@@ -30,15 +30,8 @@ from torchmetrics.functional.image import (
 from tqdm.auto import tqdm
 
 from favae.autoencoders import AutoencoderError, decode, encode, load_autoencoder, measure_budget
-from favae.data.images import (
-    DataError,
-    ImageDataset,
-    add_data_arguments,
-    data_name,
-    open_data_arguments,
-    skip_missing,
-    to_uint8,
-)
+from favae.data.images import DataError, ImageDataset, skip_missing, to_uint8
+from favae.data.sources import add_data_arguments, data_name, open_data_arguments
 from favae.distributed import process_state
 from favae.errors import FavaeError
 from favae.eval.extraction import ImageStatistics, image_statistics, sum_over_processes

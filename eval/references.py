@@ -19,14 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from favae.data.images import (
-    DataError,
-    ImageDataset,
-    Source,
-    add_data_arguments,
-    data_name,
-    open_data_arguments,
-)
+from favae.data.images import DataError, ImageDataset, Source
+from favae.data.sources import add_data_arguments, data_name, open_data_arguments
 from favae.distributed import process_state
 from favae.errors import FavaeError
 from favae.eval.extraction import ImageStatistics, image_statistics

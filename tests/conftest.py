@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from favae import AutoencoderKLFA
-from favae.data.images import ImageDataset, open_source
+from favae.data.images import ImageDataset
 from favae.data.latents import write_cache
+from favae.data.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -32,13 +32,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from favae.autoencoders import load_autoencoder, measure_budget
-from favae.data.images import (
-    ImageDataset,
-    add_data_arguments,
-    data_name,
-    open_data_arguments,
-    skip_missing,
-)
+from favae.data.images import ImageDataset, skip_missing
 from favae.data.shards import (
     MANIFEST,
     CacheError,
@@ -50,6 +44,7 @@ from favae.data.shards import (
     read_manifest,
     shard_file,
 )
+from favae.data.sources import add_data_arguments, data_name, open_data_arguments
 from favae.data.text import CaptionStates
 from favae.distributed import process_state
 from favae.errors import FavaeError

@@ -49,6 +49,8 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         sample_size: height and width of the token grid.
         num_layers, num_attention_heads, attention_head_dim, hidden_size: the width D need not be heads * head_dim.
         text_dim: of the text's token states. The text may have any length, also 1 (a sentence vector) and 0.
+        text_pooling: None attends to all token states; "mean" to one vector per text, the mean of them (for MiniLM,
+            the direction of its sentence embedding): the condition that the paper compares with.
         mlp_ratio: of the feed-forward width.
         dropout: of what each block adds.
         text_dropout_prob: share of texts left out in training, for classifier-free guidance.
@@ -86,6 +88,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         attention_head_dim: int = 64,
         hidden_size: int = 1536,
         text_dim: int = 768,
+        text_pooling: str | None = None,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         text_dropout_prob: float = 0.25,
@@ -104,6 +107,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         _one_of("head", head, ("categorical", "flow"))
         _one_of("attention", attention, ("multi_head", "shared_key_value"))
         _one_of("position", position, ("axial", None))
+        _one_of("text_pooling", text_pooling, ("mean", None))
         if head == "categorical" and (latent_channels, low_latent_channels) != (None, None):
             raise ValueError("latent_channels and low_latent_channels are for head='flow'")
         if head == "flow" and (latent_channels is None or num_quantizers != 1):
@@ -154,7 +158,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         return self.config.sample_size**2
 
     def _text(self, states: Tensor, mask: Tensor | None, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """States, zero where nobody may look, and the mask (B, 1, 1, 1 + L), with the null in front."""
+        """States, zero where nobody may look, or one of them all, and the mask (B, 1, 1, 1 + L), the null in front."""
         if states.ndim != 3 or states.shape[2] != self.config.text_dim:
             raise ValueError(f"built for text states (B, L, {self.config.text_dim}), got {tuple(states.shape)}")
         if mask is None:
@@ -165,6 +169,9 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         if dropout > 0:
             mask = mask & (torch.rand(len(mask), 1, device=mask.device) >= dropout)
         states = states.to(self.start_token.dtype).masked_fill(~mask.unsqueeze(-1), 0)  # an infinite one would spread
+        if self.config.text_pooling == "mean":
+            states = states.sum(1, keepdim=True) / mask.sum(1).clamp_min(1)[:, None, None].to(states.dtype)
+            mask = mask.any(1, keepdim=True)
         return states, F.pad(mask, (1, 0), value=True)[:, None, None]
 
     def _place(self, embeddings: Tensor, first: int) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_text import save_bert
 
-from favae.data.images import ImageDataset, open_source
+from favae.data.images import ImageDataset
 from favae.data.latents import CacheError, LatentDataset, write_cache
+from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
 from favae.data.text import CaptionStates, main, write_states
 from favae.text import TextEncoder

@@ -7,20 +7,8 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from favae.data.images import (
-    DataError,
-    FolderSource,
-    ImageDataset,
-    PhotoSource,
-    UnusableImage,
-    add_data_arguments,
-    center_crop,
-    open_data_arguments,
-    open_source,
-    skip_missing,
-    to_rgb,
-    to_uint8,
-)
+from favae.data.images import DataError, ImageDataset, UnusableImage, center_crop, skip_missing, to_rgb, to_uint8
+from favae.data.sources import FolderSource, PhotoSource, add_data_arguments, open_data_arguments, open_source
 
 
 def test_conversions():

@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from favae import AutoencoderKLFA, VQModelFA
 from favae.autoencoders import AutoencoderError
-from favae.data.images import ImageDataset, open_source
+from favae.data.images import ImageDataset
 from favae.data.latents import CacheError, LatentDataset, load_tokenizer, tokenizer_hash, write_cache
+from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
 
 

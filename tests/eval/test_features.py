@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import write_images
 
-from favae.data.images import ImageDataset, open_source
+from favae.data.images import ImageDataset
+from favae.data.sources import open_source
 from favae.eval import features as module
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor, image_generator, metric_name

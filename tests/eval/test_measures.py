@@ -10,6 +10,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.generation import inception_score, kernel_distance, precision_recall
+from favae.eval.measures import retrieval
 
 
 def test_frechet_of_gaussians_in_closed_form():
@@ -89,3 +90,30 @@ def test_inception_score_extremes():
     assert inception_score(np.zeros((100, 10)), splits=1)[0] == pytest.approx(1)
     with pytest.raises(ValueError, match="10 splits need as many images, got 5"):
         inception_score(np.zeros((5, 3)))
+
+
+def test_retrieval_counts_what_is_near_and_what_chance_gives():
+    angles = np.deg2rad([0, 10, 20, 90, 100])
+    gallery = np.stack([np.cos(angles), np.sin(angles)], axis=1) * [[1], [5], [0.1], [2], [1]]  # lengths do not count
+    samples = np.deg2rad([1, 91])
+    samples = np.stack([np.cos(samples), np.sin(samples)], axis=1)
+    relevant = np.zeros((2, 5), bool)
+    relevant[0, 0] = relevant[1, [2, 4]] = True  # the nearest; the second nearest
+    rates, chance = retrieval(samples, gallery, relevant, top=(1, 2, 5))
+    assert rates == {1: 0.5, 2: 1.0, 5: 1.0}
+    assert chance == pytest.approx({1: (1 / 5 + 2 / 5) / 2, 2: (2 / 5 + (1 - 3 / 10)) / 2, 5: 1.0})
+    nothing, without = retrieval(samples, gallery, np.zeros((2, 5), bool))
+    assert nothing == without == {1: 0.0, 5: 0.0}
+    with pytest.raises(ValueError, match=r"shape \(2, 5\), got \(5, 2\)"):
+        retrieval(samples, gallery, relevant.T)
+    with pytest.raises(ValueError, match=r"in 1 ... 5, got \(6,\)"):
+        retrieval(samples, gallery, relevant, top=(6,))
+
+
+def test_retrieval_at_random_is_chance():
+    rng = np.random.default_rng(0)
+    samples, gallery = rng.normal(size=(2000, 8)), rng.normal(size=(40, 8))
+    rates, chance = retrieval(samples, gallery, rng.random((2000, 40)) < 0.1)
+    assert all(rates[k] == pytest.approx(chance[k], abs=0.03) for k in (1, 5)) and chance[1] == pytest.approx(
+        0.1, abs=0.01
+    )

@@ -10,7 +10,8 @@ from conftest import TINY_VQ, run, write_images
 
 from favae import VQModelFA
 from favae.autoencoders import AutoencoderError, decode, encode, load_autoencoder, measure_budget, reconstruct
-from favae.data.images import ImageDataset, open_source
+from favae.data.images import ImageDataset
+from favae.data.sources import open_source
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.figures import _high_error, _worst_windows, radial_spectrum

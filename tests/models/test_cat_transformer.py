@@ -153,6 +153,21 @@ def test_padding_has_no_influence_and_words_have(attention):
     assert torch.allclose(turned, expected, atol=1e-5)
 
 
+def test_pooled_texts_are_one_vector():
+    torch.manual_seed(0)
+    model, plain = tiny(text_pooling="mean"), tiny()
+    plain.load_state_dict(model.state_dict())
+    tokens, text, mask = some_tokens(model), torch.randn(2, 5, 6), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    means = torch.stack([text[0, :3].mean(0), text[1, 0]]).unsqueeze(1)
+    expected = plain(tokens, means).logits
+    assert torch.allclose(model(tokens, text, mask).logits, expected, atol=1e-5)
+    assert not torch.allclose(plain(tokens, text, mask).logits, expected, atol=1e-3)
+    drawn = [model.generate(text, mask, generator=generators(0, 1)), plain.generate(means, generator=generators(0, 1))]
+    assert torch.equal(*drawn)
+    nothing = [model(tokens, text[:, :0]), model(tokens, text, torch.zeros(2, 5)), plain(tokens, text[:, :0])]
+    assert all(torch.allclose(one.logits, nothing[0].logits, atol=1e-5) for one in nothing)
+
+
 @pytest.mark.parametrize("attention", ["multi_head", "shared_key_value"])
 def test_a_dropped_text_is_an_empty_one(attention):
     model = tiny(attention=attention, text_dropout_prob=1.0)
@@ -382,6 +397,7 @@ def test_what_does_not_fit_is_refused():
         ({"head": "gaussian"}, "head must be one of"),
         ({"attention": "linear"}, "attention must be one of"),
         ({"position": "rotary"}, "position must be one of"),
+        ({"text_pooling": "max"}, "text_pooling must be one of"),
         ({"head": "flow"}, "needs latent_channels"),
         ({**FLOW, "num_quantizers": 2}, "num_quantizers=1"),
         ({"latent_channels": 4}, "are for head='flow'"),

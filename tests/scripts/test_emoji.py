@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from favae.data.images import open_source
+from favae.data.sources import open_source
 
 EMOJI = [  # name, short names, category, colour
     ("LARGE RED CIRCLE", ["red_circle"], "Symbols", (255, 0, 0, 255)),

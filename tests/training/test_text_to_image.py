@@ -10,8 +10,9 @@ from diffusers import DiffusionPipeline
 from tiny_text import save_bert
 
 from favae import CATPipeline, CATTransformerModel, VQModelFA
-from favae.data.images import ImageDataset, open_source
+from favae.data.images import ImageDataset
 from favae.data.latents import LatentDataset, write_cache
+from favae.data.sources import open_source
 from favae.data.text import write_states
 from favae.text import TextEncoder
 from favae.training.checks import ConfigError
