@@ -75,6 +75,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _supports_group_offloading = False  # `generate` goes past the hook of `forward`, which brings the token head
     _no_split_modules = ["CATBlock"]
     _repeated_blocks = ["CATBlock"]
     _skip_layerwise_casting_patterns = ["token_head", "relative_position", "norm"]

@@ -415,6 +415,8 @@ def test_what_does_not_fit_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             model.generate(text, **options)
+    with pytest.raises(ValueError, match="does not support group offloading"):
+        model.enable_group_offload(torch.device("cpu"))
     with pytest.raises(ValueError, match="top_k and top_p are for head='categorical'"):
         tiny(**FLOW).generate(text, top_k=1)
 
