@@ -1,7 +1,9 @@
 """What the generator benchmarks compare with is what they say."""
 
 import importlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_LIGHTNINGDIT
@@ -62,3 +64,22 @@ def test_tokens_drawn_without_a_cache_are_the_same(monkeypatch):
     text, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
     drawn = model.generate(text, mask, guidance_scale=3.0, temperature=0)
     assert torch.equal(benchmark.uncached(model, text, mask, 3.0), drawn) and drawn.unique().numel() > 2
+
+
+def test_images_are_retrieved_by_name_and_category(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("text_to_image")
+    names = [["red apple", "apple"], ["tomato", "red apple"], ["cat"], ["green apple"], ["black cat"]]
+    emoji = benchmark.Emoji(torch.zeros(5, 3, 64, 64), names, ["food", "food", "animal", "food", "animal"], training=3)
+    real = SimpleNamespace(kept=np.eye(5, dtype=np.float32))
+    asked = [3, 4, 3, 4]  # the third sample looks like the cat, all others like what they should
+    features = real.kept[[3, 4, 2, 4]] + 0.5 * real.kept[[0, 2, 1, 3]]
+    monkeypatch.setattr(benchmark, "TOP", (1, 2))
+    found = benchmark.retrieved(features, asked, emoji, real)
+    assert found["name"] == {"top1": 0.75, "top2": 0.75} and found["chance"]["name"]["top1"] == pytest.approx(0.2)
+    assert found["category"] == {"top1": 0.75, "top2": 1.0}
+    assert found["chance"]["category"]["top1"] == pytest.approx((3 / 5 + 2 / 5) / 2)
+    assert found["among_heldout"]["top1"] >= 0.75 and found["chance"]["among_heldout"]["top1"] == pytest.approx(0.5)
+    by_training = benchmark.retrieved(real.kept[:1], [0], emoji, real)
+    assert by_training["chance"]["name"]["top1"] == pytest.approx(0.4)  # two emoji have the name
+    assert "among_heldout" not in by_training
