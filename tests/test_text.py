@@ -88,6 +88,16 @@ def test_t5_is_its_encoder_alone(tmp_path):
     assert torch.allclose(states[0], model(torch.tensor([[4, 5, 2]])).last_hidden_state[0], atol=1e-6)
 
 
+def test_encoders_that_could_not_be_opened_again_are_refused(tmp_path):
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(**sizes, **heads, vocab_size=len(WORDS), max_position_embeddings=12)
+    transformers.BartModel(config).save_pretrained(tmp_path / "bart")
+    save_tokenizer(tmp_path / "bart", 12)
+    with pytest.raises(MissingWeights, match="no model of its encoder alone"):
+        TextEncoder(str(tmp_path / "bart"))
+
+
 def test_the_hash_is_of_the_weights(tmp_path, encoder):
     assert TextEncoder(str(tmp_path / "bert"), max_length=5).hash == encoder.hash
     torch.manual_seed(1)

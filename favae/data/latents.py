@@ -381,8 +381,17 @@ class LatentDataset:
             with open_shard(shard_file(self.folder, number)) as shard:
                 latents = {name: shard.get_tensor(name).flatten(0, 1) for name in COLUMNS[self.kind]}  # (2n, C, h, w)
                 lists = {name: shard.get_tensor(name).tolist() for name in ("labels", "indices")}
+                if self.kind == TOKENS:
+                    self._check_tokens(number, latents["tokens"])
                 self._open[number] = latents | lists
         return self._open[number]
+
+    def _check_tokens(self, number: int, tokens: Tensor) -> None:
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
+            raise CacheError(
+                f"{shard_file(self.folder, number)} has tokens in {tokens.min()} ... {tokens.max()}, the codebook ends "
+                f"at {self.codebook_size - 1}; delete it and write the cache again with the same command"
+            )
 
     def draw(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Samples of the posteriors that `read` gave, normalised: (B, C, h, w) float32, on the batch's device.

@@ -115,7 +115,7 @@ def _encode(encoder: nn.Module, captions: list[list[str]], batch_size: int, dtyp
         states, lengths = states.to("cpu", dtype), mask.sum(1).tolist()
         if not torch.isfinite(states).all():
             raise CacheError(f"states of '{encoder.name}' do not fit into {dtype}; give --dtype float32")
-        rows += [row[:length] for row, length in zip(states, lengths)]
+        rows += [row[:length].clone() for row, length in zip(states, lengths)]  # a view would keep the padding
     place = {text: row for text, row in zip(different, rows)}
     lengths = [len(place[text]) for text in texts]
     states = torch.zeros(len(texts), max(lengths, default=1), encoder.dim, dtype=dtype)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from favae.precision import no_autocast
 
+DEFAULT_STEPS = 25  # of the flow head's samples
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -207,12 +208,12 @@ class VelocityMLP(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, times: Tensor, hidden: Tensor) -> Tensor:
-        """x (..., C), times (..., 1) and hidden (..., D), which broadcast -> velocity (..., C)."""
+    def forward(self, x: Tensor, times: Tensor, condition: Tensor) -> Tensor:
+        """x (..., C), times (..., 1) and (..., width) of `proj_condition`, which broadcast -> velocity (..., C)."""
         dtype = self.proj_in.weight.dtype
         with no_autocast(x.device):  # in half precision neighbouring times would be one
             time = self.time_embedding(self.time_proj(times.flatten().float()).to(dtype))
-        condition = F.silu(self.proj_condition(hidden) + time.view(*times.shape[:-1], -1))
+        condition = F.silu(condition + time.view(*times.shape[:-1], -1))
         x = self.proj_in(x.to(dtype))
         for block in self.blocks:
             x = block(x, condition)
@@ -261,8 +262,11 @@ class FlowHead(nn.Module):
         """(B, N, C) -> (B, N, D)."""
         return self.proj_in(tokens.to(self.proj_in.weight.dtype))
 
-    def _condition(self, hidden: Tensor, low: Tensor) -> Tensor:
-        return hidden + self.proj_low(low.to(self.proj_low.weight.dtype))
+    def _condition(self, index: int, hidden: Tensor, low: Tensor | None) -> Tensor:
+        """What the velocities of a part are given: the hidden state, and for the second part the low channels."""
+        if index > 0:
+            hidden = hidden + self.proj_low(low.to(self.proj_low.weight.dtype))
+        return self.velocities[index].proj_condition(hidden)
 
     def loss(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, None]:
         """Mean squared error of the velocity, at `repeats` logit-normal times per token.
@@ -276,7 +280,7 @@ class FlowHead(nn.Module):
         data = tokens.float().split(self.parts, dim=-1)
         error = 0.0
         for index, (velocity, target) in enumerate(zip(self.velocities, data)):
-            condition = hidden if index == 0 else self._condition(hidden, data[0])
+            condition = self._condition(index, hidden, data[0])
             noise = torch.randn(self.repeats, *target.shape, device=target.device)
             times = torch.randn(self.repeats, *target.shape[:-1], 1, device=target.device).sigmoid()
             predicted = velocity(times * target + (1 - times) * noise, times, condition)
@@ -306,17 +310,15 @@ class FlowHead(nn.Module):
         """
         if top_k is not None or top_p is not None:
             raise ValueError("top_k and top_p are for head='categorical', not for continuous tokens")
-        steps = 25 if num_steps is None else num_steps
+        steps = DEFAULT_STEPS if num_steps is None else num_steps
         batch = len(hidden) // (1 if guidance_scale == 1 else 2)
         drawn = []
         for index, (velocity, channels) in enumerate(zip(self.velocities, self.parts)):
-            condition = hidden if index == 0 else self._condition(hidden, guided_rows(drawn[0], guidance_scale))
+            condition = self._condition(index, hidden, guided_rows(drawn[0], guidance_scale) if drawn else None)
             x = temperature * draw(torch.randn, (batch, channels), generator, hidden.device)
             for step in range(steps):
                 times = torch.full((1, 1), step / steps, device=x.device)
-                x = (
-                    x
-                    + guide(velocity(guided_rows(x, guidance_scale), times, condition).float(), guidance_scale) / steps
-                )
+                predicted = velocity(guided_rows(x, guidance_scale), times, condition).float()
+                x = x + guide(predicted, guidance_scale) / steps
             drawn.append(x)
         return torch.cat(drawn, dim=1)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from favae.models import CATTransformerModel, VQModelFA
 from favae.pipelines.decoding import decode_latents
-from favae.text import encode_texts, warn_of_cut
+from favae.text import encode_texts, text_limit, warn_of_cut
 
 
 class CATPipeline(DiffusionPipeline):
@@ -19,40 +19,52 @@ class CATPipeline(DiffusionPipeline):
     Parameters:
         transformer: a [`CATTransformerModel`].
         vae: what its tokens belong to: a [`VQModelFA`], or an [`AutoencoderKL`] whose `latents_mean` and `latents_std`
-            scale its latents back.
-        text_encoder, tokenizer: of transformers; the encoder that the transformer was trained with.
+            scale its latents back. None for `output_type="latent"` alone.
+        text_encoder, tokenizer: of transformers; the encoder that the transformer was trained with. None for
+            `prompt_embeds` alone.
         max_length: tokens of a prompt, at most; longer ones are cut, with a warning. None takes what the encoder takes.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]
 
     def __init__(
         self,
         transformer: CATTransformerModel,
-        vae: VQModelFA | AutoencoderKL,
-        text_encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        vae: VQModelFA | AutoencoderKL | None,
+        text_encoder: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
         max_length: int | None = None,
     ):
         super().__init__()
-        _check_parts(transformer, vae, text_encoder)
+        if vae is not None:
+            _check_vae(transformer, vae)
+        if text_encoder is not None:
+            _check_text_encoder(transformer, text_encoder)
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(max_length=max_length)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def enable_sequential_cpu_offload(self, *arguments, **options):
+        """Raises ValueError: parts of the transformer are used past the hooks that would bring their weights."""
+        raise ValueError("CATPipeline offloads whole models: enable_model_cpu_offload()")
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
         """Token states (B, L, D) and their mask (B, L); an empty prompt has an empty mask: no text at all.
 
         Raises:
-            ValueError: for a prompt that is no string.
+            ValueError: for a prompt that is no string, or without a text encoder.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(text, str) for text in prompts):
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(x, str) for x in prompts):
             raise ValueError(f"prompt is a string or a list of strings, got {prompt!r}")
-        states, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, self.config.max_length)
-        if self.config.max_length is not None:
-            warn_of_cut(self.tokenizer, prompts, mask, self.config.max_length)
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("a pipeline without a text encoder needs prompt_embeds and prompt_attention_mask")
+        prompts, limit = list(prompts), self.config.max_length
+        limit = text_limit(self.text_encoder, self.tokenizer) if limit is None else limit
+        states, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit)
+        warn_of_cut(self.tokenizer, prompts, mask, limit)
         empty = torch.tensor([not text.strip() for text in prompts], device=mask.device)
         return states, mask & ~empty.unsqueeze(1)
 
@@ -87,7 +99,8 @@ class CATPipeline(DiffusionPipeline):
             top_k, top_p: of a codebook: only the k likeliest tokens, or those that together have this probability.
             num_head_steps: Euler steps for each token of continuous latents.
             generator: one, or one per image; with one per image a sample does not depend on its batch.
-            prompt_embeds, prompt_attention_mask: token states (B, L, D) and mask (B, L), in place of `prompt`.
+            prompt_embeds, prompt_attention_mask: what `encode_prompt` gives, token states (B, L, D) and mask (B, L), in
+                place of `prompt`. Guidance is away from no text; there is no negative prompt.
             output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (the tokens:
                 int64 (B, h, w) or (B, h, w, Q), or normalised latents (B, C, h, w)).
 
@@ -95,18 +108,25 @@ class CATPipeline(DiffusionPipeline):
             [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: without or with both of `prompt` and `prompt_embeds`, for as many generators as there are
-                no images, or settings that the transformer refuses.
+            ValueError: without or with both of `prompt` and `prompt_embeds`, for embeddings without a mask of their
+                shape, for as many generators as there are no images, or settings that the transformer refuses.
         """
         device, dtype = self._execution_device, self.transformer.dtype
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
+        if (prompt_embeds is None) != (prompt_attention_mask is None):
+            raise ValueError("prompt_embeds and prompt_attention_mask belong together")
+        if prompt_embeds is not None and prompt_attention_mask.shape != prompt_embeds.shape[:2]:
+            shapes = tuple(prompt_attention_mask.shape), tuple(prompt_embeds.shape)
+            raise ValueError(
+                f"prompt_attention_mask of shape {shapes[0]} does not fit prompt_embeds of shape {shapes[1]}"
+            )
+        if self.vae is None and output_type != "latent":
+            raise ValueError('a pipeline without an autoencoder needs output_type="latent"')
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if prompt_embeds is None:
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
-        elif prompt_attention_mask is None:
-            prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool)
         states = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
         mask = prompt_attention_mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
         with self.progress_bar(total=self.transformer.num_tokens) as bar:
@@ -129,10 +149,8 @@ class CATPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _check_parts(
-    transformer: CATTransformerModel, vae: VQModelFA | AutoencoderKL, text_encoder: PreTrainedModel
-) -> None:
-    """Raises ValueError for a transformer of other tokens than the autoencoder's, or other texts than the encoder's."""
+def _check_vae(transformer: CATTransformerModel, vae: VQModelFA | AutoencoderKL) -> None:
+    """Raises ValueError for a transformer of other tokens than the autoencoder's."""
     config = transformer.config
     if (config.head == "categorical") != isinstance(vae, VQModelFA):
         raise ValueError(f"a transformer with head='{config.head}' does not draw the tokens of a {type(vae).__name__}")
@@ -146,8 +164,10 @@ def _check_parts(
         raise ValueError(f"the transformer draws {config.num_quantizers} codes per token, the autoencoder has {codes}")
     if wanted != found:
         raise ValueError(f"the transformer was built for {wanted} {name}, the autoencoder has {found}")
-    width = text_encoder.config.hidden_size
-    if config.text_dim != width:
-        raise ValueError(
-            f"the transformer was built for states of {config.text_dim} channels, the text encoder gives {width}"
-        )
+
+
+def _check_text_encoder(transformer: CATTransformerModel, text_encoder: PreTrainedModel) -> None:
+    """Raises ValueError for a transformer of other texts than the encoder's."""
+    built, width = transformer.config.text_dim, text_encoder.config.hidden_size
+    if built != width:
+        raise ValueError(f"the transformer was built for states of {built} channels, the text encoder gives {width}")

@@ -34,7 +34,10 @@ class TextToImage:
         self.config, self.dataset = config, dataset
         check_shapes(config, transformer, dataset)
         name = config.data.text_encoder or dataset.text.encoder
-        encoder = TextEncoder(name, dataset.text.max_length, "data.text_encoder takes a local folder")
+        try:
+            encoder = TextEncoder(name, dataset.text.max_length, "data.text_encoder takes a local folder")
+        except ValueError as error:
+            raise ConfigError(f"data.text_encoder: {error}; the captions' states have that length") from error
         if encoder.hash != dataset.text.hash:
             raise ConfigError(
                 f"data.text_encoder: {name} has other weights than the encoder of the captions' states; give that one"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY_FAVAE, TINY_VQ
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from favae import AutoencoderKLFA, VQModelFA
 from favae.autoencoders import AutoencoderError
@@ -227,6 +228,17 @@ def test_tokens_equal_quantising_again(settings, images, tmp_path):
         dataset.draw(batch)
     (batch,) = [batch for _, batch in zip(range(1), TrainingStream(dataset, seed=0).batches(4, 0))]
     assert sorted(batch) == ["label", "tokens"]
+
+
+@pytest.mark.parametrize("wrong", [32, -1])
+def test_tokens_outside_the_codebook(wrong, images, tmp_path):
+    write_cache(VQModelFA(**TINY_VQ).eval(), images, tmp_path / "cache")
+    file = tmp_path / "cache/shard-00000.safetensors"
+    tensors = load_file(file)
+    tensors["tokens"][3, 1, 2, 2] = wrong
+    save_file(tensors, file)
+    with pytest.raises(CacheError, match=f"shard-00000.*tokens in .*{wrong}.*, the codebook ends at 31; delete it"):
+        read(LatentDataset(tmp_path / "cache"), [0])
 
 
 def test_caches_of_the_first_version_hold_moments(cache):

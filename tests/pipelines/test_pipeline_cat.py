@@ -1,28 +1,16 @@
 import pytest
 import torch
-from conftest import TINY_VQ
+from conftest import TINY_CAT, TINY_VQ
 from diffusers import DiffusionPipeline
 from tiny_text import save_bert, save_clip
 
 from favae import CATPipeline, CATTransformerModel, VQModelFA
 from favae.text import TextEncoder
 
-TINY_CAT = {
-    "sample_size": 4,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "hidden_size": 16,
-    "text_dim": 8,
-    "codebook_size": 32,
-    "head_width": 16,
-    "head_layers": 1,
-}
-
 
 def transformer(**options) -> CATTransformerModel:
     torch.manual_seed(0)
-    model = CATTransformerModel(**{**TINY_CAT, **options}).eval()
+    model = CATTransformerModel(**{**TINY_CAT, "head_width": 16, "head_layers": 1, **options}).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -117,13 +105,43 @@ def test_saved_and_loaded(name, request, tmp_path):
         ({"prompt": []}, "a string or a list of strings"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1"),
         ({"prompt": ["a", "cat"], "generator": seeds(1)}, "1 generators for 2 images"),
-        ({"prompt_embeds": torch.zeros(1, 2, 5)}, r"text states \(B, L, 8\)"),
+        ({"prompt": 3}, "a string or a list of strings"),
+        ({"prompt": "a", "prompt_attention_mask": torch.ones(1, 2)}, "belong together"),
+        ({"prompt_embeds": torch.zeros(1, 2, 8)}, "belong together"),
+        (
+            {"prompt_embeds": torch.zeros(2, 3, 8), "prompt_attention_mask": torch.ones(2, 4)},
+            r"mask of shape \(2, 4\) does not fit prompt_embeds of shape \(2, 3, 8\)",
+        ),
+        (
+            {"prompt_embeds": torch.zeros(1, 2, 5), "prompt_attention_mask": torch.ones(1, 2)},
+            r"text states \(B, L, 8\)",
+        ),
         ({"prompt": "a", "top_k": 0}, "top_k must be at least 1"),
     ],
 )
 def test_bad_calls_are_one_line(codes, options, message):
     with pytest.raises(ValueError, match=message):
         codes(**options)
+
+
+def test_without_text_encoder_and_autoencoder(codes, tmp_path):
+    """The encoder of prompts, the transformer and the decoder of tokens may live in different places."""
+    codes.save_pretrained(tmp_path)
+    embeds, mask = codes.encode_prompt(["a cat", "the red apple"])
+    absent = {"vae": None, "text_encoder": None, "tokenizer": None}
+    alone = DiffusionPipeline.from_pretrained(tmp_path, **absent)
+    options = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "generator": seeds(0, 1)}
+    tokens = draw(alone, **options)
+    assert torch.equal(tokens, draw(codes, ["a cat", "the red apple"], generator=seeds(0, 1)))
+    with pytest.raises(ValueError, match='needs output_type="latent"'):
+        alone(**options)
+    with pytest.raises(ValueError, match="needs prompt_embeds"):
+        alone("a cat", output_type="latent")
+
+
+def test_offloading_is_of_whole_models(codes):
+    with pytest.raises(ValueError, match="enable_model_cpu_offload"):
+        codes.enable_sequential_cpu_offload()
 
 
 def test_parts_that_do_not_belong_together(codes, tiny_favae):
@@ -136,6 +154,8 @@ def test_parts_that_do_not_belong_together(codes, tiny_favae):
         CATPipeline(**{**parts, "transformer": transformer(text_dim=5)})
 
 
-def test_a_long_prompt_is_cut_with_a_warning(codes, caplog):
+@pytest.mark.parametrize("max_length", [12, None])
+def test_a_long_prompt_is_cut_with_a_warning(codes, caplog, max_length):
+    codes.register_to_config(max_length=max_length)
     codes("the cat of the dog of the cat of the dog of the cat", output_type="latent")
     assert "are cut to 12 tokens" in caplog.text

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TINY_VQ, run
+from conftest import TINY_CAT, TINY_VQ, run
 from diffusers import DiffusionPipeline
 from tiny_text import save_bert
 
@@ -19,16 +19,7 @@ from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig, load_config
 from favae.training.text_to_image import check_shapes, open_states
 
-MODEL = {
-    "name": "CATTransformerModel",
-    "sample_size": 4,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "hidden_size": 16,
-    "text_dim": 8,
-    "codebook_size": 32,
-}
+MODEL = {"name": "CATTransformerModel", **TINY_CAT}
 FLOW = {"head": "flow", "latent_channels": 6, "low_latent_channels": 4, "head_width": 16, "head_layers": 1}
 
 
@@ -107,9 +98,8 @@ def test_what_does_not_fit_is_one_line(codes, tmp_path, override, message):
 def test_shapes_that_do_not_fit(codes, override, message):
     config = load_config(GeneratorConfig, codes)
     dataset = LatentDataset(config.data.latents, text=open_states(config))
-    arguments = {key: value for key, value in MODEL.items() if key != "name"} | override
     with pytest.raises(ConfigError, match=message):
-        check_shapes(config, CATTransformerModel(**arguments), dataset)
+        check_shapes(config, CATTransformerModel(**TINY_CAT | override), dataset)
 
 
 def test_alignment_is_for_generators_of_classes(codes):
@@ -123,6 +113,14 @@ def test_codes_are_not_for_generators_of_classes(codes, tmp_path):
     codes.write_text(yaml.safe_dump(settings))
     result = run("train_generator.py", codes, f"output={tmp_path / 'run'}", check=False)
     assert result.returncode == 1 and "tokens of a codebook, which are for a CATTransformerModel" in result.stderr
+
+
+def test_an_encoder_that_takes_less_than_the_states_have(codes, tmp_path):
+    save_bert(tmp_path / "short", max_length=7)
+    override = f"data.text_encoder={tmp_path / 'short'}"
+    result = run("train_generator.py", codes, f"output={tmp_path / 'run'}", override, check=False)
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
+    assert "data.text_encoder: max_length of" in result.stderr and "must be in 3 ... 7, got 12" in result.stderr
 
 
 def test_another_tokenizer_than_that_of_the_cache(codes, tmp_path):
