@@ -1,18 +1,20 @@
 #!/usr/bin/env python
 """CAT on the emoji: codes against continuous latents of as many floats, all words of a text against their mean.
 
-    python benchmarks/text_to_image.py          (1,897 emoji at 64 px, 2 seeds: hours on a CPU)
+    python benchmarks/text_to_image.py          (1,897 emoji at 64 px: hours on a CPU)
     python benchmarks/text_to_image.py --models codes --seeds 0 --steps 200 --output quick.json
 
 Everything is done by the commands of the recipes: scripts/emoji.py, a tokenizer of each kind (one seed), the cache of
 its tokens, the states of the captions, and CAT. Images are drawn for the names of the 20 held-out emoji, whose
-combinations no caption in training has, at several scales of guidance, and for names that were trained on. They are
-compared with all real emoji: Frechet distance, Inception score, precision and recall, and retrieval: whether the
-nearest real image is what the text asked for. The tokenizers' reconstructions say what a perfect generator would get.
+combinations no caption in training has, at several scales of guidance, and compared with these 20; and for names of
+training, compared with all real emoji: Frechet distance, Inception score, precision and recall, and retrieval, whether
+the nearest of all real emoji is what the text asked for. The tokenizers' reconstructions and the real images say what
+is the best that can be had.
 Writes docs/results/text_to_image.json, its figures, and the tables of docs/results.md.
 """
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -29,8 +31,10 @@ from generator_quality import Images
 from tokenizer_report import by_model, with_spread, write_section
 from tokenizer_runs import ROOT, environment, main
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
+from favae import AutoencoderKLFA, VQModelFA
 from favae.autoencoders import reconstruct
 from favae.data.images import ImageDataset, to_uint8
 from favae.data.sources import open_source
@@ -42,7 +46,6 @@ from favae.eval.measures import retrieval
 from favae.eval.reconstruction import PER_IMAGE, image_errors
 from favae.eval.sampling import sample_to_folder
 from favae.training.config import GeneratorConfig, load_config
-from favae.training.models import TOKENIZERS
 from train_generator import train as train_generator
 
 OUTPUT = ROOT / "docs/results/text_to_image.json"
@@ -70,6 +73,7 @@ KINDS = {
     ),
     "latents": Tokens("emoji_favae", "emoji_cat_flow"),
 }
+CLASSES = {"emoji_vqfa": VQModelFA, "emoji_favae": AutoencoderKLFA}
 
 
 @dataclass
@@ -112,8 +116,10 @@ class Emoji:
         return list(range(self.training, len(self.images)))
 
     @property
-    def some_of_training(self) -> list[int]:
-        return [i * self.training // IMAGES for i in range(IMAGES)]
+    def asked(self) -> dict[str, list[int]]:
+        """For each set of samples, the emoji by whose first names they are asked for."""
+        heldout = [self.heldout[i % len(self.heldout)] for i in range(IMAGES)]
+        return {"heldout": heldout, "training": [i * self.training // IMAGES for i in range(IMAGES)]}
 
 
 def run(*command) -> None:
@@ -149,12 +155,16 @@ def read_emoji(folder: Path) -> Emoji:
     return Emoji(torch.stack(images), names, categories, counts[0])
 
 
-def statistics_of(images, extractor: FeatureExtractor) -> ImageStatistics:
-    return image_statistics(images, [extractor], logits=True)[0]
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures
 
 
-def retrieved(features, asked: list[int], emoji: Emoji, real: ImageStatistics) -> dict:
-    """Rates and what chance would give, of samples that were asked for by the first names of these emoji."""
+def retrieved(features, asked: list[int], emoji: Emoji, gallery) -> dict:
+    """Rates and what chance would give, of samples that were asked for by the first names of these emoji.
+
+    Args:
+        features: (M, D) of the samples. gallery: (N, D) of all real emoji.
+    """
     everything = list(range(len(emoji.images)))
     galleries = {
         "name": ([[emoji.names[i][0] in emoji.names[k] for k in everything] for i in asked], everything),
@@ -163,18 +173,37 @@ def retrieved(features, asked: list[int], emoji: Emoji, real: ImageStatistics) -
     if set(asked) <= set(emoji.heldout):
         galleries["among_heldout"] = ([[i == k for k in emoji.heldout] for i in asked], emoji.heldout)
     found = {"chance": {}}
-    for name, (relevant, gallery) in galleries.items():
-        rates, chance = retrieval(features, real.kept[gallery], relevant, TOP)
+    for name, (relevant, chosen) in galleries.items():
+        rates, chance = retrieval(features, gallery[chosen], relevant, TOP)
         found[name], found["chance"][name] = ({f"top{k}": value for k, value in x.items()} for x in (rates, chance))
     return found
 
 
-def measures(images, asked: list[int], emoji: Emoji, real: ImageStatistics, extractor: FeatureExtractor) -> dict:
-    """Of images, the i-th of which was asked for by the name of emoji asked[i]."""
-    found = statistics_of(images, extractor)
-    metrics = measure(found, real)
-    kept = {name.lower(): metrics[extractor.metric(name)] for name in ("FID", "IS", "precision", "recall")}
-    return kept | retrieved(found.kept, asked, emoji, real)
+class Judge:
+    """Measures sets of images by one extractor against the real emoji, whose features are kept in the folder."""
+
+    def __init__(self, folder: Path):
+        self.emoji, self.extractor = read_emoji(folder), FeatureExtractor(FEATURES)
+        file = folder / "references.pt"
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                sets = {"training": self.emoji.images, "heldout": self.emoji.images[self.emoji.heldout]}
+                torch.save({name: self.statistics(Images(images)) for name, images in sets.items()}, file)
+        self.references: dict[str, ImageStatistics] = torch.load(file, weights_only=False)  # our own file
+
+    def statistics(self, images: Dataset) -> ImageStatistics:
+        return image_statistics(images, [self.extractor], logits=True)[0]
+
+    def __call__(self, images: Dataset, kind: str) -> dict:
+        """Of images that were asked for by names held out, against these 20 emoji; or of training, against all."""
+        found = self.statistics(images)
+        metrics = measure(found, self.references[kind])
+        kept = {name.lower(): metrics[self.extractor.metric(name)] for name in ("FID", "IS", "precision", "recall")}
+        return kept | retrieved(found.kept, self.emoji.asked[kind], self.emoji, self.references["training"].kept)
+
+    def both(self, images: Tensor) -> dict:
+        """Of all emoji, changed in some way, each taken as if it had been asked for."""
+        return {kind: self(Images(images[asked]), kind) for kind, asked in self.emoji.asked.items()}
 
 
 def errors(images: Tensor, decoded: Tensor) -> dict[str, float]:
@@ -185,18 +214,41 @@ def errors(images: Tensor, decoded: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def about_tokens(tokenizer, images: Tensor) -> dict:
-    """How much a tokenizer's tokens of the training images hold."""
+    """How much a tokenizer's tokens of some images hold; of several codebooks, means over them."""
     batches = (images / 127.5 - 1).split(64)
-    if hasattr(tokenizer, "num_tokens"):
-        indices = torch.cat([tokenizer.quantize(tokenizer.encode(batch).latents).indices for batch in batches])
-        share = torch.bincount(indices.flatten(), minlength=tokenizer.num_tokens) / indices.numel()
-        used, entropy = int((share > 0).sum()), -(share * share.clamp_min(1e-12).log()).sum()
-        bits = indices[0].numel() * (tokenizer.num_tokens - 1).bit_length()
-        floats = tokenizer.config.latent_channels * indices[0].numel()
-        return {"floats": floats, "bits": bits, "codes_used": used, "perplexity": float(entropy.exp())}
-    posteriors = [tokenizer.encode(batch).latent_dist for batch in batches]
-    nats = torch.cat([posterior.kl() for posterior in posteriors])
-    return {"floats": posteriors[0].mean[0].numel(), "bits": float(nats.mean() / torch.tensor(2.0).log())}
+    latents = tokenizer.encode(batches[0][:1])
+    if not hasattr(tokenizer, "num_tokens"):
+        nats = torch.cat([tokenizer.encode(batch).latent_dist.kl() for batch in batches])
+        return {"floats": latents.latent_dist.mean.numel(), "bits": float(nats.mean() / math.log(2))}
+    indices = torch.cat([tokenizer.quantize(tokenizer.encode(batch).latents).indices for batch in batches])
+    codebooks = indices.flatten(1, 2).flatten(0, 1).view(-1, indices[0, 0, 0].numel()).T  # (Q, all tokens)
+    shares = torch.stack([torch.bincount(x, minlength=tokenizer.num_tokens) / x.numel() for x in codebooks])
+    entropies = -(shares * shares.clamp_min(1e-12).log()).sum(dim=1)
+    return {
+        "floats": latents.latents.numel(),
+        "bits": indices[0].numel() * (tokenizer.num_tokens - 1).bit_length(),
+        "codes_used": float((shares > 0).sum(dim=1).float().mean()),
+        "perplexity": float(entropies.exp().mean()),
+    }
+
+
+@torch.no_grad()
+def about_tokenizer(kind: str, path: Path, judge: Judge, folder: Path, pictures: Path | None) -> dict:
+    """What the tokenizer alone makes of the emoji; once for all rows of its kind."""
+    file, emoji = folder / f"{kind}.json", judge.emoji
+    with FileLock(folder / f"{kind}.lock"):
+        if not file.exists():
+            tokenizer = CLASSES[KINDS[kind].tokenizer].from_pretrained(path).eval()
+            batches = emoji.images.split(64)
+            decoded = torch.cat([to_uint8(reconstruct(tokenizer, batch / 127.5 - 1)) for batch in batches])
+            found = {"kind": kind, **about_tokens(tokenizer, emoji.images[: emoji.training])}
+            for name, chosen in (("training", slice(emoji.training)), ("heldout", emoji.heldout)):
+                found[f"errors_{name}"] = errors(emoji.images[chosen], decoded[chosen])
+            file.write_text(json.dumps(found | judge.both(decoded) | {"real": judge.both(emoji.images)}))
+            if pictures is not None:
+                save_rows(f"{kind}-reconstructions", decoded[emoji.heldout], emoji, pictures)
+                save_rows("real", emoji.images[emoji.heldout], emoji, pictures)
+    return json.loads(file.read_text())
 
 
 def run_row(name: str, experiment: Row, seed: int, steps: int, folder: Path, pictures: Path | None) -> dict:
@@ -212,35 +264,22 @@ def run_row(name: str, experiment: Row, seed: int, steps: int, folder: Path, pic
     train_generator(config)
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
 
-    emoji, extractor = read_emoji(folder), FeatureExtractor(FEATURES)
-    with FileLock(folder / "real.lock"):
-        file = folder / "real.pt"
-        if not file.exists():
-            torch.save(statistics_of(Images(emoji.images), extractor), file)
-    real = torch.load(file, weights_only=False)
+    judge = Judge(folder)
+    emoji = judge.emoji
     pipeline = DiffusionPipeline.from_pretrained(output / "final")
     options = {"top_p": config.sampling.top_p, "temperature": config.sampling.temperature}
     if experiment.tokens == "latents":
         options = {"num_head_steps": config.sampling.num_inference_steps}
 
-    def drawn(kind: str, asked: list[int], scale: float) -> SampleFolder:
+    def drawn(kind: str, scale: float) -> SampleFolder:
         where = output / f"samples-{kind}-{scale}"
-        prompts = [emoji.names[i][0] for i in asked]
+        prompts = [emoji.names[i][0] for i in emoji.asked[kind]]
         sample_to_folder(pipeline, where, IMAGES, prompts=prompts, seed=seed, guidance_scale=scale, **options)
         return SampleFolder(where)
 
-    heldout = [emoji.heldout[i % len(emoji.heldout)] for i in range(IMAGES)]
-    sweep = [
-        {"guidance_scale": scale, **measures(drawn("heldout", heldout, scale), heldout, emoji, real, extractor)}
-        for scale in GUIDANCE
-    ]
-    some = emoji.some_of_training
-    tokenizer = TOKENIZERS[type(pipeline.vae).__name__].from_pretrained(path).eval()
-    with torch.no_grad():
-        decoded = torch.cat([to_uint8(reconstruct(tokenizer, batch / 127.5 - 1)) for batch in emoji.images.split(64)])
-    kept = statistics_of(Images(decoded[emoji.heldout]), extractor).kept
     if pictures is not None and seed == 0:
-        save_pictures(name, experiment.tokens, drawn("heldout", heldout, SHOWN), emoji, decoded, pictures)
+        samples = drawn("heldout", SHOWN)
+        save_rows(name, torch.stack([samples[i]["image"] for i in range(2 * len(emoji.heldout))]), emoji, pictures)
     return {
         "model": name,
         "seed": seed,
@@ -248,34 +287,19 @@ def run_row(name: str, experiment: Row, seed: int, steps: int, folder: Path, pic
         "params": sum(p.numel() for p in pipeline.transformer.parameters()),
         "loss": last.get("cross_entropy", last.get("velocity")),
         "seconds": last["seconds"],
-        "sweep": sweep,
-        "training": measures(drawn("training", some, SHOWN), some, emoji, real, extractor),
-        "reconstructions": {
-            "tokens": experiment.tokens,
-            "errors": errors(emoji.images[some], decoded[some]),
-            "errors_heldout": errors(emoji.images[emoji.heldout], decoded[emoji.heldout]),
-            "heldout": retrieved(kept, emoji.heldout, emoji, real),
-            "training": measures(Images(decoded[some]), some, emoji, real, extractor),
-        },
-        "real": measures(Images(emoji.images[some]), some, emoji, real, extractor),
-        "tokens": about_tokens(tokenizer, emoji.images[: emoji.training]),
-        "features": extractor.name,
+        "heldout": [{"guidance_scale": scale, **judge(drawn("heldout", scale), "heldout")} for scale in GUIDANCE],
+        "training": judge(drawn("training", SHOWN), "training"),
+        "tokenizer": about_tokenizer(experiment.tokens, path, judge, folder, pictures),
+        "heldout_names": [emoji.names[i][0] for i in emoji.heldout],
+        "features": judge.extractor.name,
         **environment(),
     }
 
 
-def save_pictures(name: str, tokens: str, samples: SampleFolder, emoji: Emoji, decoded: Tensor, folder: Path) -> None:
-    """One column for each held-out name: two samples of it; and the real images and their reconstructions."""
+def save_rows(label: str, images: Tensor, emoji: Emoji, folder: Path) -> None:
+    """Images (M, 3, H, W), uint8, one column for each held-out name."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns = len(emoji.heldout)
-    pictures = {
-        name: torch.stack([samples[i]["image"] for i in range(2 * columns)]),
-        "real": emoji.images[emoji.heldout],
-        f"{tokens}-reconstructions": decoded[emoji.heldout],
-    }
-    for label, images in pictures.items():
-        save_image(images / 255, folder / f"{label}.png", nrow=columns, padding=1)
-    (folder / "names.json").write_text(json.dumps([emoji.names[i][0] for i in emoji.heldout]))
+    save_image(images / 255, folder / f"{label}.png", nrow=len(emoji.heldout), padding=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,63 +312,61 @@ def finish(report: dict, output: Path) -> None:
     save_sweep(report, output.with_name(f"{output.stem}_guidance.png"))
     save_grid(report, output)
     if output == OUTPUT:
-        notes = "\n".join(f"- `{name}`: {experiment.note}" for name, experiment in EXPERIMENTS.items())
-        write_section("text_to_image", f"{text}\n\n{notes}")
+        shown = by_model(report)
+        notes = [f"- `{name}`: {experiment.note}" for name, experiment in EXPERIMENTS.items() if name in shown]
+        write_section("text_to_image", "\n".join([text, "", *notes]))
 
 
 def at_scale(row: dict, scale: float = SHOWN) -> dict:
-    (found,) = (point for point in row["sweep"] if point["guidance_scale"] == scale)
+    (found,) = (point for point in row["heldout"] if point["guidance_scale"] == scale)
     return found
-
-
-def rate(points: list[dict], gallery: str) -> str:
-    """The rates of the first and the first five, in percent, mean and spread over seeds."""
-    return ", ".join(with_spread([100 * point[gallery][f"top{k}"] for point in points], 0) for k in TOP)
 
 
 def tables(report: dict) -> str:
     """Markdown: the tokens, held-out names, names of training."""
     rows = by_model(report)
     rows = {name: rows[name] for name in EXPERIMENTS if name in rows}
-    kinds = {own[0]["reconstructions"]["tokens"]: own[0] for own in rows.values()}
-    first = next(iter(rows.values()))[0]
-    chance = {"heldout": at_scale(first)["chance"], "training": first["training"]["chance"]}
+    kinds = {own[0]["tokenizer"]["kind"]: own[0]["tokenizer"] for own in rows.values()}
+    real = next(iter(kinds.values()))["real"]
 
-    tokens = [_line("tokens", "floats", "bits", "codes used, perplexity", "Recon, training", "Recon, held out", "PSNR")]
-    for kind, row in kinds.items():
-        about, made = row["tokens"], row["reconstructions"]
-        used = f"{about['codes_used']}, {about['perplexity']:.0f}" if "perplexity" in about else ""
-        values = [f"{made[key]['recon']:.4f}" for key in ("errors", "errors_heldout")]
-        cells = (about["floats"], f"{about['bits']:,.0f}", used, *values, f"{made['errors_heldout']['psnr']:.1f}")
-        tokens.append(_line(f"`{kind}`", *cells))
+    tokens = [_line("tokens", "floats", "bits", "codes used, perplexity", "Recon, training", "Recon, PSNR, held out")]
+    for kind, about in kinds.items():
+        used = f"{about['codes_used']:.0f}, {about['perplexity']:.0f}" if "perplexity" in about else ""
+        bits = f"{about['bits']:,.0f}" if used else f"{about['bits']:,.0f} (KL to a normal distribution)"
+        heldout = f"{about['errors_heldout']['recon']:.4f}, {about['errors_heldout']['psnr']:.1f}"
+        tokens.append(
+            _line(f"`{kind}`", about["floats"], bits, used, f"{about['errors_training']['recon']:.4f}", heldout)
+        )
 
-    galleries = ["among_heldout", "name", "category"]
-    columns = ["held-out names", "seeds", "parameters", "loss", "FD", "IS", "precision, recall"]
-    heldout = [_line(*columns, "among the 20", "name among all", "category among all")]
-    training = [_line("names of training", "FD", "IS", "precision, recall", "name among all", "category among all")]
-    for name, own in rows.items():
-        points, there = [at_scale(row) for row in own], [row["training"] for row in own]
-        about = [str(len(own)), f"{own[0]['params'] / 1e6:.1f} M", with_spread([row["loss"] for row in own], 2)]
-        found = [rate(points, gallery) for gallery in galleries]
-        heldout.append(_line(f"`{name}`", *about, *_quality(points), *found))
-        training.append(_line(f"`{name}`", *_quality(there), *(rate(there, gallery) for gallery in galleries[1:])))
-    for kind, row in kinds.items():
-        made = row["reconstructions"]
-        found = [rate([made["heldout"]], gallery) for gallery in galleries]
-        heldout.append(_line(f"reconstructions by `{kind}`", *[""] * 6, *found))
-        found = [rate([made["training"]], gallery) for gallery in galleries[1:]]
-        training.append(_line(f"reconstructions by `{kind}`", *_quality([made["training"]]), *found))
-    training.append(_line("the real images", *_quality([first["real"]]), "", ""))
-    heldout.append(_line("chance", *[""] * 6, *(rate([chance["heldout"]], gallery) for gallery in galleries)))
-    training.append(_line("chance", *[""] * 3, *(rate([chance["training"]], gallery) for gallery in galleries[1:])))
-    return "\n\n".join(
-        "\n".join([lines[0], "|" + "---|" * (lines[0].count("|") - 1), *lines[1:]])
-        for lines in (tokens, heldout, training)
-    )
+    found = [tokens]
+    quality = ["FD", "IS", "precision, recall"]
+    for title, galleries in (
+        ("held-out names", {"among_heldout": "among the 20", "name": "name", "category": "category"}),
+        ("names of training", {"name": "name", "category": "category"}),
+    ):
+        kind = "heldout" if title.startswith("held") else "training"
+        lines = [_line(title, "seeds", "parameters", *quality, *galleries.values())]
+        for name, own in rows.items():
+            points = [at_scale(row) if kind == "heldout" else row[kind] for row in own]
+            cells = [len(own), f"{own[0]['params'] / 1e6:.1f} M", *_quality(points)]
+            lines.append(_line(f"`{name}`", *cells, *(_rate(points, gallery) for gallery in galleries)))
+        ceilings = {f"reconstructions, `{name}`": about[kind] for name, about in kinds.items()}
+        for name, point in (ceilings | {"the real images": real[kind]}).items():
+            cells = ["", "", *_quality([point]), *(_rate([point], gallery) for gallery in galleries)]
+            lines.append(_line(name, *cells))
+        lines.append(_line("chance", *[""] * 5, *(_rate([real[kind]["chance"]], gallery) for gallery in galleries)))
+        found.append(lines)
+    heads = (["|" + "---|" * (lines[0].count("|") - 1)] for lines in found)
+    return "\n\n".join("\n".join([lines[0], *head, *lines[1:]]) for lines, head in zip(found, heads))
 
 
 def _line(*cells) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _rate(points: list[dict], gallery: str) -> str:
+    """The rates of the first and the first five, in percent, mean and spread over seeds."""
+    return ", ".join(with_spread([100 * point[gallery][f"top{k}"] for point in points], 0) for k in TOP)
 
 
 def _quality(points: list[dict]) -> list[str]:
@@ -354,9 +376,9 @@ def _quality(points: list[dict]) -> list[str]:
 
 
 def save_sweep(report: dict, file: Path) -> None:
-    """FD and retrieval over the scale of guidance, a line for each seed."""
+    """FD and retrieval over the scale of guidance, a line for each seed; held-out names."""
     kinds = {
-        f"FD({FEATURES}), held-out names": lambda point: point["fid"],
+        f"FD({FEATURES}) to the 20": lambda point: point["fid"],
         "nearest of the 20 is the one asked for": lambda point: point["among_heldout"]["top1"],
         "nearest of all is of its category": lambda point: point["category"]["top1"],
     }
@@ -364,7 +386,7 @@ def save_sweep(report: dict, file: Path) -> None:
     for axis, (title, value) in zip(axes, kinds.items()):
         for number, (name, rows) in enumerate(by_model(report).items()):
             for i, row in enumerate(rows):
-                points = [(point["guidance_scale"], value(point)) for point in row["sweep"]]
+                points = [(point["guidance_scale"], value(point)) for point in row["heldout"]]
                 axis.plot(*zip(*points), color=f"C{number}", marker=".", label=None if i else name, alpha=0.8)
         axis.set(title=title, xlabel="guidance scale")
         axis.grid(alpha=0.3)
@@ -375,11 +397,12 @@ def save_sweep(report: dict, file: Path) -> None:
 
 def save_grid(report: dict, output: Path) -> None:
     """Real images, reconstructions and samples of every model, one held-out name per column."""
-    folder = output.with_suffix("")
     labels = ["real", *(f"{kind}-reconstructions" for kind in KINDS), *EXPERIMENTS]
-    files = {label: folder / f"{label}.png" for label in labels}
+    files = {label: output.with_suffix("") / f"{label}.png" for label in labels}
     pictures = {label: plt.imread(file) for label, file in files.items() if file.exists()}
-    names = json.loads((folder / "names.json").read_text())
+    if not pictures:  # of the first seed alone
+        return
+    names = report["rows"][0]["heldout_names"]
     heights = [picture.shape[0] for picture in pictures.values()]
     size = {"figsize": (17, 1.5 + 0.013 * sum(heights)), "constrained_layout": True, "squeeze": False}
     figure, axes = plt.subplots(len(pictures), 1, height_ratios=heights, **size)
@@ -387,8 +410,7 @@ def save_grid(report: dict, output: Path) -> None:
         axis.imshow(picture, interpolation="nearest")
         axis.set(yticks=[], xticks=[])
         axis.set_ylabel(label.replace("-", "\n").replace("_", "\n"), rotation=0, ha="right", va="center")
-    step = picture.shape[1] / len(names)
-    top = axes[0, 0]
+    step, top = picture.shape[1] / len(names), axes[0, 0]
     top.set_xticks([step * (k + 0.5) for k in range(len(names))], names, rotation=35, ha="left", fontsize=8)
     top.xaxis.tick_top()
     figure.savefig(output.with_name(f"{output.stem}_samples.png"), dpi=100)
@@ -396,4 +418,4 @@ def save_grid(report: dict, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, EXPERIMENTS, OUTPUT, finish, steps=2_000, seeds=2, run=run_row)
+    main(__doc__, EXPERIMENTS, OUTPUT, finish, steps=2_000, seeds=1, run=run_row, sizes=False)

@@ -209,6 +209,7 @@ def main(
     seeds: int,
     pictures: bool = True,
     run=run_row,
+    sizes: bool = True,
 ) -> None:
     """The command line: trains what is missing, then `finish` adds to the report and draws.
 
@@ -217,13 +218,15 @@ def main(
             file, when all rows are there.
         pictures: whether rows have pictures, the error's spectrum and rFD.
         run: trains and measures a row, as `run_row`.
+        sizes: whether resolution and batch size are options.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(experiments), default=list(experiments), metavar="MODEL")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(seeds)))
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--resolution", type=int, default=BASE["train"]["resolution"])
-    parser.add_argument("--batch-size", type=int, default=BASE["train"]["batch_size"])
+    if sizes:
+        parser.add_argument("--resolution", type=int, default=BASE["train"]["resolution"])
+        parser.add_argument("--batch-size", type=int, default=BASE["train"]["batch_size"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time, one thread each on a CPU")
     parser.add_argument("--output", type=Path, default=output)
     parser.add_argument("--runs", type=Path, help="run folders; by default runs/<name of the output>")
@@ -233,7 +236,8 @@ def main(
     def steps_of(name: str) -> int:
         return round(arguments.steps * experiments[name].length)
 
-    BASE["train"] |= {"resolution": arguments.resolution, "batch_size": arguments.batch_size}
+    if sizes:
+        BASE["train"] |= {"resolution": arguments.resolution, "batch_size": arguments.batch_size}
     runs = arguments.runs or ROOT / "runs" / arguments.output.stem
     strips = arguments.output.with_suffix("") if pictures else None
     if arguments.worker:
