@@ -89,12 +89,14 @@ class Row:
 PUBLISHED = {"attention": "shared_key_value", "relative_position": "true"}
 SENTENCE = {"text_pooling": "mean"}
 EXPERIMENTS = {
-    "codes": Row("codes", "64 indices of a codebook, attention to all token states of the text"),
-    "codes_sentence": Row("codes", "the same, attention to the mean of the states alone", SENTENCE),
+    "codes": Row("codes", "64 indices of a codebook, attention to all token states of the text", length=0.3),
+    "codes_sentence": Row("codes", "the same, attention to the mean of the states alone", SENTENCE, 0.3),
+    "codes_published": Row("codes", "as `codes`, one shared key and value head, relative positions", PUBLISHED, 0.3),
+    "codes_long": Row("codes", "as `codes`, as many steps as `latents`"),
+    "codes_long_sentence": Row("codes", "as `codes_sentence`, likewise", SENTENCE),
+    "residual": Row("residual", "as `codes`, with four residual codes for each token", length=0.3),
     "latents": Row("latents", "64 continuous tokens of as many floats, low channels before high ones, by a flow head"),
     "latents_sentence": Row("latents", "the same, attention to the mean of the states alone", SENTENCE),
-    "residual": Row("residual", "as `codes`, with four residual codes for each token"),
-    "codes_published": Row("codes", "one shared key and value head, relative positions: as published", PUBLISHED),
 }
 
 
@@ -390,7 +392,7 @@ def save_sweep(report: dict, file: Path) -> None:
                 axis.plot(*zip(*points), color=f"C{number}", marker=".", label=None if i else name, alpha=0.8)
         axis.set(title=title, xlabel="guidance scale")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(EXPERIMENTS), fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -413,7 +415,7 @@ def save_grid(report: dict, output: Path) -> None:
     step, top = picture.shape[1] / len(names), axes[0, 0]
     top.set_xticks([step * (k + 0.5) for k in range(len(names))], names, rotation=35, ha="left", fontsize=8)
     top.xaxis.tick_top()
-    figure.savefig(output.with_name(f"{output.stem}_samples.png"), dpi=100)
+    figure.savefig(output.with_name(f"{output.stem}_samples.png"), dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 

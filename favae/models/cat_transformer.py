@@ -50,7 +50,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         num_layers, num_attention_heads, attention_head_dim, hidden_size: the width D need not be heads * head_dim.
         text_dim: of the text's token states. The text may have any length, also 1 (a sentence vector) and 0.
         text_pooling: None attends to all token states; "mean" to one vector per text, the mean of them (for MiniLM,
-            the direction of its sentence embedding): the condition that the paper compares with.
+            the direction of its sentence embedding): the kind of condition that the paper compares with.
         mlp_ratio: of the feed-forward width.
         dropout: of what each block adds.
         text_dropout_prob: share of texts left out in training, for classifier-free guidance.
