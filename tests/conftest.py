@@ -15,10 +15,12 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+import train_generator
 from favae import AutoencoderKLFA
 from favae.data.images import ImageDataset
 from favae.data.latents import write_cache
 from favae.data.sources import open_source
+from favae.training.config import GeneratorConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -152,6 +154,16 @@ def run(*command: str | Path, processes: int = 1, check: bool = True) -> subproc
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def refusal(*arguments: str | Path) -> str:
+    """What train_generator.py says when it refuses before the first step; quicker than `run`, as it is this process."""
+    words = [str(argument) for argument in arguments]
+    with pytest.raises(SystemExit) as error:
+        train_generator.main(GeneratorConfig, "", train_generator.train, train_generator.dry_run, words)
+    message = str(error.value.code)
+    assert message.startswith("error: ") and len(message.splitlines()) == 1
+    return message
 
 
 def kill_when(appears: Path, *command: str | Path, processes: int = 1) -> None:
