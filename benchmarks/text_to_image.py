@@ -29,13 +29,12 @@ from diffusers import DiffusionPipeline
 from filelock import FileLock
 from generator_quality import Images
 from tokenizer_report import by_model, with_spread, write_section
-from tokenizer_runs import ROOT, environment, main
+from tokenizer_runs import ROOT, environment, main, named_means
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from favae import AutoencoderKLFA, VQModelFA
-from favae.autoencoders import reconstruct
+from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
 from favae.data.images import ImageDataset, to_uint8
 from favae.data.sources import open_source
 from favae.eval.extraction import ImageStatistics, image_statistics
@@ -43,7 +42,7 @@ from favae.eval.features import FeatureExtractor
 from favae.eval.generation import measure
 from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.measures import retrieval
-from favae.eval.reconstruction import PER_IMAGE, image_errors
+from favae.eval.reconstruction import image_errors
 from favae.eval.sampling import sample_to_folder
 from favae.training.config import GeneratorConfig, load_config
 from train_generator import train as train_generator
@@ -73,7 +72,6 @@ KINDS = {
     ),
     "latents": Tokens("emoji_favae", "emoji_cat_flow"),
 }
-CLASSES = {"emoji_vqfa": VQModelFA, "emoji_favae": AutoencoderKLFA}
 
 
 @dataclass
@@ -208,12 +206,6 @@ class Judge:
         return {kind: self(Images(images[asked]), kind) for kind, asked in self.emoji.asked.items()}
 
 
-def errors(images: Tensor, decoded: Tensor) -> dict[str, float]:
-    """Means over images (uint8) of what is measured image by image."""
-    means = image_errors(images / 127.5 - 1, decoded / 127.5 - 1).double().mean(dim=0)
-    return {name.lower(): value for name, value in zip(PER_IMAGE, means.tolist()) if value == value}
-
-
 @torch.no_grad()
 def about_tokens(tokenizer, images: Tensor) -> dict:
     """How much a tokenizer's tokens of some images hold; of several codebooks, means over them."""
@@ -228,7 +220,7 @@ def about_tokens(tokenizer, images: Tensor) -> dict:
     entropies = -(shares * shares.clamp_min(1e-12).log()).sum(dim=1)
     return {
         "floats": latents.latents.numel(),
-        "bits": indices[0].numel() * (tokenizer.num_tokens - 1).bit_length(),
+        "bits": measure_budget(tokenizer, images.shape[-1]).bits_per_image,
         "codes_used": float((shares > 0).sum(dim=1).float().mean()),
         "perplexity": float(entropies.exp().mean()),
     }
@@ -240,12 +232,13 @@ def about_tokenizer(kind: str, path: Path, judge: Judge, folder: Path, pictures:
     file, emoji = folder / f"{kind}.json", judge.emoji
     with FileLock(folder / f"{kind}.lock"):
         if not file.exists():
-            tokenizer = CLASSES[KINDS[kind].tokenizer].from_pretrained(path).eval()
+            tokenizer = load_autoencoder(str(path)).eval()
             batches = emoji.images.split(64)
             decoded = torch.cat([to_uint8(reconstruct(tokenizer, batch / 127.5 - 1)) for batch in batches])
             found = {"kind": kind, **about_tokens(tokenizer, emoji.images[: emoji.training])}
             for name, chosen in (("training", slice(emoji.training)), ("heldout", emoji.heldout)):
-                found[f"errors_{name}"] = errors(emoji.images[chosen], decoded[chosen])
+                both = (images[chosen] / 127.5 - 1 for images in (emoji.images, decoded))
+                found[f"errors_{name}"] = named_means(image_errors(*both))
             file.write_text(json.dumps(found | judge.both(decoded) | {"real": judge.both(emoji.images)}))
             if pictures is not None:
                 save_rows(f"{kind}-reconstructions", decoded[emoji.heldout], emoji, pictures)

@@ -87,8 +87,13 @@ def errors(vae, split: str) -> dict[str, float]:
     dataset = photos(split)
     images = skip_missing([dataset[i] for i in range(len(dataset))])["image"]
     rows = torch.cat([image_errors(x, reconstruct(vae, x)) for x in images.split(32)])
+    return named_means(rows)
+
+
+def named_means(rows: Tensor) -> dict[str, float]:
+    """Means of what `image_errors` gives, without those that are not measured."""
     means = zip(PER_IMAGE, rows.double().mean(dim=0).tolist())
-    return {name.lower(): value for name, value in means if value == value}  # without those that are not measured
+    return {name.lower(): value for name, value in means if value == value}
 
 
 @torch.no_grad()

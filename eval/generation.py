@@ -232,9 +232,11 @@ def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolde
     pipeline = pipeline.to(process_state().device)
     names = class_names(pipeline)
     autoregressive = not hasattr(pipeline, "scheduler")
-    of_codes = autoregressive and pipeline.transformer.config.head != "flow"
-    default = DEFAULT_STEPS if autoregressive else 50
-    steps = None if of_codes else default if arguments.num_inference_steps is None else arguments.num_inference_steps
+    steps = arguments.num_inference_steps
+    if autoregressive and pipeline.transformer.config.head != "flow":
+        steps = None
+    elif steps is None:
+        steps = DEFAULT_STEPS if autoregressive else 50
     settings = {} if steps is None else {"num_head_steps" if autoregressive else "num_inference_steps": steps}
     settings |= {key: value for key in OF_TOKENS if (value := getattr(arguments, key)) is not None}
     if arguments.guidance_interval:

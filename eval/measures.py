@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
@@ -127,11 +129,9 @@ def retrieval(
         raise ValueError(f"relevant must have shape {(len(samples), len(gallery))}, got {relevant.shape}")
     if not all(1 <= k <= len(gallery) for k in top):
         raise ValueError(f"k must be in 1 ... {len(gallery)}, got {tuple(top)}")
-    samples, gallery = (np.asarray(x, np.float64) for x in (samples, gallery))
-    samples, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (samples, gallery))
-    nearest = np.argsort(-(samples @ gallery.T), axis=1, kind="stable")
-    found = np.take_along_axis(relevant, nearest, axis=1)
-    rates = {k: float(found[:, :k].any(axis=1).mean()) for k in top}
+    samples, gallery = (F.normalize(torch.as_tensor(np.asarray(x, np.float64)), dim=1) for x in (samples, gallery))
+    queries = list(zip(samples @ gallery.T, torch.from_numpy(relevant)))
+    rates = {k: float(np.mean([retrieval_hit_rate(*query, top_k=k) for query in queries])) for k in top}
     others = len(gallery) - relevant.sum(axis=1)
     missed = {k: [math.comb(int(n), k) / math.comb(len(gallery), k) for n in others] for k in top}
     return rates, {k: float(1 - np.mean(values)) for k, values in missed.items()}

@@ -61,8 +61,8 @@ class CATPipeline(DiffusionPipeline):
             raise ValueError(f"prompt is a string or a list of strings, got {prompt!r}")
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("a pipeline without a text encoder needs prompt_embeds and prompt_attention_mask")
-        prompts, limit = list(prompts), self.config.max_length
-        limit = text_limit(self.text_encoder, self.tokenizer) if limit is None else limit
+        prompts = list(prompts)
+        limit = self.config.max_length or text_limit(self.text_encoder, self.tokenizer)
         states, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit)
         warn_of_cut(self.tokenizer, prompts, mask, limit)
         empty = torch.tensor([not text.strip() for text in prompts], device=mask.device)
