@@ -38,12 +38,12 @@ from favae.adapters.diffusers import fold_latent_statistics
 from favae.data.images import ImageDataset
 from favae.data.latents import LatentDataset, load_tokenizer
 from favae.data.sources import open_source
+from favae.errors import ConfigError
 from favae.eval.online import OnlineEvaluation
 from favae.foundation import FoundationModel
 from favae.pipelines import LightningDiTPipeline
 from favae.pipelines.pipeline_lightningdit import num_classes
 from favae.training import text_to_image
-from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run

@@ -17,12 +17,12 @@ from torchvision.utils import save_image
 
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
+from favae.errors import ConfigError
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.tokenizer_loss import TokenizerLoss
 from favae.models import VQModelFA
-from favae.training.checks import ConfigError
 from favae.training.config import TokenizerConfig, loss_at, to_yaml
 from favae.training.loop import Run
 from favae.training.measure import describe_run, describe_tokenizer

@@ -1,6 +1,6 @@
 """What connects favae to software that exists: checkpoints of other programs here, pipelines in `.diffusers`."""
 
-from favae.adapters.checkpoints import CheckpointError, read_checkpoint
+from favae.adapters.checkpoints import read_checkpoint
 from favae.adapters.favae_vq import vq_model_fa_from_favae_vq
 from favae.adapters.ldm import autoencoder_kl_from_ldm, ldm_from_autoencoder_kl
 from favae.adapters.lightningdit import lightningdit_from_transformer, transformer_from_lightningdit

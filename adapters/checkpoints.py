@@ -13,13 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from favae.errors import FavaeError
+from favae.errors import CheckpointError
 
 CONTAINERS = ("state_dict", "model", "ema")  # where training programs keep a network's tensors
-
-
-class CheckpointError(FavaeError):
-    """A checkpoint that cannot be read, or is not of the layout that was asked for."""
 
 
 def read_checkpoint(path: str | Path, containers: Sequence[str] = CONTAINERS) -> dict[str, Tensor]:

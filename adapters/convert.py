@@ -12,11 +12,10 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
-from favae.adapters.checkpoints import CheckpointError
 from favae.adapters.single_file import FORMATS, from_single_file, to_single_file
 from favae.autoencoders import load_autoencoder
-from favae.errors import FavaeError
-from favae.files import write_folder
+from favae.errors import CheckpointError, FavaeError
+from favae.files import atomic_path
 
 TIMESTEP_SHIFT = 0.3  # s of all configs that LightningDiT ships; diffusers' schedulers call 1 / s their shift
 
@@ -35,7 +34,8 @@ def convert(arguments: argparse.Namespace) -> None:
         raise CheckpointError("--vae makes a pipeline of a lightningdit, whose autoencoder brings its own statistics")
     else:
         model = _pipeline(from_single_file(source, arguments.format), arguments.vae)
-    write_folder(destination.resolve(), model.save_pretrained)
+    with atomic_path(destination.resolve()) as folder:
+        model.save_pretrained(folder)
 
 
 def _pipeline(transformer: LightningDiTTransformer2DModel, vae: str) -> LightningDiTPipeline:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from favae import VQModelFA
-from favae.adapters.checkpoints import CheckpointError, Entry, listed, need, shapes_of, take, without
+from favae.adapters.checkpoints import Entry, listed, need, shapes_of, take, without
+from favae.errors import CheckpointError
 
 # Of training: the discriminator, and the widths of the blurs, which the images do not depend on.
 TRAINING_ONLY = ("discriminator.", "sigmas", "encoder.sigmas", "decoder.sigmas")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import favae
-from favae.files import write_file
+from favae.files import write_text
 from favae.models.hub import write_remote_code
 
 __all__ = ["prepare_for_hub"]
@@ -29,7 +29,7 @@ def prepare_for_hub(folder: str | Path) -> None:
         elif isinstance(entry, list) and str(entry[0]).startswith("favae."):
             component = _inside(folder, name)
             index[name] = [write_remote_code(getattr(favae, entry[1]), component).stem, entry[1]]
-    write_file(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _inside(folder: Path, name: str) -> Path:

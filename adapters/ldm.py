@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 
-from favae.adapters.checkpoints import CheckpointError, Entry, count, give, need, shapes_of, take, without
+from favae.adapters.checkpoints import Entry, count, give, need, shapes_of, take, without
+from favae.errors import CheckpointError
 
 # Of training: the losses with their networks, VA-VAE's foundation model and projection, running averages, the
 # wavelet of its two-branch fork.

@@ -7,7 +7,8 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
 
 from favae import LightningDiTTransformer2DModel
-from favae.adapters.checkpoints import CheckpointError, Entry, count, give, need, shapes_of, take, without
+from favae.adapters.checkpoints import Entry, count, give, need, shapes_of, take, without
+from favae.errors import CheckpointError
 from favae.models.lightningdit_transformer_2d import axial_rotary_embedding
 
 FIXED = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed by ours, stored by theirs

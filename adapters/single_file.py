@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from favae import LightningDiTTransformer2DModel, VQModelFA
-from favae.adapters.checkpoints import CONTAINERS, CheckpointError, read_checkpoint
+from favae.adapters.checkpoints import CONTAINERS, read_checkpoint
 from favae.adapters.favae_vq import vq_model_fa_from_favae_vq
 from favae.adapters.ldm import autoencoder_kl_from_ldm, ldm_from_autoencoder_kl
 from favae.adapters.lightningdit import lightningdit_from_transformer, transformer_from_lightningdit
 from favae.adapters.taming import taming_from_vq_model, vq_model_from_taming
+from favae.errors import CheckpointError
+from favae.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,11 @@ def to_single_file(model: ModelMixin, path: str | Path, format: str) -> None:
     if path.suffix not in (".safetensors", ".pt"):
         raise CheckpointError(f"{path}: the file must end in .safetensors or .pt")
     state = layout.revert(model.config, model.state_dict())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    if path.suffix == ".safetensors":
-        save_file(state, temporary)
-    else:
-        torch.save({container: state for container in layout.written}, temporary)
-    temporary.rename(path)
+    with atomic_path(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(state, temporary)
+        else:
+            torch.save({container: state for container in layout.written}, temporary)
 
 
 def read_latent_statistics(path: str | Path, channels: int) -> dict[str, list[float]]:

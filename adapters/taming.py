@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from diffusers import VQModel
 from torch import Tensor
 
-from favae.adapters.checkpoints import CheckpointError, need, shapes_of, take
+from favae.adapters.checkpoints import need, shapes_of, take
 from favae.adapters.ldm import config_from_ldm, entries, of_autoencoder, to_ldm
+from favae.errors import CheckpointError
 
 
 def vq_model_from_taming(state: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:

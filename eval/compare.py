@@ -13,22 +13,18 @@ import statistics
 import sys
 from pathlib import Path
 
-from favae.errors import FavaeError
+from favae.errors import DataError
 from favae.eval.results import format_metric, format_table, higher_is_better
 
 FREE = ("data_name", "reference_name")  # the hashes say whether they are the same
 GROUPED_BY = ("model", "guidance_scale")
 
 
-class ComparisonError(FavaeError):
-    """Results that cannot be read or compared."""
-
-
 def load_results(text: str) -> dict:
     """A results.json; of FILE:MODEL only that model's rows.
 
     Raises:
-        ComparisonError: if there are none.
+        DataError: if there are none.
     """
     path, colon, model = text.rpartition(":")
     if not colon or Path(text).exists():
@@ -38,14 +34,12 @@ def load_results(text: str) -> dict:
         rows = [row for row in result["rows"] if model in (None, row["model"])]
         kind, protocol = result["kind"], result["protocol"]
     except OSError as error:
-        raise ComparisonError(
-            f"{text}: {error.strerror}; expected a results.json of an evaluator, or FILE:MODEL"
-        ) from error
+        raise DataError(f"{text}: {error.strerror}; expected a results.json of an evaluator, or FILE:MODEL") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ComparisonError(f"{path} is no results.json of an evaluator ({error!r})") from error
+        raise DataError(f"{path} is no results.json of an evaluator ({error!r})") from error
     if not rows:
         names = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
-        raise ComparisonError(f"{path} has no model '{model}', there are {names or 'none'}")
+        raise DataError(f"{path} has no model '{model}', there are {names or 'none'}")
     return {"kind": kind, "protocol": protocol, "rows": rows}
 
 
@@ -75,18 +69,18 @@ def pair(first: dict[tuple, list], second: dict[tuple, list]) -> list[tuple[tupl
     """Which groups stand against each other: the same guidance, and one model of each side.
 
     Raises:
-        ComparisonError: if a side has several models, or no guidance scale is common.
+        DataError: if a side has several models, or no guidance scale is common.
     """
     for side in (first, second):
         models = list(dict.fromkeys(key[0] for key in side))
         if len(models) > 1:
-            raise ComparisonError(f"several models ({', '.join(models)}); choose one with FILE:MODEL")
+            raise DataError(f"several models ({', '.join(models)}); choose one with FILE:MODEL")
     pairs = [(a, b) for a in first for b in second if a[1] == b[1]]
     if not pairs and len(first) == len(second) == 1:  # images of unknown origin against a pipeline's
         pairs = [(*first, *second)]
     if not pairs:
         scales = [", ".join(str(key[1]) for key in side) for side in (first, second)]
-        raise ComparisonError(f"no common guidance scale: {scales[0]} and {scales[1]}")
+        raise DataError(f"no common guidance scale: {scales[0]} and {scales[1]}")
     return pairs
 
 
@@ -109,7 +103,7 @@ def compare(first: dict, second: dict) -> str:
     """The tables, as text.
 
     Raises:
-        ComparisonError: see `pair`.
+        DataError: see `pair`.
     """
     groups, parts = (group(first["rows"]), group(second["rows"])), []
     for a, b in pair(*groups):
@@ -122,7 +116,7 @@ def compare(first: dict, second: dict) -> str:
             cells = [_with_spread(name, side) for side in values]
             rows.append({"": name, "A": cells[0], "B": cells[1], "better": judge(name, *values)})
         if not rows:
-            raise ComparisonError("the two have no measure in common")
+            raise DataError("the two have no measure in common")
         title = "" if a[1] is None else f", guidance {a[1]}"
         parts.append(
             f"A: {a[0]} ({len(sides[0])} seeds), B: {b[0]} ({len(sides[1])} seeds){title}\n{format_table(rows)}"
@@ -147,10 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         if differs:
             if not arguments.force or first["kind"] != second["kind"]:
                 hint = "" if first["kind"] != second["kind"] else " (--force compares all the same)"
-                raise ComparisonError(f"different protocols{hint}:\n  " + "\n  ".join(differs))
+                raise DataError(f"different protocols{hint}:\n  " + "\n  ".join(differs))
             print("WARNING: different protocols\n  " + "\n  ".join(differs) + "\n")
         print(compare(first, second))
-    except ComparisonError as error:
+    except DataError as error:
         sys.exit(f"error: {error}")
 
 

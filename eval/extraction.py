@@ -9,8 +9,9 @@ from accelerate.utils import reduce
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from favae.data.images import DataError, skip_missing
+from favae.data.images import skip_missing
 from favae.distributed import process_state
+from favae.errors import DataError
 from favae.eval.features import FeatureExtractor, combined_digest, gather_rows, own_indices, pixel_digests
 from favae.eval.frechet import RunningStatistics
 

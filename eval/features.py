@@ -9,10 +9,10 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from favae.data.images import DataError
-from favae.data.latents import add_weights
 from favae.distributed import process_state
-from favae.foundation import OFFLINE_BACKBONE, FoundationModel, MissingWeights
+from favae.errors import DataError, MissingWeights
+from favae.foundation import OFFLINE_BACKBONE, FoundationModel
+from favae.hashing import hash_model
 
 INCEPTION = "inception"
 INCEPTION_HASH = "6726825d"  # of torch-fidelity's weights-inception-2015-12-05-6726825d.pth
@@ -50,7 +50,7 @@ class FeatureExtractor:
         else:
             self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights, REMEDY)
         self.model.to(process_state().device)
-        self.hash = weights_hash(self.model)
+        self.hash = hash_model(self.model)
 
     def _keep_spatial(self, module, inputs, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order
@@ -101,13 +101,6 @@ def _inception(weights: str | None) -> torch.nn.Module:
             f"the Inception weights (weights-inception-2015-12-05-{INCEPTION_HASH}.pth, torch-fidelity) could not be "
             f"downloaded ({type(error).__name__}); {INCEPTION_REMEDY}"
         ) from error
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    add_weights(digest, model)
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

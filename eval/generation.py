@@ -28,10 +28,9 @@ from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
 import favae  # noqa: F401  its pipelines become known to DiffusionPipeline
-from favae.data.images import DataError
 from favae.data.sources import add_data_arguments, open_data_arguments
 from favae.distributed import process_state
-from favae.errors import FavaeError
+from favae.errors import DataError, FavaeError
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import (
     FeatureExtractor,

@@ -14,8 +14,10 @@ import torch
 from numpy.lib import format as npy
 from torch.utils.data import Dataset
 
-from favae.data.images import READ_ERRORS, DataError, ImageDataset, to_uint8
+from favae.data.images import READ_ERRORS, ImageDataset, to_uint8
 from favae.data.sources import FolderSource
+from favae.errors import DataError
+from favae.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +158,9 @@ def write_npz(path: Path, images: Dataset, seed: int = 0) -> None:
         DataError: if one cannot be read.
     """
     order = np.random.default_rng(seed).permutation(len(images))
-    temporary = path.with_name(f".writing-{path.name}")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *images.size, 3)}
     with (
+        atomic_path(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
         archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True) as file,
     ):
@@ -168,4 +170,3 @@ def write_npz(path: Path, images: Dataset, seed: int = 0) -> None:
             if item is None:
                 raise DataError(f"{path}: image {index} cannot be read, so the file was not written")
             file.write(item["image"].permute(1, 2, 0).contiguous().numpy().tobytes())
-    temporary.rename(path)

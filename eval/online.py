@@ -9,13 +9,14 @@ from diffusers import DiffusionPipeline
 
 from favae.data.sources import open_source
 from favae.distributed import process_state
+from favae.errors import NonFiniteError
 from favae.eval.features import FeatureExtractor
 from favae.eval.generation import measure_samples, protocol_of
 from favae.eval.image_sets import SampleFolder
 from favae.eval.references import Reference
 from favae.eval.results import UINT8, finite
-from favae.eval.sampling import NotFinite, sample_to_folder
-from favae.files import write_file
+from favae.eval.sampling import sample_to_folder
+from favae.files import write_text
 from favae.training.config import EvaluationConfig
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class OnlineEvaluation:
                 guidance_scale=config.guidance_scale,
                 num_inference_steps=config.num_inference_steps,
             )
-        except NotFinite as error:  # in all processes at once; training has its own guard
+        except NonFiniteError as error:  # in all processes at once; training has its own guard
             logger.warning("step %d was not evaluated: %s", step, error)
             return {}
         samples = SampleFolder(self.samples)
@@ -82,7 +83,7 @@ class OnlineEvaluation:
             comparable = [record for record in records if record["protocol"] == records[-1]["protocol"]]
             metrics |= (reached := epochs_to_reach(comparable, self.metric, config.targets))
             records[-1] |= reached
-            write_file(self.log, "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in records))
+            write_text(self.log, "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in records))
             shutil.rmtree(self.samples)
         state.wait_for_everyone()
         return metrics

@@ -29,11 +29,11 @@ from torchmetrics.functional.image import (
 )
 from tqdm.auto import tqdm
 
-from favae.autoencoders import AutoencoderError, decode, encode, load_autoencoder, measure_budget
-from favae.data.images import DataError, ImageDataset, skip_missing, to_uint8
+from favae.autoencoders import decode, encode, load_autoencoder, measure_budget
+from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.data.sources import add_data_arguments, data_name, open_data_arguments
 from favae.distributed import process_state
-from favae.errors import FavaeError
+from favae.errors import DataError, FavaeError, ModelError
 from favae.eval.extraction import ImageStatistics, image_statistics, sum_over_processes
 from favae.eval.features import (
     FeatureExtractor,
@@ -44,13 +44,13 @@ from favae.eval.features import (
     metric_name,
     open_extractors,
     own_indices,
-    weights_hash,
 )
 from favae.eval.figures import radial_spectrum, save_comparison, save_latents, save_spectra
 from favae.eval.frechet import RunningStatistics, frechet_distance
 from favae.eval.image_sets import CroppedImages
 from favae.eval.references import Reference
 from favae.eval.results import UINT8, format_table, one_line, shown_metrics, write_results
+from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.wavelets import WaveletTransform2D
 
@@ -143,7 +143,7 @@ def evaluate_reconstruction(
         references: of each extractor, what the reconstructions' features are compared with.
         levels: of the transform, for the errors per band.
     Raises:
-        AutoencoderError: if a reconstruction is not finite.
+        ModelError: if a reconstruction is not finite.
         DataError: if no image can be read.
     """
     device = process_state().device
@@ -195,9 +195,7 @@ def evaluate_reconstruction(
     broken = indices[~torch.isfinite(rows["errors"][:, 0])]
     if len(broken):  # all processes see the same rows, and so all raise
         name = images.source.name(int(broken[0]))
-        raise AutoencoderError(
-            f"the reconstruction of {name} is not finite; try float32 weights, or another checkpoint"
-        )
+        raise ModelError(f"the reconstruction of {name} is not finite; try float32 weights, or another checkpoint")
 
     means = rows["errors"].double().mean(dim=0).tolist()
     metrics = {name: None if value != value else value for name, value in zip(PER_IMAGE, means)}  # NaN
@@ -284,7 +282,7 @@ def run(arguments: argparse.Namespace) -> None:
         "features": {extractor.name: extractor.hash for extractor in extractors},
         "reference": {r.features: {"hash": r.hash, "num_images": r.count} for r in references},
         "reference_name": arguments.reference or "the same images",
-        "lpips": None if lpips is None else {"vgg16": weights_hash(lpips)},
+        "lpips": None if lpips is None else {"vgg16": hash_model(lpips)},
     }
 
     rows, finished, failures = [], [], []
@@ -293,7 +291,7 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             vae = load_autoencoder(path)
             budget = measure_budget(vae, arguments.resolution)
-        except AutoencoderError as caught:
+        except ModelError as caught:
             error = caught
         if not everyone(error is None):
             failures.append(f"{name}: {error or 'it failed in another process'}")
@@ -309,7 +307,7 @@ def run(arguments: argparse.Namespace) -> None:
                 levels=arguments.levels,
                 **loading,
             )
-        except AutoencoderError as caught:  # in all processes
+        except ModelError as caught:  # in all processes
             failures.append(f"{name}: {caught}")
             continue
         finished.append((name, vae.cpu(), result))
@@ -327,7 +325,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         print(format_table([table_row(row) for row in rows]))
     if failures:
-        raise AutoencoderError("; ".join(failures))
+        raise ModelError("; ".join(failures))
 
 
 def table_row(row: dict) -> dict[str, str]:

@@ -7,7 +7,6 @@ and every other source of images, an .npz of images, or ADM's statistics (mu, si
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import sys
@@ -19,13 +18,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from favae.data.images import DataError, ImageDataset, Source
+from favae.data.images import ImageDataset, Source
 from favae.data.sources import add_data_arguments, data_name, open_data_arguments
 from favae.distributed import process_state
-from favae.errors import FavaeError
+from favae.errors import DataError, FavaeError
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import INCEPTION, FeatureExtractor, add_feature_arguments, open_extractors
 from favae.eval.image_sets import IMAGES_KEY, CroppedImages, NpzImages, npz_names, read_npz
+from favae.files import atomic_path
+from favae.hashing import hash_file
 
 KEPT = 10_000  # real images that precision, recall and KID look at, as ADM's evaluator does
 ARRAYS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "kept", "logits")
@@ -92,16 +93,8 @@ class Reference:
                 arrays = [np.asarray(read_npz(self.path, key)) for key in keys]
                 kept = found[i] and found[i].kept
                 spatial = arrays[2:] or (None, None)
-                found[i] = ImageStatistics(INCEPTION, _file_hash(self.path), None, *arrays[:2], *spatial, kept=kept)
+                found[i] = ImageStatistics(INCEPTION, hash_file(self.path), None, *arrays[:2], *spatial, kept=kept)
         return found
-
-
-def _file_hash(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,10 +110,8 @@ def save_statistics(path: Path, statistics: Sequence[ImageStatistics], descripti
             if (value := values.pop(key)) is not None:
                 tensors[f"{entry.features}.{key}"] = np.ascontiguousarray(value)
         about[entry.features] = values
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    save_file(tensors, temporary, {"description": json.dumps(description), "statistics": json.dumps(about)})
-    temporary.rename(path)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"description": json.dumps(description), "statistics": json.dumps(about)})
 
 
 def load_statistics(path: str, extractors: Sequence[FeatureExtractor]) -> tuple[dict, list[ImageStatistics]]:

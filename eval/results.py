@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from favae.distributed import process_state
-from favae.files import write_file
+from favae.files import write_text
 
 UINT8 = "round((x + 1) * 127.5)"
 PACKAGES = ("torch", "diffusers", "timm", "torch-fidelity", "favae")
@@ -36,7 +36,7 @@ def write_results(folder: Path, kind: str, protocol: dict, rows: list[dict]) -> 
         "protocol": protocol,
         "rows": rows,
     }
-    write_file(folder / "results.json", json.dumps(finite(result), indent=1, allow_nan=False))
+    write_text(folder / "results.json", json.dumps(finite(result), indent=1, allow_nan=False))
 
 
 def shown_metrics(row: dict) -> dict[str, str]:

@@ -13,18 +13,16 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from favae.data.images import DataError, to_uint8
+from favae.data.images import to_uint8
 from favae.data.latents import tokenizer_hash
 from favae.distributed import process_state
-from favae.eval.features import everyone, image_generator, weights_hash
-from favae.files import write_file
+from favae.errors import DataError, NonFiniteError
+from favae.eval.features import everyone, image_generator
+from favae.files import atomic_path, write_text
+from favae.hashing import hash_model
 
 SETTINGS_FILE = "settings.json"
 OWN_SAMPLES = "sample it yourself and give the folder with --samples"
-
-
-class NotFinite(DataError):
-    """Samples that are NaN or infinite; raised by all processes together."""
 
 
 def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
@@ -61,7 +59,7 @@ def class_labels(count: int, classes: int, kind: str, seed: int) -> list[int]:
 def pipeline_hash(pipeline: DiffusionPipeline) -> str:
     """SHA-256 of the weights of all its models, and of the configurations of those that are diffusers'."""
     models = [model for _, model in sorted(pipeline.components.items()) if isinstance(model, nn.Module)]
-    hashes = [tokenizer_hash(model) if isinstance(model, ModelMixin) else weights_hash(model) for model in models]
+    hashes = [tokenizer_hash(model) if isinstance(model, ModelMixin) else hash_model(model) for model in models]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -89,7 +87,7 @@ def sample_to_folder(
         settings: passed to it (`guidance_scale`, `num_inference_steps`, ...).
     Raises:
         DataError: if the folder holds other images, or samples of other settings, or the pipeline cannot be called so.
-        NotFinite: if an image is not finite; those before it are kept.
+        NonFiniteError: if an image is not finite; those before it are kept.
     """
     folder, state = Path(folder), process_state()
     names = class_names(pipeline)
@@ -130,12 +128,13 @@ def sample_to_folder(
         if bad:
             break
         for i, image in zip(batch, to_uint8(images * 2 - 1)):
-            temporary = folder / f".writing-{i:06}"  # no suffix of an image: a killed process may leave it
-            Image.fromarray(image.numpy()).save(temporary, format="PNG", compress_level=1)
-            temporary.rename(_file(folder, i))
+            with atomic_path(_file(folder, i)) as temporary:
+                Image.fromarray(image.numpy()).save(temporary, format="PNG", compress_level=1)
     if not everyone(not bad):
         which = f"sample {bad[0]} (and {len(bad) - 1} more of its batch)" if bad else "a sample of another process"
-        raise NotFinite(f"{which} is not finite; try float32, or see whether tokenizer and generator belong together")
+        raise NonFiniteError(
+            f"{which} is not finite; try float32, or see whether tokenizer and generator belong together"
+        )
 
 
 def _file(folder: Path, index: int) -> Path:
@@ -156,5 +155,5 @@ def _check_plan(folder: Path, plan: dict) -> None:
     state.wait_for_everyone()  # nobody writes before everybody has looked
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(plan, indent=1))
+        write_text(file, json.dumps(plan, indent=1))
     state.wait_for_everyone()

@@ -14,12 +14,8 @@ from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from favae.errors import FavaeError
+from favae.errors import ModelError
 from favae.models import VQModelFA
-
-
-class AutoencoderError(FavaeError):
-    """An autoencoder that cannot be opened, or cannot take the images."""
 
 
 def load_autoencoder(path: str) -> ModelMixin:
@@ -29,7 +25,7 @@ def load_autoencoder(path: str) -> ModelMixin:
         path: a folder or a hub name; of a pipeline, its `vae` is taken.
 
     Raises:
-        AutoencoderError: if there is none.
+        ModelError: if there is none.
     """
     import favae
 
@@ -43,12 +39,12 @@ def load_autoencoder(path: str) -> ModelMixin:
         name = config["_class_name"]
         kind = getattr(favae, name, None) or getattr(diffusers, name)
         if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
-            raise AutoencoderError(f"{path}: a {name} is no autoencoder")
+            raise ModelError(f"{path}: a {name} is no autoencoder")
         return kind.from_pretrained(path, **options).eval()
     except NameError as error:  # diffusers' RAE without transformers
-        raise AutoencoderError(f"{path}: a {name} needs the package transformers ({error})") from error
+        raise ModelError(f"{path}: a {name} needs the package transformers ({error})") from error
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
-        raise AutoencoderError(f"{path}: no autoencoder could be opened here ({_first_line(error)})") from error
+        raise ModelError(f"{path}: no autoencoder could be opened here ({_first_line(error)})") from error
 
 
 def encode(
@@ -125,12 +121,12 @@ def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
     """Runs an autoencoder once on an empty image, and looks. Works on the meta device too.
 
     Raises:
-        AutoencoderError: if it takes no RGB images of this size, or gives them back in another.
+        ModelError: if it takes no RGB images of this size, or gives them back in another.
     """
     name, size = type(vae).__name__, (1, 3, resolution, resolution)
     channels = vae.config.get("in_channels", 3)
     if channels != 3:
-        raise AutoencoderError(f"this {name} takes images of {channels} channels, not of 3")
+        raise ModelError(f"this {name} takes images of {channels} channels, not of 3")
     image = torch.zeros(size, device=vae.device, dtype=vae.dtype)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside it
@@ -142,16 +138,16 @@ def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
             else:
                 output = decode(vae, latents)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise AutoencoderError(f"this {name} takes no images of {resolution} px: {_first_line(error)}") from error
+        raise ModelError(f"this {name} takes no images of {resolution} px: {_first_line(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     if latents.ndim != 4:
-        raise AutoencoderError(f"this {name} has latents of shape {tuple(latents.shape)}, not an image's (B, C, h, w)")
+        raise ModelError(f"this {name} has latents of shape {tuple(latents.shape)}, not an image's (B, C, h, w)")
     factor = round(resolution / latents.shape[-1])
     if tuple(output.shape) != size:
         found = output.shape[-1]
         remedy = f"{found}" if found > resolution else f"a multiple of {factor}"  # the first has one size only
-        raise AutoencoderError(
+        raise ModelError(
             f"this {name} gives images of {resolution} px back at {found} px; the resolution must be {remedy} "
             "for this autoencoder"
         )

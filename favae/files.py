@@ -1,22 +1,40 @@
-"""Files and folders that are complete or absent, whenever the process is killed."""
+"""Files and folders that are either complete or absent, even if the process is killed while it writes."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_file(final: Path, text: str) -> None:
-    """Writes under a temporary name and renames."""
+@contextmanager
+def atomic_path(final: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `final` and renames it to `final` when the block ends without an error.
+
+    The block may write a file or create a folder there. What stood at `final` before is replaced, and the temporary
+    path is removed if the block raises. Parent folders are created.
+    """
+    final = Path(final)
     temporary = final.with_name(f".writing-{final.name}")
-    temporary.write_text(text)
-    temporary.rename(final)
+    _remove(temporary)  # left behind by a killed process
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+    except BaseException:
+        _remove(temporary)
+        raise
+    if final.is_dir():  # a folder cannot be renamed onto another one
+        shutil.rmtree(final)
+    temporary.replace(final)
 
 
-def write_folder(final: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary_folder)` and renames the folder, replacing an older one of that name."""
-    temporary = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+def write_text(final: str | Path, text: str) -> None:
+    """Writes a UTF-8 text file by way of `atomic_path`."""
+    with atomic_path(final) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -7,16 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from favae.errors import FavaeError
+from favae.errors import MissingWeights
 
 logger = logging.getLogger(__name__)
 
 OFFLINE_BACKBONE = "efficientnet-lite0"
 LITE0_STRIDE_16_BLOCKS = 11  # the blocks up to the last one whose cells are 16 pixels apart, 112 channels
-
-
-class MissingWeights(FavaeError):
-    """Weights that are neither here nor to be had; the message names them and the settings that help."""
 
 
 class FoundationModel(nn.Module):

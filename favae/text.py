@@ -1,7 +1,6 @@
 """Frozen text encoders: captions to one state per token, for generators that are conditioned on text."""
 
 import contextlib
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from favae.foundation import MissingWeights
+from favae.errors import MissingWeights
+from favae.hashing import hash_model
 from favae.precision import no_autocast
 
 logger = logging.getLogger(__name__)
@@ -68,11 +68,7 @@ class TextEncoder(nn.Module):
     def hash(self) -> str:
         """SHA-256 of the weights."""
         if self._hash is None:
-            from favae.data.latents import add_weights  # not above: pipelines need no data
-
-            digest = hashlib.sha256()
-            add_weights(digest, self.model)
-            self._hash = digest.hexdigest()
+            self._hash = hash_model(self.model)
         return self._hash
 
     def encode(self, captions: list[str], fixed_length: bool = False) -> tuple[Tensor, Tensor]:

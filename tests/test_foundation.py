@@ -2,7 +2,8 @@ import pytest
 import timm
 import torch
 
-from favae.foundation import FoundationModel, MissingWeights
+from favae.errors import MissingWeights
+from favae.foundation import FoundationModel
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tiny_text import SIZES, WORDS, save_bert, save_clip, save_t5, save_tokenizer
 
-from favae.foundation import MissingWeights
+from favae.errors import MissingWeights
 from favae.text import OFFLINE_MODULE, TextEncoder
 
 

@@ -9,15 +9,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from favae.errors import FavaeError
+from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 READ_ERRORS = (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
-
-
-class DataError(FavaeError):
-    """Nothing usable where images were asked for."""
 
 
 class UnusableImage(ValueError):

@@ -35,7 +35,6 @@ from favae.autoencoders import load_autoencoder, measure_budget
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.shards import (
     MANIFEST,
-    CacheError,
     captions_file,
     check_plan,
     locate,
@@ -47,8 +46,9 @@ from favae.data.shards import (
 from favae.data.sources import add_data_arguments, data_name, open_data_arguments
 from favae.data.text import CaptionStates
 from favae.distributed import process_state
-from favae.errors import FavaeError
-from favae.files import write_file
+from favae.errors import CacheError, FavaeError
+from favae.files import atomic_path, write_text
+from favae.hashing import hash_model
 from favae.models import VQModelFA
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def load_tokenizer(path: str) -> ModelMixin:
     """Opens an autoencoder that can be cached: `load_autoencoder`, and a posterior (`latent_dist`) or our codebook.
 
     Raises:
-        AutoencoderError: if there is none.
+        ModelError: if there is none.
         CacheError: if it has neither.
     """
     model = load_autoencoder(path)
@@ -82,16 +82,7 @@ def kind_of(tokenizer: ModelMixin) -> str:
 def tokenizer_hash(tokenizer: ModelMixin) -> str:
     """SHA-256 of what determines the latents: class, configuration without its statistics, weights."""
     config = {k: v for k, v in tokenizer.config.items() if k not in STATISTICS_KEYS and not k.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(tokenizer).__name__, config], sort_keys=True, default=list).encode())
-    add_weights(digest, tokenizer)
-    return digest.hexdigest()
-
-
-def add_weights(digest, model: torch.nn.Module) -> None:
-    """Feeds names and values of all parameters and buffers to a hash."""
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hash_model(tokenizer, [type(tokenizer).__name__, config])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,7 +111,7 @@ def write_cache(
     Returns:
         The manifest.
     Raises:
-        AutoencoderError: for a size that does not fit.
+        ModelError: for a size that does not fit.
         CacheError: if the folder holds a cache of another tokenizer, data set, size or dtype, or if the tokenizer
             cannot encode images of this size.
     """
@@ -156,9 +147,8 @@ def write_cache(
         tensors = _encode(tokenizer, (batch for batch in loader if batch is not None), state.device, dtype)
         if captioned:  # first, so that a shard that exists has them
             _write_captions(images, tensors.get("indices", torch.empty(0)), captions_file(output, k))
-        temporary = output / f".writing-{k:05}"
-        save_file(tensors, temporary)
-        temporary.rename(shard_file(output, k))
+        with atomic_path(shard_file(output, k)) as temporary:
+            save_file(tensors, temporary)
     state.wait_for_everyone()
 
     if state.is_main_process:
@@ -168,7 +158,7 @@ def write_cache(
             manifest["codebook_size"] = tokenizer.num_tokens
         captions = _summary_of_captions(output, manifest["counts"]) if captioned else {"count": 0}
         manifest["captions"] = captions if captions["count"] else None
-        write_file(output / MANIFEST, json.dumps(manifest, indent=1))
+        write_text(output / MANIFEST, json.dumps(manifest, indent=1))
     state.wait_for_everyone()
     return json.loads((output / MANIFEST).read_text())
 
@@ -192,7 +182,7 @@ def _encode(tokenizer: ModelMixin, batches, device, dtype: torch.dtype) -> dict[
 
 
 def _write_captions(images: ImageDataset, indices: Tensor, file: Path) -> None:
-    write_file(file, json.dumps([images.captions(int(i)) for i in indices]))
+    write_text(file, json.dumps([images.captions(int(i)) for i in indices]))
 
 
 def _indices(output: Path, number: int) -> Tensor:

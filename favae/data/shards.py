@@ -6,14 +6,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from favae.errors import FavaeError
-from favae.files import write_file
+from favae.errors import CacheError
+from favae.files import write_text
 
 MANIFEST = "manifest.json"
-
-
-class CacheError(FavaeError):
-    """A cache that cannot be used or continued; the message says what to do."""
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -30,7 +26,7 @@ def check_plan(output: Path, plan: dict, kind: str) -> None:
     if not file.exists():
         if any(path.name != ".writing-plan.json" for path in output.iterdir()):
             raise CacheError(f"{output} is not empty and not a {kind}; choose another --output")
-        write_file(file, json.dumps(plan, indent=1))
+        write_text(file, json.dumps(plan, indent=1))
     written = json.loads(file.read_text())
     changed = [key for key, value in plan.items() if written.get(key) != value]
     if changed:

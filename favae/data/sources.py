@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from favae.data.images import READ_ERRORS, DataError, Source, UnusableImage, shorter_side_to, to_rgb
+from favae.data.images import READ_ERRORS, Source, UnusableImage, shorter_side_to, to_rgb
+from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,10 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif",
 def _usable(captions: list[str]) -> list[str]:
     """Without white space around them, and without those that are nothing else."""
     return [caption.strip() for caption in captions if caption.strip()]
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
 
 
 class FolderSource:
@@ -41,7 +46,7 @@ class FolderSource:
         self.path = Path(path)
         if not self.path.is_dir():
             raise DataError(f"{path}: no such folder")
-        files = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
+        files = sorted(f for f in self.path.rglob("*") if _is_image(f) and f.is_file())
         self.files, self.sizes, skipped = [], [], 0
         for file in files:
             try:

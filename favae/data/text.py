@@ -22,19 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from favae.data.shards import (
-    MANIFEST,
-    CacheError,
-    check_plan,
-    locate,
-    open_shard,
-    read_captions,
-    read_manifest,
-    shard_file,
-)
+from favae.data.shards import MANIFEST, check_plan, locate, open_shard, read_captions, read_manifest, shard_file
 from favae.distributed import process_state
-from favae.errors import FavaeError
-from favae.files import write_file
+from favae.errors import CacheError, FavaeError
+from favae.files import atomic_path, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +86,12 @@ def write_states(
     mine = [k for k in missing if k % state.num_processes == state.process_index]
     for k in tqdm(mine, desc="captions", unit="shard", disable=not state.is_main_process):
         tensors = _encode(encoder, read_captions(latents, k, cache["counts"][k]), batch_size, dtype)
-        temporary = output / f".writing-{k:05}"
-        save_file(tensors, temporary)
-        temporary.rename(shard_file(output, k))
+        with atomic_path(shard_file(output, k)) as temporary:
+            save_file(tensors, temporary)
     state.wait_for_everyone()
 
     if state.is_main_process:
-        write_file(output / MANIFEST, json.dumps({**plan, **_summary(output, len(cache["counts"]))}, indent=1))
+        write_text(output / MANIFEST, json.dumps({**plan, **_summary(output, len(cache["counts"]))}, indent=1))
     state.wait_for_everyone()
     return json.loads((output / MANIFEST).read_text())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from favae.foundation import MissingWeights
+from favae.errors import MissingWeights
 from favae.precision import no_autocast
 
 VGG16 = "vgg16-397923af.pth"  # torchvision's file name

@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from favae.errors import FavaeError
+from favae.errors import CheckpointError
 from favae.training.sharding import (
     in_one_piece,
     kind_of,
@@ -27,10 +27,6 @@ from favae.training.sharding import (
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-
-
-class CheckpointError(FavaeError):
-    """A checkpoint that cannot be written, or gone on from."""
 
 
 def _disk_is_full(error: Exception) -> bool:

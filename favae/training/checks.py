@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from favae.errors import FavaeError
-
-
-class ConfigError(FavaeError):
-    """A setting that is unknown, of the wrong type or impossible; the message is one line and names the key."""
+from favae.errors import ConfigError
 
 
 def one_of(key: str, value: Any, allowed) -> None:

@@ -10,8 +10,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from favae.errors import ConfigError
 from favae.losses.tokenizer_loss import SpectrumConfig, STFTConfig, TokenizerLossConfig
-from favae.training.checks import ConfigError, at_least, one_of
+from favae.training.checks import at_least, one_of
 from favae.training.models import FROZEN, GENERATORS, TOKENIZERS, check_model
 from favae.training.objectives import GeneratorLossConfig
 from favae.wavelets import WaveletTransform2D

@@ -20,10 +20,9 @@ from tqdm.auto import tqdm
 
 from favae.data.stream import TrainingStream
 from favae.distributed import on_cpu
-from favae.errors import FavaeError
-from favae.files import write_file, write_folder
+from favae.errors import ConfigError, FavaeError, NonFiniteError
+from favae.files import atomic_path, write_text
 from favae.training.checkpoints import STATE_FILE, Checkpointer, Ema, find_checkpoints
-from favae.training.checks import ConfigError
 from favae.training.config import RunConfig, TrainConfig, to_yaml
 from favae.training.sharding import is_sharded
 
@@ -41,10 +40,6 @@ FREE_TRAIN_KEYS = {
     "max_skipped_steps",
     "tracker",
 }
-
-
-class NonFiniteLossError(FavaeError):
-    """Too many steps in a row gave NaN or infinity; the message names the step, the term and the last checkpoint."""
 
 
 def make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
@@ -207,7 +202,7 @@ class Run:
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(self.folder / "config.yaml", to_yaml(self.config))
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
             self._drop_metrics_after(self.step)
         if self.train.tracker:
             self.accelerator.init_trackers(self.folder.name)
@@ -219,7 +214,7 @@ class Run:
         file = self.folder / "metrics.jsonl"
         if file.exists():
             lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be torn
-            write_file(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+            write_text(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
     def batches(self, dataset: Dataset, until: int | None = None) -> Iterable[dict]:
         """This process's micro-batches from the current step on, to step `until` or the last, on its device."""
@@ -270,7 +265,7 @@ class Run:
             terms: what to log, detached scalars.
             finite: whether `optimise` took its step.
         Raises:
-            NonFiniteLossError: after more than `train.max_skipped_steps` skipped steps in a row.
+            NonFiniteError: after more than `train.max_skipped_steps` skipped steps in a row.
         """
         if not self.accelerator.sync_gradients:
             return False
@@ -298,7 +293,7 @@ class Run:
         if self._skipped_in_a_row > self.train.max_skipped_steps:
             checkpoints = find_checkpoints(self.folder / "checkpoints")
             good = str(checkpoints[-1][1]) if checkpoints else "none was written"
-            raise NonFiniteLossError(
+            raise NonFiniteError(
                 f"step {self.step}: {where} has not been finite for {self._skipped_in_a_row} steps; "
                 f"the last good checkpoint: {good}"
             )
@@ -339,7 +334,8 @@ class Run:
     def finish(self, save) -> None:
         """Writes final/ with `save(folder)` on the main process, complete or not at all, and closes the logs."""
         if self.is_main:
-            write_folder(self.folder / "final", save)
+            with atomic_path(self.folder / "final") as folder:
+                save(folder)
         self.accelerator.wait_for_everyone()
         self._bar.close()
         self.accelerator.end_training()

@@ -5,8 +5,9 @@ import inspect
 import diffusers
 import torch
 
+from favae.errors import ConfigError
 from favae.models import AutoencoderKLFA, CATTransformerModel, LightningDiTTransformer2DModel, VQModelFA
-from favae.training.checks import ConfigError, one_of
+from favae.training.checks import one_of
 
 TOKENIZERS = {"AutoencoderKLFA": AutoencoderKLFA, "VQModelFA": VQModelFA, "AutoencoderKL": diffusers.AutoencoderKL}
 FROZEN = "from_autoencoder_kl"  # model: the autoencoder whose latent space a decoder is trained for

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from favae.data.latents import LatentDataset
 from favae.data.shards import read_captions
 from favae.data.text import FOLDER, CaptionStates
+from favae.errors import ConfigError
 from favae.models import CATTransformerModel
 from favae.pipelines import CATPipeline
 from favae.text import TextEncoder
-from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig
 
 

@@ -3,13 +3,8 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from original_layouts import VQGAN, LatentDiffusionAutoencoder, randomise
 
-from favae.adapters import (
-    CheckpointError,
-    autoencoder_kl_from_ldm,
-    ldm_from_autoencoder_kl,
-    taming_from_vq_model,
-    vq_model_from_taming,
-)
+from favae.adapters import autoencoder_kl_from_ldm, ldm_from_autoencoder_kl, taming_from_vq_model, vq_model_from_taming
+from favae.errors import CheckpointError
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 

@@ -5,7 +5,8 @@ import torch
 from original_layouts import FrequencyAugmentedCodec, randomise
 
 from favae import VQModelFA
-from favae.adapters import CheckpointError, vq_model_fa_from_favae_vq
+from favae.adapters import vq_model_fa_from_favae_vq
+from favae.errors import CheckpointError
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 

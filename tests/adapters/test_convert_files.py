@@ -11,8 +11,9 @@ from original_layouts import VQGAN, FrequencyAugmentedCodec, LatentDiffusionAuto
 from safetensors.torch import load_file, save_file
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
-from favae.adapters import CheckpointError, from_single_file, read_checkpoint, to_single_file
+from favae.adapters import from_single_file, read_checkpoint, to_single_file
 from favae.adapters.convert import main
+from favae.errors import CheckpointError
 
 IMAGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 MEAN, STD = torch.linspace(-1, 1, 4).view(1, 4, 1, 1), torch.linspace(0.5, 2, 4).view(1, 4, 1, 1)

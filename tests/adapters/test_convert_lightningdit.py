@@ -3,7 +3,8 @@ import torch
 from original_layouts import LightningDiT, randomise
 
 from favae import LightningDiTTransformer2DModel
-from favae.adapters import CheckpointError, lightningdit_from_transformer, transformer_from_lightningdit
+from favae.adapters import lightningdit_from_transformer, transformer_from_lightningdit
+from favae.errors import CheckpointError
 
 LATENTS = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 TIMES, LABELS = torch.tensor([0.0, 0.37, 1.0]), torch.tensor([0, 4, 5])  # 5 is the null class

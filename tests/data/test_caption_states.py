@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from tiny_text import save_bert
 
 from favae.data.images import ImageDataset
-from favae.data.latents import CacheError, LatentDataset, write_cache
+from favae.data.latents import LatentDataset, write_cache
 from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
 from favae.data.text import CaptionStates, main, write_states
+from favae.errors import CacheError
 from favae.text import TextEncoder
 
 CAPTIONS = {0: ["a cat", "the red cat"], 1: ["a dog"], 3: ["the apple of the cat", "a dog", "an apple"]}  # else none

@@ -7,8 +7,9 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from favae.data.images import DataError, ImageDataset, UnusableImage, center_crop, skip_missing, to_rgb, to_uint8
+from favae.data.images import ImageDataset, UnusableImage, center_crop, skip_missing, to_rgb, to_uint8
 from favae.data.sources import FolderSource, PhotoSource, add_data_arguments, open_data_arguments, open_source
+from favae.errors import DataError
 
 
 def test_conversions():

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from favae import AutoencoderKLFA, VQModelFA
-from favae.autoencoders import AutoencoderError
 from favae.data.images import ImageDataset
-from favae.data.latents import CacheError, LatentDataset, load_tokenizer, tokenizer_hash, write_cache
+from favae.data.latents import LatentDataset, load_tokenizer, tokenizer_hash, write_cache
 from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
+from favae.errors import CacheError, ModelError
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_hash_is_about_latents_only(tiny_favae, tmp_path):
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tiny_kl, image_folder, tmp_path):
     images = ImageDataset(open_source(str(image_folder)), 18)
-    with pytest.raises(AutoencoderError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
+    with pytest.raises(ModelError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
         write_cache(tiny_kl, images, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -193,7 +193,7 @@ def test_stock_autoencoders_can_be_cached(tiny_kl, images, tmp_path):
     loaded = load_tokenizer(str(tmp_path / "vae"))
     write_cache(loaded, images, tmp_path / "cache")
     assert LatentDataset(tmp_path / "cache", loaded).latent_shape == (6, 4, 4)
-    with pytest.raises(AutoencoderError, match="no autoencoder"):
+    with pytest.raises(ModelError, match="no autoencoder"):
         load_tokenizer(str(tmp_path / "cache"))
     diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
         tmp_path / "tiny"

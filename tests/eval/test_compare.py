@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from favae.eval.compare import ComparisonError, compare, judge, load_results, main
+from favae.errors import DataError
+from favae.eval.compare import compare, judge, load_results, main
 
 PROTOCOL = {"num_images": 100, "posterior": "mode", "data": {"hash": "abc"}, "data_name": "somewhere"}
 
@@ -64,7 +65,7 @@ def test_guidance_scales_are_matched(tmp_path):
     assert text.count("A: x") == 1 and "guidance 1.5" in text
     c = copy.deepcopy(b)
     c["rows"][0]["guidance_scale"] = 4.0
-    with pytest.raises(ComparisonError, match="no common guidance scale: 1.0, 1.5 and 4.0"):
+    with pytest.raises(DataError, match="no common guidance scale: 1.0, 1.5 and 4.0"):
         compare(a, c)
     unknown = load_results(result(tmp_path, "d", [row("folder", 3.0, 1.0)]))
     assert "A: y" in compare(b, unknown)  # one set on each side: nothing else could be meant
@@ -73,5 +74,5 @@ def test_guidance_scales_are_matched(tmp_path):
 def test_files_that_are_no_results(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     for text, message in ((f"{tmp_path}/x.json", "is no results.json"), (f"{tmp_path}/none.json", "No such file")):
-        with pytest.raises(ComparisonError, match=message):
+        with pytest.raises(DataError, match=message):
             load_results(text)

@@ -7,12 +7,12 @@ from conftest import write_images
 
 from favae.data.images import ImageDataset
 from favae.data.sources import open_source
+from favae.errors import MissingWeights
 from favae.eval import features as module
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor, image_generator, metric_name
 from favae.eval.frechet import feature_statistics
 from favae.eval.image_sets import CroppedImages
-from favae.foundation import MissingWeights
 
 
 @pytest.fixture(scope="module")

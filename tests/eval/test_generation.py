@@ -18,8 +18,9 @@ from favae import (
     LightningDiTTransformer2DModel,
     VQModelFA,
 )
-from favae.data.images import DataError, ImageDataset
+from favae.data.images import ImageDataset
 from favae.data.sources import open_source
+from favae.errors import DataError
 from favae.eval.extraction import ImageStatistics
 from favae.eval.features import FeatureExtractor, image_generator
 from favae.eval.frechet import feature_statistics

@@ -8,8 +8,8 @@ from conftest import TINY_FAVAE, run, tiny_generator_recipe, write_images
 from safetensors.torch import load_file
 
 from favae import AutoencoderKLFA
+from favae.errors import ConfigError
 from favae.eval.online import epochs_to_reach
-from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig, load_config
 
 

@@ -9,9 +9,10 @@ import torch
 from conftest import TINY_VQ, run, write_images
 
 from favae import VQModelFA
-from favae.autoencoders import AutoencoderError, decode, encode, load_autoencoder, measure_budget, reconstruct
+from favae.autoencoders import decode, encode, load_autoencoder, measure_budget, reconstruct
 from favae.data.images import ImageDataset
 from favae.data.sources import open_source
+from favae.errors import ModelError
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.figures import _high_error, _worst_windows, radial_spectrum
@@ -132,23 +133,23 @@ def test_posterior_and_pipelines(tiny_kl, tmp_path):
 
 
 def test_autoencoders_that_cannot_take_the_images(tiny_kl, tmp_path):
-    with pytest.raises(AutoencoderError, match="takes images of 1 channels, not of 3"):
+    with pytest.raises(ModelError, match="takes images of 1 channels, not of 3"):
         measure_budget(diffusers.AutoencoderKL(in_channels=1), 8)
-    with pytest.raises(AutoencoderError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
+    with pytest.raises(ModelError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
         measure_budget(tiny_kl, 18)
-    with pytest.raises(AutoencoderError, match="4 px back at 8 px; the resolution must be 8"):
+    with pytest.raises(ModelError, match="4 px back at 8 px; the resolution must be 8"):
         measure_budget(autoencoders()["AutoencoderRAE"], 4)
     tiny_kl.save_pretrained(tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps({**config, "latent_channels": 3}))
-    with pytest.raises(AutoencoderError, match="no autoencoder could be opened here"):
+    with pytest.raises(ModelError, match="no autoencoder could be opened here"):
         load_autoencoder(str(tmp_path / "other"))
-    with pytest.raises(AutoencoderError, match="no autoencoder could be opened here"):
+    with pytest.raises(ModelError, match="no autoencoder could be opened here"):
         load_autoencoder(str(tmp_path))
     video = diffusers.AutoencoderKLTemporalDecoder(
         block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), layers_per_block=1
     )
-    with pytest.raises(AutoencoderError, match="takes no images of 8 px"):
+    with pytest.raises(ModelError, match="takes no images of 8 px"):
         measure_budget(video, 8)
 
 
@@ -189,7 +190,7 @@ def test_reconstruction_results(tiny_favae, tmp_path, extractor):
 
     with torch.no_grad():
         tiny_favae.decoder.low.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(AutoencoderError, match=r"reconstruction of .*\.png is not finite"):
+    with pytest.raises(ModelError, match=r"reconstruction of .*\.png is not finite"):
         evaluate()
 
 

@@ -3,7 +3,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
-from favae.foundation import MissingWeights
+from favae.errors import MissingWeights
 from favae.losses.adversarial import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
 from favae.losses.alignment import vision_foundation_alignment
 from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times

@@ -3,7 +3,7 @@ import importlib
 import pytest
 from conftest import ROOT, run, tiny_tokenizer_recipe
 
-from favae.training.checks import ConfigError
+from favae.errors import ConfigError
 from favae.training.config import GeneratorConfig, TokenizerConfig, load_config, loss_at
 
 RECIPES = sorted(file for kind in ("tokenizer", "generator") for file in ROOT.glob(f"configs/{kind}/*.yaml"))

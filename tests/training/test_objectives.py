@@ -8,8 +8,8 @@ from conftest import TINY_LIGHTNINGDIT, run, tiny_generator_recipe
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
 from favae import LightningDiTTransformer2DModel
+from favae.errors import ConfigError
 from favae.eval.sampling import class_names
-from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig, load_config
 from favae.training.objectives import GeneratorLossConfig, Objective
 

@@ -9,10 +9,10 @@ from conftest import TINY_LIGHTNINGDIT, run, tiny_generator_recipe
 
 from favae import LightningDiTTransformer2DModel
 from favae.data.images import ImageDataset
-from favae.data.latents import CacheError, LatentDataset, load_tokenizer
+from favae.data.latents import LatentDataset, load_tokenizer
 from favae.data.sources import open_source
+from favae.errors import CacheError, ConfigError
 from favae.losses.alignment import representation_alignment
-from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig, load_config
 from favae.training.objectives import AlignedTransformer, GeneratorLossConfig, Objective, RepresentationAlignmentConfig
 

@@ -14,8 +14,8 @@ from favae.data.images import ImageDataset
 from favae.data.latents import LatentDataset, write_cache
 from favae.data.sources import open_source
 from favae.data.text import write_states
+from favae.errors import ConfigError
 from favae.text import TextEncoder
-from favae.training.checks import ConfigError
 from favae.training.config import GeneratorConfig, load_config
 from favae.training.text_to_image import check_shapes, open_states
 

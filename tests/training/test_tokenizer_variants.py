@@ -10,7 +10,7 @@ from conftest import ROOT, run, tiny_tokenizer_recipe
 from diffusers import AutoencoderKL
 
 from favae import AutoencoderKLFA, VQModelFA
-from favae.training.checks import ConfigError
+from favae.errors import ConfigError
 from favae.training.config import TokenizerConfig, load_config
 from favae.training.models import TOKENIZERS, build_model
 
