@@ -1,16 +1,31 @@
-"""favae: frequency-aware image tokenizers for latent diffusion."""
+"""favae: frequency-aware image tokenizers for latent diffusion.
 
-from favae.models import AutoencoderKLFA, CATTransformerModel, LightningDiTTransformer2DModel, VQModelFA
-from favae.pipelines import CATPipeline, LightningDiTPipeline
-from favae.wavelets import InverseWaveletTransform2D, WaveletTransform2D
+Everything below is imported when it is first used, so that `import favae` costs next to nothing.
+"""
 
-__all__ = [
-    "AutoencoderKLFA",
-    "CATPipeline",
-    "CATTransformerModel",
-    "InverseWaveletTransform2D",
-    "LightningDiTPipeline",
-    "LightningDiTTransformer2DModel",
-    "VQModelFA",
-    "WaveletTransform2D",
-]
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+from favae.pipelines.discovery import make_known_to_diffusers
+
+if TYPE_CHECKING:
+    from favae.models import AutoencoderKLFA as AutoencoderKLFA
+    from favae.models import CATTransformerModel as CATTransformerModel
+    from favae.models import LightningDiTTransformer2DModel as LightningDiTTransformer2DModel
+    from favae.models import VQModelFA as VQModelFA
+    from favae.pipelines import CATPipeline as CATPipeline
+    from favae.pipelines import LightningDiTPipeline as LightningDiTPipeline
+    from favae.wavelets import InverseWaveletTransform2D as InverseWaveletTransform2D
+    from favae.wavelets import WaveletTransform2D as WaveletTransform2D
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "models": ["AutoencoderKLFA", "CATTransformerModel", "LightningDiTTransformer2DModel", "VQModelFA"],
+        "pipelines": ["CATPipeline", "LightningDiTPipeline"],
+        "wavelets": ["InverseWaveletTransform2D", "WaveletTransform2D"],
+    },
+)
+
+make_known_to_diffusers()

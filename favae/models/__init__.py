@@ -1,8 +1,23 @@
-"""Networks that `save_pretrained` writes. Their modules' paths are part of the file format of saved pipelines."""
+"""Networks that `save_pretrained` writes. The paths of their modules are part of the file format of saved pipelines."""
 
-from favae.models.autoencoder_kl_fa import AutoencoderKLFA
-from favae.models.cat_transformer import CATTransformerModel
-from favae.models.lightningdit_transformer_2d import LightningDiTTransformer2DModel
-from favae.models.vq_model_fa import VQModelFA
+from typing import TYPE_CHECKING
 
-__all__ = ["AutoencoderKLFA", "CATTransformerModel", "LightningDiTTransformer2DModel", "VQModelFA"]
+import lazy_loader
+
+if TYPE_CHECKING:
+    from favae.models.autoencoder_kl_fa import AutoencoderKLFA as AutoencoderKLFA
+    from favae.models.cat_transformer import CATTransformerModel as CATTransformerModel
+    from favae.models.lightningdit_transformer_2d import (
+        LightningDiTTransformer2DModel as LightningDiTTransformer2DModel,
+    )
+    from favae.models.vq_model_fa import VQModelFA as VQModelFA
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "autoencoder_kl_fa": ["AutoencoderKLFA"],
+        "cat_transformer": ["CATTransformerModel"],
+        "lightningdit_transformer_2d": ["LightningDiTTransformer2DModel"],
+        "vq_model_fa": ["VQModelFA"],
+    },
+)

@@ -1,12 +1,17 @@
 """Pipelines: saved by the training scripts, loaded by `DiffusionPipeline.from_pretrained` once favae is imported."""
 
-import diffusers
+from typing import TYPE_CHECKING
 
-from favae.pipelines.pipeline_cat import CATPipeline
-from favae.pipelines.pipeline_lightningdit import LightningDiTPipeline
+import lazy_loader
 
-__all__ = ["CATPipeline", "LightningDiTPipeline"]
+if TYPE_CHECKING:
+    from favae.pipelines.pipeline_cat import CATPipeline as CATPipeline
+    from favae.pipelines.pipeline_lightningdit import LightningDiTPipeline as LightningDiTPipeline
 
-# `DiffusionPipeline.from_pretrained` looks a saved pipeline's class up in the diffusers module and nowhere else.
-for _pipeline in (CATPipeline, LightningDiTPipeline):
-    setattr(diffusers, _pipeline.__name__, _pipeline)
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "pipeline_cat": ["CATPipeline"],
+        "pipeline_lightningdit": ["LightningDiTPipeline"],
+    },
+)

@@ -1,0 +1,50 @@
+"""What `import favae` costs, and that diffusers finds our pipelines whichever of the two is imported first."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_light_and_leaves_diffusers_as_it_was():
+    code = """
+import importlib.util, sys
+import favae
+heavy = {"torch", "diffusers", "transformers", "timm", "torchvision"} & set(sys.modules)
+assert not heavy, heavy
+assert importlib.util.find_spec("diffusers") is not None and "diffusers" not in sys.modules
+import diffusers
+assert not any(name.startswith("favae.pipelines.pipeline") for name in sys.modules)
+assert not any(type(finder).__module__.startswith("favae") for finder in sys.meta_path)
+try:
+    diffusers.NoSuchPipeline
+except AttributeError as error:
+    assert "NoSuchPipeline" in str(error)
+else:
+    raise AssertionError
+print(diffusers.AutoencoderKL.__name__, diffusers.LightningDiTPipeline.__module__)
+"""
+    assert run_python(code).split() == ["AutoencoderKL", "favae.pipelines.pipeline_lightningdit"]
+
+
+def test_pipelines_are_found_if_diffusers_was_imported_first():
+    code = "import diffusers, favae; print(diffusers.CATPipeline is favae.CATPipeline)"
+    assert run_python(code).split() == ["True"]
+
+
+@pytest.mark.parametrize("package", ["favae", "favae.models", "favae.pipelines"])
+def test_every_name_that_is_promised_is_there(package):
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        module.NoSuchName  # noqa: B018
