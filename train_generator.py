@@ -38,7 +38,7 @@ from favae.adapters.diffusers import fold_latent_statistics
 from favae.data.images import ImageDataset
 from favae.data.latents import LatentDataset, load_tokenizer
 from favae.data.sources import open_source
-from favae.errors import ConfigError
+from favae.errors import ConfigError, hint
 from favae.eval.online import OnlineEvaluation
 from favae.foundation import FoundationModel
 from favae.pipelines import LightningDiTPipeline
@@ -53,7 +53,9 @@ from favae.training.script import main
 from favae.training.sharding import in_one_piece, shard
 from favae.training.text_to_image import TextToImage, open_states
 
-REMEDY = "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network"
+ALIGNMENT_HINT = (
+    "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network"
+)
 
 
 def dry_run(config: GeneratorConfig, num_processes: int) -> None:
@@ -170,7 +172,8 @@ def train(config: GeneratorConfig) -> None:
         transformer.enable_gradient_checkpointing()
     trained, modules, teacher = transformer, {"transformer": transformer}, None
     if alignment.weight:
-        teacher = FoundationModel(alignment.backbone, alignment.weights, REMEDY).to(run.device)
+        with hint(ALIGNMENT_HINT):
+            teacher = FoundationModel(alignment.backbone, alignment.weights).to(run.device)
         trained = AlignedTransformer(transformer, alignment.layer, teacher.channels)
         modules["head"] = trained.head
 

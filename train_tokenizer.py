@@ -17,7 +17,7 @@ from torchvision.utils import save_image
 
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
-from favae.errors import ConfigError
+from favae.errors import ConfigError, hint
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS
@@ -30,11 +30,11 @@ from favae.training.models import TOKENIZERS, build_model
 from favae.training.script import main
 from favae.training.trainee import TokenizerTrainee
 
-ALIGNMENT_REMEDY = (
+ALIGNMENT_HINT = (
     "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network, "
     "loss.alignment.weight=0 does without"
 )
-PERCEPTUAL_REMEDY = "loss.perceptual_weights=FILE takes a local file, loss.perceptual=0 does without"
+PERCEPTUAL_HINT = "loss.perceptual_weights=FILE takes a local file, loss.perceptual=0 does without"
 
 
 def dry_run(config: TokenizerConfig, num_processes: int) -> None:
@@ -90,9 +90,11 @@ def train(config: TokenizerConfig) -> None:
     foundation = lpips = None
     with run.accelerator.main_process_first():  # one process downloads, the others find it
         if any(loss.alignment.weight for loss in losses):
-            foundation = FoundationModel(first.alignment.backbone, first.alignment.weights, ALIGNMENT_REMEDY)
+            with hint(ALIGNMENT_HINT):
+                foundation = FoundationModel(first.alignment.backbone, first.alignment.weights)
         if any(loss.perceptual for loss in losses):
-            lpips = LPIPS(first.perceptual_weights, PERCEPTUAL_REMEDY)
+            with hint(PERCEPTUAL_HINT):
+                lpips = LPIPS(first.perceptual_weights)
     trainee = TokenizerTrainee(vae, losses, foundation.channels if foundation else None)
     run.add("generator", trainee, train.learning_rate, groups=trainee.parameter_groups())
     modules = {"tokenizer": vae}

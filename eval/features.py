@@ -10,7 +10,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from favae.distributed import process_state
-from favae.errors import DataError, MissingWeights
+from favae.errors import DataError, MissingWeights, hint
 from favae.foundation import OFFLINE_BACKBONE, FoundationModel
 from favae.hashing import hash_model
 
@@ -20,8 +20,8 @@ SPATIAL_CHANNELS = 7  # of sFID
 DINOV2 = "dinov2"
 DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # its class token at 224 px; timm resamples positions, see the docs
 
-REMEDY = f"--weights NAME=FILE takes a local file, --features {OFFLINE_BACKBONE} needs no network"
-INCEPTION_REMEDY = REMEDY.replace("--weights NAME=FILE", "--inception-weights FILE")
+HINT = f"--weights NAME=FILE takes a local file, --features {OFFLINE_BACKBONE} needs no network"
+INCEPTION_HINT = HINT.replace("--weights NAME=FILE", "--inception-weights FILE")
 
 
 class FeatureExtractor:
@@ -48,7 +48,8 @@ class FeatureExtractor:
             self.model = _inception(weights)
             self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         else:
-            self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights, REMEDY)
+            with hint(HINT):
+                self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights)
         self.model.to(process_state().device)
         self.hash = hash_model(self.model)
 
@@ -99,7 +100,7 @@ def _inception(weights: str | None) -> torch.nn.Module:
     except (OSError, RuntimeError) as error:
         raise MissingWeights(
             f"the Inception weights (weights-inception-2015-12-05-{INCEPTION_HASH}.pth, torch-fidelity) could not be "
-            f"downloaded ({type(error).__name__}); {INCEPTION_REMEDY}"
+            f"downloaded ({type(error).__name__}); {INCEPTION_HINT}"
         ) from error
 
 

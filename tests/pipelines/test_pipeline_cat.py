@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 from tiny_text import save_bert, save_clip
 
 from favae import CATPipeline, CATTransformerModel, VQModelFA
-from favae.text import TextEncoder
+from favae.text_encoder import TextEncoder
 
 
 def transformer(**options) -> CATTransformerModel:

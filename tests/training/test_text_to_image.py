@@ -15,7 +15,7 @@ from favae.data.latents import LatentDataset, write_cache
 from favae.data.sources import open_source
 from favae.data.text import write_states
 from favae.errors import ConfigError
-from favae.text import TextEncoder
+from favae.text_encoder import TextEncoder
 from favae.training.config import GeneratorConfig, load_config
 from favae.training.text_to_image import check_shapes, open_states
 

