@@ -3,7 +3,7 @@
 texts, token by token.
 
     tokenizer first   python train_tokenizer.py ...; python -m favae.data.latents ...
-    for CAT, then     python -m favae.data.text --latents LATENTS --encoder minilm
+    for CAT, then     python -m favae.data.text_embeddings --latents LATENTS --encoder minilm
     one process       python train_generator.py configs/generator/photos_lightningdit.yaml
     8 GPUs            accelerate launch --num_processes 8 train_generator.py CONFIG.yaml data.latents=LATENTS
     2 CPU processes   torchrun --nproc_per_node 2 train_generator.py CONFIG.yaml
@@ -36,7 +36,7 @@ from torchvision.utils import save_image
 
 from favae.adapters.diffusers import fold_latent_statistics
 from favae.data.images import ImageDataset
-from favae.data.latents import LatentDataset, load_tokenizer
+from favae.data.latents import LatentsWithImages, MomentsDataset, TokenDataset, load_tokenizer, open_latents
 from favae.data.sources import open_source
 from favae.errors import ConfigError, hint
 from favae.eval.online import OnlineEvaluation
@@ -51,7 +51,7 @@ from favae.training.models import GENERATORS, build_model
 from favae.training.objectives import DIFFUSION, AlignedTransformer, Objective, blocks_of
 from favae.training.script import main
 from favae.training.sharding import in_one_piece, shard
-from favae.training.text_to_image import TextToImage, open_states
+from favae.training.text_to_image import TextToImage, open_text_embeddings
 
 ALIGNMENT_HINT = (
     "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network"
@@ -69,7 +69,8 @@ def dry_run(config: GeneratorConfig, num_processes: int) -> None:
     print(f"generator: {transformer.num_parameters():,} parameters, {tokens:,} tokens of {what}")
     images = config.data.num_images
     if config.data.latents is not None and Path(config.data.latents).exists():
-        dataset = LatentDataset(config.data.latents, text=open_states(config) if config.from_text else None)
+        text_embeddings = open_text_embeddings(config) if config.from_text else None
+        dataset = open_latents(config.data.latents, text_embeddings=text_embeddings)
         (text_to_image.check_shapes if config.from_text else check_shapes)(config, transformer, dataset)
         images = len(dataset)
     print(describe_run(config, images, num_processes))
@@ -87,7 +88,7 @@ def open_images(config: GeneratorConfig) -> ImageDataset | None:
         label_column=data.label_column,
         min_size=data.min_size,
     )
-    return ImageDataset(source, LatentDataset(data.latents).manifest["resolution"])
+    return ImageDataset(source, open_latents(data.latents).manifest["resolution"])
 
 
 class ClassToImage:
@@ -97,14 +98,14 @@ class ClassToImage:
         ConfigError: if the transformer was built for another latent shape, or for fewer classes.
     """
 
-    def __init__(self, config: GeneratorConfig, tokenizer, dataset: LatentDataset, transformer):
+    def __init__(self, config: GeneratorConfig, tokenizer, dataset: MomentsDataset, transformer):
         self.config, self.dataset = config, dataset
         check_shapes(config, transformer, dataset)
         self.objective = Objective(config.loss, transformer)
         self.pipeline = make_pipeline(config, transformer, tokenizer, dataset)
 
     def loss(self, model, batch: dict, features: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective(model, self.dataset.draw(batch), batch["label"], features)
+        return self.objective(model, self.dataset.sample(batch), batch["label"], features)
 
     def samples(self) -> tuple[dict, int]:
         sampling, classes = self.config.sampling, len(self.dataset.classes)
@@ -115,10 +116,10 @@ class ClassToImage:
         return options, min(classes, 8)
 
 
-def check_shapes(config: GeneratorConfig, transformer, dataset: LatentDataset) -> None:
+def check_shapes(config: GeneratorConfig, transformer, dataset: MomentsDataset | TokenDataset) -> None:
     """A generator is built for one latent shape and number of classes; the cache must have them."""
     built = transformer.config
-    if dataset.kind != "moments":
+    if isinstance(dataset, TokenDataset):
         raise ConfigError(f"{config.data.latents} holds tokens of a codebook, which are for a CATTransformerModel")
     expected = (built.in_channels, built.sample_size, built.sample_size)
     if dataset.latent_shape != expected:
@@ -134,7 +135,7 @@ def check_shapes(config: GeneratorConfig, transformer, dataset: LatentDataset) -
         )
 
 
-def make_pipeline(config: GeneratorConfig, transformer, tokenizer, dataset: LatentDataset) -> DiffusionPipeline:
+def make_pipeline(config: GeneratorConfig, transformer, tokenizer, dataset: MomentsDataset) -> DiffusionPipeline:
     """What samples the transformer; its autoencoder carries the statistics that the latents were normalised with."""
     tokenizer.register_to_config(
         latents_mean=dataset.manifest["latents_mean"],
@@ -163,8 +164,10 @@ def train(config: GeneratorConfig) -> None:
     data, alignment = config.data, config.loss.alignment
     stop = train.steps if alignment.stop_step is None else alignment.stop_step
     aligned_until = stop if alignment.weight else 0
-    states = open_states(config) if config.from_text else None
-    dataset = LatentDataset(data.latents, tokenizer, data.flip, data.shuffle_shards, open_images(config), states)
+    text_embeddings = open_text_embeddings(config) if config.from_text else None
+    dataset = open_latents(data.latents, tokenizer, flip=data.flip, text_embeddings=text_embeddings)
+    images = open_images(config)
+    aligned = dataset if images is None else LatentsWithImages(dataset, images)
     transformer = build_model(config.model, GENERATORS)
     task = (TextToImage if config.from_text else ClassToImage)(config, tokenizer, dataset, transformer)
     pipeline = task.pipeline.to(run.device)
@@ -193,7 +196,7 @@ def train(config: GeneratorConfig) -> None:
         evaluate = OnlineEvaluation(config.evaluation, run.folder, (size, size))
     run.resume()
 
-    for batch in itertools.chain(run.batches(dataset, aligned_until), without_images(run, dataset)):
+    for batch in itertools.chain(run.batches(aligned, aligned_until), run.batches(dataset)):
         transformer.train()
         features = None
         if teacher is not None:
@@ -216,12 +219,6 @@ def train(config: GeneratorConfig) -> None:
 
     with averaged(run, pipeline, transformer):
         run.finish(pipeline.save_pretrained)
-
-
-def without_images(run: Run, dataset: LatentDataset) -> Iterator[dict]:
-    """The batches from here on, for which no image is read any more."""
-    dataset.images = None
-    yield from run.batches(dataset)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from torchvision.utils import save_image
 
 from favae.autoencoders import reconstruct
 from favae.data.images import ImageDataset, to_uint8
-from favae.data.latents import LatentDataset, write_cache
+from favae.data.latents import open_latents, write_latent_cache
 from favae.data.sources import PhotoSource, open_source
 from favae.eval import references
 from favae.eval.extraction import ImageStatistics, image_statistics
@@ -139,7 +139,7 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     others = torch.stack([fresh[i]["image"] for i in range(len(crops()), len(fresh))])
 
     latents, output = folder / f"latents-{name}-{seed}", folder / f"{name}-{seed}"
-    write_cache(tokenizer, crops(), latents, data_name="photos")
+    write_latent_cache(tokenizer, crops(), latents, data_name="photos")
     changes = {
         "output": output,
         "seed": seed,
@@ -163,7 +163,7 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     checkpoints = dict(find_checkpoints(output / "checkpoints"))
     for step in (round(steps * share) for share in POINTS):
         transformer = GENERATORS[config.model["name"]].from_pretrained(checkpoints[step] / "ema").eval()
-        pipeline = make_pipeline(config, transformer, tokenizer, LatentDataset(latents))
+        pipeline = make_pipeline(config, transformer, tokenizer, open_latents(latents))
         point = {"steps": step, "velocity": losses[step]}
         for kind, scale in GUIDANCE.items():
             drawn = output / f"samples-{step}-{kind}"

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from favae.data.latents import LatentDataset
+from favae.data.latents import open_latents
 from favae.data.stream import TrainingStream
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_both(Path(folder), arguments.images, arguments.shard)
-        published, stream = OpenedForEveryItem(Path(folder)), TrainingStream(LatentDataset(folder), seed=0)
+        published, stream = OpenedForEveryItem(Path(folder)), TrainingStream(open_latents(folder), seed=0)
         speeds = {"ours": [], "published": []}
         for number in range(arguments.rounds + 1):
             loaders = {

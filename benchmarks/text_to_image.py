@@ -139,7 +139,7 @@ def prepare(kind: str, folder: Path) -> tuple[Path, Path]:
             run("train_tokenizer.py", recipe, f"data.path={data}", f"output={output}", *changes)
         options = ["--data", data, "--resolution", 64, "--output", cache]
         run("-m", "favae.data.latents", "--tokenizer", output / "final", *options)  # nothing to do if it is there
-        run("-m", "favae.data.text", "--latents", cache, "--encoder", "minilm")
+        run("-m", "favae.data.text_embeddings", "--latents", cache, "--encoder", "minilm")
     return output / "final", cache
 
 

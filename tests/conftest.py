@@ -18,7 +18,7 @@ from PIL import Image
 import train_generator
 from favae import AutoencoderKLFA
 from favae.data.images import ImageDataset
-from favae.data.latents import write_cache
+from favae.data.latents import write_latent_cache
 from favae.data.sources import open_source
 from favae.training.config import GeneratorConfig
 
@@ -143,7 +143,7 @@ train: {{batch_size: 4, steps: 6, num_workers: 0, log_every: 1, sample_every: 3,
 def tiny_cache(tmp_path, image_folder, tiny_favae):
     """A folder with tokenizer/ and its latents in cache/."""
     tiny_favae.save_pretrained(tmp_path / "tokenizer")
-    write_cache(tiny_favae, ImageDataset(open_source(str(image_folder)), 16), tmp_path / "cache")
+    write_latent_cache(tiny_favae, ImageDataset(open_source(str(image_folder)), 16), tmp_path / "cache")
     return tmp_path
 
 

@@ -1,13 +1,14 @@
 """Images as tensors: what is common to all sources, crops, and a dataset of a source's images in [-1, 1]."""
 
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from favae.errors import DataError
 
@@ -145,24 +146,37 @@ class ImageDataset(Dataset):
         image = self._read(index)
         return None if image is None else self._item(index, center_crop(image, self.resolution))
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict:
-        """Raises `DataError` if not one image can be read."""
+    def random_view(self, index: int, rng: np.random.Generator) -> dict:
+        """Image `index` as training sees it, cropped and flipped at random, or else the next one that can be read.
+
+        Raises:
+            DataError: if not one image can be read.
+        """
         for candidate in range(index, index + len(self)):
             image = self._read(candidate % len(self))
             if image is not None:
                 break
         else:
             raise DataError("not one of the images can be read")
-        if self.crop == "random":
-            crop = random_crop(image, self.resolution, rng)
-        else:
-            crop = center_crop(image, self.resolution)
+        crop = (
+            random_crop(image, self.resolution, rng) if self.crop == "random" else center_crop(image, self.resolution)
+        )
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self._item(candidate % len(self), crop)
+
+    def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """The indices of all images in random order."""
+        return (rng.permutation(len(self)),)
+
+    def training_batch(self, entries: Sequence[np.ndarray], seeds: Sequence[Sequence[int]]) -> dict:
+        """Collated random views of images whose indices an epoch gave, each with a seed of its own."""
+        (indices,) = entries
+        views = [self.random_view(int(i), np.random.default_rng(seed)) for i, seed in zip(indices, seeds)]
+        return default_collate(views)
 
 
 def skip_missing(items: list[dict | None]) -> dict | None:
     """Collates what is there; None if nothing is."""
     items = [item for item in items if item is not None]
-    return torch.utils.data.default_collate(items) if items else None
+    return default_collate(items) if items else None

@@ -1,24 +1,23 @@
-"""The latent cache: what a tokenizer makes of a set of images, written once, read memory-mapped.
+"""The latent cache: a tokenizer's encodings of a set of images, computed once, read memory-mapped.
 
-    python -m favae.data.latents --tokenizer runs/favae_f16d32/final --data IMAGES --resolution 256 --output latents/
-    torchrun --nproc_per_node 8 -m favae.data.latents ...      (any number of processes writes the same files)
+A sharded cache (`favae.data.sharded_cache`). A shard holds, for n images and v = 0 (the image) or 1 (its mirror image),
 
-A folder of `shard-NNNNN.safetensors` with, for image n and v = 0 (the image) or 1 (its mirror image),
-    mean, logvar (n, v, C, h, w)    moments of the posterior, not a sample: normalisation and noise stay open
-    tokens (n, v, h, w[, Q])        in their place, for a tokenizer with a codebook: int32, Q codebooks in a row
-    labels (n,), indices (n,)       class, and the image's place in its source
-`captions-NNNNN.json` beside each, a list of strings for each image, if the images have captions, and a `manifest.json`,
-written last: counts, classes, the tokenizer's hash, and the mean and standard deviation of each latent channel over all
-latents, or the size of the codebook. A killed command goes on with the files that are missing when it is run again;
-so captions that came later are added, and `captions-*.json` that were deleted are written anew, without encoding.
+    mean, logvar (n, v, C, h, w)    moments of the posterior, not a sample of it: normalization and noise stay open
+    labels (n,), indices (n,)       class of each image, and its index in the data set
+
+or, if the tokenizer has a codebook, in place of the moments
+
+    tokens (n, v, h, w[, Q])        int32, for Q codebooks in a row
+
+The manifest holds counts, classes, the tokenizer's hash, and mean and standard deviation of each latent channel over
+all latents, or the size of the codebook.
+If the images have captions, `captions-NNNNN.json` is beside each shard. Captions that come later are added, and deleted
+files of captions are written anew, without encoding an image again.
 """
 
-import argparse
-import hashlib
 import json
-import logging
-import math
-import sys
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -29,60 +28,281 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from favae.autoencoders import load_autoencoder, measure_budget
+from favae.data.captions import captions_file, summarize_captions
 from favae.data.images import ImageDataset, skip_missing
-from favae.data.shards import (
-    MANIFEST,
-    captions_file,
-    check_plan,
-    locate,
-    open_shard,
-    read_captions,
-    read_manifest,
-    shard_file,
-)
-from favae.data.sources import add_data_arguments, data_name, open_data_arguments
-from favae.data.text import CaptionStates
-from favae.distributed import process_state
-from favae.errors import CacheError, FavaeError
-from favae.files import atomic_path, write_text
+from favae.data.sharded_cache import CacheWriter, ShardedCache, open_shard, read_manifest, shard_file
+from favae.data.text_embeddings import TextEmbeddings
+from favae.errors import CacheError
 from favae.hashing import hash_model
 from favae.models import VQModelFA
 
-logger = logging.getLogger(__name__)
-
-MOMENTS, TOKENS = "moments", "tokens"
-COLUMNS = {MOMENTS: ("mean", "logvar"), TOKENS: ("tokens",)}  # what a shard holds of each image and its mirror image
+CONTENTS = "latent cache"
 STATISTICS_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 
 
 def load_tokenizer(path: str) -> ModelMixin:
-    """Opens an autoencoder that can be cached: `load_autoencoder`, and a posterior (`latent_dist`) or our codebook.
+    """Opens an autoencoder whose latents can be cached: one with a posterior, or a `VQModelFA`.
 
     Raises:
-        ModelError: if there is none.
-        CacheError: if it has neither.
+        ModelError: if there is no autoencoder at `path`.
+        CacheError: if it is of another class.
     """
     model = load_autoencoder(path)
     if not isinstance(model, (diffusers.AutoencoderKL, VQModelFA)):
         raise CacheError(
-            f"{path}: a {type(model).__name__} has no posterior to cache; AutoencoderKL and its subclasses have one, "
-            "VQModelFA has tokens"
+            f"{path}: latents of the class {type(model).__name__} cannot be cached; AutoencoderKL and its subclasses "
+            "have a posterior, VQModelFA has tokens"
         )
     return model
 
 
-def kind_of(tokenizer: ModelMixin) -> str:
-    """What is cached of a tokenizer: "moments" of its posterior, or "tokens" of its codebook."""
-    return TOKENS if isinstance(tokenizer, VQModelFA) else MOMENTS
-
-
 def tokenizer_hash(tokenizer: ModelMixin) -> str:
-    """SHA-256 of what determines the latents: class, configuration without its statistics, weights."""
+    """SHA-256 of all that determines the latents: class, configuration without statistics of latents, weights."""
     config = {k: v for k, v in tokenizer.config.items() if k not in STATISTICS_KEYS and not k.startswith("_")}
     return hash_model(tokenizer, [type(tokenizer).__name__, config])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class CachedDataset(ShardedCache):
+    """Base class of the two data sets that a latent cache can be, `MomentsDataset` and `TokenDataset`.
+
+    Args:
+        folder: of the cache.
+        flip: whether an epoch has mirror images in place of half of the images.
+        text_embeddings: of the captions of these images; batches then have those of one caption of each image.
+
+    Attributes:
+        manifest: of the cache. classes: their names. latent_shape: as subclasses say.
+
+    Raises:
+        CacheError: if the cache is not finished or damaged, or the text embeddings are of other captions.
+    """
+
+    contents = CONTENTS
+    columns: tuple[str, ...]  # the tensors that hold the latents
+
+    def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
+        super().__init__(folder)
+        self.flip, self.text_embeddings = flip, text_embeddings
+        self.classes: list[str] = self.manifest["classes"]
+        self.latent_shape: tuple[int, ...] = tuple(self.manifest["latent_shape"])
+        if text_embeddings is not None:
+            text_embeddings.check_captions(self)
+
+    @staticmethod
+    @abstractmethod
+    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[Tensor, ...]:
+        """The columns' values for images (B, 3, H, W) in [-1, 1]."""
+
+    @staticmethod
+    @abstractmethod
+    def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
+        """What the manifest says about the latents in these shards; each of them holds at least one image."""
+
+    @staticmethod
+    def count(shard: safe_open, path: Path) -> int:
+        # A shard of images that all were unreadable is empty.
+        return shard.get_slice("labels").get_shape()[0] if "labels" in shard.keys() else 0  # noqa: SIM118
+
+    def load(self, shard: safe_open, path: Path) -> dict[str, Tensor]:
+        latents = {name: shard.get_tensor(name).flatten(0, 1) for name in self.columns}  # both views of an image follow
+        return latents | {name: shard.get_tensor(name) for name in ("labels", "indices")}
+
+    def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """What `read` takes, for all images in random order.
+
+        Returns:
+            Indices, views (1 for mirror images) and, with text embeddings, random numbers that choose captions. These
+            are drawn last, so that the order is the same with and without text.
+        """
+        views = (rng.random(len(self)) < 0.5).astype(np.int64) if self.flip else np.zeros(len(self), np.int64)
+        order = rng.permutation(len(self))
+        if self.text_embeddings is None:
+            return order, views
+        return order, views, rng.integers(1 << 31, size=len(self))
+
+    def read(self, indices: np.ndarray, views: np.ndarray, choices: np.ndarray | None = None) -> dict[str, Tensor]:
+        """
+        Args:
+            indices: (B,), of images.
+            views: (B,), 0 for the image and 1 for its mirror image.
+            choices: (B,), numbers that choose a caption of each image; None takes the first.
+        Returns:
+            The columns, as subclasses say; label (B,) int64; with text embeddings also text_embeddings (B, L, D)
+            float32 and text_mask (B, L) bool, as `TextEmbeddings.read` gives them. On the CPU.
+        Raises:
+            IndexError: if there is no image with such an index.
+        """
+        places = self.locate(indices)
+        rows = [(shard, 2 * row + view) for (shard, row), view in zip(places, np.asarray(views).tolist())]
+        batch = {name: torch.stack([shard[name][row] for shard, row in rows]) for name in self.columns}
+        batch["label"] = torch.stack([shard["labels"][row] for shard, row in places])
+        if self.text_embeddings is not None:
+            choices = np.zeros(len(places), np.int64) if choices is None else choices
+            batch["text_embeddings"], batch["text_mask"] = self.text_embeddings.read(indices, choices)
+        return batch
+
+    def training_batch(self, entries: Sequence[np.ndarray], seeds: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        return self.read(*entries)  # all that is random is in the entries
+
+    def image_indices(self, indices: np.ndarray) -> list[int]:
+        """The indices that images of the cache have in the data set it was made of."""
+        return [int(shard["indices"][row]) for shard, row in self.locate(indices)]
+
+
+class MomentsDataset(CachedDataset):
+    """A latent cache of posteriors: batches have mean and logvar (B, C, h, w), in the stored dtype.
+
+    Attributes:
+        latent_shape: (C, h, w). mean, std: (C, 1, 1), of the latents of both views of all images.
+    """
+
+    columns = ("mean", "logvar")
+
+    def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
+        super().__init__(folder, flip=flip, text_embeddings=text_embeddings)
+        self.mean = torch.tensor(self.manifest["latents_mean"]).view(-1, 1, 1)
+        self.std = torch.tensor(self.manifest["latents_std"]).view(-1, 1, 1)
+
+    @staticmethod
+    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[Tensor, ...]:
+        posterior = tokenizer.encode(images).latent_dist
+        return posterior.mean, posterior.logvar
+
+    @staticmethod
+    def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
+        """Mean and std of each channel over samples of all posteriors: Var z = Var mean + E exp(logvar), in float64."""
+        first, second, variance, total = 0, 0, 0, 0
+        for file in files:
+            with open_shard(file) as shard:
+                mean, logvar = shard.get_tensor("mean").double(), shard.get_tensor("logvar").double()
+            first = first + mean.sum((0, 1, 3, 4))
+            second = second + mean.square().sum((0, 1, 3, 4))
+            variance = variance + logvar.exp().sum((0, 1, 3, 4))
+            total += mean.numel() // mean.shape[2]
+        mean = first / total
+        std = (second / total - mean.square() + variance / total).sqrt()
+        return {"stores": "moments", "latents_mean": mean.tolist(), "latents_std": std.tolist()}
+
+    def sample(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Samples of a batch's posteriors, normalized to mean 0 and std 1: (B, C, h, w) float32 on its device."""
+        mean, logvar = batch["mean"].float(), batch["logvar"].float()
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        latents = mean + (0.5 * logvar).exp() * noise
+        return (latents - self.mean.to(mean.device)) / self.std.to(mean.device)
+
+
+class TokenDataset(CachedDataset):
+    """A latent cache of tokens: batches have tokens (B, h, w[, Q]) int64 of Q codebooks.
+
+    Attributes:
+        latent_shape: (h, w) or (h, w, Q). codebook_size: entries of each codebook.
+    """
+
+    columns = ("tokens",)
+
+    def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
+        super().__init__(folder, flip=flip, text_embeddings=text_embeddings)
+        self.codebook_size: int = self.manifest["codebook_size"]
+
+    @staticmethod
+    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[Tensor, ...]:
+        return (tokenizer.quantize(tokenizer.encode(images).latents).indices,)
+
+    @staticmethod
+    def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
+        return {"stores": "tokens", "codebook_size": tokenizer.num_tokens}
+
+    def load(self, shard: safe_open, path: Path) -> dict[str, Tensor]:
+        """Raises `CacheError` if there are tokens outside the codebook."""
+        tensors = super().load(shard, path)
+        tokens = tensors["tokens"]
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
+            raise CacheError(
+                f"{path} has tokens in {tokens.min()} ... {tokens.max()}, but the codebook ends at "
+                f"{self.codebook_size - 1}; delete it and write the cache again, which fills the gap"
+            )
+        return tensors
+
+    def read(self, indices: np.ndarray, views: np.ndarray, choices: np.ndarray | None = None) -> dict[str, Tensor]:
+        batch = super().read(indices, views, choices)
+        return batch | {"tokens": batch["tokens"].long()}
+
+
+def open_latents(
+    folder: str | Path,
+    tokenizer: ModelMixin | None = None,
+    *,
+    flip: bool = True,
+    text_embeddings: TextEmbeddings | None = None,
+) -> MomentsDataset | TokenDataset:
+    """Opens a latent cache as the data set it is.
+
+    Args:
+        folder: of the cache.
+        tokenizer: if given, the cache must have been made by it.
+        flip, text_embeddings: see `CachedDataset`.
+    Raises:
+        CacheError: if the cache is of another tokenizer, or for the reasons that `CachedDataset` names.
+    """
+    manifest = read_manifest(folder, CONTENTS)
+    if tokenizer is not None and tokenizer_hash(tokenizer) != manifest["tokenizer"]:
+        raise CacheError(
+            f"{folder} was made by another tokenizer; take the one that made it, or write a cache into another folder"
+        )
+    dataset = TokenDataset if manifest["stores"] == "tokens" else MomentsDataset
+    return dataset(folder, flip=flip, text_embeddings=text_embeddings)
+
+
+class LatentsWithImages:
+    """A latent cache whose batches also have image (B, 3, H, W) in [-1, 1], in the same view as the latent.
+
+    Args:
+        dataset: the latents.
+        images: that the cache was made of, at the same resolution.
+
+    Raises:
+        CacheError: if there is another number of images than the cache was made of.
+    """
+
+    def __init__(self, dataset: MomentsDataset | TokenDataset, images: ImageDataset):
+        if len(images) != dataset.manifest["images"]:
+            raise CacheError(
+                f"{dataset.folder} was made of {dataset.manifest['images']} images, but {len(images)} were given"
+            )
+        self.dataset, self.images = dataset, images
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        return self.dataset.epoch(rng)
+
+    def read(self, indices: np.ndarray, views: np.ndarray, choices: np.ndarray | None = None) -> dict[str, Tensor]:
+        """As the data set's `read`, with the images.
+
+        Raises:
+            CacheError: if an image cannot be read any more.
+        """
+        images = torch.stack([self._image(index) for index in self.dataset.image_indices(indices)])
+        mirrored = torch.from_numpy(np.asarray(views, bool)).view(-1, 1, 1, 1)
+        batch = self.dataset.read(indices, views, choices)
+        return batch | {"image": torch.where(mirrored, images.flip(-1), images)}
+
+    def training_batch(self, entries: Sequence[np.ndarray], seeds: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        return self.read(*entries)
+
+    def _image(self, index: int) -> Tensor:
+        item = self.images[index]
+        if item is None:
+            name = self.images.source.name(index)
+            raise CacheError(f"{name} cannot be read, but could be when {self.dataset.folder} was written")
+        return item["image"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,7 +310,7 @@ def tokenizer_hash(tokenizer: ModelMixin) -> str:
 
 
 @torch.no_grad()
-def write_cache(
+def write_latent_cache(
     tokenizer: ModelMixin,
     images: ImageDataset,
     output: str | Path,
@@ -101,306 +321,108 @@ def write_cache(
     dtype: torch.dtype = torch.float32,
     num_workers: int = 0,
 ) -> dict:
-    """Encodes every image and its mirror image; called by every process there is.
+    """Encodes every image and its mirror image. All processes call this together.
 
     Args:
-        tokenizer: gives `encode(x).latent_dist`, or is a `VQModelFA`.
-        images: read through the centre crop; unreadable ones are left out.
-        output: a new folder, or one that the same call was writing.
+        tokenizer: one that `load_tokenizer` would open.
+        images: read through the center crop; unreadable ones are left out.
+        output: a new folder, or one that the same call began.
+        data_name: a name of the images, for the manifest.
+        batch_size: images that are encoded at a time.
+        shard_size: images per shard.
         dtype: of the stored moments; tokens are int32.
+        num_workers: processes that read images, for each process that encodes.
     Returns:
         The manifest.
     Raises:
-        ModelError: for a size that does not fit.
-        CacheError: if the folder holds a cache of another tokenizer, data set, size or dtype, or if the tokenizer
-            cannot encode images of this size.
+        ModelError: if the tokenizer cannot take images of this resolution.
+        CacheError: if the folder holds a cache of another tokenizer, data set, resolution or dtype, or if not one image
+            can be read.
     """
-    state = process_state()
-    output = Path(output)
-    measure_budget(tokenizer, images.resolution)  # refuses a size that does not fit
+    measure_budget(tokenizer, images.resolution)  # refuses a resolution that does not fit, before anything is written
+    dataset: type[CachedDataset] = MomentsDataset
+    if isinstance(tokenizer, VQModelFA):
+        dataset, dtype = TokenDataset, torch.int32
     plan = {
         "tokenizer": tokenizer_hash(tokenizer),
         "data": data_name,
         "images": len(images),
         "resolution": images.resolution,
         "shard_size": shard_size,
-        "dtype": str(dtype if kind_of(tokenizer) == MOMENTS else torch.int32).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
     }
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        check_plan(output, plan, "latent cache")
-    state.wait_for_everyone()
-    check_plan(output, plan, "latent cache")
+    writer = CacheWriter(output, plan, CONTENTS)
+    tokenizer = tokenizer.to(writer.state.device).eval()
+    ranges = [range(first, min(first + shard_size, len(images))) for first in range(0, len(images), shard_size)]
+    files = [shard_file(writer.folder, number) for number in range(len(ranges))]
 
-    tokenizer = tokenizer.to(state.device).eval()
-    captioned = images.source.has_captions
-    files = (shard_file, captions_file) if captioned else (shard_file,)
-    shards = range(math.ceil(len(images) / shard_size))
-    missing = [k for k in shards if not all(file(output, k).exists() for file in files)]
-    mine = [k for k in missing if k % state.num_processes == state.process_index]
-    for k in tqdm(mine, desc="latents", unit="shard", disable=not state.is_main_process):
-        if shard_file(output, k).exists():  # without its captions
-            _write_captions(images, _indices(output, k), captions_file(output, k))
-            continue
-        part = Subset(images, range(k * shard_size, min((k + 1) * shard_size, len(images))))
+    # Latents.
+    def write_shard(number: int, path: Path) -> None:
+        part = Subset(images, ranges[number])
         loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
-        tensors = _encode(tokenizer, (batch for batch in loader if batch is not None), state.device, dtype)
-        if captioned:  # first, so that a shard that exists has them
-            _write_captions(images, tensors.get("indices", torch.empty(0)), captions_file(output, k))
-        with atomic_path(shard_file(output, k)) as temporary:
-            save_file(tensors, temporary)
-    state.wait_for_everyone()
+        batches = (batch for batch in loader if batch is not None)
+        save_file(_encode(dataset, tokenizer, batches, dtype), path)
 
-    if state.is_main_process:
-        kind = kind_of(tokenizer)
-        manifest = {**plan, "classes": images.classes, "kind": kind, **_summary(output, len(shards), kind)}
-        if kind == TOKENS:
-            manifest["codebook_size"] = tokenizer.num_tokens
-        captions = _summary_of_captions(output, manifest["counts"]) if captioned else {"count": 0}
-        manifest["captions"] = captions if captions["count"] else None
-        write_text(output / MANIFEST, json.dumps(manifest, indent=1))
-    state.wait_for_everyone()
-    return json.loads((output / MANIFEST).read_text())
+    writer.write_missing(files, write_shard, "latents")
+
+    # Captions, also those of latents that an earlier call wrote.
+    def write_captions(number: int, path: Path) -> None:
+        with open_shard(files[number]) as shard:
+            indices = shard.get_tensor("indices").tolist() if dataset.count(shard, files[number]) else []
+        path.write_text(json.dumps([images.captions(index) for index in indices]), encoding="utf-8")
+
+    captioned = images.source.has_captions
+    if captioned:
+        paths = [captions_file(writer.folder, number) for number in range(len(files))]
+        writer.write_missing(paths, write_captions, "captions")
+
+    # The manifest.
+    def summarize() -> dict:
+        summary = _summarize(dataset, tokenizer, files)
+        captions = summarize_captions(writer.folder, summary["counts"]) if captioned else None
+        return {"classes": images.classes, **summary, "captions": captions}
+
+    return writer.finish(summarize)
 
 
-def _encode(tokenizer: ModelMixin, batches, device, dtype: torch.dtype) -> dict[str, Tensor]:
-    kind = kind_of(tokenizer)
-    columns = {name: [] for name in (*COLUMNS[kind], "labels", "indices")}
+def _encode(
+    dataset: type[CachedDataset], tokenizer: ModelMixin, batches: Iterable[dict], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a shard: both views of all images in the batches."""
+    columns: dict[str, list[Tensor]] = {name: [] for name in (*dataset.columns, "labels", "indices")}
     for batch in batches:
-        x = batch["image"].to(device, tokenizer.dtype)
-        views = [tokenizer.encode(view) for view in (x, x.flip(-1))]
-        if kind == TOKENS:
-            tokens = [tokenizer.quantize(view.latents).indices for view in views]
-            columns["tokens"].append(torch.stack(tokens, dim=1).to("cpu", torch.int32))
-        else:
-            for name in ("mean", "logvar"):
-                moments = torch.stack([getattr(view.latent_dist, name) for view in views], dim=1)
-                columns[name].append(moments.to("cpu", dtype))
+        image = batch["image"].to(tokenizer.device, tokenizer.dtype)
+        views = [dataset.encode(tokenizer, view) for view in (image, image.flip(-1))]
+        for name, *both in zip(dataset.columns, *views):
+            columns[name].append(torch.stack(both, dim=1).to("cpu", dtype))
         columns["labels"].append(batch["label"])
         columns["indices"].append(batch["index"])
     return {name: torch.cat(values).contiguous() for name, values in columns.items() if values}
 
 
-def _write_captions(images: ImageDataset, indices: Tensor, file: Path) -> None:
-    write_text(file, json.dumps([images.captions(int(i)) for i in indices]))
-
-
-def _indices(output: Path, number: int) -> Tensor:
-    with open_shard(shard_file(output, number)) as shard:
-        return shard.get_tensor("indices") if _count(shard) else torch.empty(0)
-
-
-def _count(shard: safe_open) -> int:
-    """Images in an open shard; a shard of unreadable images is empty."""
-    names = list(shard.keys())
-    return shard.get_slice("labels").get_shape()[0] if names else 0
-
-
-def _summary(output: Path, num_shards: int, kind: str) -> dict:
-    """Counts per shard, and of moments each channel's mean and deviation over all latents, in float64.
-
-    The deviation is that of the samples a generator sees: Var z = Var mean + E exp(logvar).
-    """
-    counts, first, second, variance, total = [], 0, 0, 0, 0
-    for k in range(num_shards):
-        with open_shard(shard_file(output, k)) as shard:
-            counts.append(_count(shard))
-            if not counts[-1]:
-                continue
-            shape = shard.get_slice(COLUMNS[kind][0]).get_shape()[2:]
-            if kind == TOKENS:
-                continue
-            mean, logvar = shard.get_tensor("mean").double(), shard.get_tensor("logvar").double()
-        first = first + mean.sum((0, 1, 3, 4))
-        second = second + mean.square().sum((0, 1, 3, 4))
-        variance = variance + logvar.exp().sum((0, 1, 3, 4))
-        total += mean.numel() // mean.shape[2]
-    if not sum(counts):
-        raise CacheError(f"{output}: not one image could be read")
-    summary = {"counts": counts, "latent_shape": shape}
-    if kind == TOKENS:
-        return summary
-    average = first / total
-    deviation = (second / total - average.square() + variance / total).sqrt()
-    return {**summary, "latents_mean": average.tolist(), "latents_std": deviation.tolist()}
-
-
-def _summary_of_captions(output: Path, counts: list[int]) -> dict:
-    """How many captions and images without any there are, and a hash that tells other captions apart."""
-    digest, total, without = hashlib.sha256(), 0, 0
-    for k, count in enumerate(counts):
-        captions = read_captions(output, k, count)
-        digest.update(json.dumps(captions).encode())
-        total += sum(map(len, captions))
-        without += captions.count([])
-    return {"count": total, "images_without": without, "hash": digest.hexdigest()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-class LatentDataset:
-    """A latent cache, read in batches; normalised to zero mean and unit deviation per channel where it is drawn from.
-
-    A cache of tokens has nothing to normalise or to draw: `read` gives them.
-
-    Args:
-        folder: of the cache.
-        tokenizer: if given, the cache must come from it.
-        flip: whether an epoch takes half of the images as their mirror images.
-        shuffle_shards: how many shards are mixed at a time; None mixes all. With fewer, what is read at a time is small
-            enough to stay in memory, or to be read in one go from a slow disk.
-        images: the images that the cache was made of, if batches shall have them too.
-        text: the states of their captions, if batches shall have one caption of each image.
-
-    `read(indices, views)` gives moments or tokens as stored, `draw(batch)` latents from their posteriors; `epoch(rng)`
-    an order: what `read` takes, for every image.
-
-    Attributes:
-        kind: "moments" or "tokens". latent_shape: (C, h, w), of tokens (h, w) or (h, w, Q). classes: their names.
-        codebook_size: of tokens, otherwise None. mean, std: (C, 1, 1), of moments, otherwise None.
-
-    Raises:
-        CacheError: for a folder without manifest, another tokenizer's cache, a missing or a truncated shard, states of
-            other captions.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        tokenizer: ModelMixin | None = None,
-        flip: bool = True,
-        shuffle_shards: int | None = None,
-        images: ImageDataset | None = None,
-        text: CaptionStates | None = None,
-    ):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder, "latent cache", "python -m favae.data.latents")
-        if tokenizer is not None and tokenizer_hash(tokenizer) != self.manifest["tokenizer"]:
-            raise CacheError(
-                f"{folder} was made by another tokenizer than data.tokenizer; give the one that wrote it, or write the "
-                "cache again into another folder"
-            )
-        self.flip, self.shuffle_shards, self.images, self.text = flip, shuffle_shards, images, text
-        if images is not None and len(images) != self.manifest["images"]:
-            raise CacheError(f"{folder} was made of {self.manifest['images']} images, data.images has {len(images)}")
-        self.classes = self.manifest["classes"]
-        self.latent_shape = tuple(self.manifest["latent_shape"])
-        self.kind = self.manifest.get("kind", MOMENTS)  # which caches of the first version do not say
-        self.codebook_size = self.manifest.get("codebook_size")
-        self.mean = self.std = None
-        if self.kind == MOMENTS:
-            self.mean, self.std = (torch.tensor(self.manifest[f"latents_{s}"]).view(-1, 1, 1) for s in ("mean", "std"))
-        if text is not None:
-            text.check(self.manifest, self.folder)
-        self._open: dict[int, dict[str, Tensor | list[int]]] = {}
-        self._check_shards()
-
-    def _check_shards(self) -> None:
-        for number, count in enumerate(self.manifest["counts"]):
-            path = shard_file(self.folder, number)
-            if not path.is_file():
-                raise CacheError(f"{path} is missing; write the cache again with the same command, it fills the gap")
-            with open_shard(path) as shard:
-                found = _count(shard)
-            if found != count:
-                raise CacheError(f"{path} holds {found} images where the manifest says {count}; delete the cache")
-
-    def __len__(self) -> int:
-        return sum(self.manifest["counts"])
-
-    def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """Indices of all images in a random order, the view of each (1: mirrored) and, with text, a random number each.
-
-        That is drawn last, so that the order is the same with and without text.
-        """
-        views = (rng.random(len(self)) < 0.5).astype(np.int64) if self.flip else np.zeros(len(self), np.int64)
-        order = self._order(rng)
-        return (order, views) if self.text is None else (order, views, rng.integers(1 << 31, size=len(self)))
-
-    def _order(self, rng: np.random.Generator) -> np.ndarray:
-        if self.shuffle_shards is None:
-            return rng.permutation(len(self))
-        counts = np.asarray(self.manifest["counts"])
-        shards = rng.permutation(len(counts))
-        windows = [shards[i : i + self.shuffle_shards] for i in range(0, len(shards), self.shuffle_shards)]
-        ends = np.cumsum(counts)
-        parts = [np.concatenate([np.arange(ends[k] - counts[k], ends[k]) for k in ks]) for ks in windows]
-        return np.concatenate([rng.permutation(part) for part in parts])
-
-    def read(self, indices: np.ndarray, views: np.ndarray, choices: np.ndarray | None = None) -> dict[str, Tensor]:
-        """
-        Args:
-            indices, views: (B,), of images and of their views.
-            choices: (B,), random numbers that choose among the captions of each image; None takes the first.
-        Returns:
-            mean, logvar (B, C, h, w) of the stored dtype, or tokens (B, h, w[, Q]) int64; label (B,) int64; with
-            images, image (B, 3, H, W) in [-1, 1], the same view; with text, text (B, L, D) float32 and text_mask (B, L)
-            bool, as `CaptionStates.read` gives them; on the CPU.
-        Raises:
-            IndexError: for an index that is not there.
-        """
-        numbers, rows = locate(indices, self.manifest["counts"])
-        shards = [self._shard(number) for number in numbers.tolist()]
-        batch = {}
-        both = (2 * rows + views).tolist()
-        for name in COLUMNS[self.kind]:
-            dtype = torch.int64 if self.kind == TOKENS else shards[0][name].dtype
-            batch[name] = torch.empty(len(indices), *self.latent_shape, dtype=dtype)
-            for place, shard, row in zip(batch[name].unbind(), shards, both):
-                place.copy_(shard[name][row])
-        batch["label"] = torch.tensor([shard["labels"][row] for shard, row in zip(shards, rows.tolist())])
-        if self.images is not None:
-            found = [self._image(shard["indices"][row]) for shard, row in zip(shards, rows.tolist())]
-            mirrored = torch.from_numpy(np.asarray(views, bool)).view(-1, 1, 1, 1)
-            batch["image"] = torch.where(mirrored, torch.stack(found).flip(-1), torch.stack(found))
-        if self.text is not None:
-            choices = np.zeros(len(indices), np.int64) if choices is None else choices
-            batch["text"], batch["text_mask"] = self.text.read(indices, choices)
-        return batch
-
-    def _image(self, index: int) -> Tensor:
-        item = self.images[index]
-        if item is None:
-            raise CacheError(f"image {index} of data.images cannot be read, which it could when the cache was written")
-        return item["image"]
-
-    def _shard(self, number: int) -> dict[str, Tensor | list[int]]:
-        if number not in self._open:  # opened once in each worker that reads it; memory-mapped, not loaded
-            with open_shard(shard_file(self.folder, number)) as shard:
-                latents = {name: shard.get_tensor(name).flatten(0, 1) for name in COLUMNS[self.kind]}  # (2n, C, h, w)
-                lists = {name: shard.get_tensor(name).tolist() for name in ("labels", "indices")}
-                if self.kind == TOKENS:
-                    self._check_tokens(number, latents["tokens"])
-                self._open[number] = latents | lists
-        return self._open[number]
-
-    def _check_tokens(self, number: int, tokens: Tensor) -> None:
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
-            raise CacheError(
-                f"{shard_file(self.folder, number)} has tokens in {tokens.min()} ... {tokens.max()}, the codebook ends "
-                f"at {self.codebook_size - 1}; delete it and write the cache again with the same command"
-            )
-
-    def draw(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Samples of the posteriors that `read` gave, normalised: (B, C, h, w) float32, on the batch's device.
-
-        Raises:
-            CacheError: for a cache of tokens.
-        """
-        if self.kind == TOKENS:
-            raise CacheError(f"{self.folder} holds tokens of a codebook, there is no posterior to draw latents from")
-        mean, logvar = batch["mean"].float(), batch["logvar"].float()
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        latents = mean + (0.5 * logvar).exp() * noise
-        return (latents - self.mean.to(mean.device)) / self.std.to(mean.device)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}  # memory maps do not travel to workers
+def _summarize(dataset: type[CachedDataset], tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
+    """Images in each shard, the shape of their latents, and what the data set says about them."""
+    counts = []
+    for file in files:
+        with open_shard(file) as shard:
+            counts.append(dataset.count(shard, file))
+    filled = [file for file, count in zip(files, counts) if count]
+    if not filled:
+        raise CacheError(f"{files[0].parent}: not one image could be read")
+    with open_shard(filled[0]) as shard:
+        shape = shard.get_slice(dataset.columns[0]).get_shape()[2:]
+    return {"counts": counts, "latent_shape": shape, **dataset.summarize(tokenizer, filled)}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Until `favae cache-latents` is there: python -m favae.data.latents."""
+    import argparse
+    import sys
+
+    from favae.data.sources import add_data_arguments, data_name, open_data_arguments
+    from favae.distributed import process_state
+    from favae.errors import FavaeError
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="a saved autoencoder: folder or hub name")
     add_data_arguments(parser, "--data", split="train")
@@ -411,12 +433,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--num-workers", type=int, default=0)
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
-        images = ImageDataset(open_data_arguments(arguments), arguments.resolution)
-        manifest = write_cache(
+        manifest = write_latent_cache(
             load_tokenizer(arguments.tokenizer),
-            images,
+            ImageDataset(open_data_arguments(arguments), arguments.resolution),
             arguments.output,
             data_name=data_name(arguments),
             batch_size=arguments.batch_size,

@@ -11,17 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from favae.data.captions import clean_captions, read_caption_lines
 from favae.data.images import READ_ERRORS, Source, UnusableImage, shorter_side_to, to_rgb
 from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
-
-
-def _usable(captions: list[str]) -> list[str]:
-    """Without white space around them, and without those that are nothing else."""
-    return [caption.strip() for caption in captions if caption.strip()]
 
 
 def _is_image(file: Path) -> bool:
@@ -93,13 +89,7 @@ class FolderSource:
 
     def captions(self, index: int) -> list[str]:
         """Raises `DataError` for a file that is not UTF-8."""
-        file = self.files[index].with_suffix(".txt")
-        if not file.is_file():
-            return []
-        try:
-            return _usable(file.read_text(encoding="utf-8-sig").splitlines())  # with or without a byte order mark
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: captions must be UTF-8 text, one caption per line") from error
+        return read_caption_lines(self.files[index].with_suffix(".txt"))
 
 
 class HuggingFaceSource:
@@ -175,7 +165,7 @@ class HuggingFaceSource:
                 f"{self.name(index)}: the values of '{self.caption_column}' (--caption-column) must be strings or "
                 "lists of strings"
             )
-        return _usable(values)
+        return clean_captions(values)
 
 
 class PhotoSource:
@@ -258,7 +248,7 @@ class PhotoSource:
         return region.crop((left, top, left + side, top + side))
 
     def captions(self, index: int) -> list[str]:
-        return _usable([self.PHOTOS[self.classes[self.label(index)]][1]])
+        return clean_captions([self.PHOTOS[self.classes[self.label(index)]][1]])
 
 
 def open_source(

@@ -1,72 +1,86 @@
-"""The order of training data: a pure function of the seed and the position, in whatever number of processes.
+"""The order of training data: a function of the seed and the position, for any number of processes.
 
-So resuming needs no state, and a batch is the same for two processes of half its size.
+So resuming needs no state, and two processes with half the batch size see the same batches as one.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
+
+
+class StreamedDataset(Protocol):
+    """What a `TrainingStream` needs of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """An epoch in random order: arrays of `len(self)` entries each, which together say what to read."""
+        ...
+
+    def training_batch(self, entries: Sequence[np.ndarray], seeds: Sequence[Sequence[int]]) -> dict:
+        """A batch of tensors for some entries of an epoch.
+
+        Args:
+            entries: the same places of each array of an epoch.
+            seeds: one for each item, for whatever else is random about it.
+        """
+        ...
 
 
 class TrainingStream(Dataset):
-    """An endless shuffled sequence over a data set: item p depends on (seed, p) alone.
+    """An endless sequence of shuffled epochs; the item at position p depends on (seed, p) alone.
 
     Args:
-        dataset: with `__len__` and `sample(index, rng)`, which gives one item; or, for data that are read faster
-            together, with `epoch(rng)`, arrays with an entry for each item, the first of them an order, and `read`,
-            which makes a batch of the same places of all arrays.
+        dataset: what is read.
         seed: of the order and of every random choice.
+
+    `stream[positions]` is the batch at a range of positions.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: StreamedDataset, seed: int):
         self.dataset = dataset
         self.seed = seed
         self._epochs: dict[int, tuple[np.ndarray, ...]] = {}
 
     def _epoch(self, number: int) -> tuple[np.ndarray, ...]:
         if number not in self._epochs:
-            rng = np.random.default_rng([self.seed, number])
-            order = self.dataset.epoch(rng) if self._in_batches else (rng.permutation(len(self.dataset)),)
-            self._epochs = {k: v for k, v in self._epochs.items() if k == number - 1} | {number: order}
+            epoch = self.dataset.epoch(np.random.default_rng([self.seed, number]))
+            # A batch may lie across two epochs; older ones are not needed any more.
+            self._epochs = {k: v for k, v in self._epochs.items() if k == number - 1} | {number: epoch}
         return self._epochs[number]
 
-    @property
-    def _in_batches(self) -> bool:
-        return hasattr(self.dataset, "read")
-
-    def __getitem__(self, position: int) -> dict:
-        epoch, offset = divmod(position, len(self.dataset))
-        (order,) = self._epoch(epoch)
-        return self.dataset.sample(int(order[offset]), np.random.default_rng([self.seed, position, 1]))
-
-    def __getitems__(self, positions: range) -> dict | list[dict]:
-        """What the loader calls for a batch."""
-        if not self._in_batches:
-            return [self[position] for position in positions]
+    def __getitem__(self, positions: range) -> dict:
         epochs, offsets = np.divmod(np.asarray(positions), len(self.dataset))
         parts = [[array[offsets[epochs == epoch]] for array in self._epoch(epoch)] for epoch in np.unique(epochs)]
-        return self.dataset.read(*(np.concatenate(arrays) for arrays in zip(*parts)))
+        entries = [np.concatenate(arrays) for arrays in zip(*parts)]
+        return self.dataset.training_batch(entries, [(self.seed, position, 1) for position in positions])
 
     def batches(
         self, batch_size: int, first_batch: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
     ) -> DataLoader:
-        """Batches of this process, from batch `first_batch` on; batch k of rank r holds one slice of k's positions."""
-        slices = (
+        """The batches of one process, without end.
+
+        Args:
+            batch_size: of one process. Batch k of all processes together has `world_size * batch_size` consecutive
+                positions, of which each process has a slice.
+            first_batch: the number of the first batch.
+            rank, world_size: number of this process, and number of processes.
+            num_workers: processes that read.
+        """
+        positions = (
             range((batch * world_size + rank) * batch_size, (batch * world_size + rank + 1) * batch_size)
             for batch in itertools.count(first_batch)
         )
         return DataLoader(
             self,
-            batch_sampler=slices,
+            sampler=positions,
+            batch_size=None,  # each index is a range of positions, and each item is a batch
             num_workers=num_workers,
-            collate_fn=_as_it_is if self._in_batches else default_collate,
             persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # else each new iterator draws from the generator that training resumes with
+            generator=torch.Generator(),  # without it, an iterator draws from the generator that training resumes with
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def _as_it_is(batch: dict) -> dict:
-    return batch

@@ -39,19 +39,14 @@ class LatentDataConfig:
     latents: str | None = None  # a cache written by favae.data.latents
     tokenizer: str | None = None  # the autoencoder that wrote it: a folder or hub name
     flip: bool = True
-    shuffle_shards: int | None = None  # how many shards are mixed at a time; None: all
-    text: str | None = None  # states of captions, written by favae.data.text; None: the folder text of the cache
-    text_encoder: str | None = None  # where the encoder of these states is now; None: where it was
+    text_embeddings: str | None = None  # of the captions; None: the folder text_embeddings of the cache
+    text_encoder: str | None = None  # where the encoder of these embeddings is now; None: where it was
     images: str | None = None  # what the cache was made of, for loss.alignment
     split: str = "train"  # of `images`
     image_column: str = "image"
     label_column: str = "label"
     min_size: int = 16
     num_images: int | None = None  # as above
-
-    def __post_init__(self):
-        if self.shuffle_shards is not None:
-            at_least("data.shuffle_shards", self.shuffle_shards, 1)
 
 
 @dataclass

@@ -65,7 +65,7 @@ def test_truncated_file_is_skipped_with_a_warning(image_folder, caplog):
     assert str(file) in caplog.text
     batch = skip_missing([dataset[0], dataset[1], dataset[2]])
     assert batch["index"].tolist() == [0, 2]
-    assert dataset.sample(1, np.random.default_rng(0))["index"] == 2  # training takes the next one
+    assert dataset.random_view(1, np.random.default_rng(0))["index"] == 2  # training takes the next one
     assert skip_missing([None]) is None
 
 

@@ -11,26 +11,26 @@ from tiny_text import save_bert
 
 from favae import CATPipeline, CATTransformerModel, VQModelFA
 from favae.data.images import ImageDataset
-from favae.data.latents import LatentDataset, write_cache
+from favae.data.latents import open_latents, write_latent_cache
 from favae.data.sources import open_source
-from favae.data.text import write_states
+from favae.data.text_embeddings import write_text_embeddings
 from favae.errors import ConfigError
 from favae.text_encoder import TextEncoder
 from favae.training.config import GeneratorConfig, load_config
-from favae.training.text_to_image import check_shapes, open_states
+from favae.training.text_to_image import check_shapes, open_text_embeddings
 
 MODEL = {"name": "CATTransformerModel", **TINY_CAT}
 FLOW = {"head": "flow", "latent_channels": 6, "low_latent_channels": 4, "head_width": 16, "head_layers": 1}
 
 
 def prepare(folder, images, tokenizer, model):
-    """Tokenizer, cache, states of captions and a recipe in a folder."""
+    """Tokenizer, cache, text embeddings and a recipe in a folder."""
     source = open_source(str(images))
     for i, file in enumerate(source.files[:-1]):  # the last has no caption
         file.with_suffix(".txt").write_text("a red apple\nthe apple\n" if i % 2 else "the dog\n")
     tokenizer.save_pretrained(folder / "tokenizer")
-    write_cache(tokenizer, ImageDataset(source, 16), folder / "cache")
-    write_states(TextEncoder(str(save_bert(folder / "bert"))), folder / "cache")
+    write_latent_cache(tokenizer, ImageDataset(source, 16), folder / "cache")
+    write_text_embeddings(TextEncoder(str(save_bert(folder / "bert"))), folder / "cache")
     train = {"batch_size": 4, "steps": 6, "num_workers": 0, "log_every": 1, "sample_every": 3, "checkpoint_every": 2}
     recipe = {
         "model": model,
@@ -75,7 +75,7 @@ def test_it_trains_resumes_and_its_pipeline_opens(kind, term, processes, request
     "override, message",
     [
         ("model.codebook_size=16", "a codebook of 32 entries, the generator is built for 16"),
-        ("data.text=NOWHERE", "NOWHERE: no finished folder of text states"),
+        ("data.text_embeddings=NOWHERE", "NOWHERE holds no finished folder of text embeddings"),
         ("model={name: CATTransformerModel, head: flow, latent_channels: 6}", "holds tokens; model.head=flow"),
         ("data.text_encoder=NOWHERE", "text encoder 'NOWHERE' could not be loaded"),
     ],
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_one_line(codes, tmp_path, override, message):
 )
 def test_shapes_that_do_not_fit(codes, override, message):
     config = load_config(GeneratorConfig, codes)
-    dataset = LatentDataset(config.data.latents, text=open_states(config))
+    dataset = open_latents(config.data.latents, text_embeddings=open_text_embeddings(config))
     with pytest.raises(ConfigError, match=message):
         check_shapes(config, CATTransformerModel(**TINY_CAT | override), dataset)
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from tiny_text import save_bert
 
 from favae.data.images import ImageDataset
-from favae.data.latents import LatentDataset, write_cache
+from favae.data.latents import open_latents, write_latent_cache
 from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
-from favae.data.text import CaptionStates, main, write_states
+from favae.data.text_embeddings import TextEmbeddings, main, write_text_embeddings
 from favae.errors import CacheError
 from favae.text_encoder import TextEncoder
 
@@ -35,59 +35,61 @@ def encoder(tmp_path) -> TextEncoder:
 @pytest.fixture
 def cache(tiny_favae, images, encoder, tmp_path):
     """Shards of 3, 3, 3 and 3 images; two of them have no captions."""
-    write_cache(tiny_favae, images, tmp_path / "cache", shard_size=3)
-    write_states(encoder, tmp_path / "cache", batch_size=2, dtype=torch.float32)
+    write_latent_cache(tiny_favae, images, tmp_path / "cache", shard_size=3)
+    write_text_embeddings(encoder, tmp_path / "cache", batch_size=2, dtype=torch.float32)
     return tmp_path / "cache"
 
 
-def read(states: CaptionStates, indices: list[int], choices: list[int]):
-    return states.read(np.array(indices), np.array(choices))
+def read(embeddings: TextEmbeddings, indices: list[int], choices: list[int]):
+    return embeddings.read(np.array(indices), np.array(choices))
 
 
 def test_reading_equals_encoding_again(encoder, cache):
-    states = CaptionStates(cache / "text")
-    assert len(states) == 12 and (states.encoder, states.hash) == (encoder.name, encoder.hash)
-    assert (states.dim, states.max_length) == (8, 12)
+    embeddings = TextEmbeddings(cache / "text_embeddings")
+    assert len(embeddings) == 12 and (embeddings.encoder, embeddings.hash) == (encoder.name, encoder.hash)
+    assert (embeddings.dim, embeddings.max_length) == (8, 12)
     for index, captions in CAPTIONS.items():
         for choice in range(7):
-            found, mask = read(states, [index], [choice])
+            found, mask = read(embeddings, [index], [choice])
             expected, _ = encoder.encode([captions[choice % len(captions)]])
             assert mask.all() and found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
 
 
 def test_a_batch_is_padded_to_its_longest_and_nothing_is_masked_out(cache):
-    states = CaptionStates(cache / "text")
-    found, mask = read(states, [3, 2, 1, 3], [0, 5, 0, 1])
+    embeddings = TextEmbeddings(cache / "text_embeddings")
+    found, mask = read(embeddings, [3, 2, 1, 3], [0, 5, 0, 1])
     assert found.shape == (4, 7, 8) and mask.sum(1).tolist() == [7, 0, 4, 4]  # an image without captions: none
     assert not found[~mask].any()
     assert torch.equal(found[2], found[3])  # the same caption of two images
-    found, mask = read(states, [2, 11], [0, 1])
+    found, mask = read(embeddings, [2, 11], [0, 1])
     assert found.shape == (2, 1, 8) and not mask.any()
     with pytest.raises(IndexError, match=r"0 \.\.\. 11"):
-        read(states, [12], [0])
+        read(embeddings, [12], [0])
 
 
 def test_files_and_manifest(cache):
-    manifest = json.loads((cache / "text/manifest.json").read_text())
+    manifest = json.loads((cache / "text_embeddings/manifest.json").read_text())
     assert manifest["counts"] == [3, 3, 3, 3] and manifest["count"] == 6 and manifest["images_without"] == 9
-    shard = load_file(cache / "text/shard-00000.safetensors")
-    assert shard["states"].shape == (3, 5, 8) and shard["lengths"].tolist() == [4, 5, 4]
+    shard = load_file(cache / "text_embeddings/shard-00000.safetensors")
+    assert shard["embeddings"].shape == (3, 5, 8) and shard["lengths"].tolist() == [4, 5, 4]
     assert shard["offsets"].tolist() == [0, 2, 3, 3]
-    assert load_file(cache / "text/shard-00002.safetensors")["states"].shape == (0, 1, 8)
+    assert load_file(cache / "text_embeddings/shard-00002.safetensors")["embeddings"].shape == (0, 1, 8)
 
 
 def test_half_precision_is_the_default_and_what_it_cannot_hold_is_refused(encoder, cache, tmp_path):
-    assert write_states(encoder, cache, tmp_path / "half")["dtype"] == "float16"
-    half, whole = (read(CaptionStates(folder), [3], [0])[0] for folder in (tmp_path / "half", cache / "text"))
+    assert write_text_embeddings(encoder, cache, tmp_path / "half")["dtype"] == "float16"
+    half, whole = (
+        read(TextEmbeddings(folder), [3], [0])[0] for folder in (tmp_path / "half", cache / "text_embeddings")
+    )
     assert half.dtype == torch.float32 and torch.allclose(half, whole, atol=2e-3)
     encoder.model.embeddings.LayerNorm.weight.fill_(1e9)
     encoder.model.encoder.layer[0].output.LayerNorm.weight.fill_(1e9)
-    with pytest.raises(CacheError, match=r"do not fit into torch.float16; give --dtype float32"):
-        write_states(encoder, cache, tmp_path / "large")
+    with pytest.raises(CacheError, match="overflow in torch.float16.* float32"):
+        write_text_embeddings(encoder, cache, tmp_path / "large")
 
 
 def test_training_reads_text_in_a_reproducible_order(cache):
-    plain, text = LatentDataset(cache), LatentDataset(cache, text=CaptionStates(cache / "text"))
+    plain, text = open_latents(cache), open_latents(cache, text_embeddings=TextEmbeddings(cache / "text_embeddings"))
     order = plain.epoch(np.random.default_rng(5))
     with_text = text.epoch(np.random.default_rng(5))
     assert all(np.array_equal(a, b) for a, b in zip(order, with_text)) and len(order) == 2 and len(with_text) == 3
@@ -97,16 +99,16 @@ def test_training_reads_text_in_a_reproducible_order(cache):
         return [batch for _, batch in zip(range(count), stream.batches(**arguments))]
 
     whole = take(6, batch_size=4, first_batch=0)
-    assert sorted(whole[0]) == ["label", "logvar", "mean", "text", "text_mask"]
+    assert sorted(whole[0]) == ["label", "logvar", "mean", "text_embeddings", "text_mask"]
     for first, count in ((0, 6), (2, 4)):
         for batch, expected in zip(take(count, batch_size=4, first_batch=first), whole[first:]):
             assert all(torch.equal(batch[name], expected[name]) for name in expected)
     halves = [take(6, batch_size=2, first_batch=0, rank=rank, world_size=2) for rank in range(2)]
     for batch, *parts in zip(whole, *halves):
-        for row, other in zip(batch["text"], [row for part in parts for row in part["text"]]):
+        for row, other in zip(batch["text_embeddings"], [row for part in parts for row in part["text_embeddings"]]):
             assert torch.equal(row[: len(other)], other)  # each half is padded to its own longest
     (worker,) = take(1, batch_size=4, first_batch=0, num_workers=1)
-    assert torch.equal(worker["text"], whole[0]["text"])
+    assert torch.equal(worker["text_embeddings"], whole[0]["text_embeddings"])
     lengths = {k: set() for k in range(12)}
     for epoch in range(12):
         indices, views, choices = text.epoch(np.random.default_rng(epoch))
@@ -118,87 +120,87 @@ def test_training_reads_text_in_a_reproducible_order(cache):
 
 
 def test_a_killed_run_fills_the_gaps(encoder, cache):
-    before = {path.name: path.read_bytes() for path in (cache / "text").iterdir()}
-    untouched = (cache / "text/shard-00000.safetensors").stat().st_mtime_ns
-    (cache / "text/shard-00001.safetensors").unlink()
-    with pytest.raises(CacheError, match="shard-00001.safetensors is missing; run the same command again"):
-        CaptionStates(cache / "text")
-    write_states(encoder, cache, batch_size=2, dtype=torch.float32)
-    assert {path.name: path.read_bytes() for path in (cache / "text").iterdir()} == before
-    assert (cache / "text/shard-00000.safetensors").stat().st_mtime_ns == untouched
-    (cache / "text/manifest.json").unlink()
-    with pytest.raises(CacheError, match="no finished folder of text states"):
-        CaptionStates(cache / "text")
+    before = {path.name: path.read_bytes() for path in (cache / "text_embeddings").iterdir()}
+    untouched = (cache / "text_embeddings/shard-00000.safetensors").stat().st_mtime_ns
+    (cache / "text_embeddings/shard-00001.safetensors").unlink()
+    with pytest.raises(CacheError, match="shard-00001.safetensors is missing"):
+        TextEmbeddings(cache / "text_embeddings")
+    write_text_embeddings(encoder, cache, batch_size=2, dtype=torch.float32)
+    assert {path.name: path.read_bytes() for path in (cache / "text_embeddings").iterdir()} == before
+    assert (cache / "text_embeddings/shard-00000.safetensors").stat().st_mtime_ns == untouched
+    (cache / "text_embeddings/manifest.json").unlink()
+    with pytest.raises(CacheError, match="no finished folder of text embeddings"):
+        TextEmbeddings(cache / "text_embeddings")
 
 
 def test_another_encoder_is_refused(encoder, cache, tmp_path):
     torch.manual_seed(1)
     other = TextEncoder(str(save_bert(tmp_path / "other")))
-    before = {path.name: path.read_bytes() for path in (cache / "text").iterdir()}
-    with pytest.raises(CacheError, match="made with another encoder, hash; delete it or choose another --output"):
-        write_states(other, cache, dtype=torch.float32)
+    before = {path.name: path.read_bytes() for path in (cache / "text_embeddings").iterdir()}
+    with pytest.raises(CacheError, match="made with another encoder, hash"):
+        write_text_embeddings(other, cache, dtype=torch.float32)
     with pytest.raises(CacheError, match="another dtype"):
-        write_states(encoder, cache)
+        write_text_embeddings(encoder, cache)
     with pytest.raises(CacheError, match="another max_length"):
-        write_states(TextEncoder(encoder.name, 5), cache, dtype=torch.float32)
-    with pytest.raises(CacheError, match="not empty and not a folder of text states"):
-        write_states(encoder, cache, tmp_path / "bert")
-    assert {path.name: path.read_bytes() for path in (cache / "text").iterdir()} == before
+        write_text_embeddings(TextEncoder(encoder.name, 5), cache, dtype=torch.float32)
+    with pytest.raises(CacheError, match="not empty and not a folder of text embeddings"):
+        write_text_embeddings(encoder, cache, tmp_path / "bert")
+    assert {path.name: path.read_bytes() for path in (cache / "text_embeddings").iterdir()} == before
 
 
 @pytest.mark.parametrize("keep", [10, 200])
 def test_truncated_shard(encoder, cache, keep):
-    shard = cache / "text/shard-00001.safetensors"
+    shard = cache / "text_embeddings/shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:keep])
     with pytest.raises(CacheError, match="shard-00001.safetensors is damaged"):
-        CaptionStates(cache / "text")
+        TextEmbeddings(cache / "text_embeddings")
     with pytest.raises(CacheError, match="shard-00001.safetensors is damaged"):
-        write_states(encoder, cache, dtype=torch.float32)
+        write_text_embeddings(encoder, cache, dtype=torch.float32)
     shard.write_bytes((cache / "shard-00001.safetensors").read_bytes())
-    with pytest.raises(CacheError, match="shard-00001.safetensors is no shard of text states"):
-        CaptionStates(cache / "text")
-    shard.write_bytes((cache / "text/shard-00000.safetensors").read_bytes())
+    with pytest.raises(CacheError, match="shard-00001.safetensors is no shard of text embeddings"):
+        TextEmbeddings(cache / "text_embeddings")
+    shard.write_bytes((cache / "text_embeddings/shard-00000.safetensors").read_bytes())
     shard.with_name("shard-00002.safetensors").unlink()
     with pytest.raises(CacheError, match="shard-00002.safetensors is missing"):
-        CaptionStates(cache / "text")
+        TextEmbeddings(cache / "text_embeddings")
 
 
 def test_text_of_other_latents_is_refused(tiny_favae, images, encoder, cache, tmp_path):
-    states = CaptionStates(cache / "text")
-    write_cache(tiny_favae, images, tmp_path / "shards", shard_size=4)
-    with pytest.raises(CacheError, match="text was made of other captions than those of .*shards; delete it and run"):
-        LatentDataset(tmp_path / "shards", text=states)
+    embeddings = TextEmbeddings(cache / "text_embeddings")
+    write_latent_cache(tiny_favae, images, tmp_path / "shards", shard_size=4)
+    with pytest.raises(CacheError, match="was made of other captions than those of .*shards"):
+        open_latents(tmp_path / "shards", text_embeddings=embeddings)
     images.source.files[0].with_suffix(".txt").write_text("another caption")
-    write_cache(tiny_favae, images, tmp_path / "captions", shard_size=3)
+    write_latent_cache(tiny_favae, images, tmp_path / "captions", shard_size=3)
     with pytest.raises(CacheError, match="made of other captions"):
-        LatentDataset(tmp_path / "captions", text=states)
-    (tmp_path / "captions/text").mkdir()
-    for file in (cache / "text").iterdir():
-        (tmp_path / "captions/text" / file.name).write_bytes(file.read_bytes())
+        open_latents(tmp_path / "captions", text_embeddings=embeddings)
+    (tmp_path / "captions/text_embeddings").mkdir()
+    for file in (cache / "text_embeddings").iterdir():
+        (tmp_path / "captions/text_embeddings" / file.name).write_bytes(file.read_bytes())
     with pytest.raises(CacheError, match="made with another captions"):
-        write_states(encoder, tmp_path / "captions", dtype=torch.float32)
+        write_text_embeddings(encoder, tmp_path / "captions", dtype=torch.float32)
 
 
 def test_latents_without_captions(tiny_favae, images, encoder, tmp_path):
     for file in images.source.path.rglob("*.txt"):
         file.unlink()
-    write_cache(tiny_favae, images, tmp_path / "cache")
-    with pytest.raises(CacheError, match="cache has no captions; .* adds them without encoding again"):
-        write_states(encoder, tmp_path / "cache")
-    assert not (tmp_path / "cache/text").exists()
+    write_latent_cache(tiny_favae, images, tmp_path / "cache")
+    with pytest.raises(CacheError, match="cache has no captions"):
+        write_text_embeddings(encoder, tmp_path / "cache")
+    assert not (tmp_path / "cache/text_embeddings").exists()
 
 
 def test_the_command(encoder, cache, tmp_path, capsys, caplog):
-    arguments = ["--latents", str(cache), "--output", str(tmp_path / "states"), "--encoder"]
+    arguments = ["--latents", str(cache), "--output", str(tmp_path / "embeddings"), "--encoder"]
     with caplog.at_level(logging.WARNING):
         main([*arguments, encoder.name, "--max-length", "5", "--dtype", "float32"])
     assert "6 captions of 12 images" in capsys.readouterr().out and "cut to 5 tokens" in caplog.text
-    states = CaptionStates(tmp_path / "states")
-    assert read(states, [3], [0])[0].shape == (1, 5, 8)
-    assert torch.equal(read(pickle.loads(pickle.dumps(states)), [3], [0])[0], read(states, [3], [0])[0])
+    embeddings = TextEmbeddings(tmp_path / "embeddings")
+    assert read(embeddings, [3], [0])[0].shape == (1, 5, 8)
+    assert torch.equal(read(pickle.loads(pickle.dumps(embeddings)), [3], [0])[0], read(embeddings, [3], [0])[0])
     with pytest.raises(SystemExit, match=r"error: .*'/no/encoder' .*--encoder FOLDER .*--encoder minilm"):
         main([*arguments, "/no/encoder"])
-    with pytest.raises(SystemExit, match="error: .*no finished latent cache; write it with python -m favae.data.lat"):
+    with pytest.raises(SystemExit, match="error: .*no finished latent cache"):
         main(["--latents", str(tmp_path / "nothing"), "--encoder", encoder.name])
     with pytest.raises(SystemExit, match="error: max_length"):
         main([*arguments, encoder.name, "--max-length", "100"])

@@ -1,0 +1,68 @@
+"""Captions: as texts beside images, and in `captions-NNNNN.json` beside each shard of a latent cache.
+
+Such a file is a list with an entry for each image of the shard, in its order: the list of its captions, perhaps empty.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from favae.errors import CacheError, DataError
+
+
+def clean_captions(captions: Iterable[str]) -> list[str]:
+    """The captions without surrounding white space, and without those that are empty then."""
+    return [caption.strip() for caption in captions if caption.strip()]
+
+
+def read_caption_lines(file: Path) -> list[str]:
+    """The captions in a text file, one in a line, in UTF-8 with or without a byte order mark; none if there is no file.
+
+    Raises:
+        DataError: if the file is not UTF-8.
+    """
+    if not file.is_file():
+        return []
+    try:
+        return clean_captions(file.read_text(encoding="utf-8-sig").splitlines())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: captions must be UTF-8 text, one caption per line") from error
+
+
+def captions_file(folder: Path, number: int) -> Path:
+    return folder / f"captions-{number:05}.json"
+
+
+def read_captions(folder: Path, number: int, count: int) -> list[list[str]]:
+    """The captions of the `count` images of a shard of a latent cache.
+
+    Raises:
+        CacheError: if the file is missing, damaged or of another number of images.
+    """
+    path = captions_file(folder, number)
+    mend = "write the cache again, which fills the gap"
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CacheError(f"{path} is missing; {mend}") from None
+    except ValueError as error:
+        raise CacheError(f"{path} is damaged ({error}); delete it and {mend}") from error
+    if len(captions) != count:
+        raise CacheError(f"{path} is of {len(captions)} images where its shard has {count}; delete it and {mend}")
+    return captions
+
+
+def summarize_captions(folder: Path, counts: Sequence[int]) -> dict | None:
+    """How many captions a latent cache has, how many images have none, and a hash of all; None if there is no caption.
+
+    Args:
+        counts: images of each shard.
+    """
+    digest, total, without = hashlib.sha256(), 0, 0
+    for number, count in enumerate(counts):
+        captions = read_captions(folder, number, count)
+        digest.update(json.dumps(captions).encode())
+        total += sum(map(len, captions))
+        without += captions.count([])
+    return {"count": total, "images_without": without, "hash": digest.hexdigest()} if total else None
