@@ -122,4 +122,4 @@ def test_another_tokenizer_than_that_of_the_cache(codes, tmp_path):
     torch.manual_seed(1)
     VQModelFA(**TINY_VQ).save_pretrained(tmp_path / "other")
     refused = refusal(codes, f"output={tmp_path / 'run'}", f"data.tokenizer={tmp_path / 'other'}")
-    assert "made by another tokenizer than data.tokenizer" in refused
+    assert "made by another tokenizer" in refused
