@@ -31,7 +31,7 @@ class ControlEncoder(nn.Module):
         self.network, self.bands, self.shortcut = network, bands, shortcut
 
     def forward(self, images: Tensor) -> Tensor:
-        moments = self.network(images if self.bands is None else torch.cat(self.bands.split(images), dim=1))
+        moments = self.network(images if self.bands is None else torch.cat(self.bands(images), dim=1))
         if self.shortcut is None:
             return moments
         mean, logvar = moments.chunk(2, dim=1)
@@ -46,7 +46,7 @@ class ControlDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         images = self.network(latents)
         if self.bands is not None:
-            images = self.bands.join(images[:, :3], images[:, 3:])
+            images = self.bands.inverse(images[:, :3], images[:, 3:])
         return images if self.shortcut is None else images + self.shortcut(latents)
 
 

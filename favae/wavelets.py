@@ -1,5 +1,11 @@
-"""The discrete wavelet transform of images, one level, periodic at the border, for any pywt bank."""
+"""The two-dimensional discrete wavelet transform, one level or several, with periodic borders.
 
+The filtering is done by the package `pytorch_wavelets`; the filters come from pywt.
+"""
+
+import warnings
+
+import numpy as np
 import pywt
 import torch
 import torch.nn.functional as F
@@ -7,153 +13,174 @@ from torch import Tensor, nn
 
 from favae.precision import no_autocast
 
+with warnings.catch_warnings():
+    # The package imports setuptools' pkg_resources, which announces its own removal to everybody who imports it.
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    warnings.filterwarnings("ignore", message="Deprecated call to `pkg_resources")
+    from pytorch_wavelets.dwt.lowlevel import afb2d_nonsep, sfb2d_nonsep
+
 BANDS = ("LL", "LH", "HL", "HH")  # the order of pywt's (cA, cH, cV, cD)
 
 
-def _filter_bank(low: list[float], high: list[float]) -> Tensor:
-    """The four 2-D filters of a separable bank: (4, 1, L, L), in the order of `BANDS`, rows first."""
-    low, high = torch.tensor(low), torch.tensor(high)
-    pairs = [(low, low), (high, low), (low, high), (high, high)]  # (along the rows, along the columns)
-    return torch.stack([torch.outer(rows, columns) for rows, columns in pairs]).unsqueeze(1)
+class _FilterBank(nn.Module):
+    """What both directions share: the four 2-D filters of a wavelet, kept in float32 whatever the module is cast to."""
 
-
-class _Bank(nn.Module):
-    """What both directions share: the filters of one pywt bank, applied in float32 whatever autocast says."""
-
-    def __init__(self, wavelet: str, low: str, high: str, reverse: bool):
+    def __init__(self, wavelet: str, low_pass: str, high_pass: str, flip: bool):
         super().__init__()
         try:
             bank = pywt.Wavelet(wavelet)
         except ValueError:
             raise ValueError(f"wavelet '{wavelet}' is not a discrete pywt bank; see pywt.wavelist(kind='discrete')")
-        low, high = getattr(bank, low), getattr(bank, high)
-        filters = _filter_bank(low[::-1], high[::-1]) if reverse else _filter_bank(low, high)
+        low, high = getattr(bank, low_pass), getattr(bank, high_pass)
+        filters = np.stack([np.outer(low, low), np.outer(high, low), np.outer(low, high), np.outer(high, high)])
+        # convolutions of torch are correlations: they need the mirror images of analysis filters
+        filters = filters[:, ::-1, ::-1] if flip else filters
         self.wavelet = wavelet
         self.length = bank.dec_len
-        # Not saved: the name in the config says it all.
-        self.register_buffer("filters", filters, persistent=False)
+        self._exact = filters[:, None].tolist()
+        self.register_buffer("filters", self._make_filters(), persistent=False)  # (4, 1, length, length)
+
+    def _make_filters(self, device: torch.device | None = None) -> Tensor:
+        return torch.tensor(self._exact, dtype=torch.float32, device=device)
+
+    def _apply(self, fn, recurse: bool = True) -> "_FilterBank":
+        """Follows moves to other devices. Casts would round the filters, `to_empty` lose them: they are made anew."""
+        super()._apply(fn, recurse)
+        self.filters = self._make_filters(self.filters.device)
+        return self
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height % 2 or width % 2 or min(height, width) < self.length:
+            raise ValueError(
+                f"the wavelet transform needs an even height and width of at least {self.length} ({self.wavelet}), "
+                f"got {height}x{width}"
+            )
+
+    def _group(self, images: Tensor) -> Tensor:
+        """Two-tap filters are fastest as one grouped convolution, longer ones with the channels as batch entries."""
+        return images if self.length == 2 else images.flatten(0, 1).unsqueeze(1)
 
     def extra_repr(self) -> str:
         return f"wavelet={self.wavelet!r}"
 
 
-class WaveletTransform2D(_Bank):
+class WaveletTransform2D(_FilterBank):
     """Splits an image into one low and three high bands of half its size.
 
-    Orthonormal for orthogonal banks (haar, db*, sym*, coif*): the squared sums of input and output agree. Border
-    handling is pywt's "periodization", so the bands have exactly half the size, whatever the filter's length.
+    The transform is orthonormal for orthogonal wavelets (haar, db*, sym*, coif*): the squared sums of input and output
+    agree. Borders are periodic (pywt's "periodization"), so all bands have exactly half the size.
 
     Args:
-        wavelet: a discrete bank of pywt, such as "haar", "db2" or "bior4.4".
+        wavelet: a discrete wavelet of pywt, such as "haar", "db2" or "bior4.4".
 
     Source: Mallat, 1989; conventions of `pywt.dwt2`.
     """
 
     def __init__(self, wavelet: str = "haar"):
-        super().__init__(wavelet, "dec_lo", "dec_hi", reverse=True)
+        super().__init__(wavelet, "dec_lo", "dec_hi", flip=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            images: (B, C, H, W), any floating dtype, H and W even.
+            images: (B, C, H, W), any floating dtype; H and W even and not below the length of the filters.
         Returns:
-            low (B, C, H/2, W/2) and high (B, C, 3, H/2, W/2) in the order LH, HL, HH (pywt's cH, cV, cD);
-            in the dtype of the input, computed in float32. Haar's low band is twice the 2x2 mean.
+            low (B, C, H/2, W/2) and high (B, C, 3, H/2, W/2) in the order LH, HL, HH (pywt's cH, cV, cD), in the dtype
+            of the input. They are computed in float32, or in float64 for float64 images. Haar's low band is twice the
+            mean of 2x2 pixels.
         Raises:
-            ValueError: if H or W is odd.
+            ValueError: if H or W is odd or below the length of the filters.
         """
         batch, channels, height, width = images.shape
-        if height % 2 or width % 2:
-            raise ValueError(f"the wavelet transform needs an even height and width, got {height}x{width}")
-        padding = self.length // 2 - 1
+        self._check_size(height, width)
+        dtype = torch.promote_types(images.dtype, torch.float32)
         with no_autocast(images.device):
-            x = images.float().reshape(batch * channels, 1, height, width)
-            if padding:
-                x = F.pad(x, (padding,) * 4, mode="circular")
-            bands = F.conv2d(x, self.filters.float(), stride=2)  # (B*C, 4, H/2, W/2)
+            bands = afb2d_nonsep(self._group(images.to(dtype)), self.filters.to(dtype), mode="periodization")
         bands = bands.reshape(batch, channels, 4, height // 2, width // 2).to(images.dtype)
         return bands[:, :, 0], bands[:, :, 1:]
 
 
-class InverseWaveletTransform2D(_Bank):
-    """Joins what `WaveletTransform2D` with the same bank split; see there."""
+class InverseWaveletTransform2D(_FilterBank):
+    """Joins what `WaveletTransform2D` with the same wavelet has split; see there."""
 
     def __init__(self, wavelet: str = "haar"):
-        super().__init__(wavelet, "rec_lo", "rec_hi", reverse=False)
+        super().__init__(wavelet, "rec_lo", "rec_hi", flip=False)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """
         Args:
             low: (B, C, h, w). high: (B, C, 3, h, w), in the order LH, HL, HH.
         Returns:
-            (B, C, 2h, 2w), in the dtype of `low`, computed in float32.
+            (B, C, 2h, 2w), in the dtype of `low`, computed in float32, or in float64 for float64 bands.
+        Raises:
+            ValueError: if 2h or 2w is below the length of the filters.
         """
         batch, channels, height, width = low.shape
-        wrap = self.length // 4  # coefficients that reach over the border
+        self._check_size(2 * height, 2 * width)
+        dtype = torch.promote_types(low.dtype, torch.float32)
         with no_autocast(low.device):
-            bands = torch.cat([low.unsqueeze(2), high], dim=2).float().reshape(batch * channels, 4, height, width)
+            bands = self._group(torch.cat([low.unsqueeze(2), high], dim=2).to(dtype))
+            # The package's own periodic mode adds the borders up in place, which costs twice the time in training:
+            # here the coefficients that reach over the border are repeated before, and what is beyond it is cut off.
+            wrap = self.length // 4
             if wrap:
-                bands = F.pad(bands, (wrap,) * 4, mode="circular")
-            x = F.conv_transpose2d(bands, self.filters.float(), stride=2)
-            start = self.length // 2 - 1 + 2 * wrap
-            x = x[:, :, start : start + 2 * height, start : start + 2 * width]
-        return x.reshape(batch, channels, 2 * height, 2 * width).to(low.dtype)
+                bands = F.pad(bands.flatten(1, 2), (wrap,) * 4, mode="circular").unflatten(1, (-1, 4))
+            images = sfb2d_nonsep(bands, self.filters.to(dtype), mode="zero")
+            start = 2 * wrap - self.length // 2 + 1
+            images = images[..., start : start + 2 * height, start : start + 2 * width]
+        return images.reshape(batch, channels, 2 * height, 2 * width).to(low.dtype)
 
 
 class WaveletBands(nn.Module):
-    """Several levels of the transform as two stacks of channels of one size, and back.
+    """Several levels of the transform, with all high bands as one stack of channels, and the way back.
 
     One level gives LL and LH, HL, HH. Each further level splits LL again and, so that all bands keep one size, the high
-    bands as well (a wavelet packet): an orthonormal rearrangement of the image into (4^levels) bands per colour, the
-    lowest on its own.
+    bands as well (a wavelet packet). The result is an orthonormal rearrangement of the image into 4^levels bands per
+    color, of which the lowest stands apart.
 
     Args:
-        wavelet: a bank of pywt.
-        levels: how often to split.
-        low_scale, high_scale: what each level's low and high bands are divided by; the next level splits the low band
-            so divided.
-
-    Raises:
-        ValueError: if `levels` is below 1.
+        wavelet: a discrete wavelet of pywt.
+        levels: how often the image is split, at least once.
+        low_scale, high_scale: what each level's low and high bands are divided by. The next level splits the low band
+            after this division. The defaults bring the bands of photographs in [-1, 1] near unit size.
     """
 
-    def __init__(self, wavelet: str, levels: int, low_scale: float, high_scale: float):
+    def __init__(self, wavelet: str = "haar", levels: int = 1, low_scale: float = 2.0, high_scale: float = 0.5):
         super().__init__()
-        if levels < 1:
-            raise ValueError(f"wavelet_levels must be at least 1, got {levels}")
         self.levels, self.low_scale, self.high_scale = levels, low_scale, high_scale
         self.transform = WaveletTransform2D(wavelet)
-        self.inverse = InverseWaveletTransform2D(wavelet)
+        self.inverse_transform = InverseWaveletTransform2D(wavelet)
 
     @property
-    def high_bands(self) -> int:
-        """Bands per colour in the high stack."""
+    def num_high_bands(self) -> int:
+        """Bands per color in the high stack."""
         return 4**self.levels - 1
 
-    def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> low (B, C, H/2^l, W/2^l), high (B, C (4^l - 1), H/2^l, W/2^l)."""
         low, bands = images, None
         for _ in range(self.levels):
+            # split the high bands of the levels before
             if bands is not None:
                 first, rest = self.transform(bands)
                 bands = torch.cat([first.unsqueeze(2), rest], dim=2).flatten(1, 2)
+            # split the low band
             low, high = self.transform(low)
             low, high = low / self.low_scale, high.flatten(1, 2) / self.high_scale
             bands = high if bands is None else torch.cat([high, bands], dim=1)
         return low, bands
 
-    def join(self, low: Tensor, high: Tensor) -> Tensor:
-        """The inverse of `split`."""
-        colours = low.shape[1]
+    def inverse(self, low: Tensor, high: Tensor) -> Tensor:
+        """The inverse of `forward`: low (B, C, h, w) and high (B, C (4^l - 1), h, w) -> (B, C, 2^l h, 2^l w)."""
+        colors = low.shape[1]
         for _ in range(self.levels):
-            current, high = high[:, : 3 * colours], high[:, 3 * colours :]
-            low = self.inverse(low * self.low_scale, current.unflatten(1, (colours, 3)) * self.high_scale)
+            current, high = high[:, : 3 * colors], high[:, 3 * colors :]
+            low = self.inverse_transform(low * self.low_scale, current.unflatten(1, (colors, 3)) * self.high_scale)
             if high.shape[1]:
                 packets = high.unflatten(1, (-1, 4))
-                high = self.inverse(packets[:, :, 0], packets[:, :, 1:])
+                high = self.inverse_transform(packets[:, :, 0], packets[:, :, 1:])
         return low
 
     def low_pass(self, images: Tensor) -> Tensor:
-        """The images with their high bands removed."""
-        low, high = self.split(images)
-        return self.join(low, torch.zeros_like(high))
+        """The images without their high bands, (B, C, H, W)."""
+        low, high = self(images)
+        return self.inverse(low, torch.zeros_like(high))

@@ -60,7 +60,7 @@ class WaveletEncoder(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         _check_size(sample, self.stride)
-        low, high = self.bands.split(sample)  # (B, 3, H/2, W/2), (B, 9, H/2, W/2)
+        low, high = self.bands(sample)  # (B, 3, H/2, W/2), (B, 9, H/2, W/2)
         if self.upsample_low:
             low = F.interpolate(low, size=sample.shape[-2:], mode="bicubic")
         low_mean, low_logvar = self.low(low).chunk(2, dim=1)
@@ -106,10 +106,10 @@ class WaveletDecoder(nn.Module):
         low = self.low(sample[:, self.low_latents])
         high = self.high(sample[:, self.high_latents])
         if self.whole_image:
-            return low + self.bands.join(high.new_zeros(len(high), low.shape[1], *high.shape[-2:]), high)
+            return low + self.bands.inverse(high.new_zeros(len(high), low.shape[1], *high.shape[-2:]), high)
         if self.upsample_low:
             low = F.interpolate(low, size=high.shape[-2:], mode="bicubic")
-        image = self.bands.join(low, high)
+        image = self.bands.inverse(low, high)
         return image if self.shortcut is None else image + self.shortcut(sample)
 
 
@@ -220,7 +220,7 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
         bands = WaveletBands(wavelet, wavelet_levels, *band_scales)
         self.decoder = WaveletDecoder(
             decoder(low_latents, 1, low_widths),
-            decoder(high_latents, bands.high_bands, high_widths),
+            decoder(high_latents, bands.num_high_bands, high_widths),
             bands,
             low_latents,
             high_latents,
@@ -244,7 +244,7 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
 
             self.encoder = WaveletEncoder(
                 encoder(1, low_channels, low_widths),
-                encoder(bands.high_bands, high_latent_channels, high_widths),
+                encoder(bands.num_high_bands, high_latent_channels, high_widths),
                 bands,
                 stride,
                 upsample_low,
