@@ -19,17 +19,17 @@ install: .venv/installed
 demo: install
 	$(BIN)/python train_tokenizer.py configs/tokenizer/photos_favae.yaml output=$(DEMO)/favae
 	$(BIN)/python train_tokenizer.py configs/tokenizer/photos_vavae.yaml output=$(DEMO)/vavae
-	$(BIN)/python -m favae.data.latents --tokenizer $(DEMO)/favae/final --data photos --resolution 64 --output $(DEMO)/latents
+	$(BIN)/favae cache-latents --tokenizer $(DEMO)/favae/final --data photos --resolution 64 --output $(DEMO)/latents
 	$(BIN)/python train_generator.py configs/generator/photos_lightningdit.yaml \
 		data.latents=$(DEMO)/latents data.tokenizer=$(DEMO)/favae/final output=$(DEMO)/generator
-	$(BIN)/python -m favae.eval.reconstruction --model vavae=$(DEMO)/vavae/final --model favae=$(DEMO)/favae/final \
+	$(BIN)/favae evaluate reconstruction --model vavae=$(DEMO)/vavae/final --model favae=$(DEMO)/favae/final \
 		--data photos:heldout $(PHOTOS) --output $(DEMO)/reconstruction
-	$(BIN)/python -m favae.eval.reconstruction --model vavae=$(DEMO)/vavae/final --model favae=$(DEMO)/favae/final \
+	$(BIN)/favae evaluate reconstruction --model vavae=$(DEMO)/vavae/final --model favae=$(DEMO)/favae/final \
 		--data photos:validation $(PHOTOS) --output $(DEMO)/reconstruction_validation
-	$(BIN)/python -m favae.eval.generation --pipeline $(DEMO)/generator/final --reference photos \
+	$(BIN)/favae evaluate generation --pipeline $(DEMO)/generator/final --reference photos \
 		--num-images 270 --num-inference-steps 20 --guidance-scale 1.5 \
 		--features efficientnet-lite0 --output $(DEMO)/generation
-	$(BIN)/python -m favae.eval.report $(DEMO)
+	$(BIN)/favae report $(DEMO)
 
 test: install
 	$(BIN)/ruff check .

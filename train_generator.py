@@ -2,8 +2,8 @@
 """Trains a generator on a latent cache: LightningDiT or DiT from classes, by flow matching or (DiT) diffusion; CAT from
 texts, token by token.
 
-    tokenizer first   python train_tokenizer.py ...; python -m favae.data.latents ...
-    for CAT, then     python -m favae.data.text_embeddings --latents LATENTS --encoder minilm
+    tokenizer first   python train_tokenizer.py ...; favae cache-latents ...
+    for CAT, then     favae embed-captions --latents LATENTS --encoder minilm
     one process       python train_generator.py configs/generator/photos_lightningdit.yaml
     8 GPUs            accelerate launch --num_processes 8 train_generator.py CONFIG.yaml data.latents=LATENTS
     2 CPU processes   torchrun --nproc_per_node 2 train_generator.py CONFIG.yaml

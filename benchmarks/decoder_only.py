@@ -51,7 +51,7 @@ def prepare() -> None:
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(yaml.safe_dump(Experiment(PLAIN, "").recipe(STEPS), sort_keys=False))
     run("train_tokenizer.py", recipe, f"output={PRETRAINED}")
-    run("-m", "favae.data.latents", "--tokenizer", PRETRAINED / "final", "--data", "photos", "--resolution", 64,
+    run("-m", "favae", "cache-latents", "--tokenizer", PRETRAINED / "final", "--data", "photos", "--resolution", 64,
         "--output", LATENTS)  # fmt: skip
     run("train_generator.py", ROOT / "configs/generator/photos_lightningdit.yaml", f"data.latents={LATENTS}",
         f"data.tokenizer={PRETRAINED / 'final'}", f"output={GENERATOR}")  # fmt: skip
@@ -101,7 +101,7 @@ def generate(output: Path) -> dict[str, dict]:
         rows.append(torch.from_numpy(call("np")).permute(0, 3, 1, 2))
         folder = RUNS / f"pipeline-{name}"
         pipe.save_pretrained(folder)
-        run("-m", "favae.eval.generation", "--pipeline", folder, "--reference", "photos",
+        run("-m", "favae", "evaluate", "generation", "--pipeline", folder, "--reference", "photos",
             "--features", "efficientnet-lite0", "--num-images", IMAGES, "--guidance-scale", 1.5,
             "--num-inference-steps", 20, "--output", RUNS / f"evaluation-{name}")  # fmt: skip
         (row,) = json.loads((RUNS / f"evaluation-{name}/results.json").read_text())["rows"]

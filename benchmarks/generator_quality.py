@@ -37,7 +37,7 @@ from favae.data.sources import PhotoSource, open_source
 from favae.eval import references
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import FeatureExtractor
-from favae.eval.generation import measure
+from favae.eval.generation import generation_metrics
 from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.sampling import sample_to_folder
 from favae.training.checkpoints import find_checkpoints
@@ -97,15 +97,16 @@ def real_statistics(extractor: FeatureExtractor, folder: Path) -> ImageStatistic
     file = folder / "reference.safetensors"
     if not file.exists():
         own = folder / f"reference-{os.getpid()}.safetensors"  # another process may be at it too
-        size = str(BASE["train"]["resolution"])
-        references.main(["--data", "photos", "--resolution", size, "--features", FEATURES, "--output", str(own)])
+        size = BASE["train"]["resolution"]
+        found = references.Reference("photos", [extractor], PhotoSource).statistics((size, size))
+        references.save_statistics(own, found, {"data": "photos:train", "resolution": size, "crop": "center"})
         own.rename(file)
     return references.load_statistics(str(file), [extractor])[1][0]
 
 
 def measures(images: Dataset, extractor: FeatureExtractor, reference: ImageStatistics) -> dict[str, float]:
     (statistics,) = image_statistics(images, [extractor], logits=True)
-    metrics = measure(statistics, reference)
+    metrics = generation_metrics(statistics, reference)
     pixels = torch.stack([images[i]["image"] for i in range(len(images))])
     kept = ("FID", "IS", "precision", "recall")
     return {name.lower(): metrics[extractor.metric(name)] for name in kept} | {"seams": seams(pixels)}

@@ -39,9 +39,9 @@ from favae.data.images import ImageDataset, to_uint8
 from favae.data.sources import open_source
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import FeatureExtractor
-from favae.eval.generation import measure
+from favae.eval.generation import generation_metrics
 from favae.eval.image_sets import CroppedImages, SampleFolder
-from favae.eval.measures import retrieval
+from favae.eval.metrics import retrieval
 from favae.eval.reconstruction import image_errors
 from favae.eval.sampling import sample_to_folder
 from favae.training.config import GeneratorConfig, load_config
@@ -138,8 +138,8 @@ def prepare(kind: str, folder: Path) -> tuple[Path, Path]:
             changes = [f"model.{key}={value}" for key, value in KINDS[kind].tokenizer_changes.items()]
             run("train_tokenizer.py", recipe, f"data.path={data}", f"output={output}", *changes)
         options = ["--data", data, "--resolution", 64, "--output", cache]
-        run("-m", "favae.data.latents", "--tokenizer", output / "final", *options)  # nothing to do if it is there
-        run("-m", "favae.data.text_embeddings", "--latents", cache, "--encoder", "minilm")
+        run("-m", "favae", "cache-latents", "--tokenizer", output / "final", *options)  # nothing to do if it is there
+        run("-m", "favae", "embed-captions", "--latents", cache, "--encoder", "minilm")
     return output / "final", cache
 
 
@@ -197,7 +197,7 @@ class Judge:
     def __call__(self, images: Dataset, kind: str) -> dict:
         """Of images that were asked for by names held out, against these 20 emoji; or of training, against all."""
         found = self.statistics(images)
-        metrics = measure(found, self.references[kind])
+        metrics = generation_metrics(found, self.references[kind])
         kept = {name.lower(): metrics[self.extractor.metric(name)] for name in ("FID", "IS", "precision", "recall")}
         return kept | retrieved(found.kept, self.emoji.asked[kind], self.emoji, self.references["training"].kept)
 

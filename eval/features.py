@@ -1,6 +1,5 @@
 """Feature extractors for evaluation, their names in results, and rows that several processes computed."""
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from favae.distributed import process_state
-from favae.errors import DataError, MissingWeights, hint
-from favae.foundation import OFFLINE_BACKBONE, FoundationModel
+from favae.errors import DataError, MissingWeights
+from favae.foundation import FoundationModel
 from favae.hashing import hash_model
 
 INCEPTION = "inception"
@@ -19,9 +18,6 @@ INCEPTION_HASH = "6726825d"  # of torch-fidelity's weights-inception-2015-12-05-
 SPATIAL_CHANNELS = 7  # of sFID
 DINOV2 = "dinov2"
 DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # its class token at 224 px; timm resamples positions, see the docs
-
-HINT = f"--weights NAME=FILE takes a local file, --features {OFFLINE_BACKBONE} needs no network"
-INCEPTION_HINT = HINT.replace("--weights NAME=FILE", "--inception-weights FILE")
 
 
 class FeatureExtractor:
@@ -48,8 +44,7 @@ class FeatureExtractor:
             self.model = _inception(weights)
             self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         else:
-            with hint(HINT):
-                self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights)
+            self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights)
         self.model.to(process_state().device)
         self.hash = hash_model(self.model)
 
@@ -85,13 +80,12 @@ def _inception(weights: str | None) -> torch.nn.Module:
 
     if weights is not None:
         if not Path(weights).is_file():
-            raise MissingWeights(f"--inception-weights: no such file: {weights}")
+            raise MissingWeights(f"weights of Inception: no such file: {weights}")
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         # Checked before torch-fidelity unpickles it.
         if not digest.startswith(INCEPTION_HASH):
             raise MissingWeights(
-                f"--inception-weights: the SHA-256 of {weights} begins with {digest[:8]}, "
-                f"that of FID's Inception with {INCEPTION_HASH}"
+                f"the SHA-256 of {weights} begins with {digest[:8]}, that of FID's Inception with {INCEPTION_HASH}"
             )
     try:
         return FeatureExtractorInceptionV3(
@@ -100,43 +94,8 @@ def _inception(weights: str | None) -> torch.nn.Module:
     except (OSError, RuntimeError) as error:
         raise MissingWeights(
             f"the Inception weights (weights-inception-2015-12-05-{INCEPTION_HASH}.pth, torch-fidelity) could not be "
-            f"downloaded ({type(error).__name__}); {INCEPTION_HINT}"
+            f"downloaded ({type(error).__name__})"
         ) from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The options of a command that computes features
-
-
-def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--features",
-        nargs="+",
-        default=[INCEPTION],
-        metavar="NAME",
-        help=f"{INCEPTION} (default), {DINOV2}, {OFFLINE_BACKBONE}, or a timm model; several give several distances",
-    )
-    parser.add_argument("--inception-weights", metavar="FILE", help="in place of torch-fidelity's download")
-    parser.add_argument(
-        "--weights", action="append", default=[], metavar="NAME=FILE", help="local weights of another of --features"
-    )
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-workers", type=int, default=0)
-
-
-def open_extractors(arguments: argparse.Namespace) -> list[FeatureExtractor]:
-    """The extractors that the options name.
-
-    Raises:
-        MissingWeights: if one cannot be had.
-    """
-    files = {INCEPTION: arguments.inception_weights} if arguments.inception_weights else {}
-    for text in arguments.weights:
-        name, separator, file = text.partition("=")
-        if not separator or name not in arguments.features:
-            raise MissingWeights(f"--weights {text}: NAME=FILE, with a NAME of --features {arguments.features}")
-        files[name] = file
-    return [FeatureExtractor(name, files.get(name)) for name in dict.fromkeys(arguments.features)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

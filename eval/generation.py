@@ -1,102 +1,96 @@
-"""How close generated images are to real ones.
+"""How close generated images are to real ones, for `favae evaluate generation`.
 
-    python -m favae.eval.generation --pipeline runs/generator/final --reference imagenet/train --guidance-scale 1 1.5 \\
-        --num-images 50000 --output runs/generation
-    python -m favae.eval.generation --samples FOLDER-OR-NPZ --reference VIRTUAL_imagenet256_labeled.npz --output ...
-    torchrun --nproc_per_node 8 -m favae.eval.generation ...
-
-A pipeline (class-conditional with a transformer, of texts, or without a condition) is sampled into <output>/samples/,
-once for each guidance scale and seed; classes in turn unless --labels random, the lines of --prompts in turn. Image i
-has its own seed: the number of processes changes nothing, and a killed command goes on when it is run again. Folders
-and .npz files are measured as they are.
-Prints a table; writes results.json and samples.png.
-
-FID, sFID, precision and recall (k = 3, Inception's 2,048 features) follow ADM's evaluator, IS (10 parts; at 50,000
-images ADM's 5,000 each) and KID torch-fidelity; numbers on other features have other names. Precision and recall look
-at 10,000 real images at most, as ADM's do.
+FID, sFID, precision and recall (k = 3, Inception's 2,048 features) follow ADM's evaluator, IS (10 splits; at 50,000
+images ADM's 5,000 each) and KID torch-fidelity. Metrics of other features have other names.
 """
 
-import argparse
-import hashlib
 import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
-import favae  # noqa: F401  its pipelines become known to DiffusionPipeline
-from favae.data.sources import add_data_arguments, open_data_arguments
+import favae  # noqa: F401  makes our pipelines known to DiffusionPipeline
 from favae.distributed import process_state
-from favae.errors import DataError, FavaeError
+from favae.errors import DataError
 from favae.eval.extraction import ImageStatistics, image_statistics
-from favae.eval.features import (
-    FeatureExtractor,
-    add_feature_arguments,
-    metric_name,
-    open_extractors,
-)
+from favae.eval.features import FeatureExtractor, metric_name
 from favae.eval.figures import save_samples
 from favae.eval.frechet import frechet_distance
 from favae.eval.image_sets import SampleFolder, open_samples, write_npz
-from favae.eval.measures import KERNEL_SUBSET_SIZE, inception_score, kernel_distance, precision_recall
+from favae.eval.metrics import inception_score, kernel_distance, precision_recall
 from favae.eval.references import Reference
-from favae.eval.results import UINT8, format_table, one_line, shown_metrics, write_results
-from favae.eval.sampling import class_names, sample_to_folder
+from favae.eval.results import UINT8, write_results
+from favae.eval.sampling import class_names, hash_prompts, sample_to_folder
 from favae.models.token_heads import DEFAULT_STEPS
-
-__all__ = ["inception_score", "kernel_distance", "measure", "precision_recall"]
 
 logger = logging.getLogger(__name__)
 
-NEIGHBOURS = 3
-OF_TOKENS = ("temperature", "top_k", "top_p")
-SHOWN = {"guidance_scale": "guidance", "seed": "seed"}
+NEIGHBORS = 3  # of precision and recall
+KERNEL_SUBSET_SIZE = 1000
+SAMPLING_PROTOCOL_KEYS = (
+    "labels", "prompts", "sampler", "shift", "guidance_interval", "num_inference_steps", "temperature", "top_k",
+    "top_p", "posterior",
+)  # fmt: skip
+LABELS_BY_KEY = {"guidance_scale": "guidance", "seed": "seed"}
 
 
-def measure(samples: ImageStatistics, reference: ImageStatistics) -> dict[str, float | None]:
-    """All measures of one extractor, by the names they may be called.
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics of one set of images
+
+
+def generation_metrics(samples: ImageStatistics, reference: ImageStatistics) -> dict[str, float | None]:
+    """All metrics that one extractor's features give.
 
     Args:
-        samples: of the generated images, with all features and logits.
+        samples: of the generated images, with all features and, for IS, logits.
+        reference: of the real images.
     Returns:
-        None for a measure that there are too few images for, or that lacks its part of the reference; why is logged.
+        By the names that `metric_name` allows. None where there are too few images, or where the reference lacks what
+        a metric needs, which is logged.
     """
-    fake, kept = samples.kept, reference.kept
-    results: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = {}
 
-    def attempt(names: str, calculate: Callable[[], Sequence[float]], *needed) -> None:
-        keys = [metric_name(name, reference.features) for name in names.split()]
-        try:
-            if any(part is None for part in needed):
-                raise ValueError("too few images, or the reference has none")
-            results.update(zip(keys, calculate()))
-        except ValueError as error:
-            logger.warning("no %s: %s", ", ".join(keys), error)
-            results.update(dict.fromkeys(keys))
-
-    def distance(prefix: str) -> None:
-        moments = [getattr(side, f"{prefix}{key}") for side in (reference, samples) for key in ("mean", "covariance")]
-        attempt("sFID" if prefix else "FID", lambda: (frechet_distance(*moments),), *moments)
-
-    distance("")
+    # Distances between Gaussians.
+    metrics["FID"] = _frechet(reference.mean, reference.covariance, samples.mean, samples.covariance)
     if samples.spatial_mean is not None and reference.spatial_mean is not None:
-        distance("spatial_")
+        metrics["sFID"] = _frechet(
+            reference.spatial_mean, reference.spatial_covariance, samples.spatial_mean, samples.spatial_covariance
+        )
+
+    # Inception score. Consecutive splits must not follow the classes.
+    real, fake = reference.kept, samples.kept
     if samples.logits is not None:
-        # consecutive parts must not follow the classes
         order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(0)).numpy()
-        attempt("IS IS_std", lambda: inception_score(samples.logits[order], score_splits(len(fake))))
-    device = process_state().device
-    attempt("precision recall", lambda: precision_recall(kept, fake, NEIGHBOURS, device=device), kept)
-    subset = 0 if kept is None else min(KERNEL_SUBSET_SIZE, len(kept), len(fake))
-    attempt("KID KID_std", lambda: kernel_distance(kept, fake, subset_size=subset), kept)
-    return results
+        metrics["IS"], metrics["IS_std"] = inception_score(samples.logits[order], splits=inception_splits(len(fake)))
+
+    # Metrics that compare single images.
+    smaller = 0 if real is None else min(len(real), len(fake))
+    metrics |= dict.fromkeys(("precision", "recall", "KID", "KID_std"))
+    if smaller > NEIGHBORS:
+        device = process_state().device
+        metrics["precision"], metrics["recall"] = precision_recall(real, fake, neighbors=NEIGHBORS, device=device)
+    if smaller >= 2:
+        size = min(KERNEL_SUBSET_SIZE, smaller)
+        metrics["KID"], metrics["KID_std"] = kernel_distance(real, fake, subset_size=size)
+
+    missing = [name for name, value in metrics.items() if value is None]
+    if missing:
+        logger.warning("no %s: there are too few images, or the reference lacks them", ", ".join(missing))
+    return {metric_name(name, reference.features): value for name, value in metrics.items()}
 
 
-def score_splits(count: int) -> int:
-    """10, fewer below 1,000 images."""
+def _frechet(*moments: np.ndarray | None) -> float | None:
+    return None if any(moment is None for moment in moments) else frechet_distance(*moments)
+
+
+def inception_splits(count: int) -> int:
+    """10 splits, fewer below 1,000 images."""
     return min(10, max(1, count // 100))
 
 
@@ -108,9 +102,9 @@ def measure_samples(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> tuple[dict[str, float | None], int]:
-    """All measures of a set of images with all extractors, and how many images could be read.
+    """All metrics of a set of images with all extractors, and the number of images that could be read.
 
-    All processes take part; the main one has the measures.
+    All processes take part; only the main one returns metrics.
     """
     found = image_statistics(
         samples, extractors, logits=True, batch_size=batch_size, num_workers=num_workers, description="samples"
@@ -118,7 +112,7 @@ def measure_samples(
     metrics = {}
     if process_state().is_main_process:
         for entry, reference in zip(found, references):
-            metrics |= measure(entry, reference)
+            metrics |= generation_metrics(entry, reference)
     process_state().wait_for_everyone()
     return metrics, found[0].count
 
@@ -126,156 +120,212 @@ def measure_samples(
 def protocol_of(
     references: Sequence[ImageStatistics], extractors: Sequence[FeatureExtractor], size: tuple[int, int], count: int
 ) -> dict:
-    """What every result of this module records, beside how the samples came about."""
+    """The part of a result's protocol that does not depend on how the images were sampled.
+
+    Args:
+        size: height and width of the images. count: how many images were measured.
+    """
     return {
         "num_images": count,
         "resolution": list(size),
         "features": {extractor.name: extractor.hash for extractor in extractors},
-        "reference": {r.features: {"hash": r.hash, "num_images": r.count} for r in references},
+        "reference": {entry.features: {"hash": entry.hash, "num_images": entry.count} for entry in references},
         "reference_crop": "center",
-        "is_splits": score_splits(count),
+        "is_splits": inception_splits(count),
     }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command
+# Sets of images, one for each guidance scale and seed
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pipeline", help="a saved pipeline to sample: folder or hub name")
-    parser.add_argument("--trust-remote-code", action="store_true", help="of a pipeline prepared for the Hub")
-    what.add_argument("--samples", help="images that are there: a folder, or an .npz (arr_0)")
-    add_data_arguments(parser, "--reference", split="train")
-    parser.add_argument("--output", type=Path, required=True)
-    add_feature_arguments(parser)
-    sampling = parser.add_argument_group("with --pipeline")
-    sampling.add_argument("--num-images", type=int, default=50_000)
-    sampling.add_argument("--labels", choices=["balanced", "random"], default="balanced")
-    sampling.add_argument("--prompts", type=Path, help="a file of texts, one per line, for a text-to-image pipeline")
-    sampling.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0], help="1 is without guidance")
-    sampling.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="of time, 1 = data")
-    sampling.add_argument("--num-inference-steps", type=int, help="(default: 50; of CAT's flow head 25, per token)")
-    sampling.add_argument("--seed", type=int, nargs="+", default=[0])
-    sampling.add_argument("--temperature", type=float, help="of an autoregressive pipeline, as the next two")
-    sampling.add_argument("--top-k", type=int)
-    sampling.add_argument("--top-p", type=float)
-    parser.add_argument("--write-npz", action="store_true", help="the samples for ADM's evaluator too, shuffled")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    try:
-        run(arguments)
-    except (FavaeError, OSError, ValueError) as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on with the samples that are missing")
+@dataclass
+class SampleSets:
+    """Images to measure.
+
+    Attributes:
+        name: the pipeline, the folder or the file they come from.
+        sets: for each set, what tells it apart ({"guidance_scale": 1.5, "seed": 0}; {} for given images), and images.
+        protocol: how the images were sampled; None for what is not known of given images.
+        class_names: the classes that images were sampled of in turn; None if there are none, or in another order.
+    """
+
+    name: str
+    sets: list[tuple[dict, Dataset]]
+    protocol: dict
+    class_names: list[str] | None = None
 
 
-def run(arguments: argparse.Namespace) -> None:
-    extractors = open_extractors(arguments)
-    reference = Reference(arguments.data, extractors, lambda: open_data_arguments(arguments))
-    if arguments.pipeline:
-        sets, protocol, names = _sample(arguments)
-    else:
-        unknown = dict.fromkeys(("labels", "prompts", "sampler", "shift", "guidance_interval", "num_inference_steps"))
-        unknown |= dict.fromkeys(("posterior", *OF_TOKENS))
-        sets, protocol, names = [({}, open_samples(arguments.samples))], unknown | {"uint8": "as given"}, None
-    loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
-    size = sets[0][1].size
-    references = reference.statistics(size, **loading)
+def given_samples(path: str) -> SampleSets:
+    """A folder or an .npz file of images that another program may have sampled.
 
-    output, rows = arguments.output, []
-    for about, samples in sets:
-        metrics, count = measure_samples(samples, references, extractors, **loading)
-        rows.append({"model": arguments.pipeline or arguments.samples, **about, "metrics": metrics})
-        found = protocol_of(references, extractors, size, count) | protocol | {"reference_name": arguments.data}
-        if process_state().is_main_process:  # after each set, so that nothing is lost when a later one fails
-            write_results(output, "generation", found, rows)
-    if not process_state().is_main_process:
-        return
-    for about, samples in sets:
-        name = "-".join(["samples", *_slug(about)] if len(sets) > 1 else ["samples"])
-        save_samples(output / f"{name}.png", samples, names)
-        if arguments.write_npz:
-            write_npz(output / f"{name}.npz", samples)
-    print(f"{rows[0]['model']}: {found['num_images']:,} images against {arguments.data}")
-    print(format_table([{"": _label(row), **shown_metrics(row)} for row in rows]))
+    Raises:
+        DataError: if it is neither.
+    """
+    protocol = {**dict.fromkeys(SAMPLING_PROTOCOL_KEYS), "uint8": "as given"}
+    return SampleSets(path, [({}, open_samples(path))], protocol)
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises `DataError` if there is none."""
-    if not file.is_file():
-        raise DataError(f"--prompts: no such file: {file}")
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise DataError(f"--prompts: {file} is not UTF-8 text") from None
-    if not prompts:
-        raise DataError(f"--prompts: {file} is empty; it has a text per line")
-    return prompts
+def sample_pipeline(
+    path: str,
+    output: Path,
+    *,
+    num_images: int = 50_000,
+    labels: Literal["balanced", "random"] = "balanced",
+    prompts: Sequence[str] | None = None,
+    guidance_scales: Sequence[float] = (1.0,),
+    guidance_interval: Sequence[float] | None = None,
+    num_inference_steps: int | None = None,
+    seeds: Sequence[int] = (0,),
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    batch_size: int = 32,
+    trust_remote_code: bool = False,
+) -> SampleSets:
+    """Samples a saved pipeline into <output>/samples/, by all processes together.
 
+    Images that were written before, by the same settings, are kept.
 
-def _slug(about: dict) -> list[str]:
-    return [f"{key}-{value}" for key, value in about.items()]
-
-
-def _label(row: dict) -> str:
-    return ", ".join(f"{name} {row[key]}" for key, name in SHOWN.items() if key in row) or "samples"
-
-
-def _sample(arguments: argparse.Namespace) -> tuple[list[tuple[dict, SampleFolder]], dict, list[str] | None]:
-    """Samples a pipeline; returns the sets with their guidance and seed, the protocol, and the classes if in turn."""
-    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
-    pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline, trust_remote_code=arguments.trust_remote_code)
+    Args:
+        path: folder or hub name.
+        num_images: per guidance scale and seed.
+        labels: of a class-conditional pipeline: classes in turn or at random.
+        prompts: of a text-to-image pipeline; taken in turn.
+        guidance_interval: first and last time with guidance; 1 is data.
+        num_inference_steps: 50 by default; for CAT's flow head, its steps per token.
+        temperature, top_k, top_p: of an autoregressive pipeline.
+    Raises:
+        DataError: if the pipeline cannot be sampled like this, or <output>/samples/ holds something else.
+        NonFiniteError: if a sample is not finite.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code)
     pipeline = pipeline.to(process_state().device)
     names = class_names(pipeline)
-    autoregressive = not hasattr(pipeline, "scheduler")
-    steps = arguments.num_inference_steps
-    if autoregressive and pipeline.transformer.config.head != "flow":
-        steps = None
-    elif steps is None:
-        steps = DEFAULT_STEPS if autoregressive else 50
-    settings = {} if steps is None else {"num_head_steps" if autoregressive else "num_inference_steps": steps}
-    settings |= {key: value for key in OF_TOKENS if (value := getattr(arguments, key)) is not None}
-    if arguments.guidance_interval:
-        settings["guidance_interval"] = tuple(arguments.guidance_interval)
-    if names is None and prompts is None and arguments.guidance_scale != [1.0]:
-        raise DataError(f"--guidance-scale: a {type(pipeline).__name__} has no classes to be guided by")
+    conditional = bool(names or prompts)
+    if not conditional and list(guidance_scales) != [1.0]:
+        raise DataError(f"guidance needs classes or prompts, and a {type(pipeline).__name__} has neither")
+
+    # What is passed to the pipeline, beside the condition.
+    tokens = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    steps = _steps_argument(pipeline, num_inference_steps)
+    settings = steps | {name: value for name, value in tokens.items() if value is not None}
+    if guidance_interval is not None:
+        settings["guidance_interval"] = tuple(guidance_interval)
+
+    # One folder for each guidance scale and seed.
     sets = []
-    for scale in arguments.guidance_scale:
-        for seed in arguments.seed:
-            guidance = {"guidance_scale": scale} if names or prompts else {}
-            about = {**guidance, "seed": seed}
-            folder = arguments.output / "samples" / "-".join(_slug(about))
+    guidances = [{"guidance_scale": scale} for scale in guidance_scales] if conditional else [{}]
+    for guidance in guidances:
+        for seed in seeds:
+            key = {**guidance, "seed": seed}
+            folder = output / "samples" / slug(key)
             sample_to_folder(
                 pipeline,
                 folder,
-                arguments.num_images,
-                labels=arguments.labels,
+                num_images,
+                labels=labels,
                 prompts=prompts,
                 seed=seed,
-                batch_size=arguments.batch_size,
+                batch_size=batch_size,
                 **guidance,
                 **settings,
             )
             samples = SampleFolder(folder)
-            if len(samples) != arguments.num_images:
-                raise DataError(f"{folder} holds {len(samples)} images, not {arguments.num_images}; delete it")
-            sets.append((about, samples))
+            if len(samples) != num_images:
+                raise DataError(f"{folder} holds {len(samples)} images, not {num_images}; delete it")
+            sets.append((key, samples))
+
+    scheduler = getattr(pipeline, "scheduler", None)
     protocol = {
-        "labels": arguments.labels if names else None,
-        "prompts": None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "sampler": None if autoregressive else type(pipeline.scheduler).__name__,
-        "shift": None if autoregressive else pipeline.scheduler.config.get("shift"),
-        "guidance_interval": arguments.guidance_interval,
-        "num_inference_steps": steps,
-        **{key: getattr(arguments, key) for key in OF_TOKENS},
+        "labels": labels if names else None,
+        "prompts": hash_prompts(prompts) if prompts else None,
+        "sampler": type(scheduler).__name__ if scheduler else None,
+        "shift": scheduler.config.get("shift") if scheduler else None,
+        "guidance_interval": None if guidance_interval is None else list(guidance_interval),
+        "num_inference_steps": next(iter(steps.values()), None),
+        **tokens,
         "posterior": None,
         "uint8": UINT8,
     }
-    return sets, protocol, names if arguments.labels == "balanced" else None
+    return SampleSets(path, sets, protocol, names if labels == "balanced" else None)
 
 
-if __name__ == "__main__":
-    main()
+def _steps_argument(pipeline: DiffusionPipeline, steps: int | None) -> dict[str, int]:
+    """The pipeline's argument for the number of steps; {} for an autoregressive pipeline that takes none."""
+    if hasattr(pipeline, "scheduler"):
+        return {"num_inference_steps": 50 if steps is None else steps}
+    if pipeline.transformer.config.head == "flow":
+        return {"num_head_steps": DEFAULT_STEPS if steps is None else steps}
+    return {}
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        DataError: if there is none, or the file is not UTF-8.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not UTF-8 text") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{file} is empty; it must have a prompt per line")
+    return prompts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole evaluation
+
+
+def evaluate_samples(
+    samples: SampleSets,
+    reference: Reference,
+    extractors: Sequence[FeatureExtractor],
+    output: Path,
+    *,
+    reference_name: str,
+    archives: bool = False,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> list[dict]:
+    """Measures sets of images, by all processes together; writes results.json, samples.png and, if asked, .npz files.
+
+    Args:
+        reference: opened with the same extractors.
+        output: a folder.
+        reference_name: what results call the reference.
+        archives: whether each set is written for ADM's evaluator too.
+    Returns:
+        The rows of results.json; on other processes than the main one without metrics.
+    """
+    size = samples.sets[0][1].size
+    references = reference.statistics(size, batch_size=batch_size, num_workers=num_workers)
+    rows = []
+    for key, images in samples.sets:
+        metrics, count = measure_samples(images, references, extractors, batch_size=batch_size, num_workers=num_workers)
+        rows.append({"model": samples.name, **key, "metrics": metrics})
+        # After each set, so that nothing is lost when a later one fails.
+        if process_state().is_main_process:
+            protocol = protocol_of(references, extractors, size, count) | samples.protocol
+            write_results(output, "generation", protocol | {"reference_name": reference_name}, rows)
+
+    if process_state().is_main_process:
+        for key, images in samples.sets:
+            name = f"samples-{slug(key)}" if len(samples.sets) > 1 else "samples"
+            save_samples(output / f"{name}.png", images, samples.class_names)
+            if archives:
+                write_npz(output / f"{name}.npz", images)
+    return rows
+
+
+def slug(key: dict) -> str:
+    """The name of a set in file names: guidance_scale-1.5-seed-0."""
+    return "-".join(f"{name}-{value}" for name, value in key.items())
+
+
+def row_label(row: dict) -> str:
+    """The name of a row in a table: "guidance 1.5, seed 0"."""
+    return ", ".join(f"{label} {row[key]}" for key, label in LABELS_BY_KEY.items() if key in row) or "samples"

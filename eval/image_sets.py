@@ -17,15 +17,16 @@ from torch.utils.data import Dataset
 from favae.data.images import READ_ERRORS, ImageDataset, to_uint8
 from favae.data.sources import FolderSource
 from favae.errors import DataError
+from favae.eval.results import UINT8
 from favae.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-IMAGES_KEY = "arr_0"  # of ADM's files
+IMAGES_KEY = "arr_0"  # in ADM's files
 
 
 class CroppedImages(Dataset):
-    """Centre crops of a data source."""
+    """Center crops of a data source."""
 
     def __init__(self, images: ImageDataset):
         self.images = images
@@ -40,7 +41,7 @@ class CroppedImages(Dataset):
 
 
 class SampleFolder(Dataset):
-    """Image files of one size, below a folder, in the order of their paths. Nothing is cropped or resized.
+    """The image files below a folder, in the order of their paths. Nothing is cropped or resized.
 
     Raises:
         DataError: if there is none, or they differ in size.
@@ -48,13 +49,13 @@ class SampleFolder(Dataset):
 
     def __init__(self, path: str | Path):
         self.source = FolderSource(path, min_size=1)
-        sizes = [(height, width) for width, height in self.source.sizes]
-        self.size = sizes[0]
-        for i, (height, width) in enumerate(sizes):
-            if (height, width) != self.size:
+        first, *others = [(height, width) for width, height in self.source.sizes]
+        self.size = first
+        for i, (height, width) in enumerate(others, start=1):
+            if (height, width) != first:
                 raise DataError(
-                    f"{self.source.name(i)} is {width} x {height} where {self.source.name(0)} is {self.size[1]} x "
-                    f"{self.size[0]}; samples must have one size: remove it, or write all at one size"
+                    f"{self.source.name(i)} has {width} x {height} pixels where {self.source.name(0)} has "
+                    f"{first[1]} x {first[0]}; all samples must have one size"
                 )
 
     def __len__(self) -> int:
@@ -72,7 +73,7 @@ class SampleFolder(Dataset):
 class NpzImages(Dataset):
     """The images of an .npz file: `arr_0`, uint8 (N, H, W, 3), as ADM's evaluator reads them.
 
-    An uncompressed file is mapped, not read: 50,000 images at 256 px are 9.8 GB.
+    An uncompressed file is mapped into memory, not read: 50,000 images of 256 px take 9.8 GB.
 
     Raises:
         DataError: if the file is damaged, or holds no such array.
@@ -80,11 +81,11 @@ class NpzImages(Dataset):
 
     def __init__(self, path: str | Path):
         self.array = read_npz(path, IMAGES_KEY)
-        shape, kind = self.array.shape, self.array.dtype
+        shape, dtype = self.array.shape, self.array.dtype
         if len(shape) != 4 or shape[-1] != 3 or not len(self.array):
             raise DataError(f"{path}: {IMAGES_KEY} has shape {shape}; it must be (N, H, W, 3)")
-        if kind != np.uint8:
-            raise DataError(f"{path}: {IMAGES_KEY} is {kind}; it must be uint8, round((x + 1) * 127.5) of x in [-1, 1]")
+        if dtype != np.uint8:
+            raise DataError(f"{path}: {IMAGES_KEY} is {dtype}; it must be uint8, {UINT8} for x in [-1, 1]")
         self.size = tuple(shape[1:3])
 
     def __len__(self) -> int:
@@ -95,7 +96,7 @@ class NpzImages(Dataset):
 
 
 def open_samples(path: str | Path) -> Dataset:
-    """A folder or an .npz file of images.
+    """Opens a folder or an .npz file of images.
 
     Raises:
         DataError: if it is neither.
@@ -103,59 +104,58 @@ def open_samples(path: str | Path) -> Dataset:
     return NpzImages(path) if str(path).endswith(".npz") else SampleFolder(path)
 
 
-@contextlib.contextmanager
-def _intact(path: str | Path):
-    try:
-        yield
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path} is no .npz file or a damaged one ({error}); write or download it again") from error
+# ----------------------------------------------------------------------------------------------------------------------
+# .npz files
 
 
 def npz_names(path: str | Path) -> list[str]:
-    """The arrays in an .npz file. Raises `DataError` if it is missing or damaged."""
-    with _intact(path), zipfile.ZipFile(path) as archive:
+    """The names of the arrays in an .npz file. Raises `DataError` if it is missing or damaged."""
+    with _readable(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def read_npz(path: str | Path, key: str) -> np.ndarray:
-    """One array of an .npz file, mapped into memory where the file is not compressed.
+    """One array of an .npz file, mapped into memory if the file is not compressed.
 
     Raises:
         DataError: if the file is missing, damaged, or has no such array.
     """
     names = npz_names(path)
     if key not in names:
-        raise DataError(f"{path}: no array '{key}', there are {', '.join(names) or 'none'}")
-    with _intact(path), zipfile.ZipFile(path) as archive:
+        raise DataError(f"{path}: no array '{key}', only {', '.join(names) or 'none'}")
+    with _readable(path), zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{key}.npy")
-        with archive.open(member) as file:
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.load(path)[key]
+        # An uncompressed member is an .npy file inside the archive, and begins where numpy's signature stands.
+        with open(path, "rb") as file:
+            file.seek(member.header_offset)
+            file.seek(member.header_offset + file.read(4096).index(npy.MAGIC_PREFIX))
             version = npy.read_magic(file)
             read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read_header(file)
-            header = file.tell()
-            if member.compress_type != zipfile.ZIP_STORED or dtype.hasobject:
-                file.seek(0)
-                return npy.read_array(file, allow_pickle=False)
-        offset, order = _start(path, member) + header, "F" if fortran else "C"
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order=order)
+            shape, fortran_order, dtype = read_header(file)
+            order = "F" if fortran_order else "C"
+            return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)
 
 
-def _start(path: str | Path, member: zipfile.ZipInfo) -> int:
-    """Where a member's content begins: after its local header, which ends with the lengths of name and extra field."""
-    with open(path, "rb") as file:
-        file.seek(member.header_offset + 26)
-        name, extra = np.frombuffer(file.read(4), dtype="<u2")
-    return member.header_offset + 30 + int(name) + int(extra)
+@contextlib.contextmanager
+def _readable(path: str | Path):
+    """Turns what numpy and zipfile raise for damaged files into a `DataError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path} is damaged or not an .npz file ({error}); write or download it again") from error
 
 
 def write_npz(path: Path, images: Dataset, seed: int = 0) -> None:
-    """`arr_0` of all images in random order: ADM's Inception Score is taken over consecutive parts, so that classes in
-    turn or sorted would change it.
+    """Writes all images as `arr_0`, in random order.
+
+    ADM's evaluator computes the Inception score over consecutive parts, so the order of classes would change it.
 
     Raises:
-        DataError: if one cannot be read.
+        DataError: if an image cannot be read.
     """
     order = np.random.default_rng(seed).permutation(len(images))
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *images.size, 3)}

@@ -1,60 +1,41 @@
-"""How well autoencoders give images back.
+"""How well autoencoders reconstruct images, for `favae evaluate reconstruction`.
 
-    python -m favae.eval.reconstruction --model ours=runs/favae/final --model theirs=stabilityai/sd-vae-ft-mse \\
-        --data IMAGES --resolution 256 --output runs/reconstruction
-    torchrun --nproc_per_node 8 -m favae.eval.reconstruction ...
-
-Takes any autoencoder of diffusers and ours; a name given twice stands for two seeds of one model. Prints a table;
-writes results.json, comparison.png (the worst images first), spectra.png and latents.png.
-
-Recon, Low and High are mean squared errors in [-1, 1], unclamped, of the image, its Haar LL band and the mean of LH, HL
-and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SSIM and MS-SSIM are means over images, on
-8 bits. rFID compares with the same images unless --reference names statistics; each image is the centre crop.
+Recon, Low and High are mean squared errors in [-1, 1], unclamped, of the image, its Haar LL band, and the mean of LH,
+HL and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SSIM and MS-SSIM are means over images,
+on 8 bits.
 """
 
-import argparse
-import logging
-import sys
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     structural_similarity_index_measure,
 )
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from favae.autoencoders import decode, encode, load_autoencoder, measure_budget
+from favae.autoencoders import Budget, decode, encode, load_autoencoder, measure_budget
 from favae.data.images import ImageDataset, skip_missing, to_uint8
-from favae.data.sources import add_data_arguments, data_name, open_data_arguments
 from favae.distributed import process_state
-from favae.errors import DataError, FavaeError, ModelError, hint
+from favae.errors import DataError, ModelError
 from favae.eval.extraction import ImageStatistics, image_statistics, sum_over_processes
-from favae.eval.features import (
-    FeatureExtractor,
-    add_feature_arguments,
-    everyone,
-    gather_rows,
-    image_generator,
-    metric_name,
-    open_extractors,
-    own_indices,
-)
+from favae.eval.features import FeatureExtractor, everyone, gather_rows, image_generator, metric_name, own_indices
 from favae.eval.figures import radial_spectrum, save_comparison, save_latents, save_spectra
 from favae.eval.frechet import RunningStatistics, frechet_distance
 from favae.eval.image_sets import CroppedImages
 from favae.eval.references import Reference
-from favae.eval.results import UINT8, format_table, one_line, shown_metrics, write_results
+from favae.eval.results import UINT8, shown_metrics, write_results
 from favae.hashing import hash_model
-from favae.losses.perceptual import LPIPS, cached_vgg16
+from favae.losses.perceptual import LPIPS
 from favae.wavelets import WaveletTransform2D
-
-logger = logging.getLogger(__name__)
 
 PER_IMAGE = ("Recon", "Low", "High", "PSNR", "SSIM", "MS-SSIM", "LPIPS")
 MS_SSIM_SIZE = 176  # the smallest at which its window of 11 fits into five scales
@@ -103,14 +84,14 @@ def band_errors(difference: Tensor, levels: int) -> Tensor:
 
 @dataclass
 class Reconstruction:
-    """What `evaluate_reconstruction` found.
+    """The result of `evaluate_reconstruction`.
 
     Attributes:
-        metrics: means over images and Fréchet distances, by name; None for what could not be measured.
+        metrics: means over images and Fréchet distances, by name; None for what could not be computed.
         bands: mean squared error of each wavelet band.
         errors: (N, 7), the columns of `PER_IMAGE`. indices: (N,), the images' places in the data.
         images_per_second: encoding and decoding, of one process.
-        spectra: "original", "reconstruction", "error", "latent": see `radial_spectrum`.
+        spectra: of "original", "reconstruction", "error" and "latent": see `radial_spectrum`.
         latent_mean, latent_std: (C,), over images and positions.
     """
 
@@ -124,81 +105,105 @@ class Reconstruction:
     latent_std: Tensor
 
 
+class _Evaluator:
+    """One autoencoder on batches of images.
+
+    Attributes:
+        seconds: per image, of encoding and decoding each batch.
+    """
+
+    def __init__(self, vae: ModelMixin, extractors: Sequence[FeatureExtractor], lpips, posterior: str, levels: int):
+        self.vae, self.extractors, self.lpips = vae, extractors, lpips
+        self.posterior, self.levels = posterior, levels
+        self.seconds: list[float] = []
+
+    def __call__(self, images: Tensor, indices: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What is kept of a batch, one row per image, and the features of each extractor; on the CPU.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], on the model's device.
+            indices: (B,), which seed the samples of the posterior.
+        """
+        started = _now(images.device)
+        latents = encode(self.vae, images, self.posterior, [image_generator(0, int(i)) for i in indices])
+        reconstructions = decode(self.vae, latents)
+        self.seconds.append((_now(images.device) - started) / len(images))
+
+        latents, difference = latents.float(), reconstructions - images
+        rows = {
+            "errors": image_errors(images, reconstructions, self.lpips),
+            "bands": band_errors(difference, self.levels),
+            "latent_moments": torch.stack([latents.mean((2, 3)), latents.square().mean((2, 3))], dim=1),
+            "original": radial_spectrum(images),
+            "reconstruction": radial_spectrum(reconstructions),
+            "error": radial_spectrum(difference),
+            "latent": radial_spectrum(latents),
+        }
+        features = [extractor(to_uint8(reconstructions))["features"].cpu() for extractor in self.extractors]
+        return {name: values.cpu() for name, values in rows.items()}, features
+
+
 @torch.no_grad()
 def evaluate_reconstruction(
-    vae,
+    vae: ModelMixin,
     images: ImageDataset,
     extractors: Sequence[FeatureExtractor],
     references: Sequence[ImageStatistics],
     *,
     lpips: LPIPS | None = None,
-    posterior: str = "mode",
+    posterior: Literal["mode", "sample"] = "mode",
     levels: int = 1,
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> Reconstruction:
-    """Measures one autoencoder on all images, in all processes together.
+    """Evaluates one autoencoder on all images, by all processes together.
 
     Args:
-        references: of each extractor, what the reconstructions' features are compared with.
-        levels: of the transform, for the errors per band.
+        references: of each extractor: statistics that those of the reconstructions are compared with.
+        levels: wavelet levels for the errors per band.
     Raises:
         ModelError: if a reconstruction is not finite.
         DataError: if no image can be read.
     """
     device = process_state().device
-    vae = vae.to(device).eval()
-    seconds = []
+    evaluate = _Evaluator(vae.to(device).eval(), extractors, lpips, posterior, levels)
 
-    def look(x: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        """Everything that is kept of a batch, one row per image."""
-        started = _now(device)
-        z = encode(vae, x, posterior, [image_generator(0, int(i)) for i in indices])
-        y = decode(vae, z)
-        seconds.append((_now(device) - started) / len(x))
-        z = z.float()
-        spectra = {"original": x, "reconstruction": y, "error": y - x, "latent": z}
-        found = {
-            "errors": image_errors(x, y, lpips),
-            "bands": band_errors(y - x, levels),
-            "latent_moments": torch.stack([z.mean((2, 3)), z.square().mean((2, 3))], dim=1),
-            **{name: radial_spectrum(values) for name, values in spectra.items()},
-        }
-        for i, extractor in enumerate(extractors):
-            found[f"features{i}"] = extractor(to_uint8(y))["features"]
-        return {name: values.cpu() for name, values in found.items()}
-
-    # also a process that sees no readable image must know the shapes
-    empty = look(torch.zeros(1, 3, images.resolution, images.resolution, device=device), torch.zeros(1))
-    statistics = [RunningStatistics(empty.pop(f"features{i}").shape[1]) for i in range(len(extractors))]
+    # A warm-up, from which a process that reads no image at all learns the shapes.
+    empty, features = evaluate(torch.zeros(1, 3, images.resolution, images.resolution, device=device), torch.zeros(1))
+    evaluate.seconds.clear()
     columns = {name: [values[:0]] for name, values in empty.items()}
+    statistics = [RunningStatistics(found.shape[1]) for found in features]
     places = [torch.zeros(0, dtype=torch.int64)]
-    seconds.clear()  # it was a warm-up too
+
+    # This process's images.
     loader = DataLoader(
         Subset(images, own_indices(len(images))), batch_size, num_workers=num_workers, collate_fn=skip_missing
     )
     for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
         if batch is None:
             continue
-        found = look(batch["image"].to(device), batch["index"])
+        rows, features = evaluate(batch["image"].to(device), batch["index"])
         places.append(batch["index"])
-        for i, running in enumerate(statistics):
-            running.update(found.pop(f"features{i}").numpy())
-        for name, values in found.items():
+        for running, found in zip(statistics, features):
+            running.update(found.numpy())
+        for name, values in rows.items():
             columns[name].append(values)
+
+    # All processes' images, in the order of the data. All processes see the same rows, so that all raise together.
     places = torch.cat(places)
     rows = {name: gather_rows(torch.cat(values), places, len(images)) for name, values in columns.items()}
     indices = gather_rows(places, places, len(images))
     statistics = [sum_over_processes(running) for running in statistics]
     if not len(indices):
-        raise DataError("not one of the images can be read")
+        raise DataError("none of the images can be read")
     broken = indices[~torch.isfinite(rows["errors"][:, 0])]
-    if len(broken):  # all processes see the same rows, and so all raise
+    if len(broken):
         name = images.source.name(int(broken[0]))
         raise ModelError(f"the reconstruction of {name} is not finite; try float32 weights, or another checkpoint")
 
+    # Means over images, and distances between the sets.
     means = rows["errors"].double().mean(dim=0).tolist()
-    metrics = {name: None if value != value else value for name, value in zip(PER_IMAGE, means)}  # NaN
+    metrics = {name: None if math.isnan(value) else value for name, value in zip(PER_IMAGE, means)}
     for running, reference in zip(statistics, references):
         enough = running.count > 1 and reference.mean is not None
         distance = frechet_distance(reference.mean, reference.covariance, *running.finish()) if enough else None
@@ -209,7 +214,7 @@ def evaluate_reconstruction(
         bands=dict(zip(band_names(levels), rows["bands"].double().mean(dim=0).tolist())),
         errors=rows["errors"],
         indices=indices,
-        images_per_second=1 / min(seconds) if seconds else None,
+        images_per_second=1 / min(evaluate.seconds) if evaluate.seconds else None,
         spectra={name: rows[name].mean(dim=0) for name in ("original", "reconstruction", "error", "latent")},
         latent_mean=moments[0],
         latent_std=(moments[1] - moments[0].square()).clamp_min(0).sqrt(),
@@ -223,109 +228,95 @@ def _now(device: torch.device) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command
+# The whole evaluation
 
 
-def named_model(text: str) -> tuple[str, str]:
-    """NAME=PATH, or PATH alone, which is then its name."""
-    name, separator, path = text.partition("=")
-    return (name, path) if separator else (Path(text).name, text)
+def evaluate_autoencoders(
+    models: Sequence[tuple[str, str]],
+    images: ImageDataset,
+    extractors: Sequence[FeatureExtractor],
+    output: Path,
+    *,
+    data_name: str,
+    reference: Reference | None = None,
+    lpips: LPIPS | None = None,
+    posterior: Literal["mode", "sample"] = "mode",
+    levels: int = 3,
+    num_examples: int = 8,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> tuple[list[dict], list[str]]:
+    """Evaluates autoencoders on the same images, by all processes together; writes results.json and pictures.
 
+    Args:
+        models: (name, path) each; a path is a folder or a hub name, and a name that occurs twice stands for two seeds.
+        output: a folder.
+        data_name: what results call the images.
+        reference: for rFID, opened with the same extractors; None compares with the same images.
+        levels: wavelet levels for the errors per band.
+        num_examples: images in comparison.png.
+    Returns:
+        The rows of results.json, and what went wrong with other models, one line each.
+    """
+    if images.resolution % 2**levels:
+        raise DataError(f"{levels} wavelet levels need a resolution that is a multiple of {2**levels}")
+    loading = {"batch_size": batch_size, "num_workers": num_workers}
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", action="append", required=True, type=named_model, metavar="[NAME=]PATH", help="may be repeated"
-    )
-    add_data_arguments(parser, "--data", split="validation")
-    parser.add_argument("--resolution", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    add_feature_arguments(parser)
-    parser.add_argument("--reference", help="statistics for rFID (.safetensors or .npz) in place of the images' own")
-    parser.add_argument(
-        "--lpips-weights", help="VGG16: a file, or 'download'; without this, LPIPS is measured if they are cached"
-    )
-    parser.add_argument("--posterior", choices=["mode", "sample"], default="mode")
-    parser.add_argument("--levels", type=int, default=3, help="of the transform, for the errors per band")
-    parser.add_argument("--examples", type=int, default=8, help="images in comparison.png")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    try:
-        run(arguments)
-    except (FavaeError, OSError, ValueError) as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: results.json has the models that were finished")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.levels < 1 or arguments.resolution % 2**arguments.levels:
-        raise DataError(f"--levels {arguments.levels} needs a --resolution that 2^levels divides")
-    images = ImageDataset(open_data_arguments(arguments), arguments.resolution)
-    extractors = open_extractors(arguments)
-    lpips = _open_lpips(arguments.lpips_weights)
-    loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
-    statistics = Reference(arguments.reference, extractors, None) if arguments.reference else None
+    # What reconstructions are compared with.
     originals = references = image_statistics(
         CroppedImages(images), extractors, keep=0, description="originals", **loading
     )
-    if statistics is not None:
-        references = statistics.statistics((arguments.resolution, arguments.resolution), **loading)
+    if reference is not None:
+        references = reference.statistics((images.resolution, images.resolution), **loading)
     protocol = {
         "num_images": originals[0].count,
         "data": {"hash": originals[0].hash},
-        "data_name": data_name(arguments),
-        "resolution": arguments.resolution,
+        "data_name": data_name,
+        "resolution": images.resolution,
         "crop": "center",
-        "posterior": arguments.posterior,
+        "posterior": posterior,
         "uint8": UINT8,
         "features": {extractor.name: extractor.hash for extractor in extractors},
-        "reference": {r.features: {"hash": r.hash, "num_images": r.count} for r in references},
-        "reference_name": arguments.reference or "the same images",
+        "reference": {entry.features: {"hash": entry.hash, "num_images": entry.count} for entry in references},
+        "reference_name": "the same images" if reference is None else reference.path,
         "lpips": None if lpips is None else {"vgg16": hash_model(lpips)},
     }
 
+    # One model after the other. A failure of one leaves the others as they are.
     rows, finished, failures = [], [], []
-    for name, path in arguments.model:
-        error = vae = None
+    for name, path in models:
         try:
-            vae = load_autoencoder(path)
-            budget = measure_budget(vae, arguments.resolution)
-        except ModelError as caught:
-            error = caught
-        if not everyone(error is None):
-            failures.append(f"{name}: {error or 'it failed in another process'}")
-            continue  # the other models have nothing to do with it
-        try:
+            vae, budget = _open_everywhere(path, images.resolution)
             result = evaluate_reconstruction(
-                vae,
-                images,
-                extractors,
-                references,
-                lpips=lpips,
-                posterior=arguments.posterior,
-                levels=arguments.levels,
-                **loading,
+                vae, images, extractors, references, lpips=lpips, posterior=posterior, levels=levels, **loading
             )
-        except ModelError as caught:  # in all processes
-            failures.append(f"{name}: {caught}")
+        except ModelError as error:
+            failures.append(f"{name}: {error}")
             continue
         finished.append((name, vae.cpu(), result))
-        speed = {"images_per_second": result.images_per_second, "batch_size": arguments.batch_size}
+        speed = {"images_per_second": result.images_per_second, "batch_size": batch_size}
         about = {"model": name, "path": path, "metrics": result.metrics, "bands": result.bands}
         rows.append({**about, **asdict(budget), **speed})
-        if process_state().is_main_process:  # after each model, so that nothing is lost when a later one fails
-            write_results(arguments.output, "reconstruction", protocol, rows)
+        # After each model, so that nothing is lost when a later one fails.
+        if process_state().is_main_process:
+            write_results(output, "reconstruction", protocol, rows)
+
     if process_state().is_main_process and rows:
-        save_pictures(arguments, images, finished)
-        against = f"against {arguments.reference}" if arguments.reference else "against the same images"
-        print(
-            f"{protocol['num_images']:,} images of {data_name(arguments)} at {arguments.resolution} px, centre crop, "
-            f"posterior {arguments.posterior}, {extractors[0].metric('rFID')} {against}"
-        )
-        print(format_table([table_row(row) for row in rows]))
-    if failures:
-        raise ModelError("; ".join(failures))
+        save_figures(output, images, finished, posterior=posterior, num_examples=num_examples)
+    return rows, failures
+
+
+def _open_everywhere(path: str, resolution: int) -> tuple[ModelMixin, Budget]:
+    """Opens an autoencoder and measures its cost. Raises `ModelError` in all processes if it fails in one."""
+    failure = None
+    try:
+        vae = load_autoencoder(path)
+        budget = measure_budget(vae, resolution)
+    except ModelError as error:
+        failure = error
+    if not everyone(failure is None):
+        raise failure or ModelError("it failed in another process")
+    return vae, budget
 
 
 def table_row(row: dict) -> dict[str, str]:
@@ -343,41 +334,43 @@ def table_row(row: dict) -> dict[str, str]:
     }
 
 
-def save_pictures(arguments: argparse.Namespace, images: ImageDataset, finished: list[tuple]) -> None:
-    """comparison.png, spectra.png and latents.png of the models that were measured."""
-    names = [
-        name if all(name != n for n, _, _ in finished[:i]) else f"{name} ({i})"
-        for i, (name, _, _) in enumerate(finished)
-    ]
+@torch.no_grad()
+def save_figures(
+    output: Path,
+    images: ImageDataset,
+    finished: Sequence[tuple[str, ModelMixin, Reconstruction]],
+    *,
+    posterior: str,
+    num_examples: int,
+) -> None:
+    """Writes comparison.png, spectra.png and latents.png.
+
+    Args:
+        finished: name, autoencoder and result of each model.
+    """
+    # Seeds of one model are numbered.
+    seen = [name for name, _, _ in finished]
+    names = [f"{name} ({i})" if name in seen[:i] else name for i, name in enumerate(seen)]
     results = {name: result for name, (_, _, result) in zip(names, finished)}
-    worst = torch.stack([result.errors[:, 0] for result in results.values()]).mean(dim=0)
-    chosen = worst.argsort(descending=True)[: arguments.examples]
-    indices = [int(next(iter(results.values())).indices[i]) for i in chosen]
-    x = torch.stack([images[i]["image"] for i in indices]).to(process_state().device)
-    decoded = {}
+    first = next(iter(results.values()))
+
+    # The images with the largest error, over all models.
+    error = torch.stack([result.errors[:, 0] for result in results.values()]).mean(dim=0)
+    worst = error.argsort(descending=True)[:num_examples]
+    indices = first.indices[worst].tolist()
+    originals = torch.stack([images[i]["image"] for i in indices]).to(process_state().device)
+    reconstructions = {}
     for name, (_, vae, _) in zip(names, finished):
-        vae = vae.to(x.device)
-        with torch.no_grad():
-            z = encode(vae, x, arguments.posterior, [image_generator(0, i) for i in indices])
-            decoded[name] = decode(vae, z).cpu()
+        vae = vae.to(originals.device)
+        latents = encode(vae, originals, posterior, [image_generator(0, i) for i in indices])
+        reconstructions[name] = decode(vae, latents).cpu()
         vae.cpu()
-    save_comparison(arguments.output / "comparison.png", x.cpu(), decoded, worst[chosen].tolist())
-    original = next(iter(results.values())).spectra["original"]
-    of = {kind: {n: r.spectra[kind] for n, r in results.items()} for kind in ("reconstruction", "error", "latent")}
-    save_spectra(arguments.output / "spectra.png", original, of["reconstruction"], of["error"])
+    save_comparison(output / "comparison.png", originals.cpu(), reconstructions, error[worst].tolist())
+
+    def spectra(of: str) -> dict[str, Tensor]:
+        return {name: result.spectra[of] for name, result in results.items()}
+
+    save_spectra(output / "spectra.png", first.spectra["original"], spectra("reconstruction"), spectra("error"))
     means = {name: result.latent_mean for name, result in results.items()}
     stds = {name: result.latent_std for name, result in results.items()}
-    save_latents(arguments.output / "latents.png", of["latent"], means, stds)
-
-
-def _open_lpips(weights: str | None) -> LPIPS | None:
-    if weights is None and not cached_vgg16():
-        logger.warning("no LPIPS: its VGG16 weights are not cached; --lpips-weights FILE, or --lpips-weights download")
-        return None
-    file = None if weights == "download" else weights or cached_vgg16()
-    with hint("--lpips-weights FILE takes a local file"):
-        return LPIPS(file).to(process_state().device)
-
-
-if __name__ == "__main__":
-    main()
+    save_latents(output / "latents.png", spectra("latent"), means, stds)

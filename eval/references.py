@@ -1,15 +1,11 @@
-"""What samples are compared with: real images, or statistics of them.
+"""What generated images are compared with: real images, or statistics of them.
 
-    python -m favae.eval.references --data imagenet/train --resolution 256 --output imagenet256.safetensors
-
-writes the statistics of a set of images once; `python -m favae.eval.generation --reference` takes the file, a folder
-and every other source of images, an .npz of images, or ADM's statistics (mu, sigma, mu_s, sigma_s, arr_0).
+`favae reference-statistics` writes the statistics of a set of images once. The reference of `favae evaluate generation`
+is such a file, a folder or any other source of images, an .npz file of images, or ADM's statistics (mu, sigma, mu_s,
+sigma_s, arr_0).
 """
 
-import argparse
 import json
-import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,32 +15,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from favae.data.images import ImageDataset, Source
-from favae.data.sources import add_data_arguments, data_name, open_data_arguments
-from favae.distributed import process_state
-from favae.errors import DataError, FavaeError
+from favae.errors import DataError
 from favae.eval.extraction import ImageStatistics, image_statistics
-from favae.eval.features import INCEPTION, FeatureExtractor, add_feature_arguments, open_extractors
+from favae.eval.features import INCEPTION, FeatureExtractor
 from favae.eval.image_sets import IMAGES_KEY, CroppedImages, NpzImages, npz_names, read_npz
 from favae.files import atomic_path
 from favae.hashing import hash_file
 
-KEPT = 10_000  # real images that precision, recall and KID look at, as ADM's evaluator does
+NUM_REFERENCE_FEATURES = 10_000  # images that precision, recall and KID use, as in ADM's evaluator
 ARRAYS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "kept", "logits")
 
 
 class Reference:
-    """The real images, or statistics, that a path names. What can be checked is checked at once, before samples of
-    hours are drawn for it.
+    """The real images, or statistics, at a path.
+
+    What can be checked is checked when it is made, before samples that take hours are made for it.
 
     Args:
-        path: a .safetensors of this module, an .npz, or the name of a data source.
-        extractors: in whose eyes.
-        open_images: opens the data source.
+        path: a .safetensors file of `save_statistics`, an .npz file, or the name of a data source.
+        extractors: whose features are compared.
+        open_images: opens the data source; without it, a source is refused.
     Raises:
         DataError: if it is missing or damaged, or of other features.
     """
 
-    def __init__(self, path: str, extractors: Sequence[FeatureExtractor], open_images: Callable[[], Source] | None):
+    def __init__(
+        self,
+        path: str,
+        extractors: Sequence[FeatureExtractor],
+        open_images: Callable[[], Source] | None = None,
+    ):
         self.path, self.extractors = path, extractors
         self.loaded = self.names = self.source = None
         if path.endswith(".safetensors"):
@@ -52,49 +52,67 @@ class Reference:
         elif path.endswith(".npz"):
             self.names = npz_names(path)
             if IMAGES_KEY not in self.names and any(extractor.name != INCEPTION for extractor in extractors):
-                raise DataError(f"{path} has no images ({IMAGES_KEY}); it serves --features {INCEPTION} only")
+                raise DataError(f"{path} has no images ({IMAGES_KEY}); its statistics are of {INCEPTION} features only")
         elif open_images is None:
-            raise DataError(f"{path}: not a .safetensors of favae.eval.references, and not an .npz")
+            raise DataError(f"{path}: expected a .safetensors or an .npz file of statistics")
         else:
             self.source = open_images()
 
     def statistics(self, size: tuple[int, int], *, batch_size: int = 32, num_workers: int = 0) -> list[ImageStatistics]:
-        """For each extractor; all processes take part.
+        """The statistics of each extractor's features. All processes take part.
 
         Args:
             size: height and width of the images that are compared with it.
         Raises:
             DataError: if it is of another size.
         """
-        loading = {"keep": KEPT, "description": "reference", "batch_size": batch_size, "num_workers": num_workers}
-        samples = f"the samples have {size[1]} x {size[0]} pixels"
+        height, width = size
+        loading = {"description": "reference", "batch_size": batch_size, "num_workers": num_workers}
         if self.loaded is not None:
-            found, statistics = self.loaded
-            if (found["resolution"],) * 2 != tuple(size):
-                raise DataError(f"{self.path} is of {found['resolution']} px images, {samples}")
+            description, statistics = self.loaded
+            self._check_size((description["resolution"],) * 2, size)
             return statistics
         if self.names is not None:
-            return self._from_npz(tuple(size), samples, loading)
-        if size[0] != size[1]:
-            raise DataError(f"{samples}, which needs a reference .npz of that size; crops are square")
-        return image_statistics(CroppedImages(ImageDataset(self.source, size[0])), self.extractors, **loading)
+            return self._from_npz(size, loading)
+        if height != width:
+            raise DataError(
+                f"the samples have {width} x {height} pixels, but the center crops of {self.path} are square"
+            )
+        images = CroppedImages(ImageDataset(self.source, height))
+        return image_statistics(images, self.extractors, keep=NUM_REFERENCE_FEATURES, **loading)
 
-    def _from_npz(self, size: tuple[int, int], samples: str, loading: dict) -> list[ImageStatistics]:
-        """Images, or ADM's statistics: Inception's, of all real images, with 10,000 of these in `arr_0`."""
+    def _from_npz(self, size: tuple[int, int], loading: dict) -> list[ImageStatistics]:
+        """Statistics of images, or ADM's: Inception's, of all real images, with 10,000 of these in `arr_0`."""
         found: list[ImageStatistics | None] = [None] * len(self.extractors)
         if IMAGES_KEY in self.names:
             images = NpzImages(self.path)
-            if images.size != size:
-                raise DataError(f"{self.path} holds images of {images.size[1]} x {images.size[0]} pixels, {samples}")
-            found = image_statistics(images, self.extractors, **loading)
+            self._check_size(images.size, size)
+            found = image_statistics(images, self.extractors, keep=NUM_REFERENCE_FEATURES, **loading)
+        if "mu" not in self.names and found[0] is None:
+            raise DataError(f"{self.path} has neither images ({IMAGES_KEY}) nor statistics (mu, sigma)")
         for i, extractor in enumerate(self.extractors):
-            if extractor.name == INCEPTION and ("mu" in self.names or found[i] is None):
-                keys = ("mu", "sigma", "mu_s", "sigma_s") if "mu_s" in self.names else ("mu", "sigma")
-                arrays = [np.asarray(read_npz(self.path, key)) for key in keys]
-                kept = found[i] and found[i].kept
-                spatial = arrays[2:] or (None, None)
-                found[i] = ImageStatistics(INCEPTION, hash_file(self.path), None, *arrays[:2], *spatial, kept=kept)
+            if extractor.name == INCEPTION and "mu" in self.names:
+                found[i] = self._adm_statistics(kept=found[i] and found[i].kept)
         return found
+
+    def _adm_statistics(self, kept: np.ndarray | None) -> ImageStatistics:
+        spatial = [read_npz(self.path, key) for key in ("mu_s", "sigma_s")] if "mu_s" in self.names else [None, None]
+        return ImageStatistics(
+            features=INCEPTION,
+            hash=hash_file(self.path),
+            count=None,
+            mean=read_npz(self.path, "mu"),
+            covariance=read_npz(self.path, "sigma"),
+            spatial_mean=spatial[0],
+            spatial_covariance=spatial[1],
+            kept=kept,
+        )
+
+    def _check_size(self, own: tuple[int, int], samples: tuple[int, int]) -> None:
+        if tuple(own) != tuple(samples):
+            raise DataError(
+                f"{self.path} is of images of {own[1]} x {own[0]} pixels, the samples have {samples[1]} x {samples[0]}"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,7 +120,11 @@ class Reference:
 
 
 def save_statistics(path: Path, statistics: Sequence[ImageStatistics], description: dict) -> None:
-    """One file for several extractors; `description` says of what (data, resolution, crop)."""
+    """Writes the statistics of several extractors to one file.
+
+    Args:
+        description: of the images: {"data": name, "resolution": pixels, "crop": "center"}.
+    """
     tensors, about = {}, {}
     for entry in statistics:
         values = asdict(entry)
@@ -115,7 +137,7 @@ def save_statistics(path: Path, statistics: Sequence[ImageStatistics], descripti
 
 
 def load_statistics(path: str, extractors: Sequence[FeatureExtractor]) -> tuple[dict, list[ImageStatistics]]:
-    """The description and the statistics of each extractor.
+    """The description of the images, and the statistics of each extractor.
 
     Raises:
         DataError: if the file is damaged, or holds statistics of other features or weights.
@@ -124,48 +146,20 @@ def load_statistics(path: str, extractors: Sequence[FeatureExtractor]) -> tuple[
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if "statistics" not in metadata:
-                raise DataError(f"{path} holds no statistics; write them with python -m favae.eval.references")
-            about, description = json.loads(metadata["statistics"]), json.loads(metadata["description"])
-            found = []
-            for extractor in extractors:
-                name = extractor.name
-                if name not in about:
-                    raise DataError(f"{path} holds statistics of {', '.join(about)}, not of {name} (--features)")
-                if about[name]["weights"] != extractor.hash:
-                    raise DataError(f"{path} was made with other weights of {name}; write it again with these")
-                keys = [key for key in ARRAYS if f"{name}.{key}" in file.keys()]  # noqa: SIM118
-                arrays = {key: file.get_tensor(f"{name}.{key}") for key in keys}
-                found.append(ImageStatistics(**dict.fromkeys(ARRAYS) | about[name] | arrays))
-            return description, found
+                raise DataError(f"{path} holds no statistics; write them with favae reference-statistics")
+            about = json.loads(metadata["statistics"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged ({error}); write it again") from error
 
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser, "--data", split="train")
-    parser.add_argument("--resolution", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file")
-    add_feature_arguments(parser)
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    try:
-        if arguments.output.suffix != ".safetensors":
-            raise DataError(f"--output must end in .safetensors, got {arguments.output}")
-        source = open_data_arguments(arguments)
-        reference = Reference(arguments.data, open_extractors(arguments), lambda: source)
-        size = (arguments.resolution, arguments.resolution)
-        found = reference.statistics(size, batch_size=arguments.batch_size, num_workers=arguments.num_workers)
-        if process_state().is_main_process:
-            description = {"data": data_name(arguments), "resolution": arguments.resolution, "crop": "center"}
-            save_statistics(arguments.output, found, description)
-            for entry in found:
-                print(f"{entry.features}: {entry.count:,} images, pixels {entry.hash[:12]}")
-    except (FavaeError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    found = []
+    for name, weights in ((extractor.name, extractor.hash) for extractor in extractors):
+        if name not in about:
+            raise DataError(f"{path} holds statistics of the features {', '.join(about)}, not of {name}")
+        if about[name]["weights"] != weights:
+            raise DataError(f"{path} was made with other weights of {name}; write it again with these")
+        own = {key: arrays.get(f"{name}.{key}") for key in ARRAYS}
+        found.append(ImageStatistics(**about[name] | own))
+    return json.loads(metadata["description"]), found

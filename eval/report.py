@@ -1,17 +1,15 @@
 """The report of a demo.
 
-    python -m favae.eval.report runs/demo
+    favae report runs/demo
 
 reads what the chain of `make demo` left in a folder (see `collect`) and writes metrics.json and report.html, one page
 with everything inside.
 """
 
-import argparse
 import base64
 import html
 import io
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -176,20 +174,3 @@ compare runs of this demo, nothing else.</p>
     path = folder / "report.html"
     path.write_text(page)
     return path
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(argv).folder
-    try:
-        path = write_report(folder)
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error.filename} is missing; run make demo, or the step that writes it")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    print(verdict(metrics["tokenizers"]["favae"], metrics["tokenizers"]["vavae"]))
-    print(f"report: {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,18 @@
-"""Images of a pipeline, written to a folder: the same ones whatever the number of processes, also after a kill."""
+"""Images of a pipeline, written to a folder: the same images for any number of processes, and after a kill."""
 
 import hashlib
 import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from favae.data.images import to_uint8
 from favae.data.latents import tokenizer_hash
@@ -22,38 +23,149 @@ from favae.files import atomic_path, write_text
 from favae.hashing import hash_model
 
 SETTINGS_FILE = "settings.json"
-OWN_SAMPLES = "sample it yourself and give the folder with --samples"
+OTHERWISE = "sample it with your own code, and evaluate the folder of images"
+
+
+@torch.no_grad()
+def sample_to_folder(
+    pipeline: DiffusionPipeline,
+    folder: str | Path,
+    count: int,
+    *,
+    labels: Literal["balanced", "random"] = "balanced",
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    **settings,
+) -> None:
+    """Writes 000000.png, 000001.png, ... into a folder, by all processes together. Images that exist are kept.
+
+    Batches always hold the same consecutive images, every image has random numbers of its own, and schedulers that use
+    the global random numbers find them seeded by batch. So every image is a function of these arguments alone.
+
+    Args:
+        pipeline: is called with `class_labels`, with `prompt`, or without a condition with `batch_size`, and with
+            `output_type="np"`.
+        labels: whether the classes of a class-conditional pipeline are taken in turn or at random.
+        prompts: of a text-to-image pipeline; taken in turn.
+        settings: passed to the pipeline (`guidance_scale`, `num_inference_steps`, ...).
+    Raises:
+        DataError: if the folder holds other images, or samples of other settings, or the pipeline cannot be called so.
+        NonFiniteError: if an image is not finite; the images before it are kept.
+    """
+    folder, state = Path(folder), process_state()
+
+    # The condition of each image, and a record of everything that determines the images.
+    names = class_names(pipeline)
+    _check_call(pipeline, names, prompts, settings)
+    if prompts is not None:
+        conditions = {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
+    elif names is not None:
+        conditions = {"class_labels": class_labels(count, len(names), labels, seed)}
+    else:
+        conditions = {}
+    plan = {"count": count, "labels": labels if names else None, "seed": seed, "batch_size": batch_size}
+    if prompts is not None:
+        plan["prompts"] = hash_prompts(prompts)
+    scheduler = getattr(pipeline, "scheduler", None)
+    plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and dict(scheduler.config), **settings}
+    _check_plan(folder, json.loads(json.dumps(plan, default=str)))
+
+    # This process's batches of which an image is missing.
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    mine = batches[state.process_index :: state.num_processes]
+    missing = [batch for batch in mine if not all(image_file(folder, i).exists() for i in batch)]
+    pipeline.set_progress_bar_config(disable=True)
+    broken: list[int] = []
+    for batch in tqdm(missing, desc="sampling", disable=not state.is_main_process):
+        images = _sample_batch(pipeline, batch, conditions, seed, settings)
+        broken = [i for i, image in zip(batch, images) if not torch.isfinite(image).all()]
+        if broken:
+            break
+        for i, image in zip(batch, to_uint8(images * 2 - 1)):
+            with atomic_path(image_file(folder, i)) as temporary:
+                Image.fromarray(image.numpy()).save(temporary, format="PNG", compress_level=1)
+
+    # All processes fail together.
+    if not everyone(not broken):
+        which = (
+            f"sample {broken[0]} (and {len(broken) - 1} more of its batch)" if broken else "another process's sample"
+        )
+        raise NonFiniteError(f"{which} is not finite; try float32, or check that tokenizer and generator match")
+
+
+def _sample_batch(
+    pipeline: DiffusionPipeline, batch: range, conditions: dict[str, list], seed: int, settings: dict
+) -> Tensor:
+    """The images with these indices: (B, H, W, 3) in [0, 1], on the CPU."""
+    condition = {name: [values[i] for i in batch] for name, values in conditions.items()}
+    condition = condition or {"batch_size": len(batch)}
+    generators = [image_generator(seed, i) for i in batch]
+    device = process_state().device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(generators[0].initial_seed())
+        images = pipeline(**condition, generator=generators, output_type="np", **settings).images
+    return torch.from_numpy(np.asarray(images))
+
+
+def image_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:06}.png"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conditions
 
 
 def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
-    """The classes of a class-conditional pipeline; None for one without `class_labels`.
+    """The classes of a class-conditional pipeline; None for a pipeline without `class_labels`.
 
     Raises:
-        DataError: if there are classes, but none knows how many.
+        DataError: if there are classes, but nothing says how many.
     """
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         return None
     if not hasattr(pipeline, "transformer"):
-        raise DataError(f"a {type(pipeline).__name__} has no transformer whose classes are known; {OWN_SAMPLES}")
+        raise DataError(f"the number of classes of a {type(pipeline).__name__} is not known; {OTHERWISE}")
     config = pipeline.transformer.config
     count = config["num_classes"] if "num_classes" in config else config["num_embeds_ada_norm"]
-    names = {index: name for name, index in getattr(pipeline, "labels", {}).items()}  # all that DiTPipeline keeps
+    # DiTPipeline keeps nothing but `labels`, of name to index.
+    names = {index: name for name, index in getattr(pipeline, "labels", {}).items()}
     names |= {int(index): name for index, name in (pipeline.config.get("id2label") or {}).items()}
-    # of a transformer that was built for more classes than it was trained on, those that have a name
+    # A transformer may be built for more classes than it was trained on: those it was trained on have names.
     return [str(names[index]) for index in sorted(names)] or [str(index) for index in range(count)]
 
 
-def class_labels(count: int, classes: int, kind: str, seed: int) -> list[int]:
-    """The class of each image: "balanced" takes classes in turn, "random" draws them.
-
-    Raises:
-        DataError: for another kind.
-    """
-    if kind == "balanced":
+def class_labels(count: int, classes: int, order: Literal["balanced", "random"], seed: int) -> list[int]:
+    """The class of each image: "balanced" takes classes in turn, "random" takes them at random."""
+    if order == "balanced":
         return [i % classes for i in range(count)]
-    if kind == "random":
-        return np.random.default_rng(seed).integers(classes, size=count).tolist()
-    raise DataError(f"labels are balanced or random, got {kind}")
+    return np.random.default_rng(seed).integers(classes, size=count).tolist()
+
+
+def hash_prompts(prompts: Sequence[str]) -> str:
+    """SHA-256 of the prompts in their order."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def _check_call(
+    pipeline: DiffusionPipeline, names: list[str] | None, prompts: Sequence[str] | None, settings: dict
+) -> None:
+    """Raises `DataError` if the pipeline takes something else than it would be called with."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    name = type(pipeline).__name__
+    if prompts is None and "prompt" in accepted:
+        raise DataError(f"a {name} needs prompts")
+    if prompts is not None and "prompt" not in accepted:
+        raise DataError(f"a {name} takes no prompts")
+    unknown = [key for key in settings if key not in accepted]
+    if unknown:
+        raise DataError(f"a {name} takes no {', '.join(unknown)}; {OTHERWISE}")
+    if names is None and prompts is None and "batch_size" not in accepted:
+        raise DataError(f"a {name} takes neither class_labels nor batch_size; {OTHERWISE}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The record of what a folder was sampled with
 
 
 def pipeline_hash(pipeline: DiffusionPipeline) -> str:
@@ -63,94 +175,17 @@ def pipeline_hash(pipeline: DiffusionPipeline) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-@torch.no_grad()
-def sample_to_folder(
-    pipeline: DiffusionPipeline,
-    folder: str | Path,
-    count: int,
-    *,
-    labels: str = "balanced",
-    prompts: Sequence[str] | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-    **settings,
-) -> None:
-    """Writes 000000.png ... into a folder, by all processes together; those that are there are kept.
-
-    Batches are always the same consecutive images, image i has random numbers of its own, and schedulers that draw
-    from the global generator find it seeded by batch: so every image is a function of these arguments alone.
-
-    Args:
-        pipeline: called with `class_labels`, with `prompt`, or without a condition with `batch_size`;
-            `output_type="np"`.
-        prompts: of a text-to-image pipeline; taken in turn.
-        settings: passed to it (`guidance_scale`, `num_inference_steps`, ...).
-    Raises:
-        DataError: if the folder holds other images, or samples of other settings, or the pipeline cannot be called so.
-        NonFiniteError: if an image is not finite; those before it are kept.
-    """
-    folder, state = Path(folder), process_state()
-    names = class_names(pipeline)
-    accepted = inspect.signature(pipeline.__call__).parameters
-    unknown = [key for key in settings if key not in accepted]
-    if prompts is None and "prompt" in accepted:
-        raise DataError(f"a {type(pipeline).__name__} draws from texts: give them with --prompts")
-    if prompts is not None and "prompt" not in accepted:
-        raise DataError(f"--prompts: a {type(pipeline).__name__} takes no texts")
-    if unknown or (names is None and prompts is None and "batch_size" not in accepted):
-        what = f"takes no {', '.join(unknown)}" if unknown else "takes neither class_labels nor batch_size"
-        raise DataError(f"a {type(pipeline).__name__} {what}; {OWN_SAMPLES}")
-    plan = {"count": count, "labels": labels if names else None, "seed": seed, "batch_size": batch_size}
-    if prompts is not None:
-        plan["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    scheduler = getattr(pipeline, "scheduler", None)
-    plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and dict(scheduler.config), **settings}
-    _check_plan(folder, json.loads(json.dumps(plan, default=str)))
-
-    classes = class_labels(count, len(names), labels, seed) if names else None
-    pipeline.set_progress_bar_config(disable=True)
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    mine = batches[state.process_index :: state.num_processes]
-    missing = [batch for batch in mine if not all(_file(folder, i).exists() for i in batch)]
-    bad: list[int] = []
-    devices = [state.device] if state.device.type == "cuda" else []
-    for batch in tqdm(missing, desc="sampling", disable=not state.is_main_process):
-        if prompts is not None:
-            which = {"prompt": [prompts[i % len(prompts)] for i in batch]}
-        else:
-            which = {"class_labels": [classes[i] for i in batch]} if names else {"batch_size": len(batch)}
-        generators = [image_generator(seed, i) for i in batch]
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(image_generator(seed, batch[0]).initial_seed())
-            images = pipeline(**which, generator=generators, output_type="np", **settings).images
-        images = torch.from_numpy(np.asarray(images))
-        bad = [i for i, image in zip(batch, images) if not torch.isfinite(image).all()]
-        if bad:
-            break
-        for i, image in zip(batch, to_uint8(images * 2 - 1)):
-            with atomic_path(_file(folder, i)) as temporary:
-                Image.fromarray(image.numpy()).save(temporary, format="PNG", compress_level=1)
-    if not everyone(not bad):
-        which = f"sample {bad[0]} (and {len(bad) - 1} more of its batch)" if bad else "a sample of another process"
-        raise NonFiniteError(
-            f"{which} is not finite; try float32, or see whether tokenizer and generator belong together"
-        )
-
-
-def _file(folder: Path, index: int) -> Path:
-    return folder / f"{index:06}.png"
-
-
 def _check_plan(folder: Path, plan: dict) -> None:
+    """Raises `DataError` if the folder holds samples of another plan, or something else; writes the plan if not."""
     file, state = folder / SETTINGS_FILE, process_state()
     if not file.is_file() and folder.is_dir() and any(folder.iterdir()):
-        raise DataError(f"{folder} holds something else than samples of this command; take another --output")
+        raise DataError(f"{folder} holds something other than samples; choose another folder")
     if file.is_file():
         old = json.loads(file.read_text())
         changed = [key for key in sorted(set(old) | set(plan)) if old.get(key) != plan.get(key)]
         if changed:
             raise DataError(
-                f"{folder} holds samples of another {', '.join(changed)}; delete it, or take another --output"
+                f"{folder} holds samples of another {', '.join(changed)}; delete it, or choose another folder"
             )
     state.wait_for_everyone()  # nobody writes before everybody has looked
     if state.is_main_process:

@@ -1,5 +1,7 @@
 """The errors that a user can fix. Commands print their message, which is one line, and exit with 1."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,3 +48,33 @@ def hint(text: str) -> Iterator[None]:
         yield
     except FavaeError as error:
         raise type(error)(f"{error}; {text}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The line of an error's message that a command prints."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # A worker of a DataLoader puts its own traceback before the message.
+    return lines[-1] if lines[0].startswith("Caught ") else lines[0]
+
+
+@contextmanager
+def exit_on_error(after_interrupt: str) -> Iterator[None]:
+    """Ends the process as every command does when something goes wrong inside the block.
+
+    An error the user can fix is one line, "error: ...", and exit code 1. Ctrl-C is exit code 130.
+
+    Args:
+        after_interrupt: what running the same command again does, which is printed after Ctrl-C.
+    """
+    try:
+        yield
+    except (FavaeError, OSError, ValueError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:  # of the processes that torchrun started, one is enough
+            print(f"interrupted: {after_interrupt}", file=sys.stderr)
+        sys.exit(130)

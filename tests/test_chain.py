@@ -24,20 +24,22 @@ def test_the_whole_chain(tmp_path):
     run("train_tokenizer.py", plain, f"output={demo / 'vavae'}", *alignment)
     final = demo / "favae/final"
     cache = ("--data", images, "--resolution", "16", "--output", demo / "latents")
-    run("-m", "favae.data.latents", "--tokenizer", final, *cache)
+    run("-m", "favae", "cache-latents", "--tokenizer", final, *cache)
     recipe = tiny_generator_recipe(tmp_path, demo / "latents", final)
     run("train_generator.py", recipe, f"output={demo / 'generator'}")
     models = ("--model", f"vavae={demo / 'vavae/final'}", "--model", f"favae={final}")
     features = ("--features", "efficientnet-lite0")
     for name in ("reconstruction", "reconstruction_validation"):
         arguments = ("--data", images, "--resolution", "16", *features, "--output", demo / name)
-        printed = run("-m", "favae.eval.reconstruction", *models, *arguments).stdout
+        printed = run("-m", "favae", "evaluate", "reconstruction", *models, *arguments).stdout
         assert "rFD(efficientnet-lite0)" in printed and "FID" not in printed
     arguments = ("--reference", images, "--num-images", "9", "--num-inference-steps", "2", *features)
     pipeline = ("--pipeline", demo / "generator/final")
-    printed = run("-m", "favae.eval.generation", *pipeline, *arguments, "--output", demo / "generation").stdout
+    printed = run(
+        "-m", "favae", "evaluate", "generation", *pipeline, *arguments, "--output", demo / "generation"
+    ).stdout
     assert "FD(efficientnet-lite0)" in printed and "FID" not in printed
-    run("-m", "favae.eval.report", demo)
+    run("-m", "favae", "report", demo)
 
     metrics = json.loads((demo / "metrics.json").read_text())
     assert set(metrics["tokenizers"]) == {"favae", "vavae"}
@@ -71,5 +73,5 @@ def test_report_says_when_the_figures_are_not_reached():
 
 
 def test_report_names_the_missing_step(tmp_path):
-    result = run("-m", "favae.eval.report", tmp_path, check=False)
+    result = run("-m", "favae", "report", tmp_path, check=False)
     assert result.returncode == 1 and "reconstruction/results.json is missing" in result.stderr

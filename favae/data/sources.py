@@ -3,7 +3,6 @@
 A *source* reads image i as an RGB `PIL.Image`, and its captions; `favae.data.images` makes tensors of them.
 """
 
-import argparse
 import importlib.util
 import logging
 from pathlib import Path
@@ -282,35 +281,3 @@ def open_source(
             raise DataError(f"{path}: no such file")
         return HuggingFaceSource(path, split, image_column, label_column, caption_column)
     return FolderSource(path, min_size)
-
-
-def add_data_arguments(parser: argparse.ArgumentParser, name: str, split: str) -> None:
-    """The options of a command that reads images, `--NAME` and what `open_source` takes."""
-    parser.add_argument(name, dest="data", required=True, help="photos[:SPLIT], a folder, a .parquet file, or hf:NAME")
-    parser.add_argument("--split", default=split, help=f"of a hub dataset (default: {split})")
-    parser.add_argument("--image-column", default="image", help="of a parquet file or a hub dataset")
-    parser.add_argument("--label-column", default="label", help="likewise")
-    parser.add_argument(
-        "--caption-column", help="likewise; strings or lists of strings (default: caption, if there is one)"
-    )
-    parser.add_argument(
-        "--min-size", type=int, default=16, help="skip a folder's images with a shorter side below this"
-    )
-
-
-def data_name(arguments: argparse.Namespace) -> str:
-    """What the options of `add_data_arguments` name, in one string, for results."""
-    path = arguments.data
-    return f"{path}:{arguments.split}" if path == "photos" or path.startswith("hf:") else path
-
-
-def open_data_arguments(arguments: argparse.Namespace) -> Source:
-    """The source that the options of `add_data_arguments` name."""
-    return open_source(
-        arguments.data,
-        arguments.split,
-        image_column=arguments.image_column,
-        label_column=arguments.label_column,
-        caption_column=arguments.caption_column,
-        min_size=arguments.min_size,
-    )

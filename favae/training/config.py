@@ -36,7 +36,7 @@ class ImageDataConfig:
 
 @dataclass
 class LatentDataConfig:
-    latents: str | None = None  # a cache written by favae.data.latents
+    latents: str | None = None  # a cache written by favae cache-latents
     tokenizer: str | None = None  # the autoencoder that wrote it: a folder or hub name
     flip: bool = True
     text_embeddings: str | None = None  # of the captions; None: the folder text_embeddings of the cache
@@ -153,17 +153,16 @@ class SamplingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Measures during training, on averaged weights; see favae/eval/online.py."""
+    """Metrics during training, on averaged weights; see eval/online.py."""
 
     every: int = 0  # steps; 0: never
-    reference: str | None = None  # statistics (.safetensors, .npz) or images; of favae.eval.references, best
+    reference: str | None = None  # statistics (.safetensors, .npz) or images
     features: str = "inception"  # or "dinov2", "efficientnet-lite0", any timm model
     weights: str | None = None  # a local file for `features`
     num_images: int = 10_000  # fewer than a published FID's 50,000, and so higher than one
     guidance_scale: float = 1.0
     num_inference_steps: int = 50
     batch_size: int = 32
-    targets: list[float] = field(default_factory=lambda: [2.0, 5.0, 10.0])  # EP_FID@k: epochs until FID <= k
 
     def __post_init__(self):
         for name in ("num_images", "num_inference_steps", "batch_size"):

@@ -125,7 +125,7 @@ def test_push_to_hub_writes_a_card(hub, tiny_favae, tmp_path):
     tiny_favae.save_pretrained(run / "final")
     (run / "config.yaml").write_text("seed: 17\n")
     result = {
-        "command": "python -m favae.eval.reconstruction",
+        "command": "favae evaluate reconstruction",
         "protocol": {"resolution": 16},
         "rows": [{"model": "tiny", "metrics": {"PSNR": 31.25, "LPIPS": None}}],
     }

@@ -7,8 +7,9 @@ import torch
 from conftest import write_images
 from PIL import Image
 
+from favae.cli_options import add_data_options, open_data
 from favae.data.images import ImageDataset, UnusableImage, center_crop, skip_missing, to_rgb, to_uint8
-from favae.data.sources import FolderSource, PhotoSource, add_data_arguments, open_data_arguments, open_source
+from favae.data.sources import FolderSource, PhotoSource, open_source
 from favae.errors import DataError
 
 
@@ -175,6 +176,6 @@ def test_captions_of_columns(tmp_path):
     with pytest.raises(DataError, match=r"\[0\]: the values of 'views' \(--caption-column\) must be strings or lists"):
         open_source(file, caption_column="views").captions(0)
     parser = argparse.ArgumentParser()
-    add_data_arguments(parser, "--data", split="train")
+    add_data_options(parser, "--data", split="train")
     arguments = parser.parse_args(["--data", file, "--caption-column", "text"])
-    assert captions(open_data_arguments(arguments)) == [["a cat"], [], []]
+    assert captions(open_data(arguments)) == [["a cat"], [], []]

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LIGHTNINGDIT, TINY_VQ, run, write_images
+from conftest import TINY_LIGHTNINGDIT, TINY_VQ, command, command_error, run, write_images
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tiny_text import save_bert
@@ -20,11 +20,11 @@ from favae import (
 )
 from favae.data.images import ImageDataset
 from favae.data.sources import open_source
-from favae.errors import DataError
+from favae.errors import DataError, NonFiniteError
 from favae.eval.extraction import ImageStatistics
 from favae.eval.features import FeatureExtractor, image_generator
 from favae.eval.frechet import feature_statistics
-from favae.eval.generation import measure, measure_samples
+from favae.eval.generation import generation_metrics, measure_samples
 from favae.eval.image_sets import CroppedImages, NpzImages, SampleFolder, open_samples, write_npz
 from favae.eval.references import Reference, save_statistics
 from favae.eval.sampling import class_labels, class_names, sample_to_folder
@@ -62,11 +62,11 @@ def test_sampling_goes_on_after_a_kill_without_changing_an_image(pipeline, tmp_p
     assert all(np.array_equal(a, b) for a, b in zip(whole, pixels(tmp_path / "killed"), strict=True))
     assert (tmp_path / "killed/000009.png").stat().st_mtime_ns == kept and len(SampleFolder(tmp_path / "killed")) == 10
 
-    with pytest.raises(DataError, match="holds samples of another guidance_scale, seed; delete it"):
+    with pytest.raises(DataError, match="guidance_scale, seed"):
         sample_to_folder(pipeline, tmp_path / "killed", 10, **{**settings, "guidance_scale": 1.0}, seed=1)
     with torch.no_grad():
         next(pipeline.transformer.parameters()).add_(1)
-    with pytest.raises(DataError, match="samples of another pipeline"):
+    with pytest.raises(DataError, match="pipeline"):
         sample_to_folder(pipeline, tmp_path / "killed", 10, **settings)
 
 
@@ -81,7 +81,7 @@ def test_labels_are_balanced_or_drawn(pipeline):
 def test_samples_that_are_not_finite_are_named(pipeline, tmp_path):
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(DataError, match=r"sample 0 \(and 3 more of its batch\) is not finite"):
+    with pytest.raises(NonFiniteError, match="sample 0 .* is not finite"):
         sample_to_folder(pipeline, tmp_path / "out", 4, num_inference_steps=1, batch_size=4)
 
 
@@ -96,9 +96,9 @@ def test_a_stock_dit_pipeline_is_sampled_too(tiny_kl, tmp_path):
         sample_to_folder(pipeline, tmp_path / name, 3, num_inference_steps=2, guidance_scale=1.0, batch_size=2)
         torch.rand(1)
     assert all(np.array_equal(a, b) for a, b in zip(pixels(tmp_path / "a"), pixels(tmp_path / "b"), strict=True))
-    with pytest.raises(DataError, match="a DiTPipeline takes no guidance_interval; sample it yourself"):
+    with pytest.raises(DataError, match="DiTPipeline takes no guidance_interval"):
         sample_to_folder(pipeline, tmp_path / "c", 3, guidance_interval=(0.1, 1.0))
-    with pytest.raises(DataError, match="holds something else than samples of this command"):
+    with pytest.raises(DataError, match="images holds something other"):
         sample_to_folder(pipeline, write_images(tmp_path / "images"), 3)
 
 
@@ -134,13 +134,13 @@ def test_bad_samples_are_one_line(tmp_path):
     assert "must be (N, H, W, 3)" in problem("empty.npz", arr_0=images[:0])
     whole = (tmp_path / "grey.npz").read_bytes()
     (tmp_path / "torn.npz").write_bytes(whole[:300])
-    with pytest.raises(DataError, match="torn.npz is no .npz file or a damaged one .*; write or download it again"):
+    with pytest.raises(DataError, match="torn.npz is damaged"):
         open_samples(tmp_path / "torn.npz")
     with pytest.raises(DataError, match="missing.npz: no such file"):
         open_samples(tmp_path / "missing.npz")
     folder = write_images(tmp_path / "mixed", classes=1)
     Image.new("RGB", (9, 9)).save(folder / "class0/z.png")
-    with pytest.raises(DataError, match=r"z.png is 9 x 9 where .*0.png is 24 x 20; samples must have one size"):
+    with pytest.raises(DataError, match="z.png has 9 x 9 .*0.png has 24 x 20"):
         open_samples(folder)
     np.savez_compressed(
         tmp_path / "packed.npz", arr_0=np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
@@ -149,7 +149,7 @@ def test_bad_samples_are_one_line(tmp_path):
     for start in range(200, len(packed) - 500, 97):  # not every damage looks the same to zlib
         damaged = bytes(packed[:start]) + bytes(50) + bytes(packed[start + 50 :])
         (tmp_path / "damaged.npz").write_bytes(damaged)
-        with pytest.raises(DataError, match="damaged.npz is no .npz file or a damaged one"):
+        with pytest.raises(DataError, match="damaged.npz is damaged"):
             open_samples(tmp_path / "damaged.npz")
 
 
@@ -174,11 +174,11 @@ def test_references_agree_whatever_they_are_read_from(extractor, tmp_path):
     (packed,) = reference("r.npz")
     assert packed.hash == direct.hash and np.allclose(packed.mean, direct.mean, atol=1e-5)
 
-    with pytest.raises(DataError, match="r.safetensors is of 16 px images, the samples have 32 x 32 pixels"):
+    with pytest.raises(DataError, match="r.safetensors .* 16 x 16 .* 32 x 32"):
         reference("r.safetensors", 32)
-    with pytest.raises(DataError, match=r"holds statistics of efficientnet-lite0, not of inception \(--features\)"):
+    with pytest.raises(DataError, match="efficientnet-lite0, not of inception"):
         reference("r.safetensors", by=Named())
-    with pytest.raises(DataError, match="r.npz holds images of 16 x 16 pixels, the samples have 32 x 32 pixels"):
+    with pytest.raises(DataError, match="r.npz .* 16 x 16 .* 32 x 32"):
         reference("r.npz", 32)
     other = Named()
     other.name = extractor.name
@@ -206,7 +206,7 @@ def test_adm_statistics_are_the_reference_and_their_images_only_for_precision(tm
     statistics = {"mu": np.full(4, 2.0), "sigma": np.eye(4), "mu_s": np.full(2, 3.0), "sigma_s": np.eye(2)}
     np.savez(tmp_path / "adm.npz", arr_0=images, **statistics)
     np.savez(tmp_path / "samples.npz", arr_0=images[:20])
-    (reference,) = Reference(str(tmp_path / "adm.npz"), [Named()], None).statistics((8, 8))
+    (reference,) = Reference(str(tmp_path / "adm.npz"), [Named()]).statistics((8, 8))
     assert reference.count is None and np.array_equal(reference.mean, statistics["mu"])
     assert np.array_equal(reference.spatial_covariance, np.eye(2)) and reference.kept.shape == (30, 4)
     metrics, count = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
@@ -216,7 +216,7 @@ def test_adm_statistics_are_the_reference_and_their_images_only_for_precision(tm
     assert metrics["precision"] == 1 and metrics["FID"] > 4 * (2 - 1) ** 2 and metrics["sFID"] > 2 * (3 - 1) ** 2
 
     np.savez(tmp_path / "statistics.npz", **statistics)  # without images
-    (reference,) = Reference(str(tmp_path / "statistics.npz"), [Named()], None).statistics((8, 8))
+    (reference,) = Reference(str(tmp_path / "statistics.npz"), [Named()]).statistics((8, 8))
     metrics, _ = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
     assert metrics["FID"] > 0 and metrics["precision"] is None and metrics["KID"] is None
 
@@ -228,24 +228,26 @@ def test_too_few_images_leave_out_a_measure_and_keep_the_rest(caplog):
         rows = rng.normal(size=(count, 4))
         return ImageStatistics("inception", "", count, *feature_statistics(rows), kept=rows, logits=logits)
 
-    metrics = measure(statistics(3, rng.normal(size=(3, 5))), statistics(50))
+    metrics = generation_metrics(statistics(3, rng.normal(size=(3, 5))), statistics(50))
     assert metrics["FID"] > 0 and metrics["IS"] >= 1 and metrics["KID"] is not None
-    assert metrics["precision"] is None and "no precision, recall: k = 3 neighbours need more than 3" in caplog.text
-    assert "sFID" not in metrics and "IS" not in measure(statistics(50), statistics(50))
+    assert metrics["precision"] is None and "precision, recall" in caplog.text
+    assert "sFID" not in metrics and "IS" not in generation_metrics(statistics(50), statistics(50))
     single = ImageStatistics("inception", "", 1, None, None, kept=np.zeros((1, 4)))
-    assert measure(single, statistics(50)) == dict.fromkeys(("FID", "precision", "recall", "KID", "KID_std"))
+    assert generation_metrics(single, statistics(50)) == dict.fromkeys(("FID", "precision", "recall", "KID", "KID_std"))
 
 
-def test_the_command_with_two_processes_equals_one(pipeline, tmp_path):
+def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "pipeline")
     images = write_images(tmp_path / "images", per_class=8)
-    run("-m", "favae.eval.references", "--data", images, "--resolution", "16", *OFFLINE, "--output",
-        tmp_path / "reference.safetensors")  # fmt: skip
-    common = ("-m", "favae.eval.generation", "--pipeline", tmp_path / "pipeline", "--num-images", "14", *OFFLINE,
-              "--num-inference-steps", "2", "--guidance-scale", "1", "2", "--batch-size", "4")  # fmt: skip
+    statistics = tmp_path / "reference.safetensors"
+    command("reference-statistics", "--data", images, "--resolution", 16, *OFFLINE, "--output", statistics)
+    common = ["evaluate", "generation", "--pipeline", tmp_path / "pipeline", "--num-images", 14, *OFFLINE]
+    common += ["--num-inference-steps", 2, "--guidance-scale", 1, 2, "--batch-size", 4]
     one, two = tmp_path / "one", tmp_path / "two"
-    printed = run(*common, "--reference", images, "--write-npz", "--output", one).stdout
-    run(*common, "--reference", tmp_path / "reference.safetensors", "--output", two, processes=2)
+    command(*common, "--reference", images, "--write-npz", "--output", one)
+    printed = capsys.readouterr().out
+    assert "FD(efficientnet-lite0)" in printed and "FID" not in printed
+    run("-m", "favae", *common, "--reference", statistics, "--output", two, processes=2)
     for folder in ("guidance_scale-1.0-seed-0", "guidance_scale-2.0-seed-0"):
         first, second = pixels(one / "samples" / folder), pixels(two / "samples" / folder)
         assert len(first) == 14 and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
@@ -255,37 +257,44 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path):
     assert [row["guidance_scale"] for row in results[0]["rows"]] == [1.0, 2.0]
     differing = [key for key in results[0]["protocol"] if results[0]["protocol"][key] != results[1]["protocol"][key]]
     assert differing == ["reference_name"]  # the same images, whichever way they were given
-    assert "FD(efficientnet-lite0)" in printed and "FID" not in printed
     assert (one / "samples-guidance_scale-2.0-seed-0.png").stat().st_size > 3_000
+
     archive = one / "samples-guidance_scale-2.0-seed-0.npz"
-    again = run("-m", "favae.eval.generation", "--samples", archive, "--reference", images, *OFFLINE,
-                "--output", tmp_path / "again")  # fmt: skip
-    assert again.returncode == 0
-    (row,) = json.loads((tmp_path / "again/results.json").read_text())["rows"]
+    again = tmp_path / "again"
+    command("evaluate", "generation", "--samples", archive, "--reference", images, *OFFLINE, "--output", again)
+    (row,) = json.loads((again / "results.json").read_text())["rows"]
     same = results[0]["rows"][1]["metrics"]["FD(efficientnet-lite0)"]
     assert row["metrics"]["FD(efficientnet-lite0)"] == pytest.approx(same, rel=1e-4)
+    capsys.readouterr()
+    assert "--force" in command_error("compare", one / "results.json", again / "results.json")
+    assert "sampler: " in capsys.readouterr().out
 
-    table = run("-m", "favae.eval.compare", one / "results.json", tmp_path / "again/results.json", check=False)
-    assert table.returncode == 1 and "sampler: " in table.stderr and "--force" in table.stderr
-
-    refused = run("-m", "favae.eval.generation", "--samples", tmp_path / "nowhere", "--reference", images, *OFFLINE,
-                  "--output", tmp_path / "x", check=False)  # fmt: skip
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].endswith("nowhere: no such folder")
+    nowhere = ("--samples", tmp_path / "nowhere", "--reference", images, *OFFLINE, "--output", tmp_path / "x")
+    assert "nowhere" in command_error("evaluate", "generation", *nowhere)
 
 
-@pytest.mark.parametrize("options", [(), ("--temperature", 0.5, "--top-k", 5, "--guidance-scale", 1, 3)])
-def test_a_pipeline_of_texts_draws_the_lines_of_a_file(tmp_path, image_folder, options):
-    encoder = TextEncoder(str(save_bert(tmp_path / "bert")))
+@pytest.fixture(scope="module")
+def text_pipeline(tmp_path_factory):
+    """A saved text-to-image pipeline, and the same one in memory."""
+    folder = tmp_path_factory.mktemp("text")
+    torch.manual_seed(0)
+    encoder = TextEncoder(str(save_bert(folder / "bert")))
     transformer = CATTransformerModel(
         sample_size=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, hidden_size=16, text_dim=8,
         codebook_size=32,
     )  # fmt: skip
     pipe = CATPipeline(transformer, VQModelFA(**TINY_VQ), encoder.model, encoder.tokenizer)
-    pipe.save_pretrained(tmp_path / "pipeline")
+    pipe.save_pretrained(folder / "pipeline")
+    return folder / "pipeline", pipe
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", 0.5, "--top-k", 5, "--guidance-scale", 1, 3)])
+def test_the_lines_of_a_file_are_prompts(tmp_path, image_folder, text_pipeline, options):
+    path, pipe = text_pipeline
     (tmp_path / "prompts.txt").write_text("a red apple\n\nthe dog\n")
-    common = ["-m", "favae.eval.generation", "--pipeline", tmp_path / "pipeline", "--reference", image_folder, *OFFLINE]
+    common = ["evaluate", "generation", "--pipeline", path, "--reference", image_folder, *OFFLINE]
     common += ["--num-images", 5, "--batch-size", 2, "--output", tmp_path / "out"]
-    run(*common, "--prompts", tmp_path / "prompts.txt", *options)
+    command(*common, "--prompts", tmp_path / "prompts.txt", *options)
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert len(found["rows"]) == (2 if options else 1)
     assert found["protocol"]["top_k"] == (5 if options else None) and len(found["protocol"]["prompts"]) == 64
@@ -293,11 +302,14 @@ def test_a_pipeline_of_texts_draws_the_lines_of_a_file(tmp_path, image_folder, o
     third = pipe("a red apple", guidance_scale=1.0, generator=[image_generator(0, 2)], output_type="np",
                  **({"temperature": 0.5, "top_k": 5} if options else {})).images[0]  # fmt: skip
     assert np.abs(np.array(Image.open(folder / "000002.png")) / 255 - third).max() < 0.01
-    for arguments, message in (
-        ((), "draws from texts: give them with --prompts"),
-        (("--prompts", tmp_path / "none.txt"), "no such file"),
-        (("--prompts", tmp_path / "bert/model.safetensors"), "is not UTF-8 text"),
-    ):
-        failed = run(*common[:-1], tmp_path / "other", *arguments, check=False)
-        last = failed.stderr.strip().splitlines()[-1]
-        assert failed.returncode == 1 and message in last and "Traceback" not in failed.stderr
+
+
+def test_prompts_that_cannot_be_used(tmp_path, image_folder, text_pipeline):
+    path, _ = text_pipeline
+    common = ["evaluate", "generation", "--pipeline", path, "--reference", image_folder, *OFFLINE]
+    common += ["--num-images", 5, "--output", tmp_path / "other"]
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x80")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "prompts" in command_error(*common)
+    for name in ("none.txt", "bytes.txt", "empty.txt"):
+        assert name in command_error(*common, "--prompts", tmp_path / name)

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_VQ, run, write_images
+from conftest import TINY_VQ, command_error, run, write_images
 
 from favae import VQModelFA
 from favae.autoencoders import decode, encode, load_autoencoder, measure_budget, reconstruct
@@ -194,7 +194,7 @@ def test_reconstruction_results(tiny_favae, tmp_path, extractor):
         evaluate()
 
 
-def test_command_keeps_what_was_measured(tmp_path, tiny_favae, tiny_kl):
+def test_command_keeps_what_was_measured(tmp_path, tiny_favae, capsys):
     """Two seeds of one model, another class, and one that fails: three rows, three pictures, one error."""
     folder = write_images(tmp_path / "images")
     tiny_favae.save_pretrained(tmp_path / "a")
@@ -207,9 +207,10 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, tiny_kl):
     named = (("ours", "a"), ("ours", "b"), ("grey", "grey"), ("taesd", "tiny"))
     models = [f"--model={name}={tmp_path / path}" for name, path in named]
     options = ("--data", folder, "--resolution", "16", "--features", "efficientnet-lite0", "--output", tmp_path / "out")
-    result = run("-m", "favae.eval.reconstruction", *models, *options, check=False)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "error: grey: this AutoencoderKL takes images of 1 channels, not of 3"
+    message = command_error("evaluate", "reconstruction", *models, *options)
+    assert message.startswith("error: grey: this AutoencoderKL takes images of 1 channels")
+    printed = capsys.readouterr().out
+    assert "rFD(efficientnet-lite0)" in printed and "FID" not in printed
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [row["model"] for row in results["rows"]] == ["ours", "ours", "taesd"]
     assert results["rows"][0]["metrics"]["Recon"] != results["rows"][1]["metrics"]["Recon"]
@@ -220,7 +221,6 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, tiny_kl):
     assert "NaN" not in (tmp_path / "out/results.json").read_text()
     for name in ("comparison", "spectra", "latents"):
         assert (tmp_path / f"out/{name}.png").stat().st_size > 5_000
-    assert "rFD(efficientnet-lite0)" in result.stdout and "FID" not in result.stdout
 
     # two processes agree with one, also where a model is not finite for an image that only one of them sees
     ours = type(tiny_favae).from_pretrained(tmp_path / "a")
@@ -229,7 +229,7 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, tiny_kl):
     ours.save_pretrained(tmp_path / "nan")
     pair = [models[0], f"--model=nan={tmp_path / 'nan'}", models[1]]
     again = [*options[:-1], tmp_path / "two"]
-    result = run("-m", "favae.eval.reconstruction", *pair, *again, processes=2, check=False)
+    result = run("-m", "favae", "evaluate", "reconstruction", *pair, *again, processes=2, check=False)
     assert result.returncode == 1 and "error: nan: the reconstruction of" in result.stderr
     two = json.loads((tmp_path / "two/results.json").read_text())["rows"]
     for a, b in zip(results["rows"][:2], two, strict=True):
@@ -237,5 +237,4 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, tiny_kl):
             numbers = {name: value for name, value in a[part].items() if value is not None}
             assert {name: b[part][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
 
-    bad = run("-m", "favae.eval.reconstruction", models[0], *options, "--levels", "5", check=False)
-    assert bad.returncode == 1 and "--levels 5 needs a --resolution" in bad.stderr
+    assert "5 wavelet levels" in command_error("evaluate", "reconstruction", models[0], *options, "--levels", "5")

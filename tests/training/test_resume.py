@@ -44,7 +44,7 @@ def latents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     recipe = tiny_tokenizer_recipe(folder, write_images(folder / "images"))
     run("train_tokenizer.py", recipe, f"output={folder / 'tokenizer'}", "train.steps=2")
-    command = ("-m", "favae.data.latents", "--tokenizer", folder / "tokenizer/final", "--data", folder / "images")
+    command = ("-m", "favae", "cache-latents", "--tokenizer", folder / "tokenizer/final", "--data", folder / "images")
     command += ("--resolution", "16", "--shard-size", "5", "--batch-size", "5")
     run(*command, "--output", folder / "one")
     assert "by 2 process(es)" in run(*command, "--output", folder / "two", processes=2).stdout
@@ -110,9 +110,18 @@ def test_two_processes_train_and_evaluate_as_one(latents, tmp_path):
     # 11 images: the processes' shares differ in size
     sorted((latents / "images").rglob("*.png"))[3].unlink()
     common = ("--features", "efficientnet-lite0", "--batch-size", "4")
-    reconstruction = ("-m", "favae.eval.reconstruction", "--model", f"tiny={latents / 'tokenizer/final'}")
+    reconstruction = ("-m", "favae", "evaluate", "reconstruction", "--model", f"tiny={latents / 'tokenizer/final'}")
     reconstruction += ("--data", latents / "images", "--resolution", "16", *common)
-    generation = ("-m", "favae.eval.generation", "--pipeline", tmp_path / "generator/final", "--num-images", "7")
+    generation = (
+        "-m",
+        "favae",
+        "evaluate",
+        "generation",
+        "--pipeline",
+        tmp_path / "generator/final",
+        "--num-images",
+        "7",
+    )
     generation += ("--reference", latents / "images", "--num-inference-steps", "2", "--guidance-scale", "2", *common)
     for name, command in (("reconstruction", reconstruction), ("generation", generation)):
         results = []

@@ -57,13 +57,13 @@ def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder):
 
     model = VQModelFA.from_pretrained(whole / "final")
     assert model.lookup(torch.zeros(1, 2, 2, dtype=torch.long)).shape == (1, 6, 2, 2)
-    measured = ("-m", "favae.eval.reconstruction", "--model", f"vq={whole / 'final'}", "--data", image_folder)
+    measured = ("-m", "favae", "evaluate", "reconstruction", "--model", f"vq={whole / 'final'}", "--data", image_folder)
     options = ("--resolution", "16", "--features", "efficientnet-lite0", "--output", tmp_path / "out")
     table = run(*measured, *options).stdout
     assert "16 tokens" in table
     (result,) = json.loads((tmp_path / "out/results.json").read_text())["rows"]
     assert result["tokens_per_image"] == 16 and result["bits_per_image"] == 64 and result["floats_per_image"] is None
-    run("-m", "favae.data.latents", "--tokenizer", whole / "final", "--data", image_folder, "--resolution", "16",
+    run("-m", "favae", "cache-latents", "--tokenizer", whole / "final", "--data", image_folder, "--resolution", "16",
         "--output", tmp_path / "cache")  # fmt: skip
     manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
     assert manifest["kind"] == "tokens" and manifest["codebook_size"] == 16

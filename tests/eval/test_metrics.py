@@ -1,16 +1,11 @@
-"""Measures on plain arrays: closed forms, extremes, and agreement with torch-fidelity on the same features."""
+"""Metrics on plain arrays: closed forms, extremes, and agreement with torch-fidelity or brute force."""
 
 import numpy as np
 import pytest
-import torch
 from torch_fidelity.metric_fid import fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from favae.eval.frechet import feature_statistics, frechet_distance
-from favae.eval.generation import inception_score, kernel_distance, precision_recall
-from favae.eval.measures import retrieval
+from favae.eval.metrics import inception_score, kernel_distance, precision_recall, retrieval
 
 
 def test_frechet_of_gaussians_in_closed_form():
@@ -35,7 +30,7 @@ def test_statistics_are_numpys_in_chunks_and_in_float32():
 
 
 @pytest.mark.parametrize("count", [300, 40])  # 40 < 64 dimensions: rank-deficient
-def test_agreement_with_torch_fidelity(count):
+def test_frechet_agrees_with_torch_fidelity(count):
     rng = np.random.default_rng(0)
     real, fake = rng.normal(size=(count, 64)), rng.normal(0.3, 1.2, size=(count, 64))
     ours = frechet_distance(*feature_statistics(real), *feature_statistics(fake))
@@ -46,18 +41,6 @@ def test_agreement_with_torch_fidelity(count):
     )["frechet_inception_distance"]
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert abs(frechet_distance(*feature_statistics(real), *feature_statistics(real))) < 1e-3
-    logits = rng.normal(size=(count, 10)) * 3
-    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=4, shuffle=False)
-    ours = inception_score(logits, splits=4)
-    assert ours == pytest.approx((theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-3)
-    tensors = torch.from_numpy(fake).float(), torch.from_numpy(real).float()  # its first is the generated one
-    ours = precision_recall(real, fake, tile=17)
-    theirs = prc_features_to_metric(*tensors, prc_neighborhood=3, verbose=False)
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-3)
-    ours = kernel_distance(real, fake, subsets=5, subset_size=30)
-    theirs = kid_features_to_metric(*tensors, kid_subsets=5, kid_subset_size=30, verbose=False)
-    values = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
-    assert ours == pytest.approx(values, rel=1e-3)
 
 
 def test_kernel_distance_is_unbiased_and_by_hand():
@@ -67,8 +50,6 @@ def test_kernel_distance_is_unbiased_and_by_hand():
     a, b = np.array([[1.0], [2.0]]), np.array([[0.0], [3.0]])  # kernel (xy + 1)^3
     expected = 3.0**3 + 1.0**3 - 2 * (1 + 4.0**3 + 1 + 7.0**3) / 4
     assert kernel_distance(a, b, subsets=3, subset_size=2) == pytest.approx((expected, 0))
-    with pytest.raises(ValueError, match="subsets of 3 need that many"):
-        kernel_distance(a, b, subset_size=3)
 
 
 def test_precision_and_recall_know_which_is_which():
@@ -80,16 +61,28 @@ def test_precision_and_recall_know_which_is_which():
     scattered = 10 * rng.normal(size=(400, 8))
     assert precision_recall(real, scattered)[0] < 0.05
     assert precision_recall(real, real) == (1, 1)
-    with pytest.raises(ValueError, match="more than 3 images on each side, got 400 and 3"):
-        precision_recall(real, real[:3])
+
+
+def test_precision_and_recall_by_all_distances():
+    """More images than rows of the distance matrix that are in memory at a time."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(1500, 4)), rng.normal(0.5, 1.2, size=(1100, 4))
+
+    def distances(a, b):
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=2))
+
+    def covered(points, centers):
+        radii = np.sort(distances(centers, centers), axis=1)[:, 3]
+        return (distances(points, centers) <= radii).any(axis=1).mean()
+
+    expected = covered(fake, real), covered(real, fake)
+    assert precision_recall(real, fake, neighbors=3) == pytest.approx(expected, abs=2e-3)
 
 
 def test_inception_score_extremes():
     sure = 50 * np.eye(10)[np.arange(100) % 10]
     assert inception_score(sure, splits=1)[0] == pytest.approx(10, rel=1e-3)
     assert inception_score(np.zeros((100, 10)), splits=1)[0] == pytest.approx(1)
-    with pytest.raises(ValueError, match="10 splits need as many images, got 5"):
-        inception_score(np.zeros((5, 3)))
 
 
 def test_retrieval_counts_what_is_near_and_what_chance_gives():
@@ -104,10 +97,8 @@ def test_retrieval_counts_what_is_near_and_what_chance_gives():
     assert chance == pytest.approx({1: (1 / 5 + 2 / 5) / 2, 2: (2 / 5 + (1 - 3 / 10)) / 2, 5: 1.0})
     nothing, without = retrieval(samples, gallery, np.zeros((2, 5), bool))
     assert nothing == without == {1: 0.0, 5: 0.0}
-    with pytest.raises(ValueError, match=r"shape \(2, 5\), got \(5, 2\)"):
+    with pytest.raises(ValueError):
         retrieval(samples, gallery, relevant.T)
-    with pytest.raises(ValueError, match=r"in 1 ... 5, got \(6,\)"):
-        retrieval(samples, gallery, relevant, top=(6,))
 
 
 def test_retrieval_at_random_is_chance():

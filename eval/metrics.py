@@ -1,0 +1,86 @@
+"""Metrics of sets of images, from features or logits as plain arrays. No model is needed.
+
+IS, KID, precision and recall are torch-fidelity's; this module calls it with arrays, in float64 where that matters.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.functional.retrieval import retrieval_hit_rate
+
+DISTANCE_ROWS = 1024  # rows of the distance matrix in memory at a time: 200 MB of them at 50,000 images
+
+
+def inception_score(logits: np.ndarray, *, splits: int = 10) -> tuple[float, float]:
+    """exp E KL(p(y|x) || p(y)), as mean and standard deviation over consecutive splits.
+
+    Args:
+        logits: (N, K), in random order, N >= splits.
+    Source: Salimans et al., NeurIPS 2016.
+    """
+    found = isc_features_to_metric(torch.from_numpy(logits), splits=splits, shuffle=False)
+    return found["inception_score_mean"], found["inception_score_std"]
+
+
+def precision_recall(
+    real: np.ndarray, fake: np.ndarray, *, neighbors: int = 3, device: str | torch.device = "cpu"
+) -> tuple[float, float]:
+    """The share of fakes inside the manifold of the reals (precision), and the reverse (recall).
+
+    The manifold of a set is the union of balls around its points, each of which reaches to the point's k-th neighbor
+    in the set.
+
+    Args:
+        real, fake: features (N, D) and (M, D), N and M > neighbors.
+        neighbors: k, not counting the point itself.
+        device: where distances are computed.
+    Source: Kynkäänniemi et al., NeurIPS 2019.
+    """
+    real, fake = (torch.as_tensor(features, dtype=torch.float32, device=device) for features in (real, fake))
+    found = prc_features_to_metric(
+        fake, real, prc_neighborhood=neighbors, prc_batch_size=DISTANCE_ROWS, save_cpu_ram=True, verbose=False
+    )
+    return found["precision"], found["recall"]
+
+
+def kernel_distance(
+    real: np.ndarray, fake: np.ndarray, *, subsets: int = 100, subset_size: int = 1000
+) -> tuple[float, float]:
+    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, unbiased (KID).
+
+    Args:
+        real, fake: features (N, D) and (M, D).
+        subsets: random subsets of both; the result is the mean and the standard deviation over them.
+        subset_size: images of each side in a subset, without replacement; 2 ... min(N, M).
+    Source: Binkowski et al., ICLR 2018.
+    """
+    real, fake = (torch.as_tensor(features, dtype=torch.float64) for features in (real, fake))
+    found = kid_features_to_metric(fake, real, kid_subsets=subsets, kid_subset_size=subset_size, verbose=False)
+    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+
+
+def retrieval(
+    samples: np.ndarray, gallery: np.ndarray, relevant: np.ndarray, top: Sequence[int] = (1, 5)
+) -> tuple[dict[int, float], dict[int, float]]:
+    """How often one of a sample's k nearest images, by the angle between features, is what its prompt asked for.
+
+    Args:
+        samples, gallery: features (M, D) of generated and (N, D) of real images.
+        relevant: (M, N), whether an image of the gallery is what the prompt of a sample asked for.
+        top: values of k, each in 1 ... N.
+    Returns:
+        The share of samples for each k, and what k random images would give.
+    """
+    relevant = np.asarray(relevant, dtype=bool)
+    samples, gallery = (F.normalize(torch.as_tensor(np.asarray(x, np.float64)), dim=1) for x in (samples, gallery))
+    queries = list(zip(samples @ gallery.T, torch.from_numpy(relevant), strict=True))
+    rates = {k: float(np.mean([retrieval_hit_rate(*query, top_k=k) for query in queries])) for k in top}
+    irrelevant = len(gallery) - relevant.sum(axis=1)
+    missed = {k: [math.comb(int(n), k) / math.comb(len(gallery), k) for n in irrelevant] for k in top}
+    return rates, {k: float(1 - np.mean(values)) for k, values in missed.items()}

@@ -1,0 +1,51 @@
+"""The command `favae`.
+
+    favae COMMAND --help
+    torchrun --nproc_per_node 8 -m favae cache-latents ...     (commands that encode or sample share the work)
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import argparse
+import logging
+import os
+
+from favae.commands import caches, conversion, evaluation, results, training
+from favae.errors import exit_on_error
+
+DESCRIPTION = """Autoencoders for latent image generation: train them, measure them, train generators on their latents.
+
+Commands that encode, sample or measure images share the work between processes:
+    torchrun --nproc_per_node 8 -m favae COMMAND ..."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a subcommand.
+
+    An error the user can fix is one line and exit code 1, a wrong option exit code 2, Ctrl-C exit code 130.
+
+    Args:
+        argv: the words after `favae`; None takes those of the process.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    level = logging.WARNING if first else logging.ERROR  # a warning of every process would be the same one
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    with exit_on_error(arguments.after_interrupt):
+        arguments.run(arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="favae", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (training, caches, evaluation, results, conversion):
+        module.add_commands(commands)
+    return parser

@@ -1,0 +1,100 @@
+"""Groups of command-line options that several commands share, and what is opened by them.
+
+Nothing heavy is imported before something is opened, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from favae.errors import ConfigError, hint
+
+if TYPE_CHECKING:
+    from favae.data.images import Source
+    from favae.eval.features import FeatureExtractor
+
+
+def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str) -> None:
+    """Adds the options that name a set of images.
+
+    Args:
+        name: the option that takes the images, such as "--data".
+        split: the default of `--split`.
+    """
+    group = parser.add_argument_group("images")
+    group.add_argument(name, dest="data", required=True, help="photos[:SPLIT], a folder, a .parquet file, or hf:NAME")
+    group.add_argument("--split", default=split, help=f"split of a hub dataset (default: {split})")
+    group.add_argument("--image-column", default="image", help="column of a parquet file or a hub dataset")
+    group.add_argument("--label-column", default="label", help="likewise")
+    group.add_argument(
+        "--caption-column", help="likewise; strings or lists of strings (default: caption, if there is such a column)"
+    )
+    group.add_argument(
+        "--min-size", type=int, default=16, help="skip images of a folder whose shorter side has fewer pixels"
+    )
+
+
+def open_data(arguments: argparse.Namespace) -> Source:
+    """Opens the images that the options of `add_data_options` name."""
+    from favae.data.sources import open_source
+
+    return open_source(
+        arguments.data,
+        arguments.split,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        caption_column=arguments.caption_column,
+        min_size=arguments.min_size,
+    )
+
+
+def data_name(arguments: argparse.Namespace) -> str:
+    """One string for what the options of `add_data_options` name, for results."""
+    path = arguments.data
+    return f"{path}:{arguments.split}" if path == "photos" or path.startswith("hf:") else path
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how images are read in batches."""
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-workers", type=int, default=0, help="worker processes that read images (default: 0)")
+
+
+def add_feature_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose feature extractors."""
+    group = parser.add_argument_group("features")
+    group.add_argument(
+        "--features",
+        nargs="+",
+        default=["inception"],
+        metavar="NAME",
+        help="inception (default), dinov2, efficientnet-lite0 (needs no network), or any timm model; "
+        "with several names, every metric is computed on each of them",
+    )
+    group.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="local weights of one of --features, in place of a download; may be repeated",
+    )
+
+
+def open_extractors(arguments: argparse.Namespace) -> list[FeatureExtractor]:
+    """Opens the extractors that the options of `add_feature_options` name.
+
+    Raises:
+        ConfigError: if --weights names no extractor.
+        MissingWeights: if weights cannot be loaded.
+    """
+    from favae.eval.features import FeatureExtractor
+
+    files = {}
+    for text in arguments.weights:
+        name, separator, file = text.partition("=")
+        if not separator or name not in arguments.features:
+            raise ConfigError(f"--weights {text}: expected NAME=FILE with a NAME of --features")
+        files[name] = file
+    with hint("--weights NAME=FILE takes a local file, --features efficientnet-lite0 needs no network"):
+        return [FeatureExtractor(name, files.get(name)) for name in dict.fromkeys(arguments.features)]

@@ -1,0 +1,93 @@
+"""`favae cache-latents` and `favae embed-captions`: what a generator is trained on, written once."""
+
+import argparse
+from pathlib import Path
+
+from favae.cli_options import add_data_options, add_loading_options, data_name, open_data
+from favae.commands import add_command
+from favae.errors import hint
+
+
+def add_commands(commands) -> None:
+    parser = add_command(
+        commands,
+        "cache-latents",
+        cache_latents,
+        help="write the latents of a set of images, for train-generator",
+        description="Encode every image of a set and its mirror image, and write the latents to a folder.\n"
+        "The images' captions, if they have any, are written beside them.",
+        after_interrupt="the same command continues with the shards that are missing",
+    )
+    parser.add_argument("--tokenizer", required=True, help="a saved autoencoder: a folder or a hub name")
+    parser.add_argument("--resolution", type=int, required=True, help="height and width of the center crops")
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
+    parser.add_argument("--shard-size", type=int, default=4096, help="images per file (default: 4096)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add_data_options(parser, "--data", split="train")
+    add_loading_options(parser)
+
+    parser = add_command(
+        commands,
+        "embed-captions",
+        embed_captions,
+        help="write the text embeddings of the captions of cached latents",
+        description="Encode every caption of a cache of latents, and write the text embeddings to a folder.",
+        after_interrupt="the same command continues with the shards that are missing",
+    )
+    parser.add_argument("--latents", type=Path, required=True, help="a finished cache of latents with captions")
+    parser.add_argument("--encoder", required=True, help="minilm, or a folder or hub name that transformers opens")
+    parser.add_argument("--output", type=Path, help="a folder (default: text_embeddings in the folder of the latents)")
+    parser.add_argument("--max-length", type=int, help="tokens per caption (default: the most the encoder takes)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+
+
+def cache_latents(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from favae.data.images import ImageDataset
+    from favae.data.latents import load_tokenizer, write_latent_cache
+    from favae.distributed import process_state
+
+    manifest = write_latent_cache(
+        load_tokenizer(arguments.tokenizer),
+        ImageDataset(open_data(arguments), arguments.resolution),
+        arguments.output,
+        data_name=data_name(arguments),
+        batch_size=arguments.batch_size,
+        shard_size=arguments.shard_size,
+        dtype=getattr(torch, arguments.dtype),
+        num_workers=arguments.num_workers,
+    )
+    state = process_state()
+    if state.is_main_process:
+        captions = f" with {manifest['captions']['count']:,} captions" if manifest["captions"] else ""
+        print(
+            f"{sum(manifest['counts']):,} images{captions} and their mirror images in {arguments.output}, "
+            f"by {state.num_processes} process(es)"
+        )
+
+
+def embed_captions(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from favae.data.text_embeddings import FOLDER, write_text_embeddings
+    from favae.distributed import process_state
+    from favae.text_encoder import TextEncoder
+
+    with hint("--encoder FOLDER takes a local copy, --encoder minilm needs no network"):
+        encoder = TextEncoder(arguments.encoder, arguments.max_length)
+    manifest = write_text_embeddings(
+        encoder,
+        arguments.latents,
+        arguments.output,
+        batch_size=arguments.batch_size,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    state = process_state()
+    if state.is_main_process:
+        print(
+            f"{manifest['count']:,} captions of {sum(manifest['counts']):,} images in "
+            f"{arguments.output or arguments.latents / FOLDER}, {manifest['images_without']:,} images without, "
+            f"by {state.num_processes} process(es)"
+        )

@@ -1,0 +1,250 @@
+"""`favae evaluate reconstruction`, `favae evaluate generation` and `favae reference-statistics`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from favae.cli_options import (
+    add_data_options,
+    add_feature_options,
+    add_loading_options,
+    data_name,
+    open_data,
+    open_extractors,
+)
+from favae.commands import add_command
+from favae.errors import ConfigError, DataError, ModelError, hint
+
+if TYPE_CHECKING:
+    from favae.losses.perceptual import LPIPS
+
+logger = logging.getLogger(__name__)
+
+RECONSTRUCTION = """Measure how well autoencoders reconstruct a set of images.
+
+    favae evaluate reconstruction --model ours=runs/favae/final --model theirs=stabilityai/sd-vae-ft-mse \\
+        --data IMAGES --resolution 256 --output runs/reconstruction
+
+Any autoencoder of diffusers for RGB images, and ours. A name given twice stands for two seeds of one model. Prints a
+table; writes results.json, comparison.png (the worst images first), spectra.png and latents.png.
+
+Recon, Low and High are mean squared errors in [-1, 1], unclamped, of the image, its Haar LL band, and the mean of LH,
+HL and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SSIM and MS-SSIM are means over images,
+on 8 bits. rFID compares with the same images unless --reference names statistics. Images are center crops."""
+
+GENERATION = """Measure how close generated images are to real ones.
+
+    favae evaluate generation --pipeline runs/generator/final --reference imagenet/train --guidance-scale 1 1.5 \\
+        --num-images 50000 --output runs/generation
+    favae evaluate generation --samples FOLDER_OR_NPZ --reference VIRTUAL_imagenet256_labeled.npz --output runs/adm
+
+A pipeline (class-conditional, text-to-image, or unconditional) is sampled into OUTPUT/samples/, once for each guidance
+scale and seed, with classes or prompts in turn. Image i has its own seed: the number of processes changes nothing.
+A folder or an .npz file of images is measured as it is. Prints a table; writes results.json and samples.png.
+
+FID, sFID, precision and recall (k = 3, Inception's 2,048 features) follow ADM's evaluator, IS (10 splits) and KID
+torch-fidelity. Metrics of other features have other names. Precision, recall and KID use at most 10,000 real images,
+as ADM's evaluator does."""
+
+
+def add_commands(commands) -> None:
+    evaluate = commands.add_parser("evaluate", help="measure autoencoders or generators")
+    tasks = evaluate.add_subparsers(required=True, metavar="reconstruction | generation")
+    _add_reconstruction(tasks)
+    _add_generation(tasks)
+    _add_reference_statistics(commands)
+
+
+def _add_reconstruction(tasks) -> None:
+    parser = add_command(
+        tasks,
+        "reconstruction",
+        evaluate_reconstruction,
+        help="measure how well autoencoders reconstruct images",
+        description=RECONSTRUCTION,
+        after_interrupt="results.json holds the models that were finished; the same command measures all of them again",
+    )
+    parser.add_argument(
+        "--model", action="append", required=True, metavar="[NAME=]PATH", help="folder or hub name; may be repeated"
+    )
+    parser.add_argument("--resolution", type=int, required=True, help="height and width of the center crops")
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
+    parser.add_argument("--reference", help="statistics for rFID (.safetensors or .npz) instead of the same images")
+    parser.add_argument(
+        "--lpips-weights",
+        metavar="FILE",
+        help="weights of VGG16: a file, or 'download'; without this option LPIPS is computed if they are cached",
+    )
+    parser.add_argument("--posterior", choices=["mode", "sample"], default="mode")
+    parser.add_argument("--levels", type=int, default=3, help="wavelet levels for the errors per band (default: 3)")
+    parser.add_argument("--examples", type=int, default=8, help="images in comparison.png (default: 8)")
+    add_data_options(parser, "--data", split="validation")
+    add_feature_options(parser)
+    add_loading_options(parser)
+
+
+def _add_generation(tasks) -> None:
+    parser = add_command(
+        tasks,
+        "generation",
+        evaluate_generation,
+        help="measure how close generated images are to real ones",
+        description=GENERATION,
+        after_interrupt="the same command continues with the samples that are missing",
+    )
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--pipeline", help="a saved pipeline to sample: a folder or a hub name")
+    images.add_argument("--samples", help="images that exist: a folder, or an .npz file (arr_0)")
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
+    parser.add_argument("--write-npz", action="store_true", help="write the samples for ADM's evaluator too, shuffled")
+    group = parser.add_argument_group("sampling, with --pipeline")
+    group.add_argument("--num-images", type=int, default=50_000)
+    group.add_argument("--labels", choices=["balanced", "random"], default="balanced")
+    group.add_argument("--prompts", type=Path, help="a text file with a prompt per line, for text-to-image pipelines")
+    group.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0], help="1 is without guidance")
+    group.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="times with guidance; 1 is data"
+    )
+    group.add_argument("--num-inference-steps", type=int, help="(default: 50; 25 per token for CAT's flow head)")
+    group.add_argument("--seed", type=int, nargs="+", default=[0])
+    group.add_argument("--temperature", type=float, help="of autoregressive pipelines, as the next two")
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--trust-remote-code", action="store_true", help="run the code in the pipeline's hub repository")
+    add_data_options(parser, "--reference", split="train")
+    add_feature_options(parser)
+    add_loading_options(parser)
+
+
+def _add_reference_statistics(commands) -> None:
+    parser = add_command(
+        commands,
+        "reference-statistics",
+        reference_statistics,
+        help="write the statistics of real images once, for evaluate generation --reference",
+    )
+    parser.add_argument("--resolution", type=int, required=True, help="height and width of the center crops")
+    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file")
+    add_data_options(parser, "--data", split="train")
+    add_feature_options(parser)
+    add_loading_options(parser)
+
+
+def named_model(text: str) -> tuple[str, str]:
+    """NAME=PATH, or PATH alone, whose last part is then the name."""
+    name, separator, path = text.partition("=")
+    return (name, path) if separator else (Path(text).name, text)
+
+
+def open_lpips(weights: str | None) -> LPIPS | None:
+    """The LPIPS metric; None, with a warning, if no weights are named and none are cached.
+
+    Args:
+        weights: a file, or "download"; None uses VGG16's cached weights.
+    """
+    from favae.distributed import process_state
+    from favae.losses.perceptual import LPIPS, cached_vgg16
+
+    if weights is None and not cached_vgg16():
+        logger.warning("no LPIPS: VGG16's weights are not cached; name them by --lpips-weights FILE or download")
+        return None
+    with hint("--lpips-weights FILE takes a local file"):
+        return LPIPS(None if weights == "download" else weights or cached_vgg16()).to(process_state().device)
+
+
+def evaluate_reconstruction(arguments: argparse.Namespace) -> None:
+    from favae.data.images import ImageDataset
+    from favae.distributed import process_state
+    from favae.eval.reconstruction import evaluate_autoencoders, table_row
+    from favae.eval.references import Reference
+    from favae.eval.results import format_table
+
+    images = ImageDataset(open_data(arguments), arguments.resolution)
+    extractors = open_extractors(arguments)
+    reference = arguments.reference
+    lpips = open_lpips(arguments.lpips_weights)
+    rows, failures = evaluate_autoencoders(
+        [named_model(text) for text in arguments.model],
+        images,
+        extractors,
+        arguments.output,
+        data_name=data_name(arguments),
+        reference=Reference(reference, extractors) if reference else None,
+        lpips=lpips,
+        posterior=arguments.posterior,
+        levels=arguments.levels,
+        num_examples=arguments.examples,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+    )
+    if process_state().is_main_process and rows:
+        print(
+            f"{data_name(arguments)} at {arguments.resolution} px, center crop, posterior {arguments.posterior}, "
+            f"{extractors[0].metric('rFID')} against {reference or 'the same images'}"
+        )
+        print(format_table([table_row(row) for row in rows]))
+    if failures:
+        raise ModelError("; ".join(failures))
+
+
+def evaluate_generation(arguments: argparse.Namespace) -> None:
+    from favae.distributed import process_state
+    from favae.eval.generation import evaluate_samples, given_samples, read_prompts, row_label, sample_pipeline
+    from favae.eval.references import Reference
+    from favae.eval.results import format_table, shown_metrics
+
+    extractors = open_extractors(arguments)
+    reference = Reference(arguments.data, extractors, lambda: open_data(arguments))
+    if arguments.pipeline:
+        samples = sample_pipeline(
+            arguments.pipeline,
+            arguments.output,
+            num_images=arguments.num_images,
+            labels=arguments.labels,
+            prompts=read_prompts(arguments.prompts) if arguments.prompts else None,
+            guidance_scales=arguments.guidance_scale,
+            guidance_interval=arguments.guidance_interval,
+            num_inference_steps=arguments.num_inference_steps,
+            seeds=arguments.seed,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            batch_size=arguments.batch_size,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    else:
+        samples = given_samples(arguments.samples)
+    rows = evaluate_samples(
+        samples,
+        reference,
+        extractors,
+        arguments.output,
+        reference_name=arguments.data,
+        archives=arguments.write_npz,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+    )
+    if process_state().is_main_process:
+        print(f"{samples.name} against {arguments.data}")
+        print(format_table([{"": row_label(row), **shown_metrics(row)} for row in rows]))
+
+
+def reference_statistics(arguments: argparse.Namespace) -> None:
+    from favae.distributed import process_state
+    from favae.eval.references import Reference, save_statistics
+
+    if arguments.output.suffix != ".safetensors":
+        raise ConfigError(f"--output must end in .safetensors, got {arguments.output}")
+    if arguments.data.endswith((".safetensors", ".npz")):
+        raise DataError(f"{arguments.data} holds statistics already, or images that are compared as they are")
+    reference = Reference(arguments.data, open_extractors(arguments), lambda: open_data(arguments))
+    size = (arguments.resolution, arguments.resolution)
+    found = reference.statistics(size, batch_size=arguments.batch_size, num_workers=arguments.num_workers)
+    if process_state().is_main_process:
+        description = {"data": data_name(arguments), "resolution": arguments.resolution, "crop": "center"}
+        save_statistics(arguments.output, found, description)
+        for entry in found:
+            print(f"{entry.features}: {entry.count:,} images, pixels {entry.hash[:12]}")
