@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import run, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
+from conftest import command, command_error, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
 
 from favae.eval.report import verdict
 
@@ -13,33 +13,33 @@ model: {name: AutoencoderKL, down_block_types: [DownEncoderBlock2D, DownEncoderB
 """
 
 
-def test_the_whole_chain(tmp_path):
+def test_the_whole_chain(tmp_path, capsys):
     demo = tmp_path / "demo"
     images = write_images(tmp_path / "images")
     ours = tiny_tokenizer_recipe(tmp_path, images)
     plain = tmp_path / "plain.yaml"
     plain.write_text(PLAIN + ours.read_text()[ours.read_text().index("data:") :])
     alignment = ["loss.alignment.weight=0.1", "loss.alignment.backbone=efficientnet-lite0"]  # adaptive
-    run("train_tokenizer.py", ours, f"output={demo / 'favae'}", *alignment)
-    run("train_tokenizer.py", plain, f"output={demo / 'vavae'}", *alignment)
+    command("train-tokenizer", ours, f"output={demo / 'favae'}", *alignment)
+    command("train-tokenizer", plain, f"output={demo / 'vavae'}", *alignment)
     final = demo / "favae/final"
     cache = ("--data", images, "--resolution", "16", "--output", demo / "latents")
-    run("-m", "favae", "cache-latents", "--tokenizer", final, *cache)
+    command("cache-latents", "--tokenizer", final, *cache)
     recipe = tiny_generator_recipe(tmp_path, demo / "latents", final)
-    run("train_generator.py", recipe, f"output={demo / 'generator'}")
+    command("train-generator", recipe, f"output={demo / 'generator'}")
     models = ("--model", f"vavae={demo / 'vavae/final'}", "--model", f"favae={final}")
     features = ("--features", "efficientnet-lite0")
     for name in ("reconstruction", "reconstruction_validation"):
         arguments = ("--data", images, "--resolution", "16", *features, "--output", demo / name)
-        printed = run("-m", "favae", "evaluate", "reconstruction", *models, *arguments).stdout
+        command("evaluate", "reconstruction", *models, *arguments)
+        printed = capsys.readouterr().out
         assert "rFD(efficientnet-lite0)" in printed and "FID" not in printed
     arguments = ("--reference", images, "--num-images", "9", "--num-inference-steps", "2", *features)
     pipeline = ("--pipeline", demo / "generator/final")
-    printed = run(
-        "-m", "favae", "evaluate", "generation", *pipeline, *arguments, "--output", demo / "generation"
-    ).stdout
+    command("evaluate", "generation", *pipeline, *arguments, "--output", demo / "generation")
+    printed = capsys.readouterr().out
     assert "FD(efficientnet-lite0)" in printed and "FID" not in printed
-    run("-m", "favae", "report", demo)
+    command("report", demo)
 
     metrics = json.loads((demo / "metrics.json").read_text())
     assert set(metrics["tokenizers"]) == {"favae", "vavae"}
@@ -73,5 +73,4 @@ def test_report_says_when_the_figures_are_not_reached():
 
 
 def test_report_names_the_missing_step(tmp_path):
-    result = run("-m", "favae", "report", tmp_path, check=False)
-    assert result.returncode == 1 and "reconstruction/results.json is missing" in result.stderr
+    assert "reconstruction/results.json" in command_error("report", tmp_path)

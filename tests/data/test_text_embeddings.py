@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import command, command_error
 from safetensors.torch import load_file
 from tiny_text import save_bert
 
@@ -12,7 +13,7 @@ from favae.data.images import ImageDataset
 from favae.data.latents import open_latents, write_latent_cache
 from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
-from favae.data.text_embeddings import TextEmbeddings, main, write_text_embeddings
+from favae.data.text_embeddings import TextEmbeddings, write_text_embeddings
 from favae.errors import CacheError
 from favae.text_encoder import TextEncoder
 
@@ -191,16 +192,14 @@ def test_latents_without_captions(tiny_favae, images, encoder, tmp_path):
 
 
 def test_the_command(encoder, cache, tmp_path, capsys, caplog):
-    arguments = ["--latents", str(cache), "--output", str(tmp_path / "embeddings"), "--encoder"]
+    arguments = ["embed-captions", "--latents", cache, "--output", tmp_path / "embeddings", "--encoder"]
     with caplog.at_level(logging.WARNING):
-        main([*arguments, encoder.name, "--max-length", "5", "--dtype", "float32"])
+        command(*arguments, encoder.name, "--max-length", "5", "--dtype", "float32")
     assert "6 captions of 12 images" in capsys.readouterr().out and "cut to 5 tokens" in caplog.text
     embeddings = TextEmbeddings(tmp_path / "embeddings")
     assert read(embeddings, [3], [0])[0].shape == (1, 5, 8)
     assert torch.equal(read(pickle.loads(pickle.dumps(embeddings)), [3], [0])[0], read(embeddings, [3], [0])[0])
-    with pytest.raises(SystemExit, match=r"error: .*'/no/encoder' .*--encoder FOLDER .*--encoder minilm"):
-        main([*arguments, "/no/encoder"])
-    with pytest.raises(SystemExit, match="error: .*no finished latent cache"):
-        main(["--latents", str(tmp_path / "nothing"), "--encoder", encoder.name])
-    with pytest.raises(SystemExit, match="error: max_length"):
-        main([*arguments, encoder.name, "--max-length", "100"])
+    message = command_error(*arguments, "/no/encoder")
+    assert "/no/encoder" in message and "--encoder FOLDER" in message
+    assert "nothing" in command_error("embed-captions", "--latents", tmp_path / "nothing", "--encoder", encoder.name)
+    assert "max_length" in command_error(*arguments, encoder.name, "--max-length", "100")

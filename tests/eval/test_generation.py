@@ -130,7 +130,7 @@ def test_bad_samples_are_one_line(tmp_path):
     images = np.zeros((4, 16, 16, 3), np.uint8)
     assert "must be (N, H, W, 3)" in problem("grey.npz", arr_0=images[..., :1])
     assert "must be uint8" in problem("float.npz", arr_0=np.full(images.shape, np.nan, np.float32))
-    assert "no array 'arr_0', there are images" in problem("named.npz", images=images)
+    assert "no array 'arr_0'" in problem("named.npz", images=images)
     assert "must be (N, H, W, 3)" in problem("empty.npz", arr_0=images[:0])
     whole = (tmp_path / "grey.npz").read_bytes()
     (tmp_path / "torn.npz").write_bytes(whole[:300])
