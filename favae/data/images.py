@@ -1,8 +1,8 @@
-"""Images as tensors: what is common to all sources, crops, and a dataset of a source's images in [-1, 1]."""
+"""Images as tensors: conversion to RGB, crops, and a data set of a source's images in [-1, 1]."""
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -14,26 +14,27 @@ from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+# What PIL raises for damaged files of various formats; SyntaxError is for broken PNG.
 READ_ERRORS = (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
 
 
 class UnusableImage(ValueError):
-    """One image that cannot be used; the message says why."""
+    """An image cannot be used. The message says why."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts where the meaning is obvious: greyscale, palette, CMYK, 16-bit greyscale; transparency over white.
+    """Converts an image to RGB: grayscale of 8 or 16 bits, palettes and CMYK; what is transparent is put over white.
 
     Raises:
-        UnusableImage: for modes whose value range is unknown (32-bit integers beyond 16 bits, floating point).
+        UnusableImage: if the range of pixel values is unknown (floating point, or integers of more than 16 bits).
     """
-    image.load()  # decoded here, so that a damaged file fails here
+    image.load()  # a damaged file fails here, and not later
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # 16-bit greyscale, which PIL opens as "I;16" or as "I"
+    if image.mode.startswith("I"):  # 16-bit grayscale is opened as "I;16" or as "I"
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UnusableImage(f"integer pixels from {values.min()} to {values.max()}, at most 16 bits are understood")
+            raise UnusableImage(f"integer pixels from {values.min()} to {values.max()}; at most 16 bits are supported")
         return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise UnusableImage("floating-point pixels of unknown range")
@@ -44,9 +45,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scales the shorter side to `size` (box filter by halves, then bicubic) and crops the middle.
+    """Scales the shorter side to `size` and crops the middle.
 
-    The preprocessing of the class-conditional ImageNet literature (Dhariwal and Nichol, 2021).
+    Source: the preprocessing of class-conditional ImageNet, Dhariwal and Nichol, 2021.
     """
     image = shorter_side_to(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -54,14 +55,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """As `center_crop`, but the window is drawn uniformly."""
+    """Scales the shorter side to `size` and crops a window whose position is uniform."""
     image = shorter_side_to(image, size)
     left, top = rng.integers(image.width - size + 1), rng.integers(image.height - size + 1)
     return image.crop((left, top, left + size, top + size))
 
 
 def shorter_side_to(image: Image.Image, size: int) -> Image.Image:
-    """By halves with a box filter, then bicubic."""
+    """Scales the shorter side to `size` pixels: halved by a box filter while that is possible, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -70,7 +71,7 @@ def shorter_side_to(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) float32 in [-1, 1]."""
+    """(3, H, W) float32 in [-1, 1], of an RGB image."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -80,38 +81,57 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Datasets
+# Data sets
 
 
 class Source(Protocol):
+    """Images by index, whatever they are stored in."""
+
     classes: list[str]
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether there may be captions."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def label(self, index: int) -> int: ...
+    def label(self, index: int) -> int:
+        """The class, as an index of `classes`."""
+        ...
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """What messages call the image."""
+        ...
 
-    def read(self, index: int) -> Image.Image: ...
+    def read(self, index: int) -> Image.Image:
+        """The image in RGB. Raises one of `READ_ERRORS` if it cannot be read."""
+        ...
 
-    has_captions: bool  # whether there may be any
-
-    def captions(self, index: int) -> list[str]: ...
+    def captions(self, index: int) -> list[str]:
+        """Any number of captions, none of them empty."""
+        ...
 
 
 class ImageDataset(Dataset):
     """Images of a source as tensors.
 
-    Args:
-        source: where images come from.
-        resolution: height and width of the result.
+    `dataset[i]` is {"image": (3, R, R) in [-1, 1], "label": int, "index": int} for the center crop, or None if the
+    image cannot be read; a warning names it, and `skip_missing` leaves it out of batches. Training reads random views.
 
-    `dataset[i]` is {"image": (3, R, R) in [-1, 1], "label": int, "index": int} of the centre crop, or None if the file
-    cannot be decoded after all (`skip_missing` drops these from batches; the warning names the file).
-    `sample(i, rng)` gives a random crop and flip of the image, and the next readable image in place of a broken one.
+    Args:
+        source: where the images come from.
+        resolution: height and width R of the tensors.
+        crop: the window of a random view, once the shorter side is scaled to the resolution.
+        flip: whether half of the random views are mirrored.
+
+    Attributes:
+        unreadable: indices of images that could not be read so far.
     """
 
-    def __init__(self, source: Source, resolution: int, *, crop: str = "random", flip: bool = True):
+    def __init__(
+        self, source: Source, resolution: int, *, crop: Literal["random", "center"] = "random", flip: bool = True
+    ):
         self.source = source
         self.resolution = resolution
         self.crop = crop
@@ -126,7 +146,7 @@ class ImageDataset(Dataset):
         return len(self.source)
 
     def captions(self, index: int) -> list[str]:
-        """Of image `index`; none of them is empty."""
+        """The captions of an image, none of them empty."""
         return self.source.captions(index)
 
     def _read(self, index: int) -> Image.Image | None:
@@ -158,9 +178,8 @@ class ImageDataset(Dataset):
                 break
         else:
             raise DataError("not one of the images can be read")
-        crop = (
-            random_crop(image, self.resolution, rng) if self.crop == "random" else center_crop(image, self.resolution)
-        )
+        size = self.resolution
+        crop = random_crop(image, size, rng) if self.crop == "random" else center_crop(image, size)
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self._item(candidate % len(self), crop)
@@ -177,6 +196,6 @@ class ImageDataset(Dataset):
 
 
 def skip_missing(items: list[dict | None]) -> dict | None:
-    """Collates what is there; None if nothing is."""
+    """Collates the items that are not None, and gives None if there are none."""
     items = [item for item in items if item is not None]
     return default_collate(items) if items else None

@@ -1,11 +1,12 @@
 """Where images come from: a folder, a Hugging Face dataset, a parquet file, or the photographs inside some wheels.
 
-A *source* reads image i as an RGB `PIL.Image`, and its captions; `favae.data.images` makes tensors of them.
+A source gives image i as an RGB `PIL.Image`, its class and its captions; `favae.data.images` makes tensors of images.
 """
 
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,55 +20,52 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
-
-
 class FolderSource:
-    """Every image below `path`; the class is the first folder below it (ImageFolder's layout), if there is one.
+    """Every image below a folder. Its first folder level is the class, if it has one, as in torchvision's ImageFolder.
 
-    The captions of `name.png` are the lines of `name.txt` beside it, in UTF-8; without such a file it has none.
-    Headers are read once at the start: a file that is no image, or whose shorter side is below `min_size` pixels, is
-    left out with a warning that names it.
+    The captions of `name.png` are the lines of `name.txt` beside it. All headers are read when the source is opened: a
+    file that is no image, or is too small, is left out with a warning that names it. Files whose names begin with "."
+    are ignored.
+
+    Args:
+        path: of the folder.
+        min_size: pixels that the shorter side of an image must have.
 
     Attributes:
-        files: those that are used. sizes: width and height of each, as stored.
+        files: those that are used. sizes: width and height of each. classes: names of the class folders, sorted.
 
     Raises:
-        DataError: if the folder does not exist or nothing in it is usable.
+        DataError: if the folder does not exist, if it has no usable image, or if only some images are in class folders.
     """
 
     def __init__(self, path: str | Path, min_size: int = 16):
         self.path = Path(path)
         if not self.path.is_dir():
             raise DataError(f"{path}: no such folder")
-        files = sorted(f for f in self.path.rglob("*") if _is_image(f) and f.is_file())
-        self.files, self.sizes, skipped = [], [], 0
+
+        # Files whose headers can be read.
+        files = sorted(file for file in self.path.rglob("*") if _is_image(file) and file.is_file())
+        self.files: list[Path] = []
+        self.sizes: list[tuple[int, int]] = []
         for file in files:
             try:
-                self.sizes.append(self._size(file, min_size))
+                self.sizes.append(_image_size(file, min_size))
                 self.files.append(file)
             except READ_ERRORS as error:
-                skipped += 1
                 logger.warning("skipped %s: %s", file, error)
+        skipped = len(files) - len(self.files)
         if skipped:
             logger.warning("skipped %d of %d images in %s", skipped, len(files), path)
         if not self.files:
             raise DataError(f"{path}: no usable image ({len(files)} image files found, {skipped} skipped)")
+
+        # Classes.
         folders = [file.relative_to(self.path).parts[0] for file in self.files if file.parent != self.path]
-        self.classes = sorted(set(folders)) or ["image"]
         if folders and len(folders) < len(self.files):
             raise DataError(f"{path}: some images are in class folders and some are not")
+        self.classes = sorted(set(folders)) or ["image"]
         index = {name: i for i, name in enumerate(self.classes)}
         self._labels = [index[name] for name in folders] or [0] * len(self.files)
-
-    @staticmethod
-    def _size(file: Path, min_size: int) -> tuple[int, int]:
-        with Image.open(file) as image:
-            if min(image.size) < min_size:
-                size = f"{image.width}x{image.height} pixels"
-                raise UnusableImage(f"{size}, the shorter side must have {min_size} (data.min_size)")
-            return image.size
 
     def __len__(self) -> int:
         return len(self.files)
@@ -87,56 +85,53 @@ class FolderSource:
         return any(self.path.rglob("*.txt"))
 
     def captions(self, index: int) -> list[str]:
-        """Raises `DataError` for a file that is not UTF-8."""
+        """Raises `DataError` if the file with the captions is not UTF-8."""
         return read_caption_lines(self.files[index].with_suffix(".txt"))
 
 
-class HuggingFaceSource:
-    """A dataset of the `datasets` library, from the hub or from a local parquet file.
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
 
-    Captions are strings or lists of strings; without such a column no image has any.
+
+def _image_size(file: Path, min_size: int) -> tuple[int, int]:
+    """Width and height, from the header alone."""
+    with Image.open(file) as image:
+        if min(image.size) < min_size:
+            raise UnusableImage(
+                f"{image.width} x {image.height} pixels, but the shorter side must have at least {min_size}"
+            )
+        return image.size
+
+
+class HuggingFaceSource:
+    """A data set of the `datasets` library: one of the hub, or a local parquet file.
+
+    Args:
+        path: name on the hub, or a file that ends in ".parquet".
+        split: of a data set on the hub.
+        image_column, label_column: their names. Without a label column, all images are of class 0.
+        caption_column: with strings or lists of strings; None takes "caption", if there is such a column.
 
     Raises:
-        DataError: if a column is missing.
+        DataError: if the data set cannot be opened or is empty, if a column is missing, or labels are.
     """
 
     def __init__(self, path: str, split: str, image_column: str, label_column: str, caption_column: str | None = None):
         import datasets
 
-        try:
-            if path.endswith(".parquet"):
-                data = datasets.load_dataset("parquet", data_files=path, split="train")
-            else:
-                data = datasets.load_dataset(path, split=split)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{path} ({split}) cannot be opened: {str(error).splitlines()[0]}") from error
-        if not len(data):
-            raise DataError(f"{path} ({split}) is empty")
-        if image_column not in data.column_names:
-            raise DataError(
-                f"{path}: no column '{image_column}' (data.image_column), there are {', '.join(data.column_names)}"
-            )
         self.path = path
-        self.data = data.cast_column(image_column, datasets.Image())
+        data = _open_dataset(path, split)
+        for column in (image_column, caption_column):
+            if column is not None and column not in data.column_names:
+                raise DataError(f"{path}: no column '{column}', there are {', '.join(data.column_names)}")
         self.image_column = image_column
-        if caption_column is not None and caption_column not in data.column_names:
-            raise DataError(
-                f"{path}: no column '{caption_column}' (--caption-column), there are {', '.join(data.column_names)}"
-            )
         self.caption_column = caption_column or "caption"
         self.has_captions = self.caption_column in data.column_names
+        self.classes, self._labels = _read_labels(data, label_column, f"{path} ({split})")
+
+        self.data = data.cast_column(image_column, datasets.Image())
+        # Captions are read without their images.
         self._captions = data.select_columns(self.caption_column) if self.has_captions else None
-        labels = data[label_column] if label_column in data.column_names else [0] * len(data)
-        if any(label is None for label in labels):
-            raise DataError(f"{path}: some values of '{label_column}' (data.label_column) are missing")
-        feature = data.features.get(label_column)
-        named = getattr(feature, "names", None)
-        self.classes = list(named or map(str, sorted(set(labels))))
-        index = {value: i for i, value in enumerate(range(len(named)) if named else sorted(set(labels)))}
-        unknown = sorted(set(labels) - set(index))
-        if unknown:  # -1 in test splits of the hub
-            raise DataError(f"{path} ({split}): label {unknown[0]} is no class; this split has no labels to use")
-        self._labels = [index[value] for value in labels]
 
     def __len__(self) -> int:
         return len(self.data)
@@ -154,33 +149,64 @@ class HuggingFaceSource:
         return to_rgb(image)
 
     def captions(self, index: int) -> list[str]:
-        """Raises `DataError` for values that are no text."""
+        """Raises `DataError` if the value is not text."""
         if self._captions is None:
             return []
         value = self._captions[index][self.caption_column] or []
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
             raise DataError(
-                f"{self.name(index)}: the values of '{self.caption_column}' (--caption-column) must be strings or "
-                "lists of strings"
+                f"{self.name(index)}: values of the caption column '{self.caption_column}' must be strings or lists of "
+                "strings"
             )
         return clean_captions(values)
+
+
+def _open_dataset(path: str, split: str) -> Any:
+    """A `datasets.Dataset`."""
+    import datasets
+
+    try:
+        if path.endswith(".parquet"):
+            data = datasets.load_dataset("parquet", data_files=path, split="train")
+        else:
+            data = datasets.load_dataset(path, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{path} ({split}) cannot be opened: {str(error).splitlines()[0]}") from error
+    if not len(data):
+        raise DataError(f"{path} ({split}) is empty")
+    return data
+
+
+def _read_labels(data: Any, column: str, name: str) -> tuple[list[str], list[int]]:
+    """Names of the classes, and the class of each row: those that the column declares, or else its different values."""
+    labels = data[column] if column in data.column_names else [0] * len(data)
+    if any(label is None for label in labels):
+        raise DataError(f"{name}: some values of the label column '{column}' are missing")
+    declared = getattr(data.features.get(column), "names", None)
+    values = list(range(len(declared))) if declared else sorted(set(labels))
+    unknown = sorted(set(labels) - set(values))
+    if unknown:  # test splits of the hub have -1
+        raise DataError(f"{name}: label {unknown[0]} is no class; this split has no labels to use")
+    index = {value: i for i, value in enumerate(values)}
+    return list(declared or map(str, values)), [index[label] for label in labels]
 
 
 class PhotoSource:
     """Square crops of photographs that are inside the wheels of scikit-image, matplotlib and scikit-learn.
 
-    The class is the photograph, the caption its description. Splits: "train" takes crops from the left three quarters
+    The class is the photograph, the caption its description. The split "train" takes crops from the left three quarters
     of each photograph, "validation" from the right quarter, "heldout" from two photographs that the other splits never
-    touch, and "test" from three more, looked at for one setting only (docs/results.md). Crop i is a pure function of i:
-    its photograph is i modulo their number, its side is log-uniform between 64 pixels and the region's shorter side.
+    touch, and "test" from three more, looked at for one setting only (docs/results.md). Crop i is a function of i
+    alone: its photograph is i modulo their number, its side is log-uniform between 64 pixels and the region's shorter
+    side.
 
     Args:
-        split: one of `SPLITS`.
+        split: one of `NUM_CROPS_BY_SPLIT`.
         size: the number of crops; None takes the split's default.
 
     Raises:
-        DataError: if the split is unknown, or the package with its photographs is not installed.
+        DataError: if there is no such split, or the package with a photograph is not installed.
     """
 
     has_captions = True
@@ -200,33 +226,35 @@ class PhotoSource:
         "pavilion": ("sklearn/datasets/images/china.jpg", "a Chinese pavilion under a blue sky"),
         "dahlia": ("sklearn/datasets/images/flower.jpg", "an orange dahlia"),
     }
-    SPLITS = {"train": 1024, "validation": 128, "heldout": 128, "test": 128}
-    WHOLE = {"heldout": ("cat", "gravel"), "test": ("officer", "pavilion", "dahlia")}
-    TRAIN_SHARE = 0.75
+    NUM_CROPS_BY_SPLIT = {"train": 1024, "validation": 128, "heldout": 128, "test": 128}
+    WHOLE_PHOTOS_BY_SPLIT = {"heldout": ("cat", "gravel"), "test": ("officer", "pavilion", "dahlia")}
+    TRAIN_SHARE = 0.75  # of the width of each photograph that "train" and "validation" divide
 
     def __init__(self, split: str = "train", size: int | None = None):
-        if split not in self.SPLITS:
-            raise DataError(f"photos: no split '{split}', there are {', '.join(self.SPLITS)}")
+        if split not in self.NUM_CROPS_BY_SPLIT:
+            raise DataError(f"photos: no split '{split}', there are {', '.join(self.NUM_CROPS_BY_SPLIT)}")
         self.split = split
-        self.size = size or self.SPLITS[split]
-        elsewhere = [name for names in self.WHOLE.values() for name in names]
-        self.classes = list(self.WHOLE.get(split, [name for name in self.PHOTOS if name not in elsewhere]))
+        self.size = size or self.NUM_CROPS_BY_SPLIT[split]
+        elsewhere = [name for names in self.WHOLE_PHOTOS_BY_SPLIT.values() for name in names]
+        divided = [name for name in self.PHOTOS if name not in elsewhere]
+        self.classes = list(self.WHOLE_PHOTOS_BY_SPLIT.get(split, divided))
         self._regions = [self._region(name) for name in self.classes]
 
     def _region(self, name: str) -> Image.Image:
+        """The part of a photograph that belongs to the split."""
         package, _, file = self.PHOTOS[name][0].partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None:
             raise DataError(f"photos:{self.split} needs the photographs inside {package}; pip install favae[offline]")
         with Image.open(Path(spec.submodule_search_locations[0]) / file) as image:
             image = to_rgb(image)
-        if min(image.size) > 512:  # so that a crop of the largest photographs still shows something
+        if min(image.size) > 512:  # so that a small crop of a large photograph still shows something
             image = shorter_side_to(image, 512)
-        seam = round(self.TRAIN_SHARE * image.width)
+        boundary = round(self.TRAIN_SHARE * image.width)
         if self.split == "train":
-            return image.crop((0, 0, seam, image.height))
+            return image.crop((0, 0, boundary, image.height))
         if self.split == "validation":
-            return image.crop((seam, 0, image.width, image.height))
+            return image.crop((boundary, 0, image.width, image.height))
         return image
 
     def __len__(self) -> int:
@@ -240,7 +268,7 @@ class PhotoSource:
 
     def read(self, index: int) -> Image.Image:
         region = self._regions[self.label(index)]
-        rng = np.random.default_rng([index, list(self.SPLITS).index(self.split)])
+        rng = np.random.default_rng([index, list(self.NUM_CROPS_BY_SPLIT).index(self.split)])
         longest = min(region.size)
         side = round(64 * (longest / 64) ** rng.random())
         left, top = rng.integers(region.width - side + 1), rng.integers(region.height - side + 1)
@@ -262,12 +290,11 @@ def open_source(
     """Opens images by one name.
 
     Args:
-        path: "photos" (built in), a folder, a .parquet file, or "hf:NAME" for a dataset of the Hugging Face hub.
-            ":SPLIT" may follow "photos" and stands for `split`.
-        split: of "photos" and of hub datasets.
-        image_column, label_column, caption_column: of parquet files and hub datasets; without a label column all images
-            are class 0; captions are in a column "caption", if there is one, unless another is named.
-        min_size: images of a folder with a shorter side than this many pixels are skipped.
+        path: "photos" for those built in, a folder, a .parquet file, or "hf:NAME" for a data set of the Hugging Face
+            hub. ":SPLIT" may follow "photos", in place of `split`.
+        split: of "photos" and of data sets on the hub.
+        image_column, label_column, caption_column: of parquet files and the hub, see `HuggingFaceSource`.
+        min_size: of folders, see `FolderSource`.
 
     Raises:
         DataError: if there is nothing usable.

@@ -1,11 +1,12 @@
 import json
 import logging
+import shutil
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FAVAE, TINY_VQ
+from conftest import TINY_FAVAE, TINY_VQ, write_images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,15 +25,27 @@ from favae.data.stream import TrainingStream
 from favae.errors import CacheError, ModelError
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A tokenizer, images and their cache in shards of 5, 5 and 2 images, for tests that only read."""
+    folder = tmp_path_factory.mktemp("written")
+    torch.manual_seed(0)
+    tokenizer = AutoencoderKLFA(**TINY_FAVAE).eval()
+    images = ImageDataset(open_source(str(write_images(folder / "images"))), 16)  # 12 images, 3 classes
+    write_latent_cache(tokenizer, images, folder / "cache", shard_size=5, batch_size=2)
+    return tokenizer, images, folder / "cache"
+
+
+@pytest.fixture
+def cache(written, tmp_path):
+    """A copy of the cache, for tests that change it."""
+    return shutil.copytree(written[2], tmp_path / "cache")
+
+
 @pytest.fixture
 def images(image_folder):
-    return ImageDataset(open_source(str(image_folder)), 16)  # 12 images, 3 classes
-
-
-@pytest.fixture
-def cache(tiny_favae, images, tmp_path):
-    write_latent_cache(tiny_favae, images, tmp_path / "cache", shard_size=5, batch_size=2)
-    return tmp_path / "cache"
+    """The same images, for tests that change them."""
+    return ImageDataset(open_source(str(image_folder)), 16)
 
 
 def read(
@@ -41,21 +54,22 @@ def read(
     return dataset.read(np.array(indices), np.broadcast_to(np.array(views), len(indices)).copy())
 
 
-def test_reading_equals_encoding_again(tiny_favae, images, cache):
-    dataset = open_latents(cache, tiny_favae)
+def test_reading_equals_encoding_again(written):
+    tokenizer, images, cache = written
+    dataset = open_latents(cache, tokenizer)
     assert len(dataset) == 12 and dataset.latent_shape == (6, 4, 4) and dataset.classes == images.classes
     assert len(list(cache.glob("shard-*"))) == 3
     for index in (0, 4, 5, 11):
         image = images[index]["image"].unsqueeze(0)
         for view, picture in enumerate((image, image.flip(-1))):
-            batch, posterior = read(dataset, [index], view), tiny_favae.encode(picture).latent_dist
+            batch, posterior = read(dataset, [index], view), tokenizer.encode(picture).latent_dist
             assert torch.allclose(batch["mean"], posterior.mean, atol=1e-5)
             assert torch.allclose(batch["logvar"], posterior.logvar, atol=1e-4)
             assert batch["label"].tolist() == [images.source.label(index)]
 
 
-def test_statistics_against_numpy(cache):
-    dataset = open_latents(cache)
+def test_statistics_against_numpy(written):
+    dataset = open_latents(written[2])
     stored = [read(dataset, list(range(12)), view) for view in range(2)]
     mean = np.concatenate([batch["mean"].numpy() for batch in stored]).astype(np.float64)
     variance = np.exp(np.concatenate([batch["logvar"].numpy() for batch in stored]).astype(np.float64))
@@ -64,8 +78,8 @@ def test_statistics_against_numpy(cache):
     assert np.allclose(dataset.manifest["latents_std"], expected, rtol=1e-6)
 
 
-def test_samples_are_normalized_and_from_the_posterior(cache):
-    dataset = open_latents(cache)
+def test_samples_are_normalized_and_from_the_posterior(written):
+    dataset = open_latents(written[2])
     samples = dataset.sample(read(dataset, [i % 12 for i in range(2400)], [i // 12 % 2 for i in range(2400)]))
     assert samples.dtype == torch.float32 and samples.mean((0, 2, 3)).abs().max() < 0.1
     assert (samples.std((0, 2, 3)) - 1).abs().max() < 0.1
@@ -78,9 +92,9 @@ def test_samples_are_normalized_and_from_the_posterior(cache):
     assert (again[0].std(0) / spread - 1).abs().max() < 0.15
 
 
-def test_a_batch_is_its_images_in_order(cache):
+def test_a_batch_is_its_images_in_order(written):
     """Across shards of five, and with repetitions."""
-    dataset = open_latents(cache)
+    dataset = open_latents(written[2])
     indices, views = [11, 0, 4, 5, 4, 9], [0, 1, 0, 0, 1, 1]
     batch = read(dataset, indices, views)
     for place, (index, view) in enumerate(zip(indices, views)):
@@ -91,15 +105,15 @@ def test_a_batch_is_its_images_in_order(cache):
         read(dataset, [12])
 
 
-def test_an_epoch_has_every_image_once(cache):
-    dataset = open_latents(cache)
+def test_an_epoch_has_every_image_once(written):
+    dataset = open_latents(written[2])
     order, views = dataset.epoch(np.random.default_rng(0))
     assert sorted(order) == list(range(12)) and set(views) == {0, 1} and list(order) != list(range(12))
-    assert set(open_latents(cache, flip=False).epoch(np.random.default_rng(0))[1]) == {0}
+    assert set(open_latents(written[2], flip=False).epoch(np.random.default_rng(0))[1]) == {0}
 
 
-def test_the_training_stream_reads_batches(cache):
-    dataset = open_latents(cache)
+def test_the_training_stream_reads_batches(written):
+    dataset = open_latents(written[2])
     stream = TrainingStream(dataset, seed=3)
 
     def take(count, **arguments):
@@ -118,18 +132,20 @@ def test_the_training_stream_reads_batches(cache):
     assert torch.equal(worker["mean"], whole[0]["mean"])
 
 
-def test_a_killed_run_fills_the_gaps(tiny_favae, images, cache):
+def test_a_killed_run_fills_the_gaps(written, cache):
+    tokenizer, images, _ = written
     before = {path.name: path.read_bytes() for path in cache.iterdir()}
     (cache / "shard-00001.safetensors").unlink()
     with pytest.raises(CacheError, match="shard-00001.safetensors is missing"):
         open_latents(cache)
     untouched = (cache / "shard-00000.safetensors").stat().st_mtime_ns
-    write_latent_cache(tiny_favae, images, cache, shard_size=5, batch_size=2)
+    write_latent_cache(tokenizer, images, cache, shard_size=5, batch_size=2)
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
     assert (cache / "shard-00000.safetensors").stat().st_mtime_ns == untouched
 
 
-def test_another_tokenizer_or_plan_is_refused_and_nothing_written_over(tiny_favae, images, cache, tmp_path):
+def test_another_tokenizer_or_plan_is_refused_and_nothing_written_over(written, cache):
+    tokenizer, images, _ = written
     torch.manual_seed(1)
     other = AutoencoderKLFA(**TINY_FAVAE)
     before = {path.name: path.read_bytes() for path in cache.iterdir()}
@@ -138,21 +154,22 @@ def test_another_tokenizer_or_plan_is_refused_and_nothing_written_over(tiny_fava
     with pytest.raises(CacheError, match="another tokenizer"):
         write_latent_cache(other, images, cache, shard_size=5)
     with pytest.raises(CacheError, match="another shard_size"):
-        write_latent_cache(tiny_favae, images, cache, shard_size=6)
+        write_latent_cache(tokenizer, images, cache, shard_size=6)
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
     with pytest.raises(CacheError, match="not empty and not a latent cache"):
-        write_latent_cache(tiny_favae, images, images.source.path)
+        write_latent_cache(tokenizer, images, images.source.path)
 
 
 @pytest.mark.parametrize("keep", [10, 300])
-def test_truncated_shard(tiny_favae, images, cache, keep):
+def test_truncated_shard(written, cache, keep):
+    tokenizer, images, _ = written
     shard = cache / "shard-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:keep])
     with pytest.raises(CacheError, match="shard-00002.safetensors is damaged"):
         open_latents(cache)
     (cache / "manifest.json").unlink()
     with pytest.raises(CacheError, match="shard-00002.safetensors is damaged"):
-        write_latent_cache(tiny_favae, images, cache, shard_size=5)
+        write_latent_cache(tokenizer, images, cache, shard_size=5)
 
 
 def test_unfinished_cache(cache):
@@ -186,14 +203,15 @@ def test_hash_is_about_latents_only(tiny_favae, tmp_path):
     assert tokenizer_hash(tiny_favae) != digest
 
 
-def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tiny_kl, image_folder, tmp_path):
-    images = ImageDataset(open_source(str(image_folder)), 18)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tiny_kl, written, tmp_path):
+    images = ImageDataset(written[1].source, 18)
     with pytest.raises(ModelError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
         write_latent_cache(tiny_kl, images, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_stock_autoencoders_can_be_cached(tiny_kl, images, tmp_path):
+def test_stock_autoencoders_can_be_cached(tiny_kl, written, tmp_path):
+    _, images, _ = written
     tiny_kl.save_pretrained(tmp_path / "vae")
     loaded = load_tokenizer(str(tmp_path / "vae"))
     write_latent_cache(loaded, images, tmp_path / "cache")
@@ -209,7 +227,8 @@ def test_stock_autoencoders_can_be_cached(tiny_kl, images, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantizer": "residual", "num_quantizers": 2}])
-def test_tokens_equal_quantizing_again(settings, images, tmp_path):
+def test_tokens_equal_quantizing_again(settings, written, tmp_path):
+    _, images, _ = written
     tokenizer = VQModelFA(**TINY_VQ, **settings).eval()
     tokenizer.save_pretrained(tmp_path / "vq")
     tokenizer = load_tokenizer(str(tmp_path / "vq"))
@@ -234,8 +253,8 @@ def test_tokens_equal_quantizing_again(settings, images, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [32, -1])
-def test_tokens_outside_the_codebook(wrong, images, tmp_path):
-    write_latent_cache(VQModelFA(**TINY_VQ).eval(), images, tmp_path / "cache")
+def test_tokens_outside_the_codebook(wrong, written, tmp_path):
+    write_latent_cache(VQModelFA(**TINY_VQ).eval(), written[1], tmp_path / "cache")
     file = tmp_path / "cache/shard-00000.safetensors"
     tensors = load_file(file)
     tensors["tokens"][3, 1, 2, 2] = wrong

@@ -1,11 +1,12 @@
 import json
 import logging
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, command_error
+from conftest import command, command_error, make_tiny_kl, write_images
 from safetensors.torch import load_file
 from tiny_text import save_bert
 
@@ -20,32 +21,44 @@ from favae.text_encoder import TextEncoder
 CAPTIONS = {0: ["a cat", "the red cat"], 1: ["a dog"], 3: ["the apple of the cat", "a dog", "an apple"]}  # else none
 
 
-@pytest.fixture
-def images(image_folder) -> ImageDataset:
-    source = open_source(str(image_folder))  # 12 images
+def write_captioned_images(folder) -> ImageDataset:
+    source = open_source(str(write_images(folder)))  # 12 images
     for i, captions in CAPTIONS.items():
         source.files[i].with_suffix(".txt").write_text("\n".join(captions))
     return ImageDataset(source, 16)
 
 
-@pytest.fixture
-def encoder(tmp_path) -> TextEncoder:
-    return TextEncoder(str(save_bert(tmp_path / "bert")))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A text encoder and a cache with its text embeddings, in shards of 3, 3, 3 and 3 images, for tests that only read.
+
+    Two of the shards have no captions.
+    """
+    folder = tmp_path_factory.mktemp("written")
+    torch.manual_seed(0)
+    encoder = TextEncoder(str(save_bert(folder / "bert")))
+    write_latent_cache(make_tiny_kl(), write_captioned_images(folder / "images"), folder / "cache", shard_size=3)
+    write_text_embeddings(encoder, folder / "cache", batch_size=2, dtype=torch.float32)
+    return encoder, folder / "cache"
 
 
 @pytest.fixture
-def cache(tiny_favae, images, encoder, tmp_path):
-    """Shards of 3, 3, 3 and 3 images; two of them have no captions."""
-    write_latent_cache(tiny_favae, images, tmp_path / "cache", shard_size=3)
-    write_text_embeddings(encoder, tmp_path / "cache", batch_size=2, dtype=torch.float32)
-    return tmp_path / "cache"
+def encoder(written) -> TextEncoder:
+    return written[0]
+
+
+@pytest.fixture
+def cache(written, tmp_path):
+    """A copy of the cache, for tests that change it."""
+    return shutil.copytree(written[1], tmp_path / "cache")
 
 
 def read(embeddings: TextEmbeddings, indices: list[int], choices: list[int]):
     return embeddings.read(np.array(indices), np.array(choices))
 
 
-def test_reading_equals_encoding_again(encoder, cache):
+def test_reading_equals_encoding_again(written):
+    encoder, cache = written
     embeddings = TextEmbeddings(cache / "text_embeddings")
     assert len(embeddings) == 12 and (embeddings.encoder, embeddings.hash) == (encoder.name, encoder.hash)
     assert (embeddings.dim, embeddings.max_length) == (8, 12)
@@ -56,7 +69,8 @@ def test_reading_equals_encoding_again(encoder, cache):
             assert mask.all() and found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
 
 
-def test_a_batch_is_padded_to_its_longest_and_nothing_is_masked_out(cache):
+def test_a_batch_is_padded_to_its_longest_and_nothing_is_masked_out(written):
+    _, cache = written
     embeddings = TextEmbeddings(cache / "text_embeddings")
     found, mask = read(embeddings, [3, 2, 1, 3], [0, 5, 0, 1])
     assert found.shape == (4, 7, 8) and mask.sum(1).tolist() == [7, 0, 4, 4]  # an image without captions: none
@@ -68,7 +82,8 @@ def test_a_batch_is_padded_to_its_longest_and_nothing_is_masked_out(cache):
         read(embeddings, [12], [0])
 
 
-def test_files_and_manifest(cache):
+def test_files_and_manifest(written):
+    _, cache = written
     manifest = json.loads((cache / "text_embeddings/manifest.json").read_text())
     assert manifest["counts"] == [3, 3, 3, 3] and manifest["count"] == 6 and manifest["images_without"] == 9
     shard = load_file(cache / "text_embeddings/shard-00000.safetensors")
@@ -77,19 +92,22 @@ def test_files_and_manifest(cache):
     assert load_file(cache / "text_embeddings/shard-00002.safetensors")["embeddings"].shape == (0, 1, 8)
 
 
-def test_half_precision_is_the_default_and_what_it_cannot_hold_is_refused(encoder, cache, tmp_path):
+def test_half_precision_is_the_default_and_what_it_cannot_hold_is_refused(written, tmp_path):
+    encoder, cache = written
     assert write_text_embeddings(encoder, cache, tmp_path / "half")["dtype"] == "float16"
     half, whole = (
         read(TextEmbeddings(folder), [3], [0])[0] for folder in (tmp_path / "half", cache / "text_embeddings")
     )
     assert half.dtype == torch.float32 and torch.allclose(half, whole, atol=2e-3)
+    encoder = TextEncoder(encoder.name)
     encoder.model.embeddings.LayerNorm.weight.fill_(1e9)
     encoder.model.encoder.layer[0].output.LayerNorm.weight.fill_(1e9)
     with pytest.raises(CacheError, match="overflow in torch.float16.* float32"):
         write_text_embeddings(encoder, cache, tmp_path / "large")
 
 
-def test_training_reads_text_in_a_reproducible_order(cache):
+def test_training_reads_text_in_a_reproducible_order(written):
+    _, cache = written
     plain, text = open_latents(cache), open_latents(cache, text_embeddings=TextEmbeddings(cache / "text_embeddings"))
     order = plain.epoch(np.random.default_rng(5))
     with_text = text.epoch(np.random.default_rng(5))
@@ -145,7 +163,7 @@ def test_another_encoder_is_refused(encoder, cache, tmp_path):
     with pytest.raises(CacheError, match="another max_length"):
         write_text_embeddings(TextEncoder(encoder.name, 5), cache, dtype=torch.float32)
     with pytest.raises(CacheError, match="not empty and not a folder of text embeddings"):
-        write_text_embeddings(encoder, cache, tmp_path / "bert")
+        write_text_embeddings(encoder, cache, tmp_path / "other")
     assert {path.name: path.read_bytes() for path in (cache / "text_embeddings").iterdir()} == before
 
 
@@ -166,32 +184,31 @@ def test_truncated_shard(encoder, cache, keep):
         TextEmbeddings(cache / "text_embeddings")
 
 
-def test_text_of_other_latents_is_refused(tiny_favae, images, encoder, cache, tmp_path):
+def test_text_of_other_latents_is_refused(written, tiny_kl, tmp_path):
+    encoder, cache = written
+    images = write_captioned_images(tmp_path / "images")
     embeddings = TextEmbeddings(cache / "text_embeddings")
-    write_latent_cache(tiny_favae, images, tmp_path / "shards", shard_size=4)
+    write_latent_cache(tiny_kl, images, tmp_path / "shards", shard_size=4)
     with pytest.raises(CacheError, match="was made of other captions than those of .*shards"):
         open_latents(tmp_path / "shards", text_embeddings=embeddings)
     images.source.files[0].with_suffix(".txt").write_text("another caption")
-    write_latent_cache(tiny_favae, images, tmp_path / "captions", shard_size=3)
+    write_latent_cache(tiny_kl, images, tmp_path / "captions", shard_size=3)
     with pytest.raises(CacheError, match="made of other captions"):
         open_latents(tmp_path / "captions", text_embeddings=embeddings)
-    (tmp_path / "captions/text_embeddings").mkdir()
-    for file in (cache / "text_embeddings").iterdir():
-        (tmp_path / "captions/text_embeddings" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(cache / "text_embeddings", tmp_path / "captions/text_embeddings")
     with pytest.raises(CacheError, match="made with another captions"):
         write_text_embeddings(encoder, tmp_path / "captions", dtype=torch.float32)
 
 
-def test_latents_without_captions(tiny_favae, images, encoder, tmp_path):
-    for file in images.source.path.rglob("*.txt"):
-        file.unlink()
-    write_latent_cache(tiny_favae, images, tmp_path / "cache")
+def test_latents_without_captions(tiny_kl, image_folder, encoder, tmp_path):
+    write_latent_cache(tiny_kl, ImageDataset(open_source(str(image_folder)), 16), tmp_path / "cache")
     with pytest.raises(CacheError, match="cache has no captions"):
         write_text_embeddings(encoder, tmp_path / "cache")
     assert not (tmp_path / "cache/text_embeddings").exists()
 
 
-def test_the_command(encoder, cache, tmp_path, capsys, caplog):
+def test_the_command(written, tmp_path, capsys, caplog):
+    encoder, cache = written
     arguments = ["embed-captions", "--latents", cache, "--output", tmp_path / "embeddings", "--encoder"]
     with caplog.at_level(logging.WARNING):
         command(*arguments, encoder.name, "--max-length", "5", "--dtype", "float32")

@@ -1,0 +1,70 @@
+"""What caches of latents and of text embeddings share: plans, shares of processes, and what a kill leaves behind."""
+
+import json
+import types
+
+import pytest
+
+from favae.data import sharded_cache
+from favae.data.sharded_cache import CacheWriter, read_manifest
+from favae.errors import CacheError
+
+
+def act_as_process(monkeypatch, index: int, count: int) -> None:
+    state = types.SimpleNamespace(
+        is_main_process=index == 0, process_index=index, num_processes=count, wait_for_everyone=lambda: None
+    )
+    monkeypatch.setattr(sharded_cache, "process_state", lambda: state)
+
+
+def write(folder, **plan) -> list[int]:
+    """The numbers of the files that this process wrote."""
+    numbers = []
+
+    def write_file(number, path):
+        path.write_text(str(number))
+        numbers.append(number)
+
+    CacheWriter(folder, plan, "test cache").write_missing([folder / f"file-{k}" for k in range(5)], write_file, "files")
+    return numbers
+
+
+def test_processes_share_the_files_and_a_continued_run_writes_what_is_missing(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    for index, numbers in ((0, [0, 2, 4]), (1, [1, 3])):
+        act_as_process(monkeypatch, index, 2)
+        assert write(folder, size=5) == numbers
+    assert [(folder / f"file-{k}").read_text() for k in range(5)] == list("01234")
+    (folder / "file-3").unlink()
+    (folder / ".writing-file-3").write_text("torn")  # what a killed process leaves
+    act_as_process(monkeypatch, 0, 1)
+    assert write(folder, size=5) == [3]
+    assert sorted(path.name for path in folder.iterdir()) == [*(f"file-{k}" for k in range(5)), "plan.json"]
+
+
+def test_a_file_that_fails_is_not_there_and_the_manifest_comes_last(tmp_path):
+    folder = tmp_path / "cache"
+    writer = CacheWriter(folder, {"size": 5}, "test cache")
+
+    def fail(number, path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        writer.write_missing([folder / "file"], fail, "files")
+    assert [path.name for path in folder.iterdir()] == ["plan.json"]
+    with pytest.raises(CacheError, match="no finished test cache"):
+        read_manifest(folder, "test cache")
+    assert writer.finish(lambda: {"counts": [1]}) == {"size": 5, "counts": [1]}
+    assert json.loads((folder / "manifest.json").read_text()) == {"size": 5, "counts": [1]}
+
+
+def test_another_plan_and_other_files_are_refused(tmp_path):
+    write(tmp_path / "cache", size=5)
+    with pytest.raises(CacheError, match="another size"):
+        write(tmp_path / "cache", size=6)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
+    with pytest.raises(CacheError, match="not a test cache"):
+        write(tmp_path / "other", size=5)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
