@@ -51,18 +51,18 @@ def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Te
     difference = {name: r.clamp(-1, 1) - originals for name, r in reconstructions.items()}
     absolute = {name: d.abs().mean(dim=1) for name, d in difference.items()}
     top = max(float(e.flatten().quantile(0.995)) for e in absolute.values())
-    windows = _worst_windows(sum(_high_error(d) for d in difference.values()))
+    windows = worst_windows(sum(high_frequency_error(d) for d in difference.values()))
     shown = {"original": originals, **reconstructions}
     titles = [*shown, *(f"{name}, zoom" for name in shown), *(f"|error| {name}" for name in absolute)]
     rows = len(originals)
     figure, axes = plt.subplots(rows, len(titles), figsize=(1.7 * len(titles) + 0.4, 1.7 * rows + 0.4), squeeze=False)
     for row in range(rows):
-        y, x, side = (int(v) for v in windows[row])
+        top_row, left, height, width = windows[row].tolist()
         cells = [_pixels(images[row]) for images in shown.values()]
-        cells += [_pixels(images[row, :, y : y + side, x : x + side]) for images in shown.values()]
+        cells += [_pixels(images[row, :, top_row : top_row + height, left : left + width]) for images in shown.values()]
         for axis, cell in zip(axes[row], cells):
             axis.imshow(cell, interpolation="nearest")
-        frame = plt.Rectangle((x - 0.5, y - 0.5), side, side, fill=False, edgecolor="#e33", linewidth=1)
+        frame = plt.Rectangle((left - 0.5, top_row - 0.5), width, height, fill=False, edgecolor="#e33", linewidth=1)
         axes[row][0].add_patch(frame)
         for axis, error in zip(axes[row][len(cells) :], absolute.values()):
             axis.imshow(error[row].numpy(), cmap="magma", vmin=0, vmax=top, interpolation="nearest")
@@ -72,18 +72,19 @@ def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Te
     _finish(figure, axes, path)
 
 
-def _high_error(difference: Tensor) -> Tensor:
+def high_frequency_error(difference: Tensor) -> Tensor:
     """(N, 3, H, W) -> (N, H, W): the squared error beyond what its 4 x 4 means explain."""
     low = F.interpolate(F.avg_pool2d(difference, 4, ceil_mode=True), size=difference.shape[-2:], mode="bilinear")
     return (difference - low).square().mean(dim=1)
 
 
-def _worst_windows(error: Tensor) -> Tensor:
-    """(N, H, W) -> (N, 3): top, left and side of the window with the largest sum."""
-    side = max(1, min(error.shape[-2:]) // ZOOM)
-    sums = F.avg_pool2d(error[:, None], side, stride=1)[:, 0]
+def worst_windows(error: Tensor) -> Tensor:
+    """(N, H, W) -> (N, 4): top, left, height and width of the window with the largest sum, of 1 / ZOOM of each side."""
+    height, width = (max(1, side // ZOOM) for side in error.shape[-2:])
+    sums = F.avg_pool2d(error[:, None], (height, width), stride=1)[:, 0]
     best = sums.flatten(1).argmax(dim=1)
-    return torch.stack([best // sums.shape[-1], best % sums.shape[-1], torch.full_like(best, side)], dim=1)
+    size = torch.tensor([height, width]).expand(len(best), 2)
+    return torch.cat([torch.stack([best // sums.shape[-1], best % sums.shape[-1]], dim=1), size], dim=1)
 
 
 def save_spectra(path: Path, original: Tensor, reconstructions: dict[str, Tensor], errors: dict[str, Tensor]) -> None:

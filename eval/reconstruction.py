@@ -32,7 +32,7 @@ from favae.eval.figures import radial_spectrum, save_comparison, save_latents, s
 from favae.eval.frechet import RunningStatistics, frechet_distance
 from favae.eval.image_sets import CroppedImages
 from favae.eval.references import Reference
-from favae.eval.results import UINT8, shown_metrics, write_results
+from favae.eval.results import UINT8, number_duplicates, shown_metrics, write_results
 from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS
 from favae.wavelets import WaveletTransform2D
@@ -52,8 +52,7 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
     low, high = WaveletTransform2D("haar").to(images.device)(reconstructions - images)
     recon = (reconstructions - images).square().mean((1, 2, 3))
     first, second = to_uint8(images).float() / 255, to_uint8(reconstructions).float() / 255
-    squared = (first - second).square().mean((1, 2, 3))
-    psnr = -10 * squared.clamp_min(1e-10).log10()  # at most 100 dB
+    psnr = peak_signal_to_noise_ratio(images, reconstructions)
     options = {"data_range": 1.0, "reduction": "none"}
     ssim = structural_similarity_index_measure(second, first, **options).reshape(-1)
     ms_ssim = distance = torch.full_like(recon, torch.nan)
@@ -63,6 +62,12 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
         distance = lpips(reconstructions.clamp(-1, 1), images)
     columns = [recon, low.square().mean((1, 2, 3)), high.square().mean((1, 2, 3, 4)), psnr, ssim, ms_ssim, distance]
     return torch.stack(columns, dim=1).cpu()
+
+
+def peak_signal_to_noise_ratio(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """PSNR of each image in dB, on 8 bits, at most 100: (B, 3, H, W) twice, in [-1, 1] -> (B,), float32."""
+    first, second = to_uint8(images).float() / 255, to_uint8(reconstructions).float() / 255
+    return -10 * (first - second).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
 
 def band_names(levels: int) -> list[str]:
@@ -348,9 +353,7 @@ def save_figures(
     Args:
         finished: name, autoencoder and result of each model.
     """
-    # Seeds of one model are numbered.
-    seen = [name for name, _, _ in finished]
-    names = [f"{name} ({i})" if name in seen[:i] else name for i, name in enumerate(seen)]
+    names = number_duplicates([name for name, _, _ in finished])  # seeds of one model
     results = {name: result for name, (_, _, result) in zip(names, finished)}
     first = next(iter(results.values()))
 

@@ -6,6 +6,7 @@ import math
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,11 @@ def shown_metrics(row: dict) -> dict[str, str]:
     """The metrics of a row as text, without standard deviations."""
     metrics = {name: value for name, value in row["metrics"].items() if not plain_name(name).endswith("_std")}
     return {name: format_metric(name, value) for name, value in metrics.items()}
+
+
+def number_duplicates(names: Sequence[str]) -> list[str]:
+    """["a", "b", "a"] -> ["a", "b", "a (2)"]."""
+    return [name if (n := names[: i + 1].count(name)) == 1 else f"{name} ({n})" for i, name in enumerate(names)]
 
 
 def format_metric(name: str, value: float | None) -> str:

@@ -47,6 +47,25 @@ def load_autoencoder(path: str) -> ModelMixin:
         raise ModelError(f"{path}: no autoencoder could be opened here ({_first_line(error)})") from error
 
 
+def spatial_compression_ratio(vae: ModelMixin) -> int:
+    """Image pixels per latent along each side.
+
+    Raises:
+        ModelError: if neither the autoencoder nor its config tells.
+    """
+    if hasattr(vae, "spatial_compression_ratio"):
+        return int(vae.spatial_compression_ratio)
+    for widths in ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels"):
+        if widths in vae.config:
+            return 2 ** (len(vae.config[widths]) - 1)
+    if isinstance(vae, getattr(diffusers, "AutoencoderRAE", ())):
+        # The image is resized for the encoder, which gives one latent per patch.
+        config = vae.config
+        patches = config.encoder_input_size // config.encoder_patch_size
+        return (config.image_size or config.patch_size * patches) // patches
+    raise ModelError(f"the spatial compression ratio of a {type(vae).__name__} is not known")
+
+
 def encode(
     vae: ModelMixin,
     images: Tensor,

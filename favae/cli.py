@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 
-from favae.commands import caches, conversion, evaluation, results, training
+from favae.commands import caches, conversion, evaluation, reconstruction, results, training
 from favae.errors import exit_on_error
 
 DESCRIPTION = """Autoencoders for latent image generation: train them, measure them, train generators on their latents.
@@ -46,6 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="favae", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (training, caches, evaluation, results, conversion):
+    for module in (training, caches, reconstruction, evaluation, results, conversion):
         module.add_commands(commands)
     return parser

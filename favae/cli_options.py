@@ -6,6 +6,7 @@ Nothing heavy is imported before something is opened, so that `--help` answers a
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from favae.errors import ConfigError, hint
@@ -53,6 +54,27 @@ def data_name(arguments: argparse.Namespace) -> str:
     """One string for what the options of `add_data_options` name, for results."""
     path = arguments.data
     return f"{path}:{arguments.split}" if path == "photos" or path.startswith("hf:") else path
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model`, a list of (name, path)."""
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        type=named_model,
+        metavar="[NAME=]PATH",
+        help="a saved autoencoder: a folder or a hub name; may be repeated",
+    )
+
+
+def named_model(text: str) -> tuple[str, str]:
+    """NAME=PATH, or PATH alone: the name is then its last part, or of a run's final/ the run's."""
+    name, separator, path = text.partition("=")
+    if separator:
+        return name, path
+    path = Path(text)
+    return (path.parent.name if path.name == "final" else path.name), text
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ COMMANDS = (
     ("train-generator",),
     ("cache-latents",),
     ("embed-captions",),
+    ("reconstruct",),
     ("evaluate",),
     ("evaluate", "reconstruction"),
     ("evaluate", "generation"),

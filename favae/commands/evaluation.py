@@ -11,6 +11,7 @@ from favae.cli_options import (
     add_data_options,
     add_feature_options,
     add_loading_options,
+    add_model_option,
     data_name,
     open_data,
     open_extractors,
@@ -67,9 +68,7 @@ def _add_reconstruction(tasks) -> None:
         description=RECONSTRUCTION,
         after_interrupt="results.json holds the models that were finished; the same command measures all of them again",
     )
-    parser.add_argument(
-        "--model", action="append", required=True, metavar="[NAME=]PATH", help="folder or hub name; may be repeated"
-    )
+    add_model_option(parser)
     parser.add_argument("--resolution", type=int, required=True, help="height and width of the center crops")
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--reference", help="statistics for rFID (.safetensors or .npz) instead of the same images")
@@ -133,12 +132,6 @@ def _add_reference_statistics(commands) -> None:
     add_loading_options(parser)
 
 
-def named_model(text: str) -> tuple[str, str]:
-    """NAME=PATH, or PATH alone, whose last part is then the name."""
-    name, separator, path = text.partition("=")
-    return (name, path) if separator else (Path(text).name, text)
-
-
 def open_lpips(weights: str | None) -> LPIPS | None:
     """The LPIPS metric; None, with a warning, if no weights are named and none are cached.
 
@@ -167,7 +160,7 @@ def evaluate_reconstruction(arguments: argparse.Namespace) -> None:
     reference = arguments.reference
     lpips = open_lpips(arguments.lpips_weights)
     rows, failures = evaluate_autoencoders(
-        [named_model(text) for text in arguments.model],
+        arguments.model,
         images,
         extractors,
         arguments.output,

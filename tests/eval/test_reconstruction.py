@@ -15,7 +15,7 @@ from favae.data.sources import open_source
 from favae.errors import ModelError
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
-from favae.eval.figures import _high_error, _worst_windows, radial_spectrum
+from favae.eval.figures import high_frequency_error, radial_spectrum, worst_windows
 from favae.eval.image_sets import CroppedImages
 from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, evaluate_reconstruction, image_errors
 
@@ -58,7 +58,7 @@ def test_radial_spectrum_finds_a_wave_and_keeps_the_power():
 def test_the_zoom_is_where_high_frequencies_are_missed():
     difference = torch.full((1, 3, 32, 32), 0.5)  # a constant error has none
     difference[:, :, 9:17, 20:28] += torch.tensor([0.3, -0.3]).repeat(4)
-    assert _worst_windows(_high_error(difference)).tolist() == [[9, 20, 8]]
+    assert worst_windows(high_frequency_error(difference)).tolist() == [[9, 20, 8, 8]]
 
 
 def autoencoders() -> dict[str, diffusers.ModelMixin]:
