@@ -57,7 +57,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
     """Scales the shorter side to `size` and crops a window whose position is uniform."""
     image = shorter_side_to(image, size)
-    left, top = rng.integers(image.width - size + 1), rng.integers(image.height - size + 1)
+    left, top = int(rng.integers(image.width - size + 1)), int(rng.integers(image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
 
 

@@ -1,13 +1,13 @@
 """The latent cache: a tokenizer's encodings of a set of images, computed once, read memory-mapped.
 
-A sharded cache (`favae.data.sharded_cache`). A shard holds, for n images and v = 0 (the image) or 1 (its mirror image),
+A sharded cache (`favae.data.sharded_cache`). A shard holds, for n images in two views, the image and its mirror image,
 
-    mean, logvar (n, v, C, h, w)    moments of the posterior, not a sample of it: normalization and noise stay open
+    mean, logvar (n, 2, C, h, w)    moments of the posterior, not a sample of it: normalization and noise stay open
     labels (n,), indices (n,)       class of each image, and its index in the data set
 
 or, if the tokenizer has a codebook, in place of the moments
 
-    tokens (n, v, h, w[, Q])        int32, for Q codebooks in a row
+    tokens (n, 2, h, w[, Q])        int32, for Q codebooks in a row
 
 The manifest holds counts, classes, the tokenizer's hash, and mean and standard deviation of each latent channel over
 all latents, or the size of the codebook.
@@ -110,7 +110,8 @@ class CachedDataset(ShardedCache):
         return shard.get_slice("labels").get_shape()[0] if "labels" in shard.keys() else 0  # noqa: SIM118
 
     def load(self, shard: safe_open, path: Path) -> dict[str, Tensor]:
-        latents = {name: shard.get_tensor(name).flatten(0, 1) for name in self.columns}  # both views of an image follow
+        """The columns with views and images in one dimension: row 2k + v is view v of image k."""
+        latents = {name: shard.get_tensor(name).flatten(0, 1) for name in self.columns}
         return latents | {name: shard.get_tensor(name) for name in ("labels", "indices")}
 
     def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
@@ -177,16 +178,15 @@ class MomentsDataset(CachedDataset):
     @staticmethod
     def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
         """Mean and std of each channel over samples of all posteriors: Var z = Var mean + E exp(logvar), in float64."""
-        first, second, variance, total = 0, 0, 0, 0
+        sums, total = torch.zeros((), dtype=torch.float64), 0  # of mean, mean^2 and variance, for each channel
         for file in files:
             with open_shard(file) as shard:
                 mean, logvar = shard.get_tensor("mean").double(), shard.get_tensor("logvar").double()
-            first = first + mean.sum((0, 1, 3, 4))
-            second = second + mean.square().sum((0, 1, 3, 4))
-            variance = variance + logvar.exp().sum((0, 1, 3, 4))
+            others = (0, 1, 3, 4)  # all dimensions but the channels
+            sums = sums + torch.stack([mean.sum(others), mean.square().sum(others), logvar.exp().sum(others)])
             total += mean.numel() // mean.shape[2]
-        mean = first / total
-        std = (second / total - mean.square() + variance / total).sqrt()
+        mean, mean_of_squares, variance = sums / total
+        std = (mean_of_squares - mean.square() + variance).sqrt()
         return {"stores": "moments", "latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
     def sample(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
@@ -340,9 +340,9 @@ def write_latent_cache(
             can be read.
     """
     measure_budget(tokenizer, images.resolution)  # refuses a resolution that does not fit, before anything is written
-    dataset: type[CachedDataset] = MomentsDataset
+    dataset_class: type[CachedDataset] = MomentsDataset
     if isinstance(tokenizer, VQModelFA):
-        dataset, dtype = TokenDataset, torch.int32
+        dataset_class, dtype = TokenDataset, torch.int32
     plan = {
         "tokenizer": tokenizer_hash(tokenizer),
         "data": data_name,
@@ -361,14 +361,14 @@ def write_latent_cache(
         part = Subset(images, ranges[number])
         loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
         batches = (batch for batch in loader if batch is not None)
-        save_file(_encode(dataset, tokenizer, batches, dtype), path)
+        save_file(_encode(dataset_class, tokenizer, batches, dtype), path)
 
     writer.write_missing(files, write_shard, "latents")
 
     # Captions, also those of latents that an earlier call wrote.
     def write_captions(number: int, path: Path) -> None:
         with open_shard(files[number]) as shard:
-            indices = shard.get_tensor("indices").tolist() if dataset.count(shard, files[number]) else []
+            indices = shard.get_tensor("indices").tolist() if dataset_class.count(shard, files[number]) else []
         path.write_text(json.dumps([images.captions(index) for index in indices]), encoding="utf-8")
 
     captioned = images.source.has_captions
@@ -378,7 +378,7 @@ def write_latent_cache(
 
     # The manifest.
     def summarize() -> dict:
-        summary = _summarize(dataset, tokenizer, files)
+        summary = _summarize(dataset_class, tokenizer, files)
         captions = summarize_captions(writer.folder, summary["counts"]) if captioned else None
         return {"classes": images.classes, **summary, "captions": captions}
 
@@ -386,29 +386,29 @@ def write_latent_cache(
 
 
 def _encode(
-    dataset: type[CachedDataset], tokenizer: ModelMixin, batches: Iterable[dict], dtype: torch.dtype
+    dataset_class: type[CachedDataset], tokenizer: ModelMixin, batches: Iterable[dict], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The tensors of a shard: both views of all images in the batches."""
-    columns: dict[str, list[Tensor]] = {name: [] for name in (*dataset.columns, "labels", "indices")}
+    columns: dict[str, list[Tensor]] = {name: [] for name in (*dataset_class.columns, "labels", "indices")}
     for batch in batches:
         image = batch["image"].to(tokenizer.device, tokenizer.dtype)
-        views = [dataset.encode(tokenizer, view) for view in (image, image.flip(-1))]
-        for name, *both in zip(dataset.columns, *views):
+        views = [dataset_class.encode(tokenizer, view) for view in (image, image.flip(-1))]
+        for name, *both in zip(dataset_class.columns, *views):
             columns[name].append(torch.stack(both, dim=1).to("cpu", dtype))
         columns["labels"].append(batch["label"])
         columns["indices"].append(batch["index"])
     return {name: torch.cat(values).contiguous() for name, values in columns.items() if values}
 
 
-def _summarize(dataset: type[CachedDataset], tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
+def _summarize(dataset_class: type[CachedDataset], tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
     """Images in each shard, the shape of their latents, and what the data set says about them."""
     counts = []
     for file in files:
         with open_shard(file) as shard:
-            counts.append(dataset.count(shard, file))
+            counts.append(dataset_class.count(shard, file))
     filled = [file for file, count in zip(files, counts) if count]
     if not filled:
         raise CacheError(f"{files[0].parent}: not one image could be read")
     with open_shard(filled[0]) as shard:
-        shape = shard.get_slice(dataset.columns[0]).get_shape()[2:]
-    return {"counts": counts, "latent_shape": shape, **dataset.summarize(tokenizer, filled)}
+        shape = shard.get_slice(dataset_class.columns[0]).get_shape()[2:]
+    return {"counts": counts, "latent_shape": shape, **dataset_class.summarize(tokenizer, filled)}

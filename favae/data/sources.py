@@ -244,10 +244,10 @@ class PhotoSource:
         """The part of a photograph that belongs to the split."""
         package, _, file = self.PHOTOS[name][0].partition("/")
         spec = importlib.util.find_spec(package)
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise DataError(f"photos:{self.split} needs the photographs inside {package}; pip install favae[offline]")
-        with Image.open(Path(spec.submodule_search_locations[0]) / file) as image:
-            image = to_rgb(image)
+        with Image.open(Path(spec.submodule_search_locations[0]) / file) as opened:
+            image = to_rgb(opened)
         if min(image.size) > 512:  # so that a small crop of a large photograph still shows something
             image = shorter_side_to(image, 512)
         boundary = round(self.TRAIN_SHARE * image.width)
@@ -271,7 +271,7 @@ class PhotoSource:
         rng = np.random.default_rng([index, list(self.NUM_CROPS_BY_SPLIT).index(self.split)])
         longest = min(region.size)
         side = round(64 * (longest / 64) ** rng.random())
-        left, top = rng.integers(region.width - side + 1), rng.integers(region.height - side + 1)
+        left, top = int(rng.integers(region.width - side + 1)), int(rng.integers(region.height - side + 1))
         return region.crop((left, top, left + side, top + side))
 
     def captions(self, index: int) -> list[str]:
