@@ -41,8 +41,8 @@ from favae.data.sources import open_source
 from favae.errors import ConfigError, hint
 from favae.eval.online import OnlineEvaluation
 from favae.foundation import FoundationModel
+from favae.models.class_conditional import num_classes
 from favae.pipelines import LightningDiTPipeline
-from favae.pipelines.pipeline_lightningdit import num_classes
 from favae.training import text_to_image
 from favae.training.config import GeneratorConfig, to_yaml
 from favae.training.loop import Run

@@ -27,9 +27,9 @@ def uncached(model: CATTransformerModel, text: Tensor, mask: Tensor, scale: floa
     """(B, h, w): each token from all before it, which are computed again."""
     size, batch = model.config.sample_size, len(text)
     tokens = torch.zeros(batch, 0, 1, dtype=torch.long, device=text.device)
-    states = [model._text(text, mask), model._text(text, torch.zeros_like(mask))]
+    states = [model._prepare_text(text, mask), model._prepare_text(text, torch.zeros_like(mask))]
     for _ in range(size**2):
-        embeddings = model._place(model.token_head.embed(tokens), 0)
+        embeddings = model._add_positions(model.token_head.embed(tokens), 0)
         logits = []
         for state in states:
             hidden = model.norm_in(torch.cat([model.start_token.expand(batch, 1, -1), embeddings], dim=1))

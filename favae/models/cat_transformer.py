@@ -1,19 +1,21 @@
-"""`CATTransformerModel`: draws the tokens of an image one by one, given the token states of a text."""
+"""`CATTransformerModel`: samples the tokens of an image one by one, given the token embeddings of a text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from favae.models.cat_block import CATBlock, LayerCache
 from favae.models.hub import HubModelMixin
-from favae.models.token_heads import CategoricalHead, FlowHead, Generators, VelocityMLP
+from favae.models.token_heads import DEFAULT_STEPS, CategoricalHead, FlowHead, TorchGenerators, VelocityMLP
 
 
 @dataclass
@@ -21,7 +23,7 @@ class CATTransformerOutput(BaseOutput):
     """
     Attributes:
         loss: scalar float32, the mean over tokens.
-        hidden_states: (B, N, D), one per position, from what comes before it.
+        hidden_states: (B, N, D), one per position, computed from the tokens before it.
         logits: (B, N, K), or (B, N, Q, K) of residual codes; None for continuous tokens.
     """
 
@@ -32,7 +34,14 @@ class CATTransformerOutput(BaseOutput):
 
 @dataclass
 class CATCache:
-    """What `CATTransformerModel.step` knows of a batch: its text, and each block's keys and values."""
+    """What `CATTransformerModel.step` needs of the positions before: the text, and the keys and values of each block.
+
+    Attributes:
+        encoder_hidden_states: (B, L, text_dim).
+        text_mask: (B, 1, 1, 1 + L).
+        layers: one per block.
+        position: of the next step.
+    """
 
     encoder_hidden_states: Tensor
     text_mask: Tensor
@@ -42,40 +51,42 @@ class CATCache:
 
 class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
     r"""
-    The cross-attention autoregressive transformer: a decoder over the tokens of a square grid, row by row, every block
-    of which attends to all token states of a text. `forward` gives the loss, `generate` draws grids.
+    The cross-attention autoregressive transformer: a decoder over the tokens of a square grid, row by row, in which
+    every block attends to all token embeddings of a text. `forward` gives the loss, `generate` samples grids.
 
     Parameters:
         sample_size: height and width of the token grid.
         num_layers, num_attention_heads, attention_head_dim, hidden_size: the width D need not be heads * head_dim.
-        text_dim: of the text's token states. The text may have any length, also 1 (a sentence vector) and 0.
-        text_pooling: None attends to all token states; "mean" to one vector per text, the mean of them (for MiniLM,
-            the direction of its sentence embedding): the kind of condition that the paper compares with.
-        mlp_ratio: of the feed-forward width.
+        text_dim: channels of the text embeddings. A text may have any number of them, also 1 (a sentence vector) or 0.
+        text_pooling: None attends to all token embeddings; "mean" attends to one vector per text, their mean (for
+            MiniLM, the direction of its sentence embedding). This is the condition that the paper compares with.
+        mlp_ratio: width of the feed-forward divided by D.
         dropout: of what each block adds.
-        text_dropout_prob: share of texts left out in training, for classifier-free guidance.
-        head: "categorical" for indices of a codebook, "flow" for continuous normalised latents.
-        codebook_size: of the categorical head. num_quantizers: residual codes per token, of the categorical head.
-        latent_channels: of the flow head. low_latent_channels: if given, a token's first so many channels are drawn
-            first and the others given them.
+        text_dropout_prob: share of texts that are left out in training, for classifier-free guidance.
+        head: "categorical" for indices of a codebook, "flow" for continuous normalized latents.
+        codebook_size: of the categorical head.
+        num_quantizers: residual codes per token, of the categorical head.
+        latent_channels: of the flow head.
+        low_latent_channels: of the flow head; if given, the first so many channels of a token are sampled first, and
+            the others given them.
         head_width, head_layers: of the flow head's network.
-        attention: "multi_head", or "shared_key_value": one key head for all queries, whose keys are the values too, and
-            a learned null key beside the tokens; as published.
-        position: "axial", a learned embedding per row and per column, or None.
-        relative_position: whether self-attention has a bias per head for rows and columns between tokens; as published,
-            but for an index that was shifted by one cell.
+        attention: "multi_head", or "shared_key_value" as published: one key head for all queries, whose keys are the
+            values too, and a learned null key beside the tokens.
+        relative_position: whether self-attention has a bias per head for the rows and columns between tokens. As
+            published, except that the published index is shifted by one cell.
 
     Raises:
-        ValueError: if settings do not fit together.
+        ValueError: for an unknown word, or settings that do not fit together.
 
-    Every cross-attention has a learned null key and value, always attended: what is left of an empty text. Unlike the
-    published model, attention outputs and the inside of the feed-forward are not normalised.
+    Every cell has a learned row and a learned column embedding. Every cross-attention has a learned null key and value
+    that is always attended to, so that an empty text leaves something. Unlike in the published model, the outputs of
+    attention and the inside of the feed-forward are not normalized.
 
     Source: Lin et al., CVPR 2023 (arXiv 2305.02541), whose 24-layer model has 611M parameters.
     """
 
     _supports_gradient_checkpointing = True
-    _supports_group_offloading = False  # `generate` goes past the hook of `forward`, which brings the token head
+    _supports_group_offloading = False  # its hooks are those of `forward`, which `generate` does not call
     _no_split_modules = ["CATBlock"]
     _repeated_blocks = ["CATBlock"]
     _skip_layerwise_casting_patterns = ["token_head", "relative_position", "norm"]
@@ -83,104 +94,121 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 16,
-        num_layers: int = 24,
-        num_attention_heads: int = 16,
-        attention_head_dim: int = 64,
-        hidden_size: int = 1536,
-        text_dim: int = 768,
-        text_pooling: str | None = None,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        text_dropout_prob: float = 0.25,
-        head: str = "categorical",
-        codebook_size: int = 1024,
-        num_quantizers: int = 1,
-        latent_channels: int | None = None,
-        low_latent_channels: int | None = None,
-        head_width: int = 1024,
-        head_layers: int = 3,
-        attention: str = "multi_head",
-        position: str | None = "axial",
+        sample_size: PositiveInt = 16,
+        num_layers: PositiveInt = 24,
+        num_attention_heads: PositiveInt = 16,
+        attention_head_dim: PositiveInt = 64,
+        hidden_size: PositiveInt = 1536,
+        text_dim: PositiveInt = 768,
+        text_pooling: Literal["mean"] | None = None,
+        mlp_ratio: PositiveFloat = 4.0,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        text_dropout_prob: Annotated[float, Field(ge=0, le=1)] = 0.25,
+        head: Literal["categorical", "flow"] = "categorical",
+        codebook_size: PositiveInt = 1024,
+        num_quantizers: PositiveInt = 1,
+        latent_channels: PositiveInt | None = None,
+        low_latent_channels: PositiveInt | None = None,
+        head_width: PositiveInt = 1024,
+        head_layers: PositiveInt = 3,
+        attention: Literal["multi_head", "shared_key_value"] = "multi_head",
         relative_position: bool = False,
     ):
         super().__init__()
-        _one_of("head", head, ("categorical", "flow"))
-        _one_of("attention", attention, ("multi_head", "shared_key_value"))
-        _one_of("position", position, ("axial", None))
-        _one_of("text_pooling", text_pooling, ("mean", None))
+        if (
+            head not in ("categorical", "flow")
+            or attention not in ("multi_head", "shared_key_value")
+            or text_pooling not in ("mean", None)
+        ):
+            raise ValueError(f"unknown word among {head=}, {attention=}, {text_pooling=}")
         if head == "categorical" and (latent_channels, low_latent_channels) != (None, None):
             raise ValueError("latent_channels and low_latent_channels are for head='flow'")
         if head == "flow" and (latent_channels is None or num_quantizers != 1):
             raise ValueError("head='flow' needs latent_channels, and num_quantizers=1")
+
+        # 1. What goes in: tokens, the start token, positions
         if head == "categorical":
             self.token_head = CategoricalHead(codebook_size, hidden_size, num_quantizers)
         else:
-            self.token_head = FlowHead(latent_channels, hidden_size, head_width, head_layers, low_latent_channels)
+            self.token_head = FlowHead(
+                latent_channels,
+                hidden_size,
+                width=head_width,
+                num_layers=head_layers,
+                low_channels=low_latent_channels,
+            )
         self.start_token = nn.Parameter(torch.empty(hidden_size))
-        self.row_position = self.column_position = None
-        if position == "axial":
-            self.row_position = nn.Parameter(torch.empty(sample_size, 1, hidden_size))
-            self.column_position = nn.Parameter(torch.empty(1, sample_size, hidden_size))
+        self.row_position = nn.Parameter(torch.empty(sample_size, 1, hidden_size))
+        self.column_position = nn.Parameter(torch.empty(1, sample_size, hidden_size))
         self.norm_in = nn.LayerNorm(hidden_size)
+
+        # 2. Blocks
         self.blocks = nn.ModuleList(
             CATBlock(
                 hidden_size,
-                num_attention_heads,
-                attention_head_dim,
-                text_dim,
-                mlp_ratio,
-                dropout,
-                attention == "shared_key_value",
-                sample_size if relative_position else None,
+                num_heads=num_attention_heads,
+                head_dim=attention_head_dim,
+                text_dim=text_dim,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                shared_key_value=attention == "shared_key_value",
+                relative_position_size=sample_size if relative_position else None,
             )
             for _ in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(hidden_size)
         self.gradient_checkpointing = False
-        self._initialise()
+        self._initialize_weights()
 
-    def _initialise(self) -> None:
+    def _initialize_weights(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 or "null" in name or name == "start_token":
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        for block in self.blocks:  # as GPT-2: the stream's size does not grow with the depth
+        # As in GPT-2, the size of the stream does not grow with the depth.
+        for block in self.blocks:
             for layer in (block.attn.to_out, block.cross_attn.to_out, block.ff[2]):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * len(self.blocks)) ** 0.5)
         for module in self.modules():
             if isinstance(module, VelocityMLP):
-                module.initialise()
+                module.initialize_weights()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a grid, N."""
+        """Number of tokens of a grid, N."""
         return self.config.sample_size**2
 
-    def _text(self, states: Tensor, mask: Tensor | None, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """States, zero where nobody may look, or one of them all, and the mask (B, 1, 1, 1 + L), the null in front."""
-        if states.ndim != 3 or states.shape[2] != self.config.text_dim:
-            raise ValueError(f"built for text states (B, L, {self.config.text_dim}), got {tuple(states.shape)}")
+    def _prepare_text(self, embeddings: Tensor, mask: Tensor | None, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The text as the blocks take it.
+
+        Args:
+            embeddings: (B, L, text_dim). mask: (B, L), or None if there is text everywhere.
+            dropout: share of texts that are left out.
+        Returns:
+            Embeddings with padding set to zero (or their mean, L = 1), and the mask (B, 1, 1, 1 + L) of keys in
+            attention, that of the null key first.
+        """
         if mask is None:
-            mask = torch.ones(states.shape[:2], device=states.device)
-        elif mask.shape != states.shape[:2]:
-            raise ValueError(f"the text mask must have shape {tuple(states.shape[:2])}, got {tuple(mask.shape)}")
+            mask = torch.ones(embeddings.shape[:2], device=embeddings.device)
+        elif mask.shape != embeddings.shape[:2]:
+            shapes = tuple(mask.shape), tuple(embeddings.shape)
+            raise ValueError(f"a text mask of shape {shapes[0]} does not fit text embeddings of shape {shapes[1]}")
         mask = mask.bool()
         if dropout > 0:
             mask = mask & (torch.rand(len(mask), 1, device=mask.device) >= dropout)
-        states = states.to(self.start_token.dtype).masked_fill(~mask.unsqueeze(-1), 0)  # an infinite one would spread
+        # An infinite padding would spread in spite of the mask.
+        embeddings = embeddings.to(self.start_token.dtype).masked_fill(~mask.unsqueeze(-1), 0)
         if self.config.text_pooling == "mean":
-            states = states.sum(1, keepdim=True) / mask.sum(1).clamp_min(1)[:, None, None].to(states.dtype)
+            count = mask.sum(1).clamp_min(1)[:, None, None]
+            embeddings = embeddings.sum(1, keepdim=True) / count.to(embeddings.dtype)
             mask = mask.any(1, keepdim=True)
-        return states, F.pad(mask, (1, 0), value=True)[:, None, None]
+        return embeddings, F.pad(mask, (1, 0), value=True)[:, None, None]
 
-    def _place(self, embeddings: Tensor, first: int) -> Tensor:
-        """Adds their places to embeddings (B, n, D) of the tokens from `first` on."""
-        if self.row_position is None:
-            return embeddings
-        places = (self.row_position + self.column_position).flatten(0, 1)  # (N, D)
-        return embeddings + places[first : first + embeddings.shape[1]]
+    def _add_positions(self, embeddings: Tensor, first: int) -> Tensor:
+        """Adds the position embeddings of their cells to embeddings (B, n, D) of the tokens from `first` on."""
+        positions = (self.row_position + self.column_position).flatten(0, 1)  # (N, D)
+        return embeddings + positions[first : first + embeddings.shape[1]]
 
     def forward(
         self,
@@ -189,22 +217,25 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> CATTransformerOutput | tuple[Tensor, Tensor, Tensor | None]:
-        """The loss of whole grids, each token predicted from those before it.
+        """The loss of whole grids, in which each token is predicted from those before it.
 
         Args:
-            tokens: (B, h, w) or, of several codebooks, (B, h, w, Q), int64; for the flow head (B, C, h, w), normalised.
-            encoder_hidden_states: (B, L, text_dim), the text's token states.
+            tokens: (B, h, w) or, with several codebooks, (B, h, w, Q), int64; for the flow head (B, C, h, w),
+                normalized.
+            encoder_hidden_states: (B, L, text_dim), the text embeddings.
             encoder_attention_mask: (B, L), 0 or False where there is no text; None if there is text everywhere.
         Raises:
-            ValueError: for tokens or texts of other shapes than the model was built for, or outside the codebook.
+            ValueError: for tokens of another shape than the model was built for, or outside the codebook; for a mask
+                that does not fit the text.
         """
+        # 1. Tokens and text
         self.token_head.check(tokens, self.config.sample_size)
-        if len(encoder_hidden_states) != len(tokens):
-            raise ValueError(f"{len(encoder_hidden_states)} texts for {len(tokens)} grids")
-        tokens = self.token_head.sequence(tokens)
+        tokens = self.token_head.to_sequence(tokens)
         dropout = self.config.text_dropout_prob if self.training else 0.0
-        text, text_mask = self._text(encoder_hidden_states, encoder_attention_mask, dropout)
-        embeddings = self._place(self.token_head.embed(tokens[:, :-1]), 0)
+        text, text_mask = self._prepare_text(encoder_hidden_states, encoder_attention_mask, dropout)
+
+        # 2. Position n sees the start token and the tokens before n
+        embeddings = self._add_positions(self.token_head.embed(tokens[:, :-1]), 0)
         start = self.start_token.to(embeddings.dtype).expand(len(tokens), 1, -1)
         hidden_states = self.norm_in(torch.cat([start, embeddings], dim=1))  # (B, N, D)
         for block in self.blocks:
@@ -213,33 +244,36 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             else:
                 hidden_states = block(hidden_states, text, text_mask)
         hidden_states = self.norm_out(hidden_states)
+
+        # 3. Loss
         loss, logits = self.token_head.loss(hidden_states, tokens)
         if not return_dict:
             return loss, hidden_states, logits
         return CATTransformerOutput(loss=loss, hidden_states=hidden_states, logits=logits)
 
     def start(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> CATCache:
-        """An empty cache for `step`; the text as in `forward`, which is projected once."""
-        text, text_mask = self._text(encoder_hidden_states, encoder_attention_mask)
+        """An empty cache for `step`. The text is as in `forward`."""
+        text, text_mask = self._prepare_text(encoder_hidden_states, encoder_attention_mask)
         slots = self.num_tokens + (self.config.attention == "shared_key_value")
         return CATCache(text, text_mask, [LayerCache(slots) for _ in self.blocks])
 
     @torch.no_grad()
     @apply_forward_hook
     def step(self, previous: Tensor | None, cache: CATCache) -> Tensor:
-        """The hidden state (B, D) of the next position; changes the cache. Without gradients.
+        """The hidden state (B, D) of the next position, without gradients. Changes the cache.
 
         Args:
-            previous: (B, D), the embedding of the token before it by `token_head.embed`; None for the first position.
+            previous: (B, D), the embedding of the token before, by `token_head.embed`; None for the first position.
+            cache: by `start`.
         Raises:
-            ValueError: if it is missing, or the grid is full.
+            ValueError: if `previous` is missing, or the grid is full.
         """
         if cache.position == self.num_tokens or (previous is None) != (cache.position == 0):
-            raise ValueError(f"position {cache.position} of {self.num_tokens} does not go on from {type(previous)}")
+            raise ValueError(f"position {cache.position} of {self.num_tokens} cannot be predicted from {previous}")
         if previous is None:
             hidden_states = self.start_token.expand(len(cache.encoder_hidden_states), 1, -1)
         else:
-            hidden_states = self._place(previous.unsqueeze(1), cache.position - 1)
+            hidden_states = self._add_positions(previous.unsqueeze(1), cache.position - 1)
         hidden_states = self.norm_in(hidden_states)
         cell = torch.tensor([cache.position], device=hidden_states.device)
         for block, layer in zip(self.blocks, cache.layers):
@@ -259,61 +293,66 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         top_k: int | None = None,
         top_p: float | None = None,
         num_head_steps: int | None = None,
-        generator: Generators = None,
+        generator: TorchGenerators = None,
         callback: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Draws one grid per text.
+        """Samples one grid per text.
 
         Args:
             encoder_hidden_states, encoder_attention_mask: as in `forward`.
-            guidance_scale: classifier-free guidance, null + scale (text - null) of the logits, or of the flow head's
-                velocities; 1 switches it off, otherwise the batch is doubled.
-            temperature: divides the logits (0 takes the likeliest), or scales the flow head's noise.
-            top_k, top_p: only the k likeliest tokens, only the likeliest with this probability; categorical head.
-            num_head_steps: Euler steps per token of the flow head; None takes 25.
+            guidance_scale: classifier-free guidance, null + scale (text - null), of the logits or of the flow head's
+                velocities. 1 switches it off; anything else doubles the batch.
+            temperature: divides the logits (0 takes the likeliest token), or scales the flow head's noise.
+            top_k, top_p: of the categorical head: only the k likeliest tokens can be sampled, or only the likeliest
+                that together have this probability.
+            num_head_steps: of the flow head: Euler steps per token; None takes 25.
             generator: one, or one per image; with one per image a sample does not depend on its batch.
             callback: called with its position after each token.
         Returns:
             Tokens in the shape that `forward` takes; float32 for the flow head.
         Raises:
-            ValueError: for settings out of range, or guidance of a model that was never trained without text.
+            ValueError: for values out of range, arguments of the other head, or guidance of a model that was never
+                trained without text.
         """
-        self._check_sampling(guidance_scale, temperature, top_k, top_p, num_head_steps)
-        batch = len(encoder_hidden_states)
-        if isinstance(generator, (list, tuple)) and len(generator) != batch:
+        batch, is_guided = len(encoder_hidden_states), guidance_scale != 1
+        if is_guided and self.config.text_dropout_prob == 0:
+            raise ValueError("guidance needs a transformer trained with text_dropout_prob > 0; use guidance_scale=1")
+        if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for {batch} images")
-        guided = guidance_scale != 1
-        if guided:
+        options = self._sampling_options(temperature, top_k, top_p, num_head_steps)
+
+        # 1. Guidance doubles the batch: the second half has no text
+        if is_guided:
             mask = encoder_attention_mask
             mask = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2]) if mask is None else mask
             encoder_attention_mask = torch.cat([mask, torch.zeros_like(mask)])
             encoder_hidden_states = torch.cat([encoder_hidden_states, encoder_hidden_states])
         cache = self.start(encoder_hidden_states, encoder_attention_mask)
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "num_steps": num_head_steps}
+
+        # 2. One token after the other, in both halves the same
         tokens, previous = [], None
         for position in range(self.num_tokens):
             hidden = self.step(previous, cache)  # (B or 2B, D)
             token = self.token_head.sample(hidden, guidance_scale=guidance_scale, generator=generator, **options)
             tokens.append(token)
             previous = self.token_head.embed(token.unsqueeze(1)).squeeze(1)
-            previous = torch.cat([previous, previous]) if guided else previous
+            previous = torch.cat([previous, previous]) if is_guided else previous
             if callback is not None:
                 callback(position)
-        return self.token_head.grid(torch.stack(tokens, dim=1), self.config.sample_size)
+        return self.token_head.to_grid(torch.stack(tokens, dim=1), self.config.sample_size)
 
-    def _check_sampling(self, guidance_scale, temperature, top_k, top_p, num_head_steps) -> None:
-        if guidance_scale != 1 and self.config.text_dropout_prob == 0:
-            raise ValueError("guidance needs a transformer trained with text_dropout_prob > 0; use guidance_scale=1")
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-        if num_head_steps is not None and num_head_steps < 1:
-            raise ValueError(f"num_head_steps must be at least 1, got {num_head_steps}")
-
-
-def _one_of(name: str, value: str | None, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    def _sampling_options(
+        self, temperature: float, top_k: int | None, top_p: float | None, num_head_steps: int | None
+    ) -> dict:
+        """The arguments of the head's `sample`."""
+        if self.config.head == "categorical":
+            others, options = {"num_head_steps": num_head_steps}, {"top_k": top_k, "top_p": top_p}
+        else:
+            others = {"top_k": top_k, "top_p": top_p}
+            options = {"num_steps": DEFAULT_STEPS if num_head_steps is None else num_head_steps}
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            raise ValueError(f"{' and '.join(given)} cannot be given for tokens of head='{self.config.head}'")
+        if temperature < 0 or options.get("num_steps", 1) < 1:
+            raise ValueError(f"temperature {temperature} must be at least 0 and num_head_steps {num_head_steps} 1")
+        return {"temperature": temperature, **options}

@@ -1,135 +1,174 @@
 """What a model of ours needs on the Hub: a line of code that finds its class, and a card that says what it is."""
 
 import json
+import tempfile
 from pathlib import Path
 
-START, END = "<!-- favae -->", "<!-- end of favae -->"
-STATISTICS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+import yaml
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import EvalResult, ModelCard, create_repo
+
+SECTION_START, SECTION_END = "<!-- favae -->", "<!-- end of favae -->"
+LATENT_STATISTICS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+TASK_BY_EVALUATION = {"reconstruction": "image-to-image", "generation": "unconditional-image-generation"}
 
 
 class HubModelMixin:
     """Goes before `ModelMixin`. Saved models open with `AutoModel.from_pretrained(..., trust_remote_code=True)`.
 
-    Beside the weights lies a file of one line, which imports the class from the installed package: nothing else is
-    executed.
+    A file of one line beside the weights imports the class from the installed package. No other code is executed.
     """
-
-    _recipe = _metrics = None
 
     @property
     def _auto_class(self) -> str | None:
-        """Makes `save_config` write the name of that file and the class into config.json."""
-        return "AutoModel" if _is_ours(type(self)) else None
+        """Makes `save_config` of diffusers write the name of that file and the class into config.json."""
+        return "AutoModel" if _is_exported(type(self)) else None
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **options):
-        """As in [`ConfigMixin`], which warns of the entry that it wrote itself."""
+        """As in [`ConfigMixin`], which would warn of the entry `auto_map` that it wrote itself."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **options)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *arguments, **options) -> None:
         """As in [`ModelMixin`]."""
         folder = Path(save_directory)
-        if is_main_process and _is_ours(type(self)) and not folder.is_file():  # of which `ModelMixin` says so
+        if is_main_process and _is_exported(type(self)) and not folder.is_file():  # `ModelMixin` reports a file
             write_remote_code(type(self), folder)
         super().save_pretrained(save_directory, is_main_process, *arguments, **options)
 
     def push_to_hub(
-        self, repo_id: str, *arguments, recipe: str | Path | None = None, metrics: str | Path | None = None, **options
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        *,
+        recipe: str | Path | None = None,
+        metrics: str | Path | None = None,
     ) -> str:
-        """Uploads the model with a model card; without one into a subfolder.
+        """Uploads the model with a model card; into a subfolder, without one.
 
         Args:
-            repo_id: its name on the Hub.
-            recipe: a file, the config.yaml of its training; where it is None, that of the run folder from which the
-                model was loaded, if there is one.
-            metrics: a file, results.json of an evaluator.
-            arguments, options: as in [`ModelMixin`].
+            repo_id to subfolder: as in [`ModelMixin`].
+            recipe: the config.yaml of the training. None takes that of the run folder from which the model was loaded,
+                if there is one.
+            metrics: results.json of an evaluation.
+        Raises:
+            FileNotFoundError: if the recipe or the metrics do not exist.
+            ValueError: if the metrics are not results.json of an evaluation.
         """
-        model_card(self, repo_id, recipe, metrics)  # what is wrong with the files is said before anything is uploaded
-        self._recipe, self._metrics = recipe, metrics
-        try:
-            return super().push_to_hub(repo_id, *arguments, **options)
-        finally:
-            self._recipe = self._metrics = None
+        # Read the files first: nothing is uploaded if one of them is wrong.
+        recipe_text = _read_recipe(self, recipe)
+        results = None if metrics is None else read_eval_results(metrics)
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            if not subfolder:
+                card = populate_model_card(load_or_create_model_card(repo_id, token=token))
+                describe_model(card, self, repo_id, recipe_text, results)
+                card.save(Path(folder) / "README.md")
+            return super()._upload_folder(folder, repo_id, token, commit_message, create_pr, subfolder)
 
     def _upload_folder(self, working_dir, repo_id: str, *arguments, **options):
+        """Called by `save_pretrained(push_to_hub=True)`, which has written the card that describes no model yet."""
         readme = Path(working_dir) / "README.md"
-        if readme.exists():  # diffusers writes none for a subfolder
-            card = model_card(self, repo_id, self._recipe, self._metrics)
-            readme.write_text(_with_section(readme.read_text(encoding="utf-8"), card), encoding="utf-8")
+        card = ModelCard.load(readme)
+        describe_model(card, self, repo_id, _read_recipe(self))
+        card.save(readme)
         return super()._upload_folder(working_dir, repo_id, *arguments, **options)
 
 
-def _is_ours(kind: type) -> bool:
-    """Whether the package exports the class: subclasses that users write are theirs to find."""
+def _is_exported(model_class: type) -> bool:
+    """Whether favae exports the class. Subclasses that users write must be found by the users."""
     import favae
 
-    return getattr(favae, kind.__name__, None) is kind
+    return model_class.__name__ in favae.__all__ and getattr(favae, model_class.__name__) is model_class
 
 
-def write_remote_code(kind: type, folder: Path) -> Path:
-    """Writes the file that finds a class of ours: named as the last part of its module, as diffusers looks for it."""
+def write_remote_code(exported_class: type, folder: Path) -> Path:
+    """Writes the file that imports a class of ours, under the name by which diffusers looks for it: its module's."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{kind.__module__.rpartition('.')[2]}.py"
-    file.write_text(f"from favae import {kind.__name__}  # noqa: F401\n", encoding="utf-8")
+    file = folder / f"{exported_class.__module__.rpartition('.')[2]}.py"
+    file.write_text(f"from favae import {exported_class.__name__}  # noqa: F401\n", encoding="utf-8")
     return file
 
 
-def model_card(model, repo_id: str, recipe: str | Path | None = None, metrics: str | Path | None = None) -> str:
-    """Markdown: what the model is, how to open it, its latents' statistics, its metrics and its recipe.
+def describe_model(
+    card: ModelCard, model, repo_id: str, recipe: str | None = None, results: list[EvalResult] | None = None
+) -> None:
+    """Writes our section of a card, and the results into its metadata; what others wrote stays.
+
+    Args:
+        card: changed in place; an older section of ours is replaced.
+        model: a `ModelMixin`.
+        recipe: the text of the config.yaml of the training.
+        results: of an evaluation; None removes older ones.
+    """
+    name = type(model).__name__
+    parts = [
+        f"# {name}",
+        f"{model.num_parameters() / 1e6:.1f} M parameters. With the package favae, `from favae import {name}`:",
+        f'```python\nmodel = {name}.from_pretrained("{repo_id}")\n```',
+        f'or `diffusers.AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)`; that code is one line, which '
+        "imports the class from favae.",
+    ]
+    statistics = {key: model.config[key] for key in LATENT_STATISTICS if key in model.config}
+    if statistics:
+        numbers = yaml.safe_dump(statistics, sort_keys=False, default_flow_style=None, width=120)
+        parts += ["## Latents", "`encode` and `decode` do not apply these numbers; pipelines do.", _code_block(numbers)]
+    if recipe is not None:
+        parts += ["## Training", _code_block(recipe)]
+
+    before, start, rest = card.text.partition(SECTION_START)
+    after = rest.partition(SECTION_END)[2] if start else ""
+    section = "\n\n".join(parts)
+    card.text = f"{before.rstrip()}\n\n{SECTION_START}\n{section}\n{SECTION_END}\n{after.lstrip()}"
+    card.data.model_name = name if results else None
+    card.data.eval_results = results
+
+
+def read_eval_results(file: str | Path) -> list[EvalResult]:
+    """The metrics in results.json of an evaluation, in the form that the Hub shows.
 
     Raises:
-        FileNotFoundError: if the recipe or the metrics are not there.
-        ValueError: if the metrics are not results.json of an evaluator.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not results.json of an evaluation.
     """
-    kind, config = type(model).__name__, model.config
-    folder = Path(config.get("_name_or_path") or "")
-    if recipe is None and folder.name == "final" and (folder.parent / "config.yaml").is_file():
-        recipe = folder.parent / "config.yaml"
-    parts = [
-        f"# {kind}",
-        f"{model.num_parameters() / 1e6:.1f} M parameters. With the package favae, `from favae import {kind}`:",
-        f'```python\nmodel = {kind}.from_pretrained("{repo_id}")\n```',
-        f'or `diffusers.AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)`; the code is one line, which '
-        "imports that class.",
-    ]
-    statistics = [{"setting": name, "value": config[name]} for name in STATISTICS if name in config]
-    if statistics:
-        parts += ["## Latents", "`encode` and `decode` apply none of these; pipelines do.", _table(statistics)]
-    if metrics is not None:
-        parts += ["## Measured", *_measured(Path(metrics))]
-    if recipe is not None:
-        parts += ["## Trained with", f"```yaml\n{Path(recipe).read_text(encoding='utf-8').strip()}\n```"]
-    return "\n\n".join(parts)
-
-
-def _measured(file: Path) -> list[str]:
+    text = Path(file).read_text(encoding="utf-8")
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        rows = [
-            {"model": row["model"], **{name: value for name, value in row["metrics"].items() if value is not None}}
+        result = json.loads(text)
+        protocol = result["protocol"]
+        data = protocol.get("data_name") or protocol.get("reference_name") or "unknown"
+        return [
+            EvalResult(
+                task_type=TASK_BY_EVALUATION[result["task"]],
+                dataset_type=data,
+                dataset_name=data,
+                dataset_args=protocol,
+                metric_type=metric,
+                metric_name=f"{metric} of {row['model']}",
+                metric_value=value,
+            )
             for row in result["rows"]
+            for metric, value in row["metrics"].items()
+            if value is not None
         ]
-        protocol = [{"protocol": name, "value": value} for name, value in result["protocol"].items()]
-        return [f"`{result['command']}`", _table(rows), _table(protocol)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no results.json of an evaluator ({error!r})") from error
+        raise ValueError(f"{file} is not results.json of an evaluation ({error!r})") from error
 
 
-def _table(rows: list[dict]) -> str:
-    headings = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [headings, ["---"] * len(headings), *([_cell(row.get(name, "")) for name in headings] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _read_recipe(model, recipe: str | Path | None = None) -> str | None:
+    """The recipe that is given, or else config.yaml of the run folder whose final/ the model was loaded from."""
+    if recipe is not None:
+        return Path(recipe).read_text(encoding="utf-8")
+    folder = Path(model.config.get("_name_or_path") or "")
+    found = folder.parent / "config.yaml"
+    return found.read_text(encoding="utf-8") if folder.name == "final" and found.is_file() else None
 
 
-def _cell(value) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_cell, value)) + "]"
-    return (f"{value:.5g}" if isinstance(value, float) else str(value)).replace("|", "/").replace("\n", " ")
-
-
-def _with_section(text: str, section: str) -> str:
-    """A card with ours in the place of an older one of ours; what others wrote around it stays."""
-    before, start, rest = text.partition(START)
-    after = rest.partition(END)[2] if start else ""
-    return f"{before.rstrip()}\n\n{START}\n{section}\n{END}\n{after.lstrip()}"
+def _code_block(text: str) -> str:
+    return f"```yaml\n{text.strip()}\n```"

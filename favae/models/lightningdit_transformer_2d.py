@@ -1,5 +1,7 @@
 """`LightningDiTTransformer2DModel`: a class-conditional diffusion transformer that predicts velocities of latents."""
 
+from typing import Annotated
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -14,6 +16,7 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,9 +28,10 @@ def axial_rotary_embedding(height: int, width: int, head_dim: int) -> tuple[Tens
     """Cosines and sines of the rotary embedding of a grid: half of each head turns with the row, half with the column.
 
     Args:
-        height, width: of the token grid, row by row. head_dim: a multiple of 4.
+        height, width: of the token grid.
+        head_dim: a multiple of 4.
     Returns:
-        Two tensors (height * width, head_dim), pairs of neighbouring channels sharing an angle.
+        Two tensors (height * width, head_dim), row by row; the channels 2n and 2n + 1 share an angle.
     Source: Su et al., 2021, in the axial form of EVA-02.
     """
     rows = get_1d_rotary_pos_embed(head_dim // 2, torch.arange(height), use_real=True)  # cos, sin: (height, D/2)
@@ -39,19 +43,20 @@ def axial_rotary_embedding(height: int, width: int, head_dim: int) -> tuple[Tens
 
 
 class LightningDiTAttention(nn.Module):
-    """Self-attention with rotary embedding and, optionally, RMS-normalised queries and keys."""
+    """Self-attention with rotary embedding and, optionally, RMS-normalized queries and keys."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: bool):
+    def __init__(self, dim: int, *, num_heads: int, head_dim: int, qk_norm: bool):
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, heads * head_dim)
-        self.to_k = nn.Linear(dim, heads * head_dim)
-        self.to_v = nn.Linear(dim, heads * head_dim)
+        self.to_q = nn.Linear(dim, num_heads * head_dim)
+        self.to_k = nn.Linear(dim, num_heads * head_dim)
+        self.to_v = nn.Linear(dim, num_heads * head_dim)
         self.norm_q = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.to_out = nn.Linear(heads * head_dim, dim)
+        self.to_out = nn.Linear(num_heads * head_dim, dim)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, N, dim), and the rotary embedding of the N positions -> (B, N, dim)."""
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, N, heads, head_dim)
             for projection in (self.to_q, self.to_k, self.to_v)
@@ -62,7 +67,7 @@ class LightningDiTAttention(nn.Module):
 
 
 class SwiGLUFeedForward(nn.Module):
-    """W_out(silu(W_gate x) * W_in x), hidden width 2/3 of the ratio. Source: Shazeer, 2020."""
+    """W_out(silu(W_gate x) * W_in x), of hidden width 2/3 mlp_ratio dim. Source: Shazeer, 2020."""
 
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
@@ -76,22 +81,31 @@ class SwiGLUFeedForward(nn.Module):
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """hidden_states (B, N, D), shift and scale (B, D) -> (B, N, D)."""
     return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class LightningDiTBlock(nn.Module):
-    """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero; Peebles and Xie, 2023)."""
+    """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero; Peebles and Xie, 2023).
 
-    def __init__(self, dim: int, heads: int, head_dim: int, mlp_ratio: float, qk_norm: bool, wo_shift: bool):
+    Args:
+        dim: width D.
+        num_heads, head_dim, qk_norm: of the attention.
+        mlp_ratio: of the feed-forward.
+        wo_shift: whether the condition gives scales and gates alone, no shifts.
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, head_dim: int, mlp_ratio: float, qk_norm: bool, wo_shift: bool):
         super().__init__()
         self.norm1 = RMSNorm(dim, eps=1e-6)
-        self.attn = LightningDiTAttention(dim, heads, head_dim, qk_norm)
+        self.attn = LightningDiTAttention(dim, num_heads=num_heads, head_dim=head_dim, qk_norm=qk_norm)
         self.norm2 = RMSNorm(dim, eps=1e-6)
         self.ff = SwiGLUFeedForward(dim, mlp_ratio)
         self.wo_shift = wo_shift
         self.modulation = nn.Linear(dim, (4 if wo_shift else 6) * dim)
 
     def forward(self, hidden_states: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """hidden_states (B, N, D), condition (B, D) -> (B, N, D)."""
         modulation = self.modulation(F.silu(condition))
         if self.wo_shift:
             shift1 = shift2 = torch.zeros_like(condition)
@@ -100,8 +114,8 @@ class LightningDiTBlock(nn.Module):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         attended = self.attn(modulate(self.norm1(hidden_states), shift1, scale1), rotary)
         hidden_states = hidden_states + gate1.unsqueeze(1) * attended
-        fed = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
-        return hidden_states + gate2.unsqueeze(1) * fed
+        transformed = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
+        return hidden_states + gate2.unsqueeze(1) * transformed
 
 
 class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
@@ -111,16 +125,18 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
 
     Parameters:
         sample_size: height and width of the latent.
-        patch_size: latent pixels per token side.
+        patch_size: height and width of a token, in latent pixels.
         in_channels: latent channels.
         num_layers, num_attention_heads, attention_head_dim: the width is heads * head_dim; XL is 28, 16, 72.
-        mlp_ratio: of the feed-forward width, before SwiGLU's factor 2/3.
-        num_classes: class labels; index `num_classes` is the null class of classifier-free guidance.
-        class_dropout_prob: share of labels replaced by the null class in training.
-        qk_norm: RMS-normalise queries and keys; steadier in long bf16 runs, slightly worse otherwise.
-        wo_shift: blocks are modulated by scales and gates alone.
+        mlp_ratio: of the feed-forward, before SwiGLU's factor 2/3.
+        num_classes: number of classes; the index `num_classes` is the null class of classifier-free guidance.
+        class_dropout_prob: share of labels that are replaced by the null class in training.
+        qk_norm: whether queries and keys are RMS-normalized: steadier in long bf16 runs, slightly worse otherwise.
+        wo_shift: whether blocks are modulated by scales and gates alone.
 
-    Source: Yao et al., CVPR 2025 (arXiv 2501.01423). XL/1 with 32 channels has 675M parameters, B/1 131M.
+    Raises:
+        ValueError: if `sample_size` is not a multiple of `patch_size`.
+    Source: Yao et al., CVPR 2025 (arXiv 2501.01423). XL/1 with 32 channels has 675 M parameters, B/1 has 130 M.
     """
 
     _supports_gradient_checkpointing = True
@@ -131,30 +147,35 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 16,
-        patch_size: int = 1,
-        in_channels: int = 32,
-        num_layers: int = 28,
-        num_attention_heads: int = 16,
-        attention_head_dim: int = 72,
-        mlp_ratio: float = 4.0,
-        num_classes: int = 1000,
-        class_dropout_prob: float = 0.1,
+        sample_size: PositiveInt = 16,
+        patch_size: PositiveInt = 1,
+        in_channels: PositiveInt = 32,
+        num_layers: PositiveInt = 28,
+        num_attention_heads: PositiveInt = 16,
+        attention_head_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 72,
+        mlp_ratio: PositiveFloat = 4.0,
+        num_classes: PositiveInt = 1000,
+        class_dropout_prob: Annotated[float, Field(ge=0, le=1)] = 0.1,
         qk_norm: bool = False,
         wo_shift: bool = False,
     ):
         super().__init__()
         if sample_size % patch_size:
             raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
-        if attention_head_dim % 4:
-            raise ValueError(f"attention_head_dim must be a multiple of 4, got {attention_head_dim}")
         dim = num_attention_heads * attention_head_dim
         self.patch_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, dim)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, dim)
         self.class_embedding = LabelEmbedding(num_classes, dim, class_dropout_prob)
         self.blocks = nn.ModuleList(
-            LightningDiTBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, wo_shift)
+            LightningDiTBlock(
+                dim,
+                num_heads=num_attention_heads,
+                head_dim=attention_head_dim,
+                mlp_ratio=mlp_ratio,
+                qk_norm=qk_norm,
+                wo_shift=wo_shift,
+            )
             for _ in range(num_layers)
         )
         self.norm_out = RMSNorm(dim, eps=1e-6)
@@ -166,9 +187,9 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
         self.gradient_checkpointing = False
-        self._initialise()
+        self._initialize_weights()
 
-    def _initialise(self) -> None:
+    def _initialize_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -179,7 +200,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         nn.init.normal_(self.class_embedding.embedding_table.weight, std=0.02)
         nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
-        # adaLN-Zero: every block starts as the identity and the output as zero
+        # adaLN-Zero: every block starts as the identity and the output as zero.
         for layer in (*(block.modulation for block in self.blocks), self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
 
@@ -189,29 +210,35 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         """
         Args:
             hidden_states: (B, C, h, w), the normalised latent x_t.
-            timestep: (B,), t in [0, 1] with 0 = noise and 1 = data; not diffusers' 0 to 1000.
-            class_labels: (B,), int64, 0 to `num_classes` (the null class).
+            timestep: (B,), t from 0 (noise) to 1 (data), unlike diffusers' 0 to 1000.
+            class_labels: (B,), int64, from 0 to `num_classes` (the null class).
         Returns:
             `sample` (B, C, h, w), the velocity data - noise.
         Raises:
-            ValueError: if the latent has another size than the model was built for.
+            ValueError: if the latent has another shape than the model was built for.
         """
         size, patch = self.config.sample_size, self.config.patch_size
         expected = (self.config.in_channels, size, size)
         if tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(f"built for latents of shape {expected}, got {tuple(hidden_states.shape[1:])}")
+
+        # 1. Condition and patches
         dtype = hidden_states.dtype
-        with no_autocast(hidden_states.device):  # in half precision neighbouring times would be one
+        with no_autocast(hidden_states.device):  # half precision could not tell neighboring times apart
             weight = self.time_embedding.linear_1.weight
             time = self.time_embedding(self.time_proj(timestep.float()).to(weight.dtype)).to(dtype)
         condition = time + self.class_embedding(class_labels)  # (B, D)
         rotary = (self.rotary_cos, self.rotary_sin)
         hidden_states = self.patch_embed(hidden_states).to(dtype)  # (B, N, D)
+
+        # 2. Blocks
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary)
             else:
                 hidden_states = block(hidden_states, condition, rotary)
+
+        # 3. Tokens to a velocity of the latent's shape
         shift, scale = self.modulation_out(F.silu(condition)).chunk(2, dim=1)
         hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))
         grid = size // patch

@@ -18,11 +18,11 @@ class CATPipeline(DiffusionPipeline):
 
     Parameters:
         transformer: a [`CATTransformerModel`].
-        vae: what its tokens belong to: a [`VQModelFA`], or an [`AutoencoderKL`] whose `latents_mean` and `latents_std`
-            scale its latents back. None for `output_type="latent"` alone.
-        text_encoder, tokenizer: of transformers; the encoder that the transformer was trained with. None for
-            `prompt_embeds` alone.
-        max_length: tokens of a prompt, at most; longer ones are cut, with a warning. None takes what the encoder takes.
+        vae: the autoencoder that the tokens belong to: a [`VQModelFA`], or an [`AutoencoderKL`], see `decode_latents`
+            for how its config scales latents back. With None only `output_type="latent"` is possible.
+        text_encoder, tokenizer: of transformers, those that the transformer was trained with. With None only
+            `prompt_embeds` are possible.
+        max_length: number of tokens to which prompts are cut, with a warning. None takes as many as the encoder can.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -47,29 +47,29 @@ class CATPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def enable_sequential_cpu_offload(self, *arguments, **options):
-        """Raises ValueError: parts of the transformer are used past the hooks that would bring their weights."""
+        """Raises ValueError: `generate` uses parts of the transformer without the hooks that bring their weights."""
         raise ValueError("CATPipeline offloads whole models: enable_model_cpu_offload()")
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
-        """Token states (B, L, D) and their mask (B, L); an empty prompt has an empty mask: no text at all.
+        """The text embeddings (B, L, D) and mask (B, L) of prompts. An empty prompt has an empty mask: no text at all.
 
         Raises:
-            ValueError: for a prompt that is no string, or without a text encoder.
+            ValueError: for a prompt that is not a string, or without a text encoder.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(x, str) for x in prompts):
-            raise ValueError(f"prompt is a string or a list of strings, got {prompt!r}")
+            raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("a pipeline without a text encoder needs prompt_embeds and prompt_attention_mask")
         prompts = list(prompts)
         limit = self.config.max_length or text_limit(self.text_encoder, self.tokenizer)
-        states, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit)
+        embeddings, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit)
         warn_of_cut(self.tokenizer, prompts, mask, limit)
         empty = torch.tensor([not text.strip() for text in prompts], device=mask.device)
-        return states, mask & ~empty.unsqueeze(1)
+        return embeddings, mask & ~empty.unsqueeze(1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """What the transformer draws -> images (B, 3, H, W) around [-1, 1]."""
+        """Tokens of the transformer -> images (B, 3, H, W) around [-1, 1]."""
         if isinstance(self.vae, VQModelFA):
             return self.vae.decode(tokens).sample
         return decode_latents(self.vae, tokens)
@@ -92,46 +92,44 @@ class CATPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         r"""
         Args:
-            prompt: one text, or one per image; an empty one draws without a condition.
-            num_images_per_prompt: consecutive images of each prompt.
-            guidance_scale: classifier-free guidance of logits or velocities, null + scale (given - null); 1 is without.
-            temperature: 1 draws from the distribution learnt, less is safer, 0 the likeliest.
-            top_k, top_p: of a codebook: only the k likeliest tokens, or those that together have this probability.
-            num_head_steps: Euler steps for each token of continuous latents.
+            prompt: one text, or one per image. An empty one samples without a condition.
+            num_images_per_prompt: number of consecutive images of each prompt.
+            guidance_scale: classifier-free guidance, null + scale (text - null), of logits or velocities; 1 switches it
+                off.
+            temperature: 1 samples from the learned distribution, less is safer, 0 takes the likeliest token.
+            top_k, top_p: for codes: only the k likeliest tokens can be sampled, or only the likeliest that together
+                have this probability.
+            num_head_steps: for continuous latents: Euler steps per token; None takes 25.
             generator: one, or one per image; with one per image a sample does not depend on its batch.
-            prompt_embeds, prompt_attention_mask: what `encode_prompt` gives, token states (B, L, D) and mask (B, L), in
-                place of `prompt`. Guidance is away from no text; there is no negative prompt.
+            prompt_embeds, prompt_attention_mask: text embeddings (B, L, D) and mask (B, L) by `encode_prompt`, instead
+                of `prompt`. Guidance leads away from no text; there is no negative prompt.
             output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (the tokens:
-                int64 (B, h, w) or (B, h, w, Q), or normalised latents (B, C, h, w)).
+                int64 (B, h, w) or (B, h, w, Q), or normalized latents (B, C, h, w)).
 
         Returns:
             [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: without or with both of `prompt` and `prompt_embeds`, for embeddings without a mask of their
-                shape, for as many generators as there are no images, or settings that the transformer refuses.
+            ValueError: for both or neither of `prompt` and `prompt_embeds`, embeddings without a mask of their shape, a
+                wrong number of generators, or values that the transformer refuses.
         """
+        # 1. The text
         device, dtype = self._execution_device, self.transformer.dtype
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
         if (prompt_embeds is None) != (prompt_attention_mask is None):
             raise ValueError("prompt_embeds and prompt_attention_mask belong together")
-        if prompt_embeds is not None and prompt_attention_mask.shape != prompt_embeds.shape[:2]:
-            shapes = tuple(prompt_attention_mask.shape), tuple(prompt_embeds.shape)
-            raise ValueError(
-                f"prompt_attention_mask of shape {shapes[0]} does not fit prompt_embeds of shape {shapes[1]}"
-            )
         if self.vae is None and output_type != "latent":
             raise ValueError('a pipeline without an autoencoder needs output_type="latent"')
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if prompt_embeds is None:
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
-        states = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        embeddings = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
         mask = prompt_attention_mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+
+        # 2. Tokens, one after the other
         with self.progress_bar(total=self.transformer.num_tokens) as bar:
             tokens = self.transformer.generate(
-                states,
+                embeddings,
                 mask,
                 guidance_scale=guidance_scale,
                 temperature=temperature,
@@ -141,6 +139,8 @@ class CATPipeline(DiffusionPipeline):
                 generator=generator,
                 callback=lambda position: bar.update(),
             )
+
+        # 3. Images
         if output_type == "latent":
             images = tokens
         else:
@@ -150,24 +150,19 @@ class CATPipeline(DiffusionPipeline):
 
 
 def _check_vae(transformer: CATTransformerModel, vae: VQModelFA | AutoencoderKL) -> None:
-    """Raises ValueError for a transformer of other tokens than the autoencoder's."""
-    config = transformer.config
-    if (config.head == "categorical") != isinstance(vae, VQModelFA):
-        raise ValueError(f"a transformer with head='{config.head}' does not draw the tokens of a {type(vae).__name__}")
-    if config.head == "flow":
-        name, wanted, found = "latent channels", config.latent_channels, vae.config.latent_channels
+    """Raises ValueError for a transformer of other tokens than those of the autoencoder."""
+    if isinstance(vae, VQModelFA):
+        codes = vae.config.num_quantizers if vae.config.quantizer == "residual" else 1
+        needed = {"head": "categorical", "codebook_size": vae.num_tokens, "num_quantizers": codes}
     else:
-        name, wanted, found = "entries in the codebook", config.codebook_size, vae.num_tokens
-    residual = isinstance(vae, VQModelFA) and vae.config.quantizer == "residual"
-    codes = vae.config.num_quantizers if residual else 1
-    if config.num_quantizers != codes:
-        raise ValueError(f"the transformer draws {config.num_quantizers} codes per token, the autoencoder has {codes}")
-    if wanted != found:
-        raise ValueError(f"the transformer was built for {wanted} {name}, the autoencoder has {found}")
+        needed = {"head": "flow", "latent_channels": vae.config.latent_channels}
+    for name, value in needed.items():
+        if transformer.config[name] != value:
+            raise ValueError(f"the transformer has {name}={transformer.config[name]}, the autoencoder needs {value}")
 
 
 def _check_text_encoder(transformer: CATTransformerModel, text_encoder: PreTrainedModel) -> None:
-    """Raises ValueError for a transformer of other texts than the encoder's."""
-    built, width = transformer.config.text_dim, text_encoder.config.hidden_size
-    if built != width:
-        raise ValueError(f"the transformer was built for states of {built} channels, the text encoder gives {width}")
+    """Raises ValueError for a transformer of other embeddings than those of the text encoder."""
+    width = text_encoder.config.hidden_size
+    if transformer.config.text_dim != width:
+        raise ValueError(f"the transformer has text_dim={transformer.config.text_dim}, the text encoder needs {width}")

@@ -7,7 +7,6 @@ from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -15,18 +14,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from favae.models import LightningDiTTransformer2DModel
+from favae.models.class_conditional import num_classes, time_scale
+from favae.models.token_heads import guide
 from favae.pipelines.decoding import decode_latents
-
-
-def num_classes(transformer: ModelMixin) -> int:
-    """Classes of a LightningDiT or DiT, which is also the index of the null class."""
-    config = transformer.config
-    return config.num_embeds_ada_norm if isinstance(transformer, DiTTransformer2DModel) else config.num_classes
-
-
-def time_scale(transformer: ModelMixin) -> float:
-    """What the times 0 to 1 are multiplied with: DiT embeds 0 to 1,000."""
-    return 1000.0 if isinstance(transformer, DiTTransformer2DModel) else 1.0
 
 
 class LightningDiTPipeline(DiffusionPipeline):
@@ -34,10 +24,10 @@ class LightningDiTPipeline(DiffusionPipeline):
     Class-conditional generation by flow matching.
 
     Parameters:
-        transformer: predicts the velocity data - noise at time t, 0 = noise: a [`LightningDiTTransformer2DModel`], or
-            a [`DiTTransformer2DModel`] that was trained so (with as many output as input channels).
-        vae: an [`AutoencoderKL`] or a subclass. Latents are scaled back to z std / `scaling_factor` + mean with its
-            `latents_mean` and `latents_std`, or, where these are None, to z / `scaling_factor` + `shift_factor`.
+        transformer: predicts the velocity data - noise at time t (0 is noise, 1 is data): a
+            [`LightningDiTTransformer2DModel`], or a [`DiTTransformer2DModel`] that was trained to do so and has as many
+            output as input channels.
+        vae: an [`AutoencoderKL`] or a subclass. See `decode_latents` for how its config scales latents back.
         scheduler: a [`FlowMatchEulerDiscreteScheduler`]; its `shift` is 1 / s for LightningDiT's timestep shift s.
         id2label: class index -> name, for `get_label_ids`.
     """
@@ -64,14 +54,14 @@ class LightningDiTPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class names and their indices; of two classes with the same name, the last."""
+        """Class indices by name; of classes with the same name, the last."""
         return {name: int(index) for index, name in (self.config.id2label or {}).items()}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class indices of one or more class names.
+        """The class indices of one or more class names.
 
         Raises:
-            ValueError: for a name the pipeline does not know.
+            ValueError: for a name that the pipeline does not know.
         """
         names = [label] if isinstance(label, str) else label
         for name in names:
@@ -80,7 +70,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         return [self.labels[name] for name in names]
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, h, w) -> images (B, 3, H, W) around [-1, 1]."""
+        """Normalized latents (B, C, h, w) -> images (B, 3, H, W) around [-1, 1]."""
         return decode_latents(self.vae, latents)
 
     @torch.no_grad()
@@ -100,20 +90,23 @@ class LightningDiTPipeline(DiffusionPipeline):
         Args:
             class_labels: one class index per image; see `get_label_ids`.
             guidance_scale: classifier-free guidance, v = v_null + scale (v_class - v_null); 1 switches it off.
-            guidance_interval: guidance acts where time t, 0 = noise and 1 = data, is in this closed interval.
-            guidance_channels: guide only the first so many latent channels, as LightningDiT's published numbers do
-                (3); None guides all.
-            num_inference_steps: Euler steps; each is one evaluation of the transformer, two with guidance.
+            guidance_interval: guidance acts while the time t (0 is noise, 1 is data) is in this closed interval.
+            guidance_channels: only the first so many latent channels are guided, 3 for LightningDiT's published
+                numbers; None guides all.
+            num_inference_steps: Euler steps. Each is one evaluation of the transformer, with guidance of a doubled
+                batch.
             generator: one, or one per image; with one per image a sample does not depend on its batch.
-            latents: (B, C, h, w) standard normal noise to start from, in place of drawing it.
-            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (normalised).
+            latents: (B, C, h, w), standard normal noise to start from; None samples it.
+            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (normalized).
 
         Returns:
             [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: for a class index the transformer does not have, or latents of another shape.
+            ValueError: for a class index that the transformer does not have, or guidance of a transformer that was
+                never trained without classes.
         """
+        # 1. Classes and noise
         transformer, config = self.transformer, self.transformer.config
         device = self._execution_device
         labels = torch.as_tensor(class_labels, device=device).reshape(-1)
@@ -125,40 +118,39 @@ class LightningDiTPipeline(DiffusionPipeline):
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         latents = latents.to(device, torch.float32)
         null_labels = torch.full_like(labels, null_class)
 
-        # The exact grid of LightningDiT; set_timesteps(N) alone ends above zero and shifts its end twice.
+        # 2. Euler steps, on the exact time grid of LightningDiT: set_timesteps(N) alone ends above zero and shifts its
+        # end twice
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            time = 1 - timestep / self.scheduler.config.num_train_timesteps  # 0 = noise
-            guided = guidance_scale != 1 and guidance_interval[0] <= time <= guidance_interval[1]
-            batch = torch.cat([latents, latents]) if guided else latents
-            classes = torch.cat([labels, null_labels]) if guided else labels
+            time = 1 - timestep / self.scheduler.config.num_train_timesteps  # 0 is noise
+            is_guided = guidance_scale != 1 and guidance_interval[0] <= time <= guidance_interval[1]
+            batch = torch.cat([latents, latents]) if is_guided else latents
+            classes = torch.cat([labels, null_labels]) if is_guided else labels
             times = scale * time.expand(len(batch)).float()
             velocity = transformer(
                 batch.to(transformer.dtype), timestep=times, class_labels=classes, return_dict=False
             )[0].float()
-            if guided:
+            if is_guided:
                 velocity = self._guide(velocity, guidance_scale, guidance_channels)
-            # the scheduler runs from data to noise, so its output is the negative of ours
+            # The velocity of the scheduler points from data to noise, ours from noise to data.
             latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
 
+        # 3. Images
         if output_type == "latent":
             images = latents
         else:
             images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @staticmethod
     def _guide(velocity: Tensor, scale: float, channels: int | None) -> Tensor:
-        conditional, unconditional = velocity.chunk(2)
-        guided = unconditional + scale * (conditional - unconditional)
+        """(2B, C, h, w), the conditional half first -> (B, C, h, w); `channels` as `guidance_channels`."""
+        guided = guide(velocity, scale)
         if channels is None:
             return guided
+        conditional = velocity[: len(guided)]
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from favae.losses.alignment import representation_alignment
 from favae.losses.denoising import denoising_loss
 from favae.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, interpolate, sample_times
-from favae.pipelines.pipeline_lightningdit import num_classes, time_scale
+from favae.models.class_conditional import num_classes, time_scale
 
 # The schedule of ADM and DiT; `DiTPipeline`'s schedulers have it too.
 DIFFUSION = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}

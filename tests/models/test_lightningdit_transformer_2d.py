@@ -87,7 +87,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"built for latents of shape \(6, 4, 4\), got \(6, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(6, 4, 4\)"):
         tiny()(torch.zeros(1, 6, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
 
 
