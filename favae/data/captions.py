@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from favae.data.sharded_cache import FILL_THE_GAP
 from favae.errors import CacheError, DataError
 
 
@@ -41,15 +42,14 @@ def read_captions(folder: Path, number: int, count: int) -> list[list[str]]:
         CacheError: if the file is missing, damaged or of another number of images.
     """
     path = captions_file(folder, number)
-    mend = "write the cache again, which fills the gap"
     try:
         captions = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CacheError(f"{path} is missing; {mend}") from None
+        raise CacheError(f"{path} is missing; {FILL_THE_GAP}") from None
     except ValueError as error:
-        raise CacheError(f"{path} is damaged ({error}); delete it and {mend}") from error
+        raise CacheError(f"{path} is damaged ({error}); delete it and {FILL_THE_GAP}") from error
     if len(captions) != count:
-        raise CacheError(f"{path} is of {len(captions)} images where its shard has {count}; delete it and {mend}")
+        raise CacheError(f"{path} is of {len(captions)} images, its shard of {count}; delete it and {FILL_THE_GAP}")
     return captions
 
 

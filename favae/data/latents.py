@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Subset
 from favae.autoencoders import load_autoencoder, measure_budget
 from favae.data.captions import captions_file, summarize_captions
 from favae.data.images import ImageDataset, skip_missing
-from favae.data.sharded_cache import CacheWriter, ShardedCache, open_shard, read_manifest, shard_file
+from favae.data.sharded_cache import FILL_THE_GAP, CacheWriter, ShardedCache, open_shard, read_manifest, shard_file
 from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import CacheError
 from favae.hashing import hash_model
@@ -225,7 +225,7 @@ class TokenDataset(CachedDataset):
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
             raise CacheError(
                 f"{path} has tokens in {tokens.min()} ... {tokens.max()}, but the codebook ends at "
-                f"{self.codebook_size - 1}; delete it and write the cache again, which fills the gap"
+                f"{self.codebook_size - 1}; delete it and {FILL_THE_GAP}"
             )
         return tensors
 

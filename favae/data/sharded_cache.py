@@ -22,6 +22,7 @@ from favae.files import atomic_path, write_text
 
 PLAN_FILE = "plan.json"
 MANIFEST_FILE = "manifest.json"
+FILL_THE_GAP = "write the cache again, which fills the gap"  # the end of messages
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -29,13 +30,13 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def open_shard(path: Path) -> safe_open:
-    """Raises `CacheError` if the file is damaged."""
+    """Raises `CacheError` if the file is missing or damaged."""
     try:
         return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CacheError(f"{path} is missing; {FILL_THE_GAP}") from None
     except SafetensorError as error:
-        raise CacheError(
-            f"{path} is damaged ({error}); delete it and write the cache again, which fills the gap"
-        ) from error
+        raise CacheError(f"{path} is damaged ({error}); delete it and {FILL_THE_GAP}") from error
 
 
 def read_manifest(folder: str | Path, contents: str) -> dict:
@@ -93,7 +94,8 @@ class CacheWriter:
         """
         processes, own = self.state.num_processes, self.state.process_index
         missing = [number for number, file in enumerate(files) if number % processes == own and not file.exists()]
-        for number in tqdm(missing, desc=description, unit="shard", disable=not self.state.is_main_process):
+        hide = not missing or not self.state.is_main_process
+        for number in tqdm(missing, desc=description, unit="shard", disable=hide):
             with atomic_path(files[number]) as temporary:
                 write(number, temporary)
         self.state.wait_for_everyone()
@@ -132,8 +134,6 @@ class ShardedCache(ABC):
         self._ends = np.cumsum(self.manifest["counts"])
         for number, count in enumerate(self.manifest["counts"]):
             path = shard_file(self.folder, number)
-            if not path.is_file():
-                raise CacheError(f"{path} is missing; write the cache again, which fills the gap")
             with open_shard(path) as shard:
                 found = self.count(shard, path)
             if found != count:

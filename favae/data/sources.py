@@ -181,13 +181,11 @@ def _open_dataset(path: str, split: str) -> Any:
 def _read_labels(data: Any, column: str, name: str) -> tuple[list[str], list[int]]:
     """Names of the classes, and the class of each row: those that the column declares, or else its different values."""
     labels = data[column] if column in data.column_names else [0] * len(data)
-    if any(label is None for label in labels):
-        raise DataError(f"{name}: some values of the label column '{column}' are missing")
     declared = getattr(data.features.get(column), "names", None)
-    values = list(range(len(declared))) if declared else sorted(set(labels))
-    unknown = sorted(set(labels) - set(values))
-    if unknown:  # test splits of the hub have -1
-        raise DataError(f"{name}: label {unknown[0]} is no class; this split has no labels to use")
+    values = list(range(len(declared))) if declared else sorted(set(labels) - {None})
+    unknown = set(labels) - set(values)
+    if unknown:  # test splits on the hub have -1
+        raise DataError(f"{name}: the label column '{column}' has values that are no class, such as {unknown.pop()}")
     index = {value: i for i, value in enumerate(values)}
     return list(declared or map(str, values)), [index[label] for label in labels]
 
@@ -304,7 +302,5 @@ def open_source(
     if path.startswith("hf:"):
         return HuggingFaceSource(path.removeprefix("hf:"), split, image_column, label_column, caption_column)
     if path.endswith(".parquet"):
-        if not Path(path).is_file():
-            raise DataError(f"{path}: no such file")
         return HuggingFaceSource(path, split, image_column, label_column, caption_column)
     return FolderSource(path, min_size)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from favae.data.captions import read_captions
-from favae.data.sharded_cache import CacheWriter, ShardedCache, open_shard, read_manifest, shard_file
+from favae.data.sharded_cache import FILL_THE_GAP, CacheWriter, ShardedCache, open_shard, read_manifest, shard_file
 from favae.errors import CacheError
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _summarize(files: list[Path]) -> dict:
 
 def _read_tensors(shard: safe_open, path: Path) -> dict[str, Tensor]:
     if set(shard.keys()) != set(TENSOR_NAMES):
-        raise CacheError(f"{path} is no shard of text embeddings; delete it and write them again, which fills the gap")
+        raise CacheError(f"{path} is no shard of text embeddings; delete it and {FILL_THE_GAP}")
     return {name: shard.get_tensor(name) for name in TENSOR_NAMES}
 
 

@@ -128,6 +128,14 @@ def test_parquet_and_missing_columns(tmp_path):
         open_source(str(tmp_path / "broken.parquet"))
     with pytest.raises(DataError, match="no column 'picture'.*image, label"):
         open_source(str(tmp_path / "images.parquet"), image_column="picture")
+    with pytest.raises(DataError, match="nowhere.parquet"):
+        open_source(str(tmp_path / "nowhere.parquet"))
+    classes = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    for wrong in (None, -1):
+        labels = datasets.Dataset.from_dict({"image": images, "label": [1, 0, 1, wrong]}, features=classes)
+        labels.to_parquet(tmp_path / "labels.parquet")
+        with pytest.raises(DataError, match=f"label column 'label' .* {wrong}"):
+            open_source(str(tmp_path / "labels.parquet"))
 
 
 def test_captions_beside_images(image_folder):

@@ -306,7 +306,7 @@ def test_damaged_captions(tiny_favae, captioned, tmp_path):
     whole = file.read_text()
     for text, message in (
         (whole[:-5], "captions-00001.json is damaged"),
-        ("[[]]", "of 1 images where its shard has 5"),
+        ("[[]]", "captions-00001.json is of 1 images, its shard of 5"),
     ):
         file.write_text(text)
         with pytest.raises(CacheError, match=message):
