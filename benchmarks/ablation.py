@@ -77,9 +77,9 @@ EXPERIMENTS = {
     "vq_dynamic_res": codebook("the same, `res` complements", "res", **spectrum("dynamic")),
     "vq_dynamic_attn": codebook("the same, `attn` complements", "attn", **spectrum("dynamic")),
     "vq_dynamic_published": codebook(
-        "the same, as published: 5 x 5 kernels, not normalised, sigmas at 2e-7",
+        "the same, as published: 5 x 5 kernels, not normalized, sigmas at 2e-7",
         "conv",
-        **spectrum("dynamic", kernel_size=5, normalise=False, learning_rate=2e-7),
+        **spectrum("dynamic", kernel_size=5, normalize=False, learning_rate=2e-7),
     ),
 }
 

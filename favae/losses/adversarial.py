@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(ModelMixin, ConfigMixin):
-    """Judges overlapping patches (70 x 70 pixels with the defaults) as real or not.
+    """Classifies overlapping patches, of 70 x 70 pixels with the defaults, as real or reconstructed.
 
     Args:
         in_channels: channels of the image.
-        channels: width of the first layer, doubled by each next one up to eight times that.
-        num_layers: layers of stride 2.
+        channels: width of the first layer; each further layer doubles it, up to eight times this number.
+        num_layers: number of layers of stride 2.
 
     Source: PatchGAN of Isola et al., CVPR 2017, with the layout common to VQGAN and VA-VAE.
     """
@@ -38,31 +38,45 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> one logit per patch, (B, 1, h, w)."""
+        """Images (B, 3, H, W) in [-1, 1] -> one logit per patch, (B, 1, h, w), higher for real ones."""
         return self.layers(images)
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """(mean relu(1 - real) + mean relu(1 + fake)) / 2, a scalar. Source: Lim and Ye, 2017."""
+    """L = (mean relu(1 - real) + mean relu(1 + fake)) / 2, which the discriminator minimizes.
+
+    Args:
+        real_logits, fake_logits: of the discriminator, any shapes and floating dtypes; computed in float32.
+    Returns:
+        Scalar >= 0.
+    Source: Lim and Ye, 2017 (arXiv 1705.02894).
+    """
     return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()) / 2
 
 
 def adversarial_loss(fake_logits: Tensor) -> Tensor:
-    """-mean(logits): what the generator minimises against a hinge discriminator; a scalar."""
+    """L = -mean fake, which the autoencoder minimizes against a hinge discriminator.
+
+    Args:
+        fake_logits: of the discriminator for reconstructions, any shape and floating dtype; computed in float32.
+    Returns:
+        Scalar.
+    Source: Lim and Ye, 2017 (arXiv 1705.02894).
+    """
     return -fake_logits.float().mean()
 
 
 def adaptive_weight(reference: Tensor, loss: Tensor, weights: list[Tensor], maximum: float) -> Tensor:
-    """The factor that gives `loss` the same gradient norm as `reference` at the given weights.
+    """The factor by which `loss` gets the same gradient norm as `reference` at the given weights.
 
     w = ||d reference / d W|| / (||d loss / d W|| + 1e-4 ||d reference / d W||), at most `maximum`, not differentiated.
 
-    The published epsilon is absolute (1e-4) and the published ceiling so high that a loss about to vanish gets an
-    enormous factor; here both are relative, so the factor does not depend on how losses are scaled.
+    The published epsilon is absolute (1e-4), and the published ceiling so high that a loss that is about to vanish gets
+    an enormous factor. Here the epsilon is relative, so the factor does not depend on how the losses are scaled.
 
     Args:
         reference, loss: scalars with a graph to `weights`.
-        weights: tensors of the last layer that both losses reach.
+        weights: tensors W of the last layer that both losses reach.
         maximum: the ceiling.
     Returns:
         Scalar >= 0.

@@ -1,24 +1,25 @@
-"""Alignment with the features of a frozen vision model: of latents, and of what a generator computes."""
+"""Alignment with the features of a frozen vision model: of latents, and of the hidden states of a generator."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from favae.losses.shapes import check_same_shape
 from favae.precision import no_autocast
 
 
 def vision_foundation_alignment(
     projected: Tensor, features: Tensor, *, distmat_margin: float = 0.25, cosine_margin: float = 0.5
 ) -> Tensor:
-    """Pulls latents towards a feature map, token by token and in how the tokens relate to each other.
+    """Pulls latents towards a feature map, position by position and in how positions relate to each other.
 
     L = mean_{i,j} relu(|cos(z_i, z_j) - cos(f_i, f_j)| - distmat_margin)
         + mean_i relu(1 - cosine_margin - cos(z_i, f_i))
 
-    where i, j run over the h*w positions of one image. Computed in float32.
+    where i, j run over the h*w positions of one image.
 
     Args:
-        projected: (B, C, h, w), the latents mapped linearly to the feature's channels.
-        features: (B, C, h, w), not differentiated.
+        projected: z, (B, C, h, w), the latents after a linear map to the channels of the features.
+        features: f, (B, C, h, w), not differentiated. Any floating dtypes; computed in float32.
         distmat_margin, cosine_margin: differences smaller than these cost nothing.
     Returns:
         Scalar >= 0.
@@ -26,8 +27,7 @@ def vision_foundation_alignment(
         ValueError: if the shapes differ.
     Source: Yao et al., CVPR 2025 (VA-VAE, arXiv 2501.01423), eq. 3-6; their defaults.
     """
-    if projected.shape != features.shape:
-        raise ValueError(f"latents {tuple(projected.shape)} and features {tuple(features.shape)} differ in shape")
+    check_same_shape(projected, features)
     with no_autocast(projected.device):
         z = F.normalize(projected.float().flatten(2), dim=1)  # (B, C, N)
         f = F.normalize(features.detach().float().flatten(2), dim=1)
@@ -37,25 +37,24 @@ def vision_foundation_alignment(
 
 
 def representation_alignment(projected: Tensor, features: Tensor) -> Tensor:
-    """Pulls a generator's hidden states towards a feature map, token by token.
+    """Pulls a generator's hidden states towards a feature map, position by position.
 
     L = mean_i (1 - cos(h_i, g_i)),   g = (f - mean_i f) / std_i f  per image and channel
 
-    where i runs over the h*w positions of one image: what the feature map has in common everywhere is left out, so that
-    its structure in space is what counts. Computed in float32.
+    where i runs over the h*w positions of one image. What all positions have in common is left out of the features, so
+    that only their structure in space counts.
 
     Args:
-        projected: (B, C, h, w), the hidden states mapped to the feature's channels.
-        features: (B, C, h, w), not differentiated.
+        projected: h, (B, C, h, w), the hidden states after a projector to the channels of the features.
+        features: f, (B, C, h, w), not differentiated. Any floating dtypes; computed in float32.
     Returns:
         Scalar in [0, 2].
     Raises:
         ValueError: if the shapes differ.
-    Source: Yu et al., ICLR 2025 (REPA, arXiv 2410.06940); the normalisation, Singh et al., 2025 (iREPA, arXiv
-    2512.10794), with the mean subtracted whole.
+    Source: Yu et al., ICLR 2025 (REPA, arXiv 2410.06940); the normalization: Singh et al., 2025 (iREPA, arXiv
+        2512.10794), here with all of the mean subtracted.
     """
-    if projected.shape != features.shape:
-        raise ValueError(f"hidden states {tuple(projected.shape)} and features {tuple(features.shape)} differ in shape")
+    check_same_shape(projected, features)
     with no_autocast(projected.device):
         f = features.detach().float()
         f = (f - f.mean((2, 3), keepdim=True)) / (f.std((2, 3), keepdim=True) + 1e-6)

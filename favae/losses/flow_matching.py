@@ -1,9 +1,11 @@
 """Flow matching on latents: the linear path, its velocity, and the losses of LightningDiT."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 
@@ -17,22 +19,32 @@ class FlowMatchingConfig:
             raise ValueError(f"loss.time_sampling must be logit_normal or uniform, got {self.time_sampling}")
 
 
-def sample_times(batch_size: int, sampling: str, device: torch.device | str = "cpu") -> Tensor:
-    """Times in (0, 1), 0 = noise, 1 = data; (B,) float32.
+def sample_times(
+    batch_size: int, sampling: Literal["logit_normal", "uniform"], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Random times from 0 (noise) to 1 (data).
 
     Args:
-        sampling: "logit_normal" (sigmoid of a standard normal; Esser et al., ICML 2024) or "uniform".
+        batch_size: number of times, B.
+        sampling: "logit_normal" is the sigmoid of a standard normal.
+        device: of the result.
+    Returns:
+        (B,), float32.
+    Source: Esser et al., ICML 2024.
     """
-    if sampling == "logit_normal":
-        return torch.sigmoid(torch.randn(batch_size, device=device))
-    return torch.rand(batch_size, device=device)
+    return compute_density_for_timestep_sampling(sampling, batch_size, logit_mean=0.0, logit_std=1.0, device=device)
 
 
 def interpolate(data: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """The point x_t = t data + (1 - t) noise of the linear path, and its velocity data - noise.
+    """A point of the linear path from noise to data, and its velocity.
+
+    x_t = t data + (1 - t) noise,   v = data - noise
 
     Args:
-        data, noise: (B, C, h, w). times: (B,), 0 = noise.
+        data, noise: (B, C, h, w).
+        times: (B,), from 0 (noise) to 1 (data).
+    Returns:
+        x_t and v, both (B, C, h, w).
     Source: Lipman et al., ICLR 2023; Liu et al., ICLR 2023.
     """
     times = times.view(-1, 1, 1, 1)
@@ -42,16 +54,16 @@ def interpolate(data: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Ten
 def flow_matching_loss(
     prediction: Tensor, velocity: Tensor, *, cosine_weight: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error of the velocity, and of its direction.
+    """Mean squared error of the velocity, plus the error of its direction.
 
-    L = mean (v' - v)^2 + cosine_weight * mean (1 - cos(v', v)), cosine over the channels of each position. In float32.
+    L = mean (v' - v)^2 + cosine_weight * mean (1 - cos(v', v)),   the cosine over the channels of each position.
 
     Args:
-        prediction, velocity: (B, C, h, w).
+        prediction, velocity: v' and v, (B, C, h, w), any floating dtype; computed in float32.
         cosine_weight: 0 leaves the second term out.
     Returns:
         The total, and each term before weighting, detached.
-    Source: Yao et al., CVPR 2025 (LightningDiT).
+    Source: Yao et al., CVPR 2025 (LightningDiT, arXiv 2501.01423).
     """
     prediction, velocity = prediction.float(), velocity.float()
     terms = {"velocity": F.mse_loss(prediction, velocity)}

@@ -1,5 +1,6 @@
 """Losses on spectra: focal frequency, fixed and learned Gaussian spectra, and the bands of a wavelet transform."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -7,22 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from favae.losses.shapes import check_same_shape
 from favae.precision import no_autocast
 from favae.wavelets import WaveletTransform2D
 
-SMALLEST_SIGMA = 0.3  # pixels; below, a Gaussian passes every frequency there is
+SMALLEST_SIGMA = 0.3  # cells; a Gaussian below this passes every frequency
 
 
-def focal_frequency_loss(
-    prediction: Tensor,
-    target: Tensor,
-    *,
-    alpha: float = 1.0,
-    patch_factor: int = 1,
-    average_spectrum: bool = False,
-    log_weights: bool = False,
-    batch_weights: bool = False,
-) -> Tensor:
+def focal_frequency_loss(prediction: Tensor, target: Tensor, *, alpha: float = 1.0) -> Tensor:
     """Mean squared spectral error in which each frequency is weighted by its own error.
 
     L = mean_{u,v} w(u,v) |F_p(u,v) - F_t(u,v)|^2,   w = |F_p - F_t|^alpha / max w, not differentiated.
@@ -30,88 +23,74 @@ def focal_frequency_loss(
     Args:
         prediction, target: (B, C, H, W), any floating dtype; computed in float32, orthonormal FFT.
         alpha: how strongly hard frequencies are preferred; 0 gives the MSE (Parseval).
-        patch_factor: the image is cut into patch_factor x patch_factor patches, each with a spectrum of its own.
-        average_spectrum: compare the spectra's means over the batch rather than each pair.
-        log_weights: w = log(1 + |F_p - F_t|^alpha), before it is divided by its maximum.
-        batch_weights: one maximum for the whole batch rather than one per image, patch and channel.
     Returns:
         Scalar, in squared units of the input.
     Raises:
-        ValueError: if the shapes differ, or `patch_factor` does not divide height and width.
-    Source: Jiang et al., ICCV 2021, eq. 8-9 (options and normalisation as in their package); Lin et al., CVPR 2023
-        (arXiv 2305.02541), whose formula omits the division and the stop of the gradient that their code has.
+        ValueError: if the shapes differ.
+    Source: Jiang et al., ICCV 2021, eq. 8-9; Lin et al., CVPR 2023 (arXiv 2305.02541), whose formula omits the division
+        and the stop of the gradient that the code of both has.
     """
-    _same_shape(prediction, target)
-    height, width = prediction.shape[-2:]
-    if height % patch_factor or width % patch_factor:
-        raise ValueError(f"patch_factor {patch_factor} must divide height and width, got {height}x{width}")
+    check_same_shape(prediction, target)
     with no_autocast(prediction.device):
-        error = prediction.float() - target.float()
-        error = error.unflatten(-1, (patch_factor, -1)).unflatten(-3, (patch_factor, -1))  # (B, C, p, H/p, p, W/p)
-        spectrum = torch.fft.fft2(error, dim=(-3, -1), norm="ortho")
-        if average_spectrum:
-            spectrum = spectrum.mean(dim=0, keepdim=True)
-        return _focal_mean(spectrum, (-3, -1), alpha, log_weights, batch_weights)
+        return _focal_mean(torch.fft.fft2(prediction.float() - target.float(), norm="ortho"), alpha)
 
 
-def _focal_mean(spectrum: Tensor, dims: tuple[int, int], alpha: float, log=False, batch=False) -> Tensor:
-    """mean w |E|^2 of an error's complex spectrum E, the frequencies along `dims`."""
-    squared = _energy(spectrum)
-    weights = squared.detach().sqrt() ** alpha
-    if log:
-        weights = weights.log1p()
-    largest = weights.max() if batch else weights.amax(dim=dims, keepdim=True)
-    return (weights / largest.clamp_min(torch.finfo(weights.dtype).tiny) * squared).mean()
+def _focal_mean(spectrum: Tensor, alpha: float) -> Tensor:
+    """mean w |E|^2 of the complex spectrum E (..., H, W) of an error."""
+    energy = _energy(spectrum)
+    weights = energy.detach().sqrt() ** alpha
+    largest = weights.amax(dim=(-2, -1), keepdim=True)
+    return (weights / largest.clamp_min(torch.finfo(weights.dtype).tiny) * energy).mean()
 
 
 def _energy(spectrum: Tensor) -> Tensor:
-    return spectrum.real.square() + spectrum.imag.square()  # its gradient is finite at 0, that of abs() is not
-
-
-def _same_shape(prediction: Tensor, target: Tensor) -> None:
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    """|E|^2, whose gradient is finite at 0, unlike that of abs()."""
+    return spectrum.real.square() + spectrum.imag.square()
 
 
 def gaussian_spectrum(size: tuple[int, int], sigma: Tensor) -> Tensor:
-    """What a Gaussian blur of `sigma` pixels leaves of each frequency: exp(-2 pi^2 sigma^2 |f|^2), in `fft2`'s order.
+    """The share of each frequency that a Gaussian blur leaves: exp(-2 pi^2 sigma^2 |f|^2), in the order of `fft2`.
 
+    Args:
+        size: (H, W).
+        sigma: scalar, in cells of the grid.
     Returns:
-        (H, W), float32, 1 at the zero frequency; differentiable in `sigma`.
+        (H, W), float32, 1 at frequency zero; differentiable in `sigma`.
     """
-    rows, columns = (torch.fft.fftfreq(n, device=sigma.device) for n in size)  # cycles per pixel
+    rows, columns = (torch.fft.fftfreq(n, device=sigma.device) for n in size)  # cycles per cell
     squared = rows.square()[:, None] + columns.square()[None, :]
     return torch.exp(-2 * math.pi**2 * sigma.float().square() * squared)
 
 
-def _truncated_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """A Gaussian cut off to kernel_size x kernel_size and normalised, mirrored borders."""
+def _truncated_blur(features: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Convolves with a Gaussian that is cut off to kernel_size x kernel_size cells and normalized; mirrored borders."""
     radius = kernel_size // 2
-    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
+    offsets = torch.arange(-radius, radius + 1, device=features.device, dtype=torch.float32)
     kernel = torch.softmax(-0.5 * (offsets / sigma).square(), dim=0)
-    kernel = torch.outer(kernel, kernel).expand(x.shape[1], 1, -1, -1)
-    mode = "reflect" if min(x.shape[-2:]) > radius else "replicate"  # a mirror image must fit
-    return F.conv2d(F.pad(x, (radius,) * 4, mode=mode), kernel, groups=x.shape[1])
+    kernel = torch.outer(kernel, kernel).expand(features.shape[1], 1, -1, -1)
+    mode = "reflect" if min(features.shape[-2:]) > radius else "replicate"  # a mirror image must fit
+    return F.conv2d(F.pad(features, (radius,) * 4, mode=mode), kernel, groups=features.shape[1])
 
 
 class SpectrumLoss(nn.Module):
     """Focal frequency loss of features that a Gaussian has blurred: low frequencies count, high ones fade.
 
-    SL = mean_i FFL(K_i * C_i, K_i * A_i), the same kernel K_i for both of a pair.
+    L = mean_i FFL(K_i * C_i, K_i * A_i), with the same kernel K_i for both features of a pair.
 
     Args:
-        levels: how many pairs (A_i, C_i) there are.
-        sigma: of the Gaussians, in cells of the feature map. The response at frequency f (cycles per cell) is
-            exp(-2 pi^2 sigma^2 f^2): with the published 3.0 half is left at f = 0.06. 0: no blur, the focal frequency
-            loss of the features themselves.
-        kernel_size: None applies the Gaussian exactly, on the spectrum (periodic borders). An odd number cuts it off
-            to that many cells, as published (3, 5 or 9 cells at sigma = 3: nearly a box, blind at the zeros of a
-            box's response).
-        normalise: divide by the mean energy of the blurred target, of which no gradient reaches the target; the loss
-            then has no unit, and does not fall when the features shrink or a wider kernel takes energy from both alike.
+        levels: number of pairs (A_i, C_i).
+        sigma: std of the Gaussians, in cells of the feature map. The response at frequency f (cycles per cell) is
+            exp(-2 pi^2 sigma^2 f^2): with the published 3.0, half is left at f = 0.06. With 0 nothing is blurred, and
+            the loss is the focal frequency loss of the features themselves.
+        kernel_size: None applies the exact Gaussian, on the spectrum (periodic borders). An odd number of cells cuts it
+            off, as published: 3, 5 or 9 cells at sigma = 3, which is nearly a box and blind at the zeros of a box's
+            response. Needs a sigma above 0.
+        alpha: see `focal_frequency_loss`.
+        normalize: whether to divide by the mean energy of the blurred target, without a gradient to the target. The
+            loss then has no unit, and does not fall when features shrink or a wider kernel takes energy from both.
 
     Raises:
-        ValueError: for impossible settings, or pairs that do not fit.
+        ValueError: for an even kernel size.
     Source: Lin et al., CVPR 2023 (arXiv 2305.02541).
     """
 
@@ -122,17 +101,14 @@ class SpectrumLoss(nn.Module):
         *,
         kernel_size: int | None = None,
         alpha: float = 1.0,
-        normalise: bool = False,
+        normalize: bool = False,
     ):
         super().__init__()
-        if sigma < 0 or (sigma == 0 and kernel_size is not None):
-            raise ValueError(f"sigma must be above 0, or 0 with kernel_size=None for no blur at all, got {sigma}")
         if kernel_size is not None and (kernel_size < 3 or kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be an odd number of at least 3, or None, got {kernel_size}")
-        self.levels = levels
         self.kernel_size = kernel_size
         self.alpha = alpha
-        self.normalise = normalise
+        self.normalize = normalize
         self._set_sigma(torch.full((levels,), float(sigma)))
 
     def _set_sigma(self, sigma: Tensor) -> None:
@@ -141,21 +117,22 @@ class SpectrumLoss(nn.Module):
     def forward(self, complements: Sequence[Tensor], activations: Sequence[Tensor]) -> Tensor:
         """
         Args:
-            complements: C_i, `levels` decoder features (B, C, H, W), any sizes and floating dtypes.
-            activations: A_i, the encoder features of the same shapes that they are to match.
+            complements: C_i, one decoder feature (B, C, H, W) per level, any sizes and floating dtypes.
+            activations: A_i, the encoder features that they are to match, of the same shapes.
         Returns:
-            Scalar; float32.
+            Scalar, float32.
+        Raises:
+            ValueError: for another number of pairs than levels, or shapes that differ.
         """
-        if not len(complements) == len(activations) == self.levels:
-            raise ValueError(f"expected {self.levels} pairs, got {len(complements)} and {len(activations)} features")
-        return torch.stack([self._level(*pair) for pair in zip(complements, activations, self.sigma)]).mean()
+        pairs = zip(complements, activations, self.sigma, strict=True)
+        return torch.stack([self._level_loss(*pair) for pair in pairs]).mean()
 
-    def _level(self, complement: Tensor, activation: Tensor, sigma: Tensor) -> Tensor:
-        _same_shape(complement, activation)
+    def _level_loss(self, complement: Tensor, activation: Tensor, sigma: Tensor) -> Tensor:
+        check_same_shape(complement, activation)
         with no_autocast(complement.device):
             error = self._blurred_spectrum(complement.float() - activation.float(), sigma)
-            loss = _focal_mean(error, (-2, -1), self.alpha)
-            if self.normalise:
+            loss = _focal_mean(error, self.alpha)
+            if self.normalize:
                 target = self._blurred_spectrum(activation.detach().float(), sigma)
                 loss = loss / _energy(target).mean().clamp_min(1e-8)
             return loss
@@ -167,18 +144,20 @@ class SpectrumLoss(nn.Module):
 
 
 class DynamicSpectrumLoss(SpectrumLoss):
-    """`SpectrumLoss` whose sigmas are learned, one per pair, between 0.3 and 2 sigma - 0.3 of the sigma they start at:
+    """`SpectrumLoss` with learned sigmas, one per pair, each between 0.3 and 2 sigma - 0.3 of the sigma it starts at:
 
     sigma_i = sigma + (sigma - 0.3) tanh(rho_i),   rho_i = 0 at the start.
 
-    The loss has no minimum of its own in sigma: blurring removes error, so it falls towards wide kernels where low
-    frequencies are right already, and towards narrow ones where the features are unrelated; `normalise` weakens the
-    first and does not end it. Hence the bounds. The published code learns sigma itself with Adam at 2e-7, which cannot
-    move it: its results are those of `SpectrumLoss`.
+    The loss has no minimum of its own in sigma. Blurring removes error: the loss falls towards wide kernels where low
+    frequencies are right already, and towards narrow ones where the features are unrelated. `normalize` weakens the
+    first effect without ending it, hence the bounds. The published code learns sigma itself with Adam at 2e-7, which
+    cannot move it: its results are those of `SpectrumLoss`.
 
     `rho` needs a learning rate of its own (1e-3 to 1e-2).
 
-    Args, raises and source: as `SpectrumLoss`.
+    Args, source: as `SpectrumLoss`.
+    Raises:
+        ValueError: for an even kernel size, or a sigma of at most 0.3.
     """
 
     def __init__(
@@ -188,9 +167,9 @@ class DynamicSpectrumLoss(SpectrumLoss):
         *,
         kernel_size: int | None = None,
         alpha: float = 1.0,
-        normalise: bool = True,
+        normalize: bool = True,
     ):
-        super().__init__(levels, sigma, kernel_size=kernel_size, alpha=alpha, normalise=normalise)
+        super().__init__(levels, sigma, kernel_size=kernel_size, alpha=alpha, normalize=normalize)
 
     def _set_sigma(self, sigma: Tensor) -> None:
         if sigma.min() <= SMALLEST_SIGMA:
@@ -214,28 +193,32 @@ def band_loss(
 ) -> Tensor:
     """Mean absolute error of each band of a wavelet transform, weighted by band.
 
-    L = (1 / levels) sum_{l=1..levels} sum_b w_b |W_b^l(p) - W_b^l(t)|_mean / 4,   b = LL, LH, HL, HH
+    L = (1 / levels) sum_{l=1..levels} sum_b w_b mean |W_b^l(p) - W_b^l(t)| / 4,   b = LL, LH, HL, HH
 
     where level l splits the LL band of level l - 1.
 
     Args:
         prediction, target: (B, C, H, W), any floating dtype, H and W divisible by 2^levels; computed in float32.
-        weights: of LL, LH, HL and HH, at every level.
-        levels: how often the low band is split again.
-        wavelet: a bank of pywt.
+        weights: of LL, LH, HL and HH, the same at every level.
+        levels: number of levels, at least 1.
+        wavelet: a discrete wavelet of pywt.
     Returns:
         Scalar, in units of the bands (Haar's LL is twice the 2x2 mean, the next level's four times the 4x4 mean).
     Raises:
-        ValueError: if the shapes differ, there are not four weights, or a size is odd at some level.
+        ValueError: if the shapes differ, there are not four weights, or the transform refuses a size.
     """
-    _same_shape(prediction, target)
-    if len(weights) != 4 or levels < 1:
-        raise ValueError(f"band_loss takes four weights and at least one level, got {tuple(weights)} and {levels}")
-    transform = WaveletTransform2D(wavelet).to(prediction.device)
+    check_same_shape(prediction, target)
+    transform = _wavelet_transform(wavelet, prediction.device)
     low = prediction.float() - target.float()
     total = low.new_zeros(())
     for _ in range(levels):
         low, high = transform(low)
         errors = [low.abs().mean(), *high.abs().mean(dim=(0, 1, 3, 4))]
-        total = total + sum(w * error for w, error in zip(weights, errors)) / 4
+        total = total + sum(weight * error for weight, error in zip(weights, errors, strict=True)) / 4
     return total / levels
+
+
+@functools.cache
+def _wavelet_transform(wavelet: str, device: torch.device) -> WaveletTransform2D:
+    """Filters are made once, not at every step."""
+    return WaveletTransform2D(wavelet).to(device)

@@ -47,10 +47,6 @@ class AdversarialConfig:
 class FocalFrequencyConfig:
     weight: float = 0.0
     alpha: float = 1.0
-    patch_factor: int = 1
-    average_spectrum: bool = False
-    log_weights: bool = False
-    batch_weights: bool = False
 
 
 @dataclass
@@ -61,15 +57,15 @@ class SpectrumConfig:
     kind: str = "dynamic"  # sigmas learned; "fixed"; or "none": focal frequency loss at all levels, no kernel
     sigma: float = 3.0  # at the start, cells
     kernel_size: int | None = None  # None: an exact Gaussian; an odd number: cut off, as published
-    normalise: bool = True  # relative to the target's energy; published: false
+    normalize: bool = True  # relative to the target's energy; published: false
     detach_encoder: bool = False  # whether the encoder is spared the gradient
     learning_rate: float = 1.0e-3  # of the sigmas; published: 2e-7, which cannot move them
 
     def build(self, levels: int) -> SpectrumLoss:
         kind = DynamicSpectrumLoss if self.kind == "dynamic" else SpectrumLoss
         if self.kind == "none":
-            return kind(levels, 0.0, normalise=self.normalise)
-        return kind(levels, self.sigma, kernel_size=self.kernel_size, normalise=self.normalise)
+            return kind(levels, 0.0, normalize=self.normalize)
+        return kind(levels, self.sigma, kernel_size=self.kernel_size, normalize=self.normalize)
 
 
 @dataclass
@@ -125,10 +121,6 @@ class TokenizerLossConfig:
         for name in (*weights, *(f"{section}.weight" for section in sections), *others, *ceilings):
             if self._value(name) < 0:
                 raise ValueError(f"loss.{name} must be at least 0, got {self._value(name)}")
-        if self.focal_frequency.patch_factor < 1:
-            raise ValueError(
-                f"loss.focal_frequency.patch_factor must be at least 1, got {self.focal_frequency.patch_factor}"
-            )
         if len(self.band.weights) != 4 or min(self.band.weights) < 0 or self.band.levels < 1:
             raise ValueError("loss.band takes four weights of at least 0 and at least one level")
         adaptive = [s for s in (self.alignment, self.adversarial) if s.weight and s.adaptive]
@@ -273,8 +265,7 @@ class TokenizerLoss(nn.Module):
         """(name, weight, value) of the frequency losses on images."""
         focal, band, stft = self.config.focal_frequency, self.config.band, self.config.stft
         if focal.weight:
-            options = {name: value for name, value in vars(focal).items() if name != "weight"}
-            yield "focal_frequency", focal.weight, focal_frequency_loss(sample, target, **options)
+            yield "focal_frequency", focal.weight, focal_frequency_loss(sample, target, alpha=focal.alpha)
         if band.weight:
             value = band_loss(sample, target, weights=band.weights, levels=band.levels, wavelet=band.wavelet)
             yield "band", band.weight, value

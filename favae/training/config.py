@@ -296,11 +296,6 @@ def check_loss(loss: TokenizerLossConfig, model: dict, resolution: int) -> None:
         raise ConfigError(f"loss: {error}") from error
     if loss.stft.weight and loss.stft.window > resolution:
         raise ConfigError(f"loss.stft.window must be at most train.resolution = {resolution}, got {loss.stft.window}")
-    if loss.focal_frequency.weight and resolution % loss.focal_frequency.patch_factor:
-        raise ConfigError(
-            f"loss.focal_frequency.patch_factor must divide train.resolution = {resolution}, "
-            f"got {loss.focal_frequency.patch_factor}"
-        )
     if loss.band.weight and resolution % 2**loss.band.levels:
         raise ConfigError(f"loss.band.levels={loss.band.levels} does not fit train.resolution = {resolution}")
 

@@ -15,19 +15,11 @@ from favae.losses.frequency import (
 )
 
 
-@pytest.mark.parametrize(
-    "ours, theirs",
-    [
-        ({}, {}),
-        ({"alpha": 0.5, "patch_factor": 4}, {"alpha": 0.5, "patch_factor": 4}),
-        ({"average_spectrum": True}, {"ave_spectrum": True}),
-        ({"log_weights": True}, {"log_matrix": True}),
-        ({"batch_weights": True, "patch_factor": 2}, {"batch_matrix": True, "patch_factor": 2}),
-    ],
-)
-def test_focal_frequency_loss_agrees_with_the_package(ours, theirs):
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_focal_frequency_loss_agrees_with_the_package(alpha):
     prediction, target = torch.randn(3, 3, 16, 24, requires_grad=True), torch.randn(3, 3, 16, 24)
-    value, expected = focal_frequency_loss(prediction, target, **ours), FocalFrequencyLoss(**theirs)(prediction, target)
+    value = focal_frequency_loss(prediction, target, alpha=alpha)
+    expected = FocalFrequencyLoss(alpha=alpha)(prediction, target)
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
     gradient, wanted = (torch.autograd.grad(v, prediction)[0] for v in (value, expected))
     assert torch.allclose(gradient, wanted, atol=1e-7)
@@ -42,7 +34,7 @@ def test_focal_frequency_loss_without_focus_is_the_mean_squared_error():
 @pytest.mark.parametrize("target", [torch.zeros(1, 2, 8, 8), torch.full((1, 2, 8, 8), 0.5), torch.rand(1, 2, 8, 8)])
 def test_gradients_are_finite_where_nothing_differs(target):
     prediction = target.clone().requires_grad_()
-    losses = SpectrumLoss(1, 2.0, normalise=True), DynamicSpectrumLoss(1, 2.0), DynamicSpectrumLoss(1, kernel_size=3)
+    losses = SpectrumLoss(1, 2.0, normalize=True), DynamicSpectrumLoss(1, 2.0), DynamicSpectrumLoss(1, kernel_size=3)
     values = [focal_frequency_loss(prediction, target), band_loss(prediction, target)]
     values += [loss([prediction], [target]) for loss in losses]
     assert [value.item() for value in values] == [0] * 5
@@ -54,15 +46,13 @@ def test_mismatches_are_refused():
     a, b = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match="differ in shape"):
         focal_frequency_loss(a, b)
-    with pytest.raises(ValueError, match="patch_factor 3 must divide height and width, got 8x8"):
-        focal_frequency_loss(a, a, patch_factor=3)
-    with pytest.raises(ValueError, match="expected 2 pairs, got 1 and 2"):
+    with pytest.raises(ValueError):
         SpectrumLoss(2)([a], [a, a])
-    with pytest.raises(ValueError, match="four weights"):
+    with pytest.raises(ValueError):
         band_loss(a, a, weights=(1, 1))
-    with pytest.raises(ValueError, match="odd number"):
+    with pytest.raises(ValueError, match="kernel_size"):
         SpectrumLoss(1, kernel_size=4)
-    with pytest.raises(ValueError, match="above 0.3"):
+    with pytest.raises(ValueError, match="sigma"):
         DynamicSpectrumLoss(1, 0.2)
 
 
@@ -125,7 +115,7 @@ def test_sigmas_start_where_told_and_really_move():
     assert torch.allclose(loss.sigma, torch.tensor([5.7, 0.3]))  # the ends
 
 
-def test_the_normalised_loss_has_no_unit_and_no_gradient_to_shrink_its_target():
+def test_the_normalized_loss_has_no_unit_and_no_gradient_to_shrink_its_target():
     c, a = torch.randn(1, 2, 16, 16), torch.randn(1, 2, 16, 16)
     loss = DynamicSpectrumLoss(1)
     assert loss([10 * c], [10 * a]).item() == pytest.approx(loss([c], [a]).item(), rel=1e-4)

@@ -39,7 +39,7 @@ def test_spectrum_loss_reaches_encoder_complements_and_sigmas(vae, kind):
     levels = 8 if isinstance(vae, AutoencoderKLFA) else 4
     sigmas_logged = len([name for name in output.statistics if name.startswith("sigma_")])
     assert sigmas_logged == (levels if kind == "dynamic" else 0)
-    assert trainee.spectrum.levels == levels
+    assert len(trainee.spectrum.sigma) == levels
     encoder = vae.encoder.low if isinstance(vae, AutoencoderKLFA) else vae.encoder
     assert encoder.conv_in.weight.grad.abs().sum() > 0
     sigmas = dict(trainee.named_parameters()).get("spectrum.rho")
@@ -135,7 +135,7 @@ def test_frequency_terms_are_added_with_their_weights(tiny_favae):
         reconstruction="l2",
         kl=0.0,
         ssim=0.5,
-        focal_frequency=FocalFrequencyConfig(weight=2.0, patch_factor=2),
+        focal_frequency=FocalFrequencyConfig(weight=2.0),
         band=BandConfig(weight=0.3, weights=[0, 1, 1, 2]),
         stft=STFTConfig(weight=0.1, window=8),
     )
