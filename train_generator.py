@@ -14,235 +14,276 @@ texts, token by token.
                           $SLURM_JOB_NODELIST | head -n 1):29500 train_generator.py CONFIG.yaml'
     what would run    python train_generator.py CONFIG.yaml --dry-run
 
-Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again goes
-on from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by default
-runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (guided, from the averaged weights),
+Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again
+continues from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by
+default runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (guided, from the EMA weights),
 checkpoints/step-N/ and, at the end, final/: a pipeline for `DiffusionPipeline.from_pretrained`, tokenizer included.
-What one GPU cannot hold: train.shard=true divides parameters, optimiser and average among the processes (FSDP),
-train.gradient_checkpointing=true computes activations twice; train.compile=true compiles each block.
-With evaluation.every=K evaluation.reference=STATISTICS, FID and the other measures of the averaged weights go to
+For what one GPU cannot hold: train.shard=true divides parameters, optimizer and EMA among the processes (FSDP), and
+train.gradient_checkpointing=true computes activations twice. train.compile=true compiles each block.
+With evaluation.every=K evaluation.reference=STATISTICS, FID and the other metrics of the EMA weights go to
 evaluation.jsonl every K steps, with the epochs that FID <= k took (EP_FID@k).
 """
 
-import contextlib
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler
-from torch import Tensor, nn
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from torch import nn
 from torchvision.utils import save_image
 
 from favae.adapters.diffusers import fold_latent_statistics
+from favae.autoencoders import spatial_compression_ratio
+from favae.data.captions import first_captions
 from favae.data.images import ImageDataset
 from favae.data.latents import LatentsWithImages, MomentsDataset, TokenDataset, load_tokenizer, open_latents
 from favae.data.sources import open_source
+from favae.data.text_embeddings import FOLDER as TEXT_EMBEDDINGS_FOLDER
+from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import ConfigError, hint
 from favae.eval.online import OnlineEvaluation
 from favae.foundation import FoundationModel
 from favae.models.class_conditional import num_classes
 from favae.pipelines import LightningDiTPipeline
-from favae.training import text_to_image
+from favae.training.class_to_image import DIFFUSION_SCHEDULE, ClassToImageModule
+from favae.training.command_line import run_script
 from favae.training.config import GeneratorConfig, to_yaml
-from favae.training.loop import Run
-from favae.training.measure import describe_run
-from favae.training.models import GENERATORS, build_model
-from favae.training.objectives import DIFFUSION, AlignedTransformer, Objective, blocks_of
-from favae.training.script import main
-from favae.training.sharding import in_one_piece, shard
-from favae.training.text_to_image import TextToImage, open_text_embeddings
-
-ALIGNMENT_HINT = (
-    "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network"
-)
+from favae.training.dry_run import describe_run
+from favae.training.models import build_model
+from favae.training.optimization import Ema, clip_gradients, create_optimizers, create_schedule, optimizer_step
+from favae.training.run import Run, find_checkpoint_to_resume
+from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
+from favae.training.text_to_image import TextToImageModule, build_text_pipeline, check_text_shapes
 
 
-def dry_run(config: GeneratorConfig, num_processes: int) -> None:
-    print(to_yaml(config))
-    with torch.device("meta"):
-        transformer = build_model(config.model, GENERATORS)
-    shape, size = transformer.config, transformer.config.sample_size
-    tokens = size**2 if config.from_text else (size // shape.patch_size) ** 2
-    channels = shape.latent_channels if config.from_text else shape.in_channels
-    what = "codes" if channels is None else f"{channels * size**2:,} floats per image"
-    print(f"generator: {transformer.num_parameters():,} parameters, {tokens:,} tokens of {what}")
-    images = config.data.num_images
-    if config.data.latents is not None and Path(config.data.latents).exists():
-        text_embeddings = open_text_embeddings(config) if config.from_text else None
-        dataset = open_latents(config.data.latents, text_embeddings=text_embeddings)
-        (text_to_image.check_shapes if config.from_text else check_shapes)(config, transformer, dataset)
-        images = len(dataset)
-    print(describe_run(config, images, num_processes))
+def train(config: GeneratorConfig) -> None:
+    settings, alignment = config.train, config.loss.alignment
+    run = Run(config)
+    accelerator = run.accelerator
+
+    # Tokenizer, latents, generator and pipeline. Whatever is missing is reported here, before anything is written.
+    for key in ("latents", "tokenizer"):
+        if getattr(config.data, key) is None:
+            raise ConfigError(f"data.{key} is missing")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    dataset = open_cache(config, tokenizer)
+    transformer = build_model(config.model)
+    check_shapes(config, transformer, dataset)
+    pipeline = build_pipeline(config, transformer, tokenizer, dataset).to(run.device)
+    with accelerator.main_process_first():  # one process downloads, the others find it
+        module = build_training_module(config, transformer)
+    blocks = blocks_of(transformer)
+    if settings.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if settings.compile:
+        compile_blocks(blocks)
+    if settings.shard:
+        shard(module, blocks)
+
+    # The optimizer: AdamW, and Muon for the matrices of the blocks if it is asked for.
+    matrices = [] if settings.optimizer == "adamw" else matrices_of(blocks)
+    is_matrix = {id(matrix) for matrix in matrices}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in is_matrix]
+    optimizers = create_optimizers([{"params": others}], settings, settings.learning_rate, matrices)
+    schedules = [create_schedule(optimizer, settings) for optimizer in optimizers]
+    model, optimizers = run.prepare(module, optimizers)
+    ema = Ema(transformer, settings.ema_decay, run.device)
+    evaluate = None
+    if config.evaluation.every:
+        size = transformer.config.sample_size * spatial_compression_ratio(tokenizer)
+        evaluate = OnlineEvaluation(config.evaluation, run.folder, (size, size))
+    run.start(module.trained_parts(), ema, model, optimizers, schedules)
+
+    # Images are read as long as hidden states are aligned with their features, and latents alone from then on.
+    batches = run.batches(dataset)
+    if alignment.weight:
+        with_images = LatentsWithImages(dataset, open_images(config, dataset))
+        batches = itertools.chain(run.batches(with_images, until=alignment.stop_step), batches)
+
+    for batch in batches:
+        model.train()
+        with accelerator.accumulate(model):
+            # 1. Forward: latents from their posteriors, or tokens, and the losses on what the generator makes of them.
+            loss, logs = model(dataset.sample(batch), batch)
+
+            # 2. Backward.
+            accelerator.backward(loss)
+
+            if accelerator.sync_gradients:
+                # 3. Clip the gradient. If it is not finite, the step is skipped by every process.
+                finite = clip_gradients(accelerator, model, settings.max_grad_norm)
+
+                # 4. Optimizer step.
+                optimizer_step(accelerator, optimizers, schedules, finite)
+
+                # 5. Moving average of the weights.
+                if finite:
+                    ema.step()
+
+        if accelerator.sync_gradients:
+            run.end_step(logs, finite)
+            if run.due(settings.sample_every):
+                with ema_pipeline(run, pipeline, ema):
+                    save_samples(run, pipeline, **sampling_options(config, dataset))
+            if evaluate is not None and run.due(config.evaluation.every):
+                with ema_pipeline(run, pipeline, ema):
+                    metrics = evaluate(pipeline, run.step, run.epoch(dataset))
+                accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
+            if run.due(settings.checkpoint_every):
+                run.save_checkpoint()
+
+    with ema_pipeline(run, pipeline, ema):
+        run.finish(pipeline.save_pretrained)
 
 
-def open_images(config: GeneratorConfig) -> ImageDataset | None:
-    """The images behind the latents, at the cache's resolution, if their features are wanted."""
+# Before the first step ------------------------------------------------------------------------------------------------
+
+
+def open_cache(config: GeneratorConfig, tokenizer: ModelMixin | None = None) -> MomentsDataset | TokenDataset:
+    """The latents, with the embeddings of their captions if the generator is conditioned on texts."""
+    data, embeddings = config.data, None
+    if config.from_text:
+        with hint("`favae embed-captions` writes data.text_embeddings"):
+            embeddings = TextEmbeddings(data.text_embeddings or Path(data.latents) / TEXT_EMBEDDINGS_FOLDER)
+    with hint("`favae cache-latents` writes data.latents with data.tokenizer"):
+        return open_latents(data.latents, tokenizer, flip=data.flip, text_embeddings=embeddings)
+
+
+def open_images(config: GeneratorConfig, dataset: MomentsDataset | TokenDataset) -> ImageDataset:
+    """The images behind the latents, at the cache's resolution."""
     data = config.data
-    if not config.loss.alignment.weight:
-        return None
-    source = open_source(
-        data.images,
-        data.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        min_size=data.min_size,
-    )
-    return ImageDataset(source, open_latents(data.latents).manifest["resolution"])
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    source = open_source(data.images, data.split, min_size=data.min_size, **columns)
+    return ImageDataset(source, dataset.manifest["resolution"])
 
 
-class ClassToImage:
-    """LightningDiT or DiT on a cache of latents; the counterpart of `TextToImage`.
-
-    Raises:
-        ConfigError: if the transformer was built for another latent shape, or for fewer classes.
-    """
-
-    def __init__(self, config: GeneratorConfig, tokenizer, dataset: MomentsDataset, transformer):
-        self.config, self.dataset = config, dataset
-        check_shapes(config, transformer, dataset)
-        self.objective = Objective(config.loss, transformer)
-        self.pipeline = make_pipeline(config, transformer, tokenizer, dataset)
-
-    def loss(self, model, batch: dict, features: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective(model, self.dataset.sample(batch), batch["label"], features)
-
-    def samples(self) -> tuple[dict, int]:
-        sampling, classes = self.config.sampling, len(self.dataset.classes)
-        options = {"class_labels": [i % classes for i in range(sampling.num_images)]}
-        options["num_inference_steps"] = sampling.num_inference_steps
-        if isinstance(self.pipeline, LightningDiTPipeline):
-            options["guidance_interval"] = tuple(sampling.guidance_interval)
-        return options, min(classes, 8)
-
-
-def check_shapes(config: GeneratorConfig, transformer, dataset: MomentsDataset | TokenDataset) -> None:
-    """A generator is built for one latent shape and number of classes; the cache must have them."""
-    built = transformer.config
-    if isinstance(dataset, TokenDataset):
-        raise ConfigError(f"{config.data.latents} holds tokens of a codebook, which are for a CATTransformerModel")
+def check_shapes(config: GeneratorConfig, transformer: ModelMixin, dataset: MomentsDataset | TokenDataset) -> None:
+    """Raises ConfigError if the generator was built for other latents, classes or texts than the cache has."""
+    if config.from_text:
+        check_text_shapes(transformer, dataset)
+        return
+    built, folder = transformer.config, dataset.folder
+    if not isinstance(dataset, MomentsDataset):
+        raise ConfigError(f"{folder} holds tokens of a codebook, which are for a CATTransformerModel")
     expected = (built.in_channels, built.sample_size, built.sample_size)
     if dataset.latent_shape != expected:
         raise ConfigError(
-            f"{config.data.latents} holds latents of shape {dataset.latent_shape}, "
+            f"{folder} holds latents of shape {dataset.latent_shape}, "
             f"the generator is built for {expected} (model.in_channels, model.sample_size)"
         )
-    classes = num_classes(transformer)
-    if len(dataset.classes) > classes:
-        name = "num_classes" if "num_classes" in built else "num_embeds_ada_norm"
+    if len(dataset.classes) > num_classes(transformer):
+        key = "num_classes" if "num_classes" in built else "num_embeds_ada_norm"
         raise ConfigError(
-            f"{config.data.latents} has {len(dataset.classes)} classes, the generator {classes} (model.{name})"
+            f"{folder} has {len(dataset.classes)} classes, the generator {num_classes(transformer)} (model.{key})"
         )
 
 
-def make_pipeline(config: GeneratorConfig, transformer, tokenizer, dataset: MomentsDataset) -> DiffusionPipeline:
-    """What samples the transformer; its autoencoder carries the statistics that the latents were normalised with."""
-    tokenizer.register_to_config(
-        latents_mean=dataset.manifest["latents_mean"],
-        latents_std=dataset.manifest["latents_std"],
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
+def build_training_module(config: GeneratorConfig, transformer: ModelMixin) -> ClassToImageModule | TextToImageModule:
+    """Joins the generator with its losses and, for alignment, with the frozen network that it is aligned to."""
+    if config.from_text:
+        return TextToImageModule(transformer)
+    teacher, alignment = None, config.loss.alignment
+    if alignment.weight:
+        with hint(
+            "loss.alignment.weights=FILE takes a local file, "
+            "loss.alignment.backbone=efficientnet-lite0 needs no network"
+        ):
+            teacher = FoundationModel(alignment.backbone, alignment.weights)
+    return ClassToImageModule(transformer, config.loss, teacher)
+
+
+def matrices_of(blocks: list[nn.Module]) -> list[nn.Parameter]:
+    """The weights of all linear layers."""
+    return [layer.weight for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+
+
+def build_pipeline(
+    config: GeneratorConfig, transformer: ModelMixin, tokenizer: ModelMixin, dataset: MomentsDataset | TokenDataset
+) -> DiffusionPipeline:
+    """What samples the generator. Its autoencoder carries the statistics that the latents were normalized with."""
+    if isinstance(dataset, MomentsDataset):
+        statistics = {key: dataset.manifest[key] for key in ("latents_mean", "latents_std")}
+        tokenizer.register_to_config(**statistics, scaling_factor=1.0, shift_factor=0.0)
+    if config.from_text:
+        return build_text_pipeline(transformer, tokenizer, dataset, config.data.text_encoder)
     names = dict(enumerate(dataset.classes))
     if config.loss.objective == "ddpm":
-        scheduler = DDIMScheduler(**DIFFUSION, clip_sample=False)
+        scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False)
         pipeline = DiTPipeline(transformer, fold_latent_statistics(tokenizer), scheduler, id2label=names)
-        pipeline.register_to_config(id2label=names)  # which it forgets
+        pipeline.register_to_config(id2label=names)  # DiTPipeline does not save its names otherwise
         return pipeline
     scheduler = FlowMatchEulerDiscreteScheduler(shift=config.sampling.shift)
     return LightningDiTPipeline(transformer, tokenizer, scheduler, id2label=names)
 
 
-def train(config: GeneratorConfig) -> None:
-    run = Run(config)
-    train = config.train
-    for key in ("latents", "tokenizer"):
-        if getattr(config.data, key) is None:
-            raise ConfigError(f"data.{key} is missing")
-
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    data, alignment = config.data, config.loss.alignment
-    stop = train.steps if alignment.stop_step is None else alignment.stop_step
-    aligned_until = stop if alignment.weight else 0
-    text_embeddings = open_text_embeddings(config) if config.from_text else None
-    dataset = open_latents(data.latents, tokenizer, flip=data.flip, text_embeddings=text_embeddings)
-    images = open_images(config)
-    aligned = dataset if images is None else LatentsWithImages(dataset, images)
-    transformer = build_model(config.model, GENERATORS)
-    task = (TextToImage if config.from_text else ClassToImage)(config, tokenizer, dataset, transformer)
-    pipeline = task.pipeline.to(run.device)
-    if train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    trained, modules, teacher = transformer, {"transformer": transformer}, None
-    if alignment.weight:
-        with hint(ALIGNMENT_HINT):
-            teacher = FoundationModel(alignment.backbone, alignment.weights).to(run.device)
-        trained = AlignedTransformer(transformer, alignment.layer, teacher.channels)
-        modules["head"] = trained.head
-
-    blocks = blocks_of(transformer)
-    if train.compile:
-        for block in blocks:
-            block.compile()  # in place: names of weights stay, and one graph serves all blocks
-    if train.shard:
-        shard(transformer, blocks)
-    layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
-    matrices = [layer.weight for layer in layers] if train.optimizer == "muon" else []
-    run.add("generator", trained, train.learning_rate, matrices=matrices)
-    model = run.prepare(modules, averaged=transformer)["generator"]
-    evaluate = None
-    if config.evaluation.every:
-        size = transformer.config.sample_size * 2 ** (len(tokenizer.config.block_out_channels) - 1)
-        evaluate = OnlineEvaluation(config.evaluation, run.folder, (size, size))
-    run.resume()
-
-    for batch in itertools.chain(run.batches(aligned, aligned_until), run.batches(dataset)):
-        transformer.train()
-        features = None
-        if teacher is not None:
-            trained.active = run.step < aligned_until
-            features = teacher(batch["image"], (trained.grid, trained.grid)) if trained.active else None
-        with run.accelerator.accumulate(model):
-            loss, terms = task.loss(model, batch, features)
-            finite = run.optimise("generator", loss)
-
-        if run.end_step(terms, finite):
-            if run.due(train.sample_every):
-                with averaged(run, pipeline, transformer):
-                    save_samples(run, pipeline, *task.samples())
-            if run.due(config.evaluation.every):
-                with averaged(run, pipeline, transformer):
-                    metrics = evaluate(pipeline, run.step, run.epoch(dataset))
-                run.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
-            if run.due(train.checkpoint_every):
-                run.save_checkpoint()
-
-    with averaged(run, pipeline, transformer):
-        run.finish(pipeline.save_pretrained)
+# Along the way --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def averaged(run: Run, pipeline: DiffusionPipeline, transformer) -> Iterator[None]:
-    """The pipeline with the averaged weights, in one piece, in eval mode; entered by all processes."""
+@contextmanager
+def ema_pipeline(run: Run, pipeline: DiffusionPipeline, ema: Ema) -> Iterator[None]:
+    """The pipeline with the EMA weights, in one piece and in eval mode. All processes enter it."""
+    transformer = ema.model
     transformer.eval()
-    with run.averaged():
-        pipeline.register_modules(transformer=in_one_piece(transformer).to(run.device))
+    with ema:
+        pipeline.register_modules(transformer=gather_full_model(transformer).to(run.device))
         yield
         pipeline.register_modules(transformer=transformer)
 
 
-def save_samples(run: Run, pipeline: DiffusionPipeline, options: dict, columns: int) -> None:
+def sampling_options(config: GeneratorConfig, dataset: MomentsDataset | TokenDataset) -> dict[str, Any]:
+    """What the pipeline is called with for the grid of samples, and the number of columns."""
+    sampling = config.sampling
+    if not config.from_text:
+        num_classes_shown = len(dataset.classes)
+        labels = [i % num_classes_shown for i in range(sampling.num_images)]
+        steps = sampling.num_inference_steps
+        return {"columns": min(num_classes_shown, 8), "class_labels": labels, "num_inference_steps": steps}
+    prompts = sampling.prompts or first_captions(dataset.folder, dataset.manifest["counts"], sampling.num_images)
+    prompts = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
+    options = {"columns": 8, "prompt": prompts, "temperature": sampling.temperature}
+    if isinstance(dataset, TokenDataset):
+        return {**options, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    return {**options, "num_head_steps": sampling.num_inference_steps}
+
+
+def save_samples(run: Run, pipeline: DiffusionPipeline, columns: int, **options: Any) -> None:
     """samples/step-N.png: the same conditions and the same noise each time."""
     if not run.is_main:
         return
-    folder = run.folder / "samples"
-    folder.mkdir(exist_ok=True)
+    file = run.folder / "samples" / f"step-{run.step:07}.png"
+    file.parent.mkdir(exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
-    options |= {"guidance_scale": run.config.sampling.guidance_scale, "output_type": "np"}
-    images = pipeline(**options, generator=torch.Generator().manual_seed(run.config.seed)).images
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    save_image(images, folder / f"step-{run.step:07}.png", nrow=columns)
+    generator = torch.Generator().manual_seed(run.config.seed)
+    scale = run.config.sampling.guidance_scale
+    images = pipeline(**options, guidance_scale=scale, output_type="np", generator=generator).images
+    save_image(torch.from_numpy(images).permute(0, 3, 1, 2), file, nrow=columns)
+
+
+def dry_run(config: GeneratorConfig, num_processes: int) -> None:
+    """Prints the settings, the size of the generator and the length of the training, and checks what can be checked."""
+    find_checkpoint_to_resume(config)
+    with torch.device("meta"):
+        transformer = build_model(config.model)
+    num_images = config.data.num_images
+    if config.data.latents is not None and Path(config.data.latents).exists():
+        dataset = open_cache(config)
+        check_shapes(config, transformer, dataset)
+        num_images = len(dataset)
+    shape, size = transformer.config, transformer.config.sample_size
+    num_tokens = size**2 if config.from_text else (size // shape.patch_size) ** 2
+    channels = shape.latent_channels if config.from_text else shape.in_channels
+    latent = "codes" if channels is None else f"{channels * size**2:,} floats per image"
+    print(to_yaml(config))
+    print(f"generator: {transformer.num_parameters():,} parameters, {num_tokens:,} tokens of {latent}")
+    print(describe_run(config.train, num_images, num_processes))
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_script(GeneratorConfig, str(__doc__), train, dry_run, argv)
 
 
 if __name__ == "__main__":
-    main(GeneratorConfig, __doc__, train, dry_run)
+    main()

@@ -1,54 +1,158 @@
 #!/usr/bin/env python
-"""Trains a tokenizer: AutoencoderKLFA, VQModelFA, or a stock AutoencoderKL under the same loop.
+"""Trains a tokenizer: one of ours, or a stock AutoencoderKL under the same loop.
 
     one process       python train_tokenizer.py configs/tokenizer/photos_favae.yaml
     8 GPUs            accelerate launch --num_processes 8 train_tokenizer.py CONFIG.yaml data.path=IMAGES
     2 CPU processes   torchrun --nproc_per_node 2 train_tokenizer.py CONFIG.yaml
     what would run    python train_tokenizer.py CONFIG.yaml --dry-run
 
-Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again goes
-on from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by default
-runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (original over reconstruction),
-checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pretrained`.
+Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again
+continues from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by
+default runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (originals over
+reconstructions), checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pretrained`.
 """
 
 import torch
+from diffusers import ModelMixin
 from torchvision.utils import save_image
 
+from favae.autoencoders import spatial_compression_ratio
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
 from favae.errors import ConfigError, hint
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS
-from favae.losses.tokenizer_loss import TokenizerLoss
-from favae.models import VQModelFA
-from favae.training.config import TokenizerConfig, loss_at, to_yaml
-from favae.training.loop import Run
-from favae.training.measure import describe_run, describe_tokenizer
-from favae.training.models import TOKENIZERS, build_model
-from favae.training.script import main
-from favae.training.trainee import TokenizerTrainee
-
-ALIGNMENT_HINT = (
-    "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no network, "
-    "loss.alignment.weight=0 does without"
-)
-PERCEPTUAL_HINT = "loss.perceptual_weights=FILE takes a local file, loss.perceptual=0 does without"
+from favae.training.command_line import run_script
+from favae.training.config import TokenizerConfig, losses_at, to_yaml
+from favae.training.dry_run import describe_run, describe_tokenizer
+from favae.training.models import build_model
+from favae.training.optimization import Ema, clip_gradients, create_optimizers, create_schedule, optimizer_step
+from favae.training.run import Run, find_checkpoint_to_resume
+from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
+from favae.training.tokenizer_module import TokenizerTrainingModule
 
 
-def dry_run(config: TokenizerConfig, num_processes: int) -> None:
-    print(to_yaml(config))
-    with torch.device("meta"):
-        vae = build_model(config.model, TOKENIZERS)
-        if config.adversarial_start is not None:
-            discriminator = build_discriminator(config)
-            print(f"discriminator: {discriminator.num_parameters():,} parameters")
-    print(describe_tokenizer(vae.to("meta"), config.train.resolution))
-    images = config.data.num_images
-    if config.data.path is not None:
-        images = len(open_data(config))
-    print(describe_run(config, images, num_processes))
+def train(config: TokenizerConfig) -> None:
+    settings, stages, adversarial_start = config.train, config.loss_stages, config.adversarial_start
+    run = Run(config)
+    accelerator = run.accelerator
+
+    # Data, the autoencoder and its losses. Whatever is missing is reported here, before anything is written.
+    dataset = open_data(config)
+    vae = build_tokenizer(config)
+    with accelerator.main_process_first():  # one process downloads, the others find it
+        module = build_training_module(config, vae)
+    blocks = blocks_of(vae)
+    if settings.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    if settings.channels_last:
+        module.to(memory_format=torch.channels_last)
+    if settings.compile:
+        compile_blocks(blocks)
+    if settings.shard:
+        shard(module, blocks)
+
+    # The optimizers: one for the autoencoder and what its losses learn, one for the discriminator.
+    optimizers = create_optimizers(module.parameter_groups(), settings, settings.learning_rate)
+    schedules = [create_schedule(optimizer, settings) for optimizer in optimizers]
+    model, optimizers = run.prepare(module, optimizers)
+    parts, trained, all_schedules = module.trained_parts(), [model], schedules
+    discriminator = None
+    if adversarial_start is not None:
+        discriminator = parts["discriminator"] = build_discriminator(config)
+        rate = settings.discriminator_learning_rate or settings.learning_rate
+        d_optimizers = create_optimizers([{"params": discriminator.parameters()}], settings, rate)
+        d_schedules = [create_schedule(optimizer, settings, adversarial_start) for optimizer in d_optimizers]
+        d_model, d_optimizers = run.prepare(discriminator, d_optimizers)
+        trained, all_schedules = [model, d_model], schedules + d_schedules
+    ema = Ema(vae, settings.ema_decay, run.device)
+    run.start(parts, ema, model, optimizers, all_schedules)
+    preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
+
+    for batch in run.batches(dataset):
+        images = batch["image"]
+        losses = losses_at(stages, run.step)
+        adversarial = discriminator is not None and run.step >= adversarial_start
+        model.train()
+        with accelerator.accumulate(*trained):
+            # 1. Forward: reconstruct the images and add up the losses. The discriminator judges and does not learn.
+            if discriminator is not None:
+                discriminator.requires_grad_(False)
+            loss, logs, reconstruction, target = model(images, losses, discriminator if adversarial else None)
+
+            # 2. Backward.
+            accelerator.backward(loss)
+
+            if accelerator.sync_gradients:
+                # 3. Clip the gradient. If it is not finite, the step is skipped by every process.
+                finite = clip_gradients(accelerator, model, settings.max_grad_norm)
+
+                # 4. Optimizer step.
+                optimizer_step(accelerator, optimizers, schedules, finite)
+
+                # 5. Moving average of the weights.
+                if finite:
+                    ema.step()
+
+            # 6. The discriminator's step: forward, backward, clip, optimizer.
+            if adversarial:
+                discriminator.requires_grad_(True)
+                d_loss = hinge_discriminator_loss(d_model(target), d_model(reconstruction.detach()))
+                accelerator.backward(d_loss)
+                logs["discriminator"] = d_loss.detach()
+                if accelerator.sync_gradients:
+                    d_finite = clip_gradients(accelerator, d_model, settings.max_grad_norm)
+                    optimizer_step(accelerator, d_optimizers, d_schedules, d_finite)
+                    finite = finite and d_finite
+
+        if accelerator.sync_gradients:
+            run.end_step(logs, finite)
+            if run.due(settings.sample_every) and preview is not None:
+                with ema:
+                    save_preview(run, gather_full_model(vae), preview["image"])
+            if run.due(settings.checkpoint_every):
+                run.save_checkpoint()
+
+    with ema:
+        run.finish(gather_full_model(vae).save_pretrained)
+
+
+def open_data(config: TokenizerConfig) -> ImageDataset:
+    data = config.data
+    if data.path is None:
+        raise ConfigError("data.path is missing: photos, a folder, a .parquet file, or hf:NAME")
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    source = open_source(data.path, data.split, min_size=data.min_size, **columns)
+    return ImageDataset(source, config.train.resolution, crop=data.crop, flip=data.flip)
+
+
+def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
+    """Raises ConfigError if the training resolution does not suit the autoencoder."""
+    vae, resolution = build_model(config.model), config.train.resolution
+    ratio = spatial_compression_ratio(vae)
+    if any(losses.scale_equivariance for _, losses in config.loss_stages):
+        ratio *= 2  # the half-size latent must be one too
+    if resolution % ratio:
+        raise ConfigError(f"train.resolution must be a multiple of {ratio} for this model and loss, got {resolution}")
+    return vae
+
+
+def build_training_module(config: TokenizerConfig, vae: ModelMixin) -> TokenizerTrainingModule:
+    """Opens the frozen networks that a stage of the training needs, and joins them with the autoencoder."""
+    stages = [losses for _, losses in config.loss_stages]
+    teacher = lpips = None
+    if any(losses.alignment.weight for losses in stages):
+        alignment = config.loss.alignment
+        with hint(
+            "loss.alignment.weights=FILE takes a local file, loss.alignment.backbone=efficientnet-lite0 needs no "
+            "network, loss.alignment.weight=0 does without"
+        ):
+            teacher = FoundationModel(alignment.backbone, alignment.weights)
+    if any(losses.perceptual for losses in stages):
+        with hint("loss.perceptual_weights=FILE takes a local file, loss.perceptual=0 does without"):
+            lpips = LPIPS(config.loss.perceptual_weights)
+    return TokenizerTrainingModule(vae, stages, teacher, lpips)
 
 
 def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
@@ -56,105 +160,35 @@ def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
     return PatchDiscriminator(channels=settings.channels, num_layers=settings.num_layers)
 
 
-def open_data(config: TokenizerConfig) -> ImageDataset:
-    data = config.data
-    if data.path is None:
-        raise ConfigError("data.path is missing: photos, a folder, a .parquet file, or hf:NAME")
-    source = open_source(
-        data.path,
-        data.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        min_size=data.min_size,
-    )
-    return ImageDataset(source, config.train.resolution, crop=data.crop, flip=data.flip)
-
-
-def train(config: TokenizerConfig) -> None:
-    run = Run(config)
-    train = config.train
-    stages = config.losses()
-    losses = [loss for _, loss in stages]
-    first = losses[0]
-
-    # Data, models and frozen networks. What is missing is said here, before anything is written.
-    dataset = open_data(config)
-    vae = build_model(config.model, TOKENIZERS)
-    stride = 2 ** (len(vae.config.block_out_channels) - 1)
-    if train.resolution % stride:
-        raise ConfigError(
-            f"train.resolution must be a multiple of {stride} for this autoencoder, got {train.resolution}"
-        )
-    if train.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    foundation = lpips = None
-    with run.accelerator.main_process_first():  # one process downloads, the others find it
-        if any(loss.alignment.weight for loss in losses):
-            with hint(ALIGNMENT_HINT):
-                foundation = FoundationModel(first.alignment.backbone, first.alignment.weights)
-        if any(loss.perceptual for loss in losses):
-            with hint(PERCEPTUAL_HINT):
-                lpips = LPIPS(first.perceptual_weights)
-    trainee = TokenizerTrainee(vae, losses, foundation.channels if foundation else None)
-    run.add("generator", trainee, train.learning_rate, groups=trainee.parameter_groups())
-    modules = {"tokenizer": vae}
-    if trainee.projection is not None:
-        modules["projection"] = trainee.projection
-    if trainee.spectrum is not None:
-        modules["spectrum"] = trainee.spectrum
-    if isinstance(vae, VQModelFA):
-        modules["codebook_statistics"] = trainee.codebook_statistics
-    discriminator, adversarial_start = None, config.adversarial_start
-    if adversarial_start is not None:
-        discriminator = modules["discriminator"] = build_discriminator(config)
-        rate = train.discriminator_learning_rate or train.learning_rate
-        run.add("discriminator", discriminator, rate, first_step=adversarial_start)
-    models = run.prepare(modules, averaged=vae)
-    objective = TokenizerLoss(first, vae, foundation, lpips).to(run.device)
-    run.resume()
-    preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
-
-    for batch in run.batches(dataset):
-        images = batch["image"]
-        adversarial = discriminator is not None and run.step >= adversarial_start
-        objective.config = trainee.config = loss_at(stages, run.step)
-        trainee.train()
-        with run.accelerator.accumulate(*models.values()):
-            # Generator: reconstruct, judge, step. The discriminator's own weights get no gradient from this.
-            output = models["generator"](images)
-            if discriminator is not None:
-                discriminator.requires_grad_(False)
-            loss, terms = objective(images, output, discriminator if adversarial else None)
-            finite = run.optimise("generator", loss)
-
-            if adversarial:
-                discriminator.requires_grad_(True)
-                judge = models["discriminator"]
-                loss = hinge_discriminator_loss(judge(output.target), judge(output.sample.detach()))
-                terms["discriminator"] = loss.detach()
-                finite = run.optimise("discriminator", loss) and finite
-
-        if run.end_step(terms, finite):
-            if run.due(train.sample_every) and run.is_main and preview is not None:
-                save_preview(run, vae, preview["image"])
-            if run.due(train.checkpoint_every):
-                run.save_checkpoint()
-
-    with run.averaged():
-        run.finish(vae.save_pretrained)
-
-
 @torch.no_grad()
-def save_preview(run: Run, vae, images: torch.Tensor) -> None:
+def save_preview(run: Run, vae: ModelMixin, images: torch.Tensor) -> None:
     """samples/step-N.png: originals above reconstructions, both from the middle of the training images."""
-    folder = run.folder / "samples"
-    folder.mkdir(exist_ok=True)
-    vae.eval()
-    with run.averaged():
-        reconstruction = vae(images.to(run.device)).sample.cpu()
+    if not run.is_main:
+        return
+    file = run.folder / "samples" / f"step-{run.step:07}.png"
+    file.parent.mkdir(exist_ok=True)
+    reconstruction = vae.eval()(images.to(vae.device)).sample.cpu()
     rows = torch.cat([images, reconstruction]).clamp(-1, 1)
-    save_image(rows, folder / f"step-{run.step:07}.png", nrow=len(images), normalize=True, value_range=(-1, 1))
+    save_image(rows, file, nrow=len(images), normalize=True, value_range=(-1, 1))
+
+
+def dry_run(config: TokenizerConfig, num_processes: int) -> None:
+    """Prints the settings, the size of the models and the length of the training, and checks what can be checked."""
+    find_checkpoint_to_resume(config)
+    with torch.device("meta"):
+        vae = build_tokenizer(config).to("meta")
+        discriminator = build_discriminator(config) if config.adversarial_start is not None else None
+    num_images = config.data.num_images if config.data.path is None else len(open_data(config))
+    print(to_yaml(config))
+    if discriminator is not None:
+        print(f"discriminator: {discriminator.num_parameters():,} parameters")
+    print(describe_tokenizer(vae, config.train.resolution))
+    print(describe_run(config.train, num_images, num_processes))
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_script(TokenizerConfig, str(__doc__), train, dry_run, argv)
 
 
 if __name__ == "__main__":
-    main(TokenizerConfig, __doc__, train, dry_run)
+    main()

@@ -19,11 +19,12 @@ import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from equal_budget import BAND, PLAIN
 from tokenizer_report import MEASURES, save_strips, table, write_section
-from tokenizer_runs import ROOT, TOKENIZERS, Experiment, errors, main, throughput
+from tokenizer_runs import ROOT, Experiment, errors, main, throughput
 from torchvision.utils import save_image
 
 import favae  # noqa: F401  (makes its pipeline known to diffusers)
 from favae.adapters.diffusers import swap_vae
+from favae.training.models import find_model_class
 
 OUTPUT = ROOT / "docs/results/decoder_only.json"
 RUNS = ROOT / "runs/decoder_only"
@@ -87,7 +88,7 @@ def generate(output: Path) -> dict[str, dict]:
     for name in EXPERIMENTS:
         pipe = DiffusionPipeline.from_pretrained(GENERATOR / "final")
         pipe.set_progress_bar_config(disable=True)
-        vae = TOKENIZERS[EXPERIMENTS[name].model["name"]].from_pretrained(RUNS / f"{name}-0/final")
+        vae = find_model_class(EXPERIMENTS[name].model["name"]).from_pretrained(RUNS / f"{name}-0/final")
         swap_vae(pipe, vae)
 
         def call(output_type: str):

@@ -21,7 +21,7 @@ from tokenizer_runs import ROOT, Experiment, errors, main, throughput
 from torch import Tensor, nn
 
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, start_linear
-from favae.training.models import TOKENIZERS, build_model
+from favae.training.models import build_model
 from favae.wavelets import WaveletBands
 
 
@@ -89,7 +89,6 @@ class Control(AutoencoderKL):
         self.use_slicing = self.use_tiling = False
 
 
-TOKENIZERS["Control"] = Control
 OUTPUT = ROOT / "docs/results/equal_budget.json"
 
 PLAIN = {
@@ -121,9 +120,11 @@ EXPERIMENTS = {
     "stock": Experiment(PLAIN, "a plain `AutoencoderKL` of VA-VAE's shape"),
     "stock_band": Experiment(PLAIN, "the same, with our loss on the high bands", loss=BAND),
     "stock_wide": Experiment({**PLAIN, "block_out_channels": [40, 40, 80, 152]}, "the same, at our parameter count"),
-    "stock_shortcut": Experiment({"name": "Control", "shortcut": True}, "the same, with our linear shortcut"),
+    "stock_shortcut": Experiment(
+        {"name": "equal_budget.Control", "shortcut": True}, "the same, with our linear shortcut"
+    ),
     "one_trunk": Experiment(
-        {"name": "Control", "wavelet": True, "block_out_channels": [32, 56, 88, 144]},
+        {"name": "equal_budget.Control", "wavelet": True, "block_out_channels": [32, 56, 88, 144]},
         "one plain trunk on the 12 wavelet channels, equal FLOPs",
     ),
     "published": Experiment(
@@ -197,7 +198,7 @@ def finish(report: dict, output: Path) -> None:
 
 def linear_codec(shortcut: str) -> dict[str, float]:
     """What the shortcut alone reaches, before any training: the reference that a trained model has to beat."""
-    return errors(build_model({**QUALITY, "shortcut": shortcut}, TOKENIZERS).eval(), "heldout")
+    return errors(build_model({**QUALITY, "shortcut": shortcut}).eval(), "heldout")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import torch
 from equal_budget import EXPERIMENTS as ALL
 from tokenizer_report import by_model, with_spread, write_section
-from tokenizer_runs import BASE, ROOT, TOKENIZERS, Experiment, environment, main
+from tokenizer_runs import BASE, ROOT, Experiment, environment, main
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.utils import save_image
@@ -42,8 +42,8 @@ from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.sampling import sample_to_folder
 from favae.training.checkpoints import find_checkpoints
 from favae.training.config import GeneratorConfig, load_config
-from favae.training.models import GENERATORS
-from train_generator import make_pipeline
+from favae.training.models import find_model_class
+from train_generator import build_pipeline
 from train_generator import train as train_generator
 
 OUTPUT = ROOT / "docs/results/generator_quality.json"
@@ -122,7 +122,7 @@ def trained_tokenizer(name: str, experiment: Experiment, seed: int, folder: Path
         # In a process of its own: one process has one mixed precision.
         command = [sys.executable, ROOT / "train_tokenizer.py", recipe, f"output={output}", f"seed={seed}"]
         subprocess.run(command, check=True)
-    kind = TOKENIZERS[experiment.model["name"]]
+    kind = find_model_class(experiment.model["name"])
     return kind.from_pretrained(output / "final").eval(), output / "final"
 
 
@@ -163,8 +163,8 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     losses = {record["step"]: record["velocity"] for record in log}
     checkpoints = dict(find_checkpoints(output / "checkpoints"))
     for step in (round(steps * share) for share in POINTS):
-        transformer = GENERATORS[config.model["name"]].from_pretrained(checkpoints[step] / "ema").eval()
-        pipeline = make_pipeline(config, transformer, tokenizer, open_latents(latents))
+        transformer = find_model_class(config.model["name"]).from_pretrained(checkpoints[step] / "ema").eval()
+        pipeline = build_pipeline(config, transformer, tokenizer, open_latents(latents))
         point = {"steps": step, "velocity": losses[step]}
         for kind, scale in GUIDANCE.items():
             drawn = output / f"samples-{step}-{kind}"

@@ -36,7 +36,7 @@ from favae.eval.image_sets import CroppedImages  # noqa: E402
 from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors  # noqa: E402
 from favae.training.checkpoints import find_checkpoints  # noqa: E402
 from favae.training.config import TokenizerConfig, load_config  # noqa: E402
-from favae.training.models import TOKENIZERS, build_model  # noqa: E402
+from favae.training.models import build_model, find_model_class  # noqa: E402
 from train_tokenizer import train  # noqa: E402
 
 POINTS = 4  # of a curve
@@ -126,7 +126,7 @@ def run_row(name: str, experiment: Experiment, seed: int, steps: int, folder: Pa
     recipe.write_text(yaml.safe_dump(experiment.recipe(steps), sort_keys=False))
     config = load_config(TokenizerConfig, recipe, [f"output={output}", f"seed={seed}"])
     train(config)
-    kind = TOKENIZERS[config.model["name"]]
+    kind = find_model_class(config.model["name"])
     curve = []
     for step, path in find_checkpoints(output / "checkpoints"):
         vae = kind.from_pretrained(path / "ema").eval()
@@ -188,7 +188,7 @@ def throughput(experiments: dict[str, Experiment], reference: str, rounds: int =
     torch.set_num_threads(1)
     size = BASE["train"]["resolution"]
     images = torch.rand(batch_size, 3, size, size) * 2 - 1
-    models = {name: build_model(experiment.model, TOKENIZERS).eval() for name, experiment in experiments.items()}
+    models = {name: build_model(experiment.model).eval() for name, experiment in experiments.items()}
     times = {name: [] for name in models}
     with torch.no_grad():
         for i in range(rounds + 1):
@@ -299,4 +299,4 @@ def spread(values: list[float], scale: float = 1.0) -> tuple[float, float]:
 
 def flops(experiment: Experiment) -> int:
     with torch.device("meta"):
-        return measure_budget(build_model(experiment.model, TOKENIZERS), BASE["train"]["resolution"]).flops
+        return measure_budget(build_model(experiment.model), BASE["train"]["resolution"]).flops

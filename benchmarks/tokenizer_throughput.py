@@ -18,7 +18,7 @@ import torch
 
 from favae.autoencoders import measure_budget
 from favae.training.config import TokenizerConfig, load_config
-from favae.training.models import TOKENIZERS, build_model
+from favae.training.models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("vavae_f16d32", "favae_f16d32", "favae_f16d32_fast")
@@ -52,7 +52,7 @@ def main() -> None:
     models = {}
     for name in RECIPES:
         config = load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml")
-        models[name] = build_model(config.model, TOKENIZERS).to(arguments.device).eval()
+        models[name] = build_model(config.model).to(arguments.device).eval()
         if dtype != torch.float32:
             models[name].to(dtype)
         seconds_per_batch(models[name], images)  # warm-up

@@ -20,8 +20,9 @@ from torch import nn
 
 from favae.losses.adversarial import PatchDiscriminator, adversarial_loss, hinge_discriminator_loss
 from favae.training.config import TokenizerConfig, load_config
-from favae.training.models import TOKENIZERS, build_model
-from favae.training.trainee import TokenizerTrainee
+from favae.training.models import build_model
+from favae.training.tokenizer_losses import TokenizerLossConfig
+from favae.training.tokenizer_module import TokenizerTrainingModule
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +33,9 @@ def frozen_bytes(config: TokenizerConfig) -> int:
         backbone = timm.create_model(config.loss.alignment.backbone, num_classes=0)
         vgg = torchvision.models.vgg16(weights=None).features
     return 4 * sum(p.numel() for model in (backbone, vgg) for p in model.parameters())
+
+
+LOSSES = TokenizerLossConfig(kl=0.0)  # L1 alone
 
 
 class Kept:
@@ -58,13 +62,13 @@ def count(trainee: nn.Module, discriminator: nn.Module, images: torch.Tensor, ch
     with torch.autocast("cpu", torch.bfloat16):
         counter = Kept(trainee)
         with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-            output = trainee(images)
+            reconstruction = trainee(images, LOSSES)[2]
         kept["trainee"] = counter.bytes
         counter = Kept(discriminator)
         with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-            value = adversarial_loss(discriminator(output.sample))
+            value = adversarial_loss(discriminator(reconstruction))
         kept["discriminator"] = counter.bytes
-    del output, value, counter
+    del reconstruction, value, counter
     return kept
 
 
@@ -76,13 +80,13 @@ def measure(trainee: nn.Module, discriminator: nn.Module, batch: int, size: int)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
-            output = trainee(images)
             discriminator.requires_grad_(False)
-            loss = (output.sample.float() - images).abs().mean() + 0.1 * adversarial_loss(discriminator(output.sample))
+            loss, _, reconstruction, _ = trainee(images, LOSSES)
+            loss = loss + 0.1 * adversarial_loss(discriminator(reconstruction))
         loss.backward()
         discriminator.requires_grad_(True)
         with torch.autocast("cuda", torch.bfloat16):
-            loss = hinge_discriminator_loss(discriminator(images), discriminator(output.sample.detach()))
+            loss = hinge_discriminator_loss(discriminator(images), discriminator(reconstruction.detach()))
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -102,7 +106,7 @@ def main() -> None:
     frozen = frozen_bytes(config)
     result = {"recipe": arguments.recipe.stem, "resolution": size, "batch_size": arguments.batch_size}
     for checkpointing in (False, True):
-        trainee = TokenizerTrainee(build_model(config.model, TOKENIZERS), [config.loss], 1024)
+        trainee = TokenizerTrainingModule(build_model(config.model), [LOSSES])
         discriminator = PatchDiscriminator()
         kept = count(trainee, discriminator, images, checkpointing)
         states = 16 * sum(p.numel() for model in (trainee, discriminator) for p in model.parameters())

@@ -1,5 +1,6 @@
 """Tiny models and data that many tests share."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,15 +13,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
 
-import train_generator
 from favae import AutoencoderKLFA, cli
 from favae.data.images import ImageDataset
 from favae.data.latents import write_latent_cache
 from favae.data.sources import open_source
-from favae.training.config import GeneratorConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,6 +158,7 @@ def run(*command: str | Path, processes: int = 1, check: bool = True) -> subproc
 
 def command(*words: str | Path) -> None:
     """Runs a subcommand of `favae` in this process, which is much quicker than `run`."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would find it
     cli.main([str(word) for word in words])
 
 
@@ -170,11 +171,16 @@ def command_error(*words: str | Path) -> str:
     return message
 
 
-def refusal(*arguments: str | Path) -> str:
-    """What train_generator.py says when it refuses before the first step; quicker than `run`, as it is this process."""
-    words = [str(argument) for argument in arguments]
+def train(script: str, *arguments: str | Path) -> None:
+    """Runs "train_tokenizer" or "train_generator" in this process, which is much quicker than `run`."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would find it
+    importlib.import_module(script).main([str(argument) for argument in arguments])
+
+
+def refusal(script: str, *arguments: str | Path) -> str:
+    """What a training script says when it refuses its arguments: one line."""
     with pytest.raises(SystemExit) as error:
-        train_generator.main(GeneratorConfig, "", train_generator.train, train_generator.dry_run, words)
+        train(script, *arguments)
     message = str(error.value.code)
     assert message.startswith("error: ") and len(message.splitlines()) == 1
     return message

@@ -37,10 +37,10 @@ def add_commands(commands) -> None:
 def train_tokenizer(arguments: argparse.Namespace) -> None:
     import train_tokenizer as script
 
-    script.main(script.TokenizerConfig, script.__doc__, script.train, script.dry_run, arguments.rest)
+    script.main(arguments.rest)
 
 
 def train_generator(arguments: argparse.Namespace) -> None:
     import train_generator as script
 
-    script.main(script.GeneratorConfig, script.__doc__, script.train, script.dry_run, arguments.rest)
+    script.main(arguments.rest)

@@ -66,3 +66,17 @@ def summarize_captions(folder: Path, counts: Sequence[int]) -> dict | None:
         total += sum(map(len, captions))
         without += captions.count([])
     return {"count": total, "images_without": without, "hash": digest.hexdigest()} if total else None
+
+
+def first_captions(folder: Path, counts: Sequence[int], limit: int) -> list[str]:
+    """The first caption of each of the first `limit` images of a latent cache that have one.
+
+    Args:
+        counts: images of each shard.
+    """
+    found: list[str] = []
+    for number, count in enumerate(counts):
+        found += [captions[0] for captions in read_captions(folder, number, count) if captions]
+        if len(found) >= limit:
+            break
+    return found[:limit]

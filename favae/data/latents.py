@@ -233,6 +233,10 @@ class TokenDataset(CachedDataset):
         batch = super().read(indices, views, choices)
         return batch | {"tokens": batch["tokens"].long()}
 
+    def sample(self, batch: dict[str, Tensor]) -> Tensor:
+        """What a generator learns, as `MomentsDataset.sample`: the tokens, which leave nothing to sample."""
+        return batch["tokens"]
+
 
 def open_latents(
     folder: str | Path,

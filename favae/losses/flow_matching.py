@@ -1,22 +1,11 @@
 """Flow matching on latents: the linear path, its velocity, and the losses of LightningDiT."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
-
-
-@dataclass
-class FlowMatchingConfig:
-    time_sampling: str = "logit_normal"  # or "uniform"
-    cosine_weight: float = 1.0
-
-    def __post_init__(self):
-        if self.time_sampling not in ("logit_normal", "uniform"):
-            raise ValueError(f"loss.time_sampling must be logit_normal or uniform, got {self.time_sampling}")
 
 
 def sample_times(

@@ -1,5 +1,7 @@
 """`AutoencoderKLFA`: a KL autoencoder of wavelet bands behind the face of diffusers' `AutoencoderKL`."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin
@@ -179,7 +181,7 @@ class AutoencoderKLFA(HubModelMixin, AutoencoderKL):
         low_branch: str = "native",
         high_decoder_input: str = "all",
         frequency_complement: str | None = None,
-        shortcut: str | None = "overlapping",
+        shortcut: Literal["overlapping", "patches"] | None = "overlapping",
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         sample_size: int = 256,

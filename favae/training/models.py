@@ -1,76 +1,125 @@
 """The `model:` section of a recipe: which classes there are, what they take, and building one."""
 
+import importlib
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import diffusers
 import torch
+from diffusers import AutoencoderKL, ModelMixin
+from pydantic import create_model
 
+import favae
 from favae.errors import ConfigError
-from favae.models import AutoencoderKLFA, CATTransformerModel, LightningDiTTransformer2DModel, VQModelFA
-from favae.training.checks import one_of
+from favae.training.validation import signature_schema, validate
 
-TOKENIZERS = {"AutoencoderKLFA": AutoencoderKLFA, "VQModelFA": VQModelFA, "AutoencoderKL": diffusers.AutoencoderKL}
-FROZEN = "from_autoencoder_kl"  # model: the autoencoder whose latent space a decoder is trained for
-GENERATORS = {
-    "LightningDiTTransformer2DModel": LightningDiTTransformer2DModel,
-    "DiTTransformer2DModel": diffusers.DiTTransformer2DModel,
-    "CATTransformerModel": CATTransformerModel,
-}
-
-
-def check_model(settings: dict, classes: dict[str, type]) -> None:
-    """`model:` is the constructor's arguments and the class's name."""
-    if "name" not in settings:
-        raise ConfigError(f"model.name is missing; it is one of {', '.join(classes)}")
-    one_of("model.name", settings["name"], classes)
-    allowed = [name for name in inspect.signature(classes[settings["name"]].__init__).parameters if name != "self"]
-    if settings["name"] == "AutoencoderKLFA":
-        allowed += [FROZEN, "warm_start"]
-    elif settings["name"] == "AutoencoderKL" and FROZEN in settings:
-        allowed = [FROZEN]
-    if not isinstance(settings.get(FROZEN, ""), str) and set(settings[FROZEN]) - {"subfolder"} != {"path"}:
-        raise ConfigError(f"model.{FROZEN} is a folder or hub name, or {{path: ..., subfolder: ...}}")
-    for key in settings:
-        if key not in allowed and key != "name":
-            raise ConfigError(f"unknown key model.{key}; {settings['name']} takes {', '.join(allowed)}")
+TOKENIZERS = (
+    "AutoencoderKLFA",
+    "AsymmetricAutoencoderKLFA",
+    "TwoBranchAutoencoderKL",
+    "VQModelFA",
+    "AutoencoderKL",
+)
+GENERATORS = ("LightningDiTTransformer2DModel", "DiTTransformer2DModel", "CATTransformerModel")
+FROM_AUTOENCODER_KL = "from_autoencoder_kl"  # key: the autoencoder whose encoder is kept, frozen
 
 
-def build_model(settings: dict, classes: dict[str, type]):
-    """The model that a checked `model:` section describes.
+@dataclass
+class PretrainedSource:
+    """Where a pretrained model is: a folder or hub name, and the folder inside it."""
+
+    path: str
+    subfolder: str | None = None
+
+
+def find_model_class(name: str) -> type[ModelMixin]:
+    """A class of ours or of diffusers by its name, or any class by its path, such as "my_package.models.MyVAE".
 
     Raises:
-        ConfigError: if its constructor refuses the values.
+        ConfigError: if there is no such class.
     """
-    arguments = {key: value for key, value in settings.items() if key != "name"}
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        return getattr(favae, name, None) or getattr(diffusers, name)
     try:
-        if FROZEN in arguments:
-            with torch.device("cpu"):  # its weights exist, whatever a dry run says
-                return _with_frozen_encoder(classes[settings["name"]], **arguments)
-        return classes[settings["name"]](**arguments)
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.name: {name} cannot be imported ({error})") from error
+
+
+def check_model(settings: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Checks a `model:` section: its name, and the type of each argument of the constructor.
+
+    Args:
+        names: of the classes that this training takes; the path of another class is taken as well.
+    Raises:
+        ConfigError: for the first mistake.
+    """
+    name = settings.get("name")
+    if name not in names and "." not in str(name):
+        raise ConfigError(f"model.name must be one of {', '.join(names)}, or the path of a class; got {name}")
+    _arguments(settings)
+
+
+def build_model(settings: dict[str, Any]) -> ModelMixin:
+    """The model that a `model:` section describes.
+
+    Raises:
+        ConfigError: if its constructor refuses the values, or a pretrained autoencoder cannot be opened.
+    """
+    build, arguments = _arguments(settings)
+    try:
+        return build(**arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
 
 
-def _with_frozen_encoder(kind: type, from_autoencoder_kl: str | dict, **settings) -> diffusers.AutoencoderKL:
-    """A decoder for the latent space of a pretrained autoencoder, its own or an `AutoencoderKLFA`'s.
+def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dict[str, Any]]:
+    """What builds the model, and its checked arguments."""
+    model_class = find_model_class(settings["name"])
+    given = {key: value for key, value in settings.items() if key != "name"}
+    if FROM_AUTOENCODER_KL not in given:
+        checked = validate(signature_schema(model_class.__init__), given, "model")
+        return model_class, {key: getattr(checked, key) for key in given}
 
-    Args:
-        from_autoencoder_kl: a folder or hub name, or {path: ..., subfolder: ...}.
-    """
-    source = {"path": from_autoencoder_kl} if isinstance(from_autoencoder_kl, str) else dict(from_autoencoder_kl)
-    path = source.pop("path")
-    try:
-        found = diffusers.AutoencoderKL.load_config(path, **source)["_class_name"]
-        vae = diffusers.AutoencoderKL.from_pretrained(path, **source) if found == "AutoencoderKL" else None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(
-            f"model.{FROZEN}: {path} is neither a folder with an autoencoder nor to be had from the hub "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    if vae is None:
-        raise ConfigError(f"model.{FROZEN}: {path} is a {found}, not a stock AutoencoderKL")
-    if kind is AutoencoderKLFA:
-        return AutoencoderKLFA.from_autoencoder_kl(vae, **settings)
+    source = given.pop(FROM_AUTOENCODER_KL)
+    source = validate(
+        PretrainedSource, source if isinstance(source, dict) else {"path": source}, f"model.{FROM_AUTOENCODER_KL}"
+    )
+    if model_class is AutoencoderKL:
+        build, schema = _freeze_encoder, signature_schema(_freeze_encoder, skip=("vae",))
+    elif hasattr(model_class, FROM_AUTOENCODER_KL):
+        build = model_class.from_autoencoder_kl
+        schema = signature_schema(build, skip=("vae", "settings"))
+        if "settings" in inspect.signature(build).parameters:
+            schema = create_model("Arguments", __base__=(signature_schema(model_class.__init__), schema))
+    else:
+        raise ConfigError(f"unknown key model.{FROM_AUTOENCODER_KL}: a {settings['name']} has an encoder of its own")
+    checked = validate(schema, given, "model")
+    options = {key: getattr(checked, key) for key in given}
+    return lambda **arguments: build(_open_autoencoder_kl(source), **arguments), options
+
+
+def _open_autoencoder_kl(source: PretrainedSource) -> AutoencoderKL:
+    options = {} if source.subfolder is None else {"subfolder": source.subfolder}
+    with torch.device("cpu"):  # its weights exist, even in a dry run on the meta device
+        try:
+            found = AutoencoderKL.load_config(source.path, **options)["_class_name"]
+            vae = AutoencoderKL.from_pretrained(source.path, **options)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"model.{FROM_AUTOENCODER_KL}: there is no AutoencoderKL at {source.path}, in a folder or on the hub "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+    if found != "AutoencoderKL":
+        raise ConfigError(f"model.{FROM_AUTOENCODER_KL}: {source.path} is a {found}, not a stock AutoencoderKL")
+    return vae
+
+
+def _freeze_encoder(vae: AutoencoderKL) -> AutoencoderKL:
+    """A stock autoencoder of which the decoder alone is trained."""
     for part in (vae.encoder, vae.quant_conv):
         if part is not None:
             part.requires_grad_(False)

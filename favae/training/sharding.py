@@ -1,96 +1,140 @@
-"""Training state divided among the processes (FSDP2 of torch), and models put together again.
+"""Training state divided among the processes (FSDP2 of torch), models put together again, and blocks compiled.
 
-Without it, every process holds the whole model, its gradients, its optimiser's state and the average, 20 bytes per
-parameter; with it, its part of them. The arithmetic is that of DistributedDataParallel.
+Without sharding every process holds the whole model, its gradients, the optimizer's state and the EMA, 20 bytes per
+parameter; with it, its share of them. The arithmetic is that of DistributedDataParallel.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
+from diffusers import ModelMixin
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from favae.distributed import process_state
 
+# Blocks ---------------------------------------------------------------------------------------------------------------
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Divides a model's parameters, in place, before an optimiser is made of them; one process keeps it whole.
+
+def blocks_of(model: ModelMixin) -> list[nn.Module]:
+    """The blocks of a transformer, or the stages of an autoencoder: what is compiled and sharded one by one."""
+    for name in ("transformer_blocks", "blocks"):
+        if hasattr(model, name):
+            return list(getattr(model, name))
+    networks = [module for module in model.modules() if isinstance(module, (Encoder, Decoder))]
+    stages = [[*getattr(n, "down_blocks", []), n.mid_block, *getattr(n, "up_blocks", [])] for n in networks]
+    return [block for network in stages for block in network if block is not None]
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compiles each block's forward. Hooks stay outside of the graph, and the names of the weights as they are."""
+    # Adaptive loss weights take gradients before the backward pass and keep the graph for it.
+    torch._functorch.config.donated_buffer = False
+    # The stages of an autoencoder share their code and differ in width and size: each gets a graph of its own.
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+
+
+# Sharding -------------------------------------------------------------------------------------------------------------
+
+
+def shard(module: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Divides the parameters of a training module among the processes, in place, before an optimizer is made of them.
+
+    A single process keeps it whole.
 
     Args:
-        model: the same on every process.
-        blocks: of the model; a forward or backward pass holds one of them in one piece at a time, and with mixed
-            precision, beside its part, the half-precision weights that autocast keeps for the backward pass.
+        module: the training module, the same on every process; frozen networks in it stay whole.
+        blocks: of the model. A forward or backward pass holds one of them in one piece at a time and, with mixed
+            precision, beside its share, the half-precision weights that autocast keeps for the backward pass.
     """
     state = process_state()
     if state.num_processes == 1:
         return
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
-    model.to(state.device)
+    module.to(state.device)
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+    fully_shard(module, mesh=mesh, ignored_params=frozen)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+def is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def kind_of(model: nn.Module) -> type[nn.Module]:
-    """The class a model had before it was sharded, which gives it a class of its own."""
-    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-
-
-def own_parts(model: nn.Module) -> list[Tensor]:
-    """This process's part of each parameter, in the parameter's memory; all of it if the model is not sharded."""
+def local_shards(model: nn.Module) -> list[Tensor]:
+    """This process's share of each parameter, in the parameter's memory; all of it if the model is not sharded."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
 
 
 @torch.no_grad()
-def in_one_piece(model: nn.Module) -> nn.Module:
-    """A sharded model's copy on the CPU of every process, in eval mode; a model that is not sharded as it is.
+def gather_full_model(model: ModelMixin) -> ModelMixin:
+    """A copy of a sharded model on the CPU of every process, in eval mode; a model that is not sharded as it is.
 
     All processes must call it.
     """
     if not is_sharded(model):
         return model
-    with torch.random.fork_rng(devices=[]):  # training goes on with the numbers it would have drawn
-        copy = kind_of(model).from_config(model.config)
-    own = copy.state_dict()
-    for name, value in model.state_dict().items():  # one at a time: not all may fit
-        own[name].copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+    with torch.random.fork_rng(devices=[]):  # the copy's initialization must not change what training draws next
+        copy = type(model).from_config(model.config)
+    copy.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     return copy.eval()
 
 
+def save_full_state(module: nn.Module, path: Path, write: bool = True) -> None:
+    """Writes a diffusers model as a folder for `from_pretrained`, and any other module as PATH.safetensors.
+
+    All processes call it, in case the module is sharded; those with `write` do the writing.
+    """
+    if isinstance(module, ModelMixin):
+        whole = gather_full_model(module)
+        if write:
+            whole.save_pretrained(path)
+        return
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if write:
+        safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, f"{path}.safetensors")
+
+
 @torch.no_grad()
-def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Gives each process its part of weights that all of them have read.
+def load_full_state(module: nn.Module, path: Path) -> None:
+    """Reads what `save_full_state` wrote into a module that exists, each process its share.
 
     Raises:
-        ValueError: for weights of another model.
+        RuntimeError: for weights of another module.
     """
-    shapes = {name: value.shape for name, value in state.items()}
-    if shapes != {name: value.shape for name, value in model.state_dict().items()}:
-        raise ValueError(f"the weights are not those of this {kind_of(model).__name__}")
-    for name, own in model.state_dict().items():
-        value = state[name].to(own.device)
-        own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
+    if isinstance(module, ModelMixin):
+        state = type(module).from_pretrained(path).state_dict()
+    else:
+        state = safetensors.torch.load_file(f"{path}.safetensors")
+    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True, strict=True))
 
 
-def save_optimizers(model: nn.Module, optimizers: list, folder: Path) -> None:
-    """Each process writes its part of the optimisers' state. Raises OSError or RuntimeError if one cannot."""
+def save_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path) -> None:
+    """Each process writes its share of the optimizers' state. Raises OSError or RuntimeError if one cannot."""
     with _first_error():
         distributed_checkpoint.save(get_optimizer_state_dict(model, optimizers), checkpoint_id=folder)
 
 
-def load_optimizers(model: nn.Module, optimizers: list, folder: Path) -> None:
-    """Each process reads its part. Raises OSError or RuntimeError if there is none that fits."""
+def load_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path) -> None:
+    """Each process reads its share. Raises OSError or RuntimeError if there is none that fits."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no {folder.name}; it was written without train.shard")
     state = get_optimizer_state_dict(model, optimizers)
@@ -101,7 +145,7 @@ def load_optimizers(model: nn.Module, optimizers: list, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _first_error() -> Iterator[None]:
-    """What went wrong in one of the processes, in place of torch's collection of it, which is no `Exception`."""
+    """Raises the first process's own error in place of torch's collection of all of them, which is no `Exception`."""
     try:
         yield
     except CheckpointException as error:

@@ -8,12 +8,12 @@ from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
 from favae.losses.denoising import denoising_loss, variational_bound
-from favae.training.objectives import DIFFUSION
+from favae.training.class_to_image import DIFFUSION_SCHEDULE
 
 
 @pytest.fixture
 def scheduler() -> DDPMScheduler:
-    return DDPMScheduler(**DIFFUSION)
+    return DDPMScheduler(**DIFFUSION_SCHEDULE)
 
 
 def posterior(scheduler, t: int, data: torch.Tensor, noisy: torch.Tensor) -> tuple[torch.Tensor, float, float]:

@@ -1,20 +1,12 @@
 import pytest
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from favae.errors import MissingWeights
-from favae.losses.adversarial import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
-from favae.losses.alignment import vision_foundation_alignment
+from favae.losses.adversarial import adaptive_weight, hinge_discriminator_loss
+from favae.losses.alignment import representation_alignment, vision_foundation_alignment
 from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
 from favae.losses.perceptual import LPIPS
-from favae.losses.tokenizer_loss import (
-    AdversarialConfig,
-    AlignmentConfig,
-    TokenizerLoss,
-    TokenizerLossConfig,
-)
-from favae.training.trainee import TokenizerTrainee
 
 
 def test_alignment_against_its_formula():
@@ -60,37 +52,17 @@ def test_adaptive_weight_balances_gradients_whatever_the_scale():
     assert not weight.requires_grad
 
 
-def test_tokenizer_loss_adds_its_weighted_terms(tiny_favae):
-    config = TokenizerLossConfig(
-        kl=1e-3,
-        alignment=AlignmentConfig(weight=0.5, adaptive=False, distmat_margin=0, cosine_margin=0),
-        adversarial=AdversarialConfig(weight=0.3, adaptive=False),
-    )
-    trainee = TokenizerTrainee(tiny_favae, [config], feature_channels=7)
-    assert trainee.projection.in_channels == tiny_favae.low_latent_channels
-    features = torch.randn(2, 7, 4, 4)
-    loss = TokenizerLoss(config, tiny_favae, foundation=lambda images, grid: features)
-    discriminator = PatchDiscriminator(channels=4, num_layers=1)
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
-    output = trainee(images)
-    total, terms = loss(images, output, discriminator)
-    assert terms["reconstruction"].item() == pytest.approx((output.sample - images).abs().mean().item())
-    kl = DiagonalGaussianDistribution(output.moments).kl().mean() / (3 * 16 * 16)
-    assert terms["kl"].item() == pytest.approx(kl.item())
-    expected = terms["reconstruction"] + 1e-3 * terms["kl"] + 0.5 * terms["alignment"] + 0.3 * terms["adversarial"]
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
-    total.backward()
-    assert trainee.projection.weight.grad.abs().sum() > 0
-    assert not list(loss.parameters())  # nothing of it is trained or saved
-
-
-def test_terms_of_weight_zero_are_not_computed(tiny_favae):
-    def never(*_):
-        raise AssertionError("computed although its weight is 0")
-
-    loss = TokenizerLoss(TokenizerLossConfig(kl=0.0), tiny_favae, foundation=never)
-    images = torch.rand(1, 3, 16, 16)
-    assert set(loss(images, TokenizerTrainee(tiny_favae)(images))[1]) == {"reconstruction"}
+def test_what_features_have_in_common_everywhere_counts_for_nothing():
+    features = torch.randn(2, 5, 4, 4)
+    normalized = (features - features.mean((2, 3), keepdim=True)) / features.std((2, 3), keepdim=True)
+    assert representation_alignment(3 * normalized, features) == pytest.approx(0, abs=1e-5)
+    assert representation_alignment(-normalized, features) == pytest.approx(2, abs=1e-5)
+    moved = features * torch.rand(2, 5, 1, 1).add(0.5) + torch.randn(2, 5, 1, 1)
+    states = torch.randn(2, 5, 4, 4)
+    value, expected = representation_alignment(states, moved), representation_alignment(states, features)
+    assert torch.allclose(value, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="differ in shape"):
+        representation_alignment(states, features[:1])
 
 
 def test_lpips_from_a_local_file(tmp_path):

@@ -1,19 +1,26 @@
-"""A generator divided among two processes: the weights of a run that is not, whole in every file, and resumed."""
+"""Trainings divided among two processes: the weights of a run that is not, whole in every file, and resumed."""
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import kill_when, run, tiny_generator_recipe
+from conftest import kill_when, run, tiny_generator_recipe, tiny_tokenizer_recipe
 from diffusers import DiffusionPipeline
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 import favae  # noqa: F401  (makes its pipelines known to diffusers)
 from favae.training import sharding
-from favae.training.sharding import in_one_piece, load_whole, own_parts, shard
+from favae.training.sharding import gather_full_model, load_full_state, local_shards, save_full_state, shard
 
 
-def test_sharded_training_is_the_same_training(tiny_cache):
+def assert_close_weights(first, second) -> None:
+    expected, found = (safetensors.torch.load_file(file) for file in (first, second))
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_sharded_generator_is_the_same_generator(tiny_cache):
     recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
     more = [
         "train.steps=10",
@@ -21,53 +28,60 @@ def test_sharded_training_is_the_same_training(tiny_cache):
         "train.learning_rate=0.01",
         "train.max_grad_norm=1",
         "train.gradient_accumulation_steps=2",
+        "loss.alignment={weight: 0.5, layer: 1, backbone: efficientnet-lite0, stop_step: 6}",
+        f"data.images={tiny_cache / 'images'}",
     ]
     run("train_generator.py", recipe, f"output={tiny_cache / 'whole'}", *more, processes=2)
     sharded = ("train_generator.py", recipe, f"output={tiny_cache / 'sharded'}", "train.shard=true", *more)
     kill_when(tiny_cache / "sharded/checkpoints/.writing-step-6", *sharded, processes=2)
-    optimizers = list((tiny_cache / "sharded/checkpoints/step-4/generator-optimizer").glob("*.distcp"))
-    assert len(optimizers) == 2  # a part of each process
+    optimizers = list((tiny_cache / "sharded/checkpoints/step-4/sharded-optimizer").glob("*.distcp"))
+    assert len(optimizers) == 2  # a share of each process
     assert not (tiny_cache / "sharded/checkpoints/step-6").exists()
     run(*sharded, processes=2)
-    file = "transformer/diffusion_pytorch_model.safetensors"
-    expected, found = (safetensors.torch.load_file(tiny_cache / name / "final" / file) for name in ("whole", "sharded"))
-    assert expected.keys() == found.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+    file = "final/transformer/diffusion_pytorch_model.safetensors"
+    assert_close_weights(tiny_cache / "whole" / file, tiny_cache / "sharded" / file)
     config = (tiny_cache / "sharded/final/transformer/config.json").read_text()
     assert '"_class_name": "LightningDiTTransformer2DModel"' in config
     assert len(DiffusionPipeline.from_pretrained(tiny_cache / "sharded/final")([0, 1]).images) == 2
     assert (tiny_cache / "sharded/samples/step-0000005.png").exists()
 
-
-def test_a_run_without_shards_is_no_beginning_for_one_with(tiny_cache):
-    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
-    run("train_generator.py", recipe, f"output={tiny_cache / 'whole'}", "train.steps=2", processes=2)
-    checkpoint, output = tiny_cache / "whole/checkpoints/step-2", tiny_cache / "sharded"
-    more = (f"resume={checkpoint}", f"output={output}", "train.shard=true")
+    # A run without shards has no share of the optimizer for each process.
+    more = (f"resume={tiny_cache / 'whole/checkpoints/step-10'}", f"output={tiny_cache / 'other'}", "train.shard=true")
     result = run("train_generator.py", recipe, *more, processes=2, check=False)
-    assert result.returncode and "does not fit these settings (no generator-optimizer" in result.stderr
+    assert result.returncode and "does not fit these settings" in result.stderr
 
 
-def test_weights_of_another_model_are_refused():
-    model = nn.Linear(4, 2)
-    with pytest.raises(ValueError, match="not those of this Linear"):
-        load_whole(model, nn.Linear(1, 2).state_dict())  # which copying would spread
-    with pytest.raises(ValueError, match="not those of this Linear"):
-        load_whole(model, {**model.state_dict(), "more": torch.zeros(1)})
+def test_a_sharded_tokenizer_is_the_same_tokenizer(tmp_path, image_folder):
+    recipe = tiny_tokenizer_recipe(tmp_path, image_folder)
+    more = ["train.steps=6", "train.lr_warmup_steps=0", "train.max_grad_norm=1", "loss.adversarial.start_step=2"]
+    more += ["loss.alignment={weight: 0.1, backbone: efficientnet-lite0, adaptive: false}"]
+    more += ["loss.adversarial.adaptive=false"]
+    run("train_tokenizer.py", recipe, f"output={tmp_path / 'whole'}", *more, processes=2)
+    run("train_tokenizer.py", recipe, f"output={tmp_path / 'sharded'}", "train.shard=true", *more, processes=2)
+    file = "final/diffusion_pytorch_model.safetensors"
+    assert_close_weights(tmp_path / "whole" / file, tmp_path / "sharded" / file)
+    assert (tmp_path / "sharded/samples/step-0000004.png").exists()
 
 
-def test_a_full_disk_is_what_it_is(monkeypatch, tmp_path):
+def test_weights_of_another_module_are_refused(tmp_path):
+    save_full_state(nn.Linear(1, 2), tmp_path / "other")
+    save_full_state(nn.Sequential(nn.Linear(4, 2)), tmp_path / "names")
+    for name in ("other", "names"):
+        with pytest.raises(RuntimeError):
+            load_full_state(nn.Linear(4, 2), tmp_path / name)
+
+
+def test_the_error_of_a_process_is_raised_and_not_a_collection_of_all(monkeypatch, tmp_path):
     def save(*arguments, **options):
         raise CheckpointException("write", {1: (OSError(28, "No space left on device"), None)})
 
     monkeypatch.setattr(sharding.distributed_checkpoint, "save", save)
     model = nn.Linear(2, 2)
     with pytest.raises(OSError, match="No space left"):
-        sharding.save_optimizers(model, torch.optim.AdamW(model.parameters()), tmp_path)
+        sharding.save_optimizers(model, [torch.optim.AdamW(model.parameters())], tmp_path)
 
 
 def test_one_process_keeps_its_model():
     model = nn.Sequential(nn.Linear(2, 2))
     shard(model, [model[0]])
-    assert in_one_piece(model) is model and own_parts(model) == list(model.parameters())
+    assert gather_full_model(model) is model and local_shards(model) == list(model.parameters())

@@ -2,17 +2,19 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, run, tiny_tokenizer_recipe
+from conftest import ROOT, command, refusal, run, tiny_tokenizer_recipe, train
 from diffusers import AutoencoderKL
 
 from favae import AutoencoderKLFA, VQModelFA
+from favae.data.latents import open_latents
 from favae.errors import ConfigError
 from favae.training.config import TokenizerConfig, load_config
-from favae.training.models import TOKENIZERS, build_model
+from favae.training.models import build_model
 
 VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
 codebook_size: 16, frequency_complement: res}"
@@ -37,10 +39,10 @@ def weights(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
 
 
-def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder):
+def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder, capsys):
     file = recipe(tmp_path, image_folder, VQ)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run("train_tokenizer.py", file, *TRAIN, *SPECTRUM, f"output={whole}")
+    train("train_tokenizer", file, *TRAIN, *SPECTRUM, f"output={whole}")
     last = metrics(whole)[-1]
     assert {"commitment", "spectrum", "focal_frequency", "codebook_usage", "codebook_perplexity"} < set(last)
     assert all(math.isfinite(value) for value in last.values())
@@ -48,8 +50,8 @@ def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder):
     moved = [abs(sigma - 1) for sigma in sigmas]
     assert min(moved) > 1e-4 and max(moved) > 0.01, sigmas
 
-    run("train_tokenizer.py", file, *TRAIN, *SPECTRUM, f"output={parts}", "train.steps=4")
-    run("train_tokenizer.py", file, *TRAIN, *SPECTRUM, f"output={parts}", "train.steps=8")
+    train("train_tokenizer", file, *TRAIN, *SPECTRUM, f"output={parts}", "train.steps=4")
+    train("train_tokenizer", file, *TRAIN, *SPECTRUM, f"output={parts}", "train.steps=8")
     checkpoint = "checkpoints/step-8"
     assert "spectrum.safetensors" in weights(whole / checkpoint)
     assert weights(whole / checkpoint) == weights(parts / checkpoint)
@@ -57,61 +59,71 @@ def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder):
 
     model = VQModelFA.from_pretrained(whole / "final")
     assert model.lookup(torch.zeros(1, 2, 2, dtype=torch.long)).shape == (1, 6, 2, 2)
-    measured = ("-m", "favae", "evaluate", "reconstruction", "--model", f"vq={whole / 'final'}", "--data", image_folder)
-    options = ("--resolution", "16", "--features", "efficientnet-lite0", "--output", tmp_path / "out")
-    table = run(*measured, *options).stdout
-    assert "16 tokens" in table
+    measured = ("evaluate", "reconstruction", "--model", f"vq={whole / 'final'}", "--data", image_folder)
+    command(*measured, "--resolution", "16", "--features", "efficientnet-lite0", "--output", tmp_path / "out")
+    assert "16 tokens" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "out/results.json").read_text())["rows"]
     assert result["tokens_per_image"] == 16 and result["bits_per_image"] == 64 and result["floats_per_image"] is None
-    run("-m", "favae", "cache-latents", "--tokenizer", whole / "final", "--data", image_folder, "--resolution", "16",
-        "--output", tmp_path / "cache")  # fmt: skip
-    manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
-    assert manifest["kind"] == "tokens" and manifest["codebook_size"] == 16
+    cache = ("--resolution", "16", "--output", tmp_path / "cache")
+    command("cache-latents", "--tokenizer", whole / "final", "--data", image_folder, *cache)
+    assert open_latents(tmp_path / "cache").codebook_size == 16
 
 
-@pytest.mark.parametrize("kind", [AutoencoderKLFA, AutoencoderKL])
-def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl, kind):
+@pytest.mark.parametrize("model_class", [AutoencoderKLFA, AutoencoderKL])
+def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl, model_class):
     tiny_kl.register_to_config(scaling_factor=0.25)
     tiny_kl.save_pretrained(tmp_path / "existing")
-    model = f"{{name: {kind.__name__}, from_autoencoder_kl: {tmp_path / 'existing'}}}"
+    model = f"{{name: {model_class.__name__}, from_autoencoder_kl: {tmp_path / 'existing'}}}"
     file = recipe(tmp_path, image_folder, model)
-    run("train_tokenizer.py", file, *TRAIN, f"output={tmp_path / 'run'}", "loss.kl=0")
-    trained = kind.from_pretrained(tmp_path / "run/final").eval()
+    train("train_tokenizer", file, *TRAIN, f"output={tmp_path / 'run'}", "loss.kl=0")
+    trained = model_class.from_pretrained(tmp_path / "run/final").eval()
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     original = AutoencoderKL.from_pretrained(tmp_path / "existing").eval()
     assert torch.equal(trained.encode(images).latent_dist.mean, original.encode(images).latent_dist.mean)
     assert trained.config.scaling_factor == 0.25
-    first = tmp_path / "run/checkpoints/step-6/tokenizer/diffusion_pytorch_model.safetensors"
-    last = tmp_path / "run/checkpoints/step-8/tokenizer/diffusion_pytorch_model.safetensors"
-    a, b = safetensors.torch.load_file(first), safetensors.torch.load_file(last)
-    changed = {name.split(".")[0] for name in a if not torch.equal(a[name], b[name])}
+    first, last = (
+        safetensors.torch.load_file(
+            tmp_path / f"run/checkpoints/step-{step}/tokenizer/diffusion_pytorch_model.safetensors"
+        )
+        for step in (6, 8)
+    )
+    changed = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
     assert changed == {"decoder", "post_quant_conv"}
-    if kind is AutoencoderKL:
+    if model_class is AutoencoderKL:
         return
-    settings = {"name": "AutoencoderKLFA", "from_autoencoder_kl": str(tmp_path / "run/final")}
     with pytest.raises(ConfigError, match="is a AutoencoderKLFA, not a stock AutoencoderKL"):
-        build_model(settings, TOKENIZERS)
-    missing = run("train_tokenizer.py", file, f"output={tmp_path / 'other'}",
-                  f"model.from_autoencoder_kl={tmp_path / 'nothing'}", check=False)  # fmt: skip
-    assert missing.returncode == 1 and "Traceback" not in missing.stderr
-    assert "model.from_autoencoder_kl" in missing.stderr.strip().splitlines()[-1]
+        build_model({"name": "AutoencoderKLFA", "from_autoencoder_kl": str(tmp_path / "run/final")})
+    nothing = f"model.from_autoencoder_kl={tmp_path / 'nothing'}"
+    assert "model.from_autoencoder_kl" in refusal("train_tokenizer", file, f"output={tmp_path / 'other'}", nothing)
 
 
-def test_two_processes_with_complements_and_every_regulariser(tmp_path, image_folder):
+def test_compiled_blocks_train_with_adaptive_weights(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without minutes of C++
+    more = ["train.compile=true", "train.channels_last=true", "train.steps=4", "loss.adversarial.start_step=1"]
     file = recipe(tmp_path, image_folder)
-    more = ["model.frequency_complement=conv", "model.shortcut=overlapping", "loss.scale_equivariance=0.1"]
+    for name, options in (("compiled", more), ("plain", more[2:])):
+        train("train_tokenizer", file, f"output={tmp_path / name}", *options)
+    compiled, plain = metrics(tmp_path / "compiled"), metrics(tmp_path / "plain")
+    for ours, expected in zip(compiled, plain):
+        assert ours["reconstruction"] == pytest.approx(expected["reconstruction"], rel=1e-3)
+    assert compiled[-1]["adversarial_scale"] == pytest.approx(plain[-1]["adversarial_scale"], rel=1e-2)
+
+
+def test_two_processes_with_every_regularizer(tmp_path, image_folder):
+    file = recipe(tmp_path, image_folder)
+    more = ["model.shortcut=overlapping", "loss.scale_equivariance=0.1"]
     more += ["loss.latent_noise=0.1", "loss.high_dropout=0.5", "loss.stft={weight: 0.1, window: 8}", "loss.ssim=0.1"]
-    run("train_tokenizer.py", file, *SPECTRUM, *more, f"output={tmp_path / 'run'}", processes=2)
+    run("train_tokenizer.py", file, *more, f"output={tmp_path / 'run'}", processes=2)
     last = metrics(tmp_path / "run")[-1]
     assert last["step"] == 8 and last["skipped"] == 0
-    assert {"spectrum", "scale_equivariance", "stft", "ssim", "sigma_7"} < set(last)
+    assert {"scale_equivariance", "stft", "ssim", "adversarial_scale"} < set(last)
     assert all(math.isfinite(value) for value in last.values())
 
 
 def test_stages_change_the_loss_in_one_run(tmp_path, image_folder):
     file = recipe(tmp_path, image_folder)
     stages = "stages=[{start_step: 4, loss: {ssim: 1.0}}, {start_step: 6, loss: {ssim: 0.0}}]"
-    run("train_tokenizer.py", file, stages, f"output={tmp_path / 'run'}")
+    train("train_tokenizer", file, stages, f"output={tmp_path / 'run'}")
     assert [record["step"] for record in metrics(tmp_path / "run") if "ssim" in record] == [5, 6]  # steps 4 and 5
 
 
@@ -148,7 +160,7 @@ def test_recipes_for_existing_latents_fit_their_autoencoders(name, channels, mon
     monkeypatch.setattr(AutoencoderKL, "load_config", lambda path, **options: {"_class_name": "AutoencoderKL"})
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", from_pretrained)
     config = load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml")
-    vae = build_model(config.model, TOKENIZERS).to("meta")
+    vae = build_model(config.model).to("meta")
     assert asked["path"] in ("stabilityai/sd-vae-ft-mse", "black-forest-labs/FLUX.1-schnell")
     images = torch.zeros(1, 3, 64, 64, device="meta")
     latents = vae.encode(images).latent_dist.mode()

@@ -3,7 +3,7 @@
 from diffusers import ModelMixin
 
 from favae.autoencoders import measure_budget
-from favae.training.config import RunConfig
+from favae.training.config import TrainConfig
 
 
 def describe_tokenizer(vae: ModelMixin, resolution: int) -> str:
@@ -14,9 +14,8 @@ def describe_tokenizer(vae: ModelMixin, resolution: int) -> str:
     )
 
 
-def describe_run(config: RunConfig, num_images: int | None, num_processes: int) -> str:
+def describe_run(train: TrainConfig, num_images: int | None, num_processes: int) -> str:
     """Batch, steps per epoch and epochs, as far as the number of images is known."""
-    train = config.train
     batch = train.batch_size * train.gradient_accumulation_steps * num_processes
     text = f"training: {train.steps:,} steps of {batch} images ({num_processes} process(es))"
     if num_images is None:

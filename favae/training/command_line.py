@@ -3,37 +3,32 @@
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable
 
-from favae.errors import FavaeError
+from favae.errors import exit_on_error
 from favae.training.config import Config, load_config
 
 
-def main(
+def run_script(
     schema: type[Config],
     description: str,
     train: Callable[[Config], None],
     dry_run: Callable[[Config, int], None],
     argv: list[str] | None = None,
 ) -> None:
-    """CONFIG.yaml [key=value ...] [--dry-run [--processes N]]; what the user can mend is one line and exit code 1."""
+    """CONFIG.yaml [key=value ...] [--dry-run [--processes N]]; what the user can fix is one line and exit code 1."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a recipe, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
-    parser.add_argument("--processes", type=int, default=1, help="how many a dry run counts with")
+    parser.add_argument("--processes", type=int, default=1, help="the number of processes that a dry run counts with")
     arguments = parser.parse_intermixed_args(argv)
-    first = int(os.environ.get("RANK", 0)) == 0
-    level = logging.WARNING if first else logging.ERROR  # once per machine is enough
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    level = logging.WARNING if is_first else logging.ERROR  # once per machine is enough
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
-    try:
+    with exit_on_error("the same command continues from the last checkpoint"):
         config = load_config(schema, arguments.config, arguments.overrides)
         if arguments.dry_run:
             dry_run(config, arguments.processes)
         else:
             train(config)
-    except FavaeError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")

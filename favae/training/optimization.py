@@ -1,0 +1,118 @@
+"""Optimizers, learning rate schedules, gradient clipping and the moving average of the weights."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from favae.training.config import TrainConfig
+from favae.training.sharding import load_full_state, local_shards
+
+
+def create_optimizers(
+    groups: Iterable[dict[str, Any]], train: TrainConfig, learning_rate: float, matrices: Iterable[nn.Parameter] = ()
+) -> list[torch.optim.Optimizer]:
+    """AdamW for groups of parameters, and Muon for `matrices`, if there are any.
+
+    Muon's updates have the size of AdamW's, so that one learning rate serves both (Jordan et al., 2024).
+    """
+    betas = (train.betas[0], train.betas[1])
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(list(groups), learning_rate, betas=betas, weight_decay=train.weight_decay)
+    ]
+    matrices = list(matrices)
+    if matrices:
+        options = {"weight_decay": train.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, learning_rate, **options))
+    return optimizers
+
+
+def create_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, first_step: int = 0) -> LRScheduler:
+    """The learning rate over the steps from `first_step` on. It is not prepared by accelerate, which would step it once
+    per process."""
+    return get_scheduler(
+        train.lr_scheduler,
+        optimizer,
+        num_warmup_steps=train.lr_warmup_steps,
+        num_training_steps=max(1, train.steps - first_step),
+        num_cycles=train.lr_num_cycles,
+    )
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> bool:
+    """Scales the gradients to a norm of at most `max_norm`; None leaves them as they are.
+
+    Returns:
+        Whether the norm is finite. All processes decide alike, because they look at the same summed gradient.
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return bool(torch.isfinite(torch.as_tensor(norm)))
+
+
+def optimizer_step(
+    accelerator: Accelerator, optimizers: list[torch.optim.Optimizer], schedules: list[LRScheduler], finite: bool
+) -> None:
+    """Changes the weights, unless the gradient is not finite, and clears the gradients."""
+    for optimizer, schedule in zip(optimizers, schedules):
+        # The gradient scaler of fp16 has to see a gradient that is not finite: it skips the step itself and lowers its
+        # scale.
+        if finite or accelerator.scaler is not None:
+            optimizer.step()
+        if finite:
+            schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+class Ema:
+    """diffusers' `EMAModel` of one model, in float32, that lends its weights to the model for the length of a block.
+
+    Args:
+        model: not wrapped for distribution; it may be sharded.
+        decay: the ceiling; early steps average over fewer weights. 0 keeps no average, and the model as it is.
+        device: where the average is kept.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | str = "cpu"):
+        self.model = model
+        self.average: EMAModel | None = None
+        if decay:
+            self.average = EMAModel(local_shards(model), decay=decay)
+            self.average.to(device, dtype=torch.float32)
+
+    def step(self) -> None:
+        if self.average is not None:
+            self.average.step(local_shards(self.model))
+
+    def __enter__(self) -> nn.Module:
+        if self.average is not None:
+            self.average.store(local_shards(self.model))
+            self.average.copy_to(local_shards(self.model))
+        return self.model
+
+    def __exit__(self, *error: object) -> None:
+        if self.average is not None:
+            self.average.restore(local_shards(self.model))
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the average stands for."""
+        return 0 if self.average is None else self.average.optimization_step
+
+    def load(self, path: Path, num_steps: int) -> None:
+        """Reads EMA weights that a checkpoint holds."""
+        if self.average is None:
+            return
+        with self as model:
+            load_full_state(model, path)
+            for shadow, parameter in zip(self.average.shadow_params, local_shards(model)):
+                shadow.copy_(parameter.detach())
+        self.average.optimization_step = num_steps

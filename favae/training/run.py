@@ -1,0 +1,270 @@
+"""The folder of a training run: settings, logs and checkpoints, and whether it can be continued."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from favae.data.stream import TrainingStream
+from favae.distributed import on_cpu
+from favae.errors import ConfigError, NonFiniteError
+from favae.files import atomic_path, write_text
+from favae.training.checkpoints import STATE_FILE, Checkpointer, find_checkpoints
+from favae.training.config import RunConfig, to_yaml
+from favae.training.optimization import Ema
+from favae.training.sharding import is_sharded
+
+logger = logging.getLogger(__name__)
+
+# A run may be continued with other values of these.
+SECTIONS_FREE_TO_CHANGE = {"resume", "output", "evaluation"}
+TRAIN_KEYS_FREE_TO_CHANGE = {
+    "steps",
+    "num_workers",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "checkpoints_total_limit",
+    "max_skipped_steps",
+    "tracker",
+}
+
+
+def find_checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """The checkpoint that a run with these settings would continue from; None for a new run.
+
+    Raises:
+        ConfigError: if there is no such checkpoint, or if the output folder holds another run.
+    """
+    folder = Path(str(config.output))
+    checkpoints = find_checkpoints(folder / "checkpoints")
+    if config.resume == "auto":
+        changed = changed_settings(config, folder / "config.yaml") if checkpoints else []
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}); choose another output, or continue "
+                f"from its last checkpoint elsewhere with resume={checkpoints[-1][1]} output=..."
+            )
+        return checkpoints[-1][1] if checkpoints else None
+    if checkpoints:
+        raise ConfigError(f"{folder} holds a run already; resume=auto continues it, and another output begins anew")
+    if config.resume == "never":
+        return None
+    if not (Path(config.resume) / STATE_FILE).is_file():
+        raise ConfigError(f"resume: {config.resume} is not a checkpoint; it is auto, never, or a step-N folder")
+    return Path(config.resume)
+
+
+def changed_settings(config: RunConfig, file: Path) -> list[str]:
+    """Keys in which a config differs from the one a run folder holds, except for those that are free to change."""
+    if not file.is_file():
+        return []
+    old, new = yaml.safe_load(file.read_text()), yaml.safe_load(to_yaml(config))
+    changed = []
+    for section in sorted((set(old) | set(new)) - SECTIONS_FREE_TO_CHANGE):
+        before, after = old.get(section), new.get(section)
+        if not isinstance(before, dict) or not isinstance(after, dict):
+            changed += [section] if before != after else []
+            continue
+        free = TRAIN_KEYS_FREE_TO_CHANGE if section == "train" else set()
+        keys = sorted((set(before) | set(after)) - free)
+        changed += [f"{section}.{key}" for key in keys if before.get(key) != after.get(key)]
+    return changed
+
+
+class Run:
+    """One training run and its folder: config.yaml, metrics.jsonl, checkpoints/, samples/, logs/, final/.
+
+    It keeps settings, logs and checkpoints, and knows nothing of what a training step computes. Order of the calls:
+    create (seeds, and refuses a folder that holds another run); build the models; `prepare`; `start`; for each batch of
+    `batches`, a step and `end_step`; `finish`.
+
+    Args:
+        config: resolved.
+
+    Attributes:
+        accelerator: of accelerate. folder: of the run. step: optimizer steps so far.
+
+    Raises:
+        ConfigError: if the folder holds a run with other settings.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config, self.train = config, config.train
+        train = config.train
+        self.folder = Path(str(config.output))
+        self.checkpoint = find_checkpoint_to_resume(config)
+        self.accelerator = Accelerator(
+            cpu=on_cpu(),
+            mixed_precision=train.mixed_precision,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            log_with=train.tracker,
+            project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "logs")),
+            # The discriminator's batch statistics are not used in training, and broadcasting them between its two
+            # forward passes would change tensors that the backward pass still needs.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.step = self.skipped = 0
+        self._seconds = 0.0
+        self._skipped_in_a_row = 0
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        set_seed(config.seed)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def prepare(
+        self, module: nn.Module, optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        """The module and its optimizers, wrapped for the processes and the precision there are."""
+        if is_sharded(module):  # it is distributed already, and gets autocast alone
+            return self.accelerator.prepare_model(module, evaluation_mode=True), optimizers
+        module, *wrapped = self.accelerator.prepare(module, *optimizers)
+        return module, wrapped
+
+    def start(
+        self,
+        parts: Mapping[str, nn.Module],
+        ema: Ema,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        schedules: list[LRScheduler],
+    ) -> None:
+        """Restores the checkpoint there is, or seeds each process for itself; then opens the logs.
+
+        Args:
+            parts: the trained modules by name, not wrapped: what a checkpoint holds.
+            model, optimizers: as `prepare` gave them.
+            schedules: all of them; the log shows the first one's learning rate.
+        """
+        self.schedules = schedules
+        limit = self.train.checkpoints_total_limit
+        self.checkpointer = Checkpointer(
+            self.accelerator, self.folder / "checkpoints", parts, ema, schedules, limit, model, optimizers
+        )
+        # The models were initialized from the same seed everywhere. What follows differs between processes.
+        set_seed(self.config.seed, device_specific=True)
+        if self.checkpoint is not None:
+            state = self.checkpointer.load(self.checkpoint)
+            self.step, self._seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        if self.is_main:
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
+            self._drop_metrics_after(self.step)
+        if self.train.tracker:
+            self.accelerator.init_trackers(self.folder.name)
+        self._started = time.perf_counter() - self._seconds
+        self._bar = tqdm(total=self.train.steps, initial=self.step, disable=not self.is_main, desc=self.folder.name)
+
+    def _drop_metrics_after(self, step: int) -> None:
+        """What a killed run logged after its last checkpoint will be logged again."""
+        file = self.folder / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be torn
+            write_text(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def batches(self, dataset: Dataset, until: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """This process's micro-batches, on its device, from the current step to step `until` or the last one."""
+        until = self.train.steps if until is None else min(until, self.train.steps)
+        if self.step >= until:
+            return
+        loader = TrainingStream(dataset, self.config.seed).batches(
+            self.train.batch_size,
+            self.step * self.train.gradient_accumulation_steps,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.train.num_workers,
+        )
+        for batch in loader:
+            if self.step >= until:
+                return
+            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def end_step(self, logs: dict[str, Tensor], finite: bool) -> None:
+        """Counts and logs an optimizer step.
+
+        Args:
+            logs: detached scalars.
+            finite: whether the gradient was, so that the weights changed.
+        Raises:
+            NonFiniteError: after more than `train.max_skipped_steps` skipped steps in a row.
+        """
+        self.step += 1
+        self._bar.update()
+        if finite:
+            self._skipped_in_a_row = 0
+            self._count += 1
+            for name, value in logs.items():
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+        else:
+            self._skip(logs)
+        if self.step % self.train.log_every == 0 or self.step == self.train.steps:
+            self._log()
+
+    def _skip(self, logs: dict[str, Tensor]) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        where = ", ".join(name for name, value in logs.items() if not torch.isfinite(value)) or "the gradient"
+        logger.warning("step %d skipped: %s is not finite (%d so far)", self.step, where, self.skipped)
+        if self._skipped_in_a_row > self.train.max_skipped_steps:
+            checkpoints = find_checkpoints(self.folder / "checkpoints")
+            good = str(checkpoints[-1][1]) if checkpoints else "none was written"
+            raise NonFiniteError(
+                f"step {self.step}: {where} has not been finite for {self._skipped_in_a_row} steps; "
+                f"the last good checkpoint: {good}"
+            )
+
+    def _log(self) -> None:
+        self._seconds = time.perf_counter() - self._started
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name] / max(self._count, 1) for name in names]) if names else torch.zeros(0)
+        values = self.accelerator.reduce(values.to(self.device), "mean").tolist()
+        record = dict(zip(names, values))
+        record["learning_rate"] = self.schedules[0].get_last_lr()[0]
+        self._bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
+        record |= {"skipped": self.skipped, "seconds": round(self._seconds, 2)}
+        if self.is_main:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.step, **record}) + "\n")
+        if self.train.tracker:
+            self.accelerator.log(record, step=self.step)
+        self._sums, self._count = {}, 0
+
+    def epoch(self, dataset: Any) -> float:
+        """How many times the data have been passed over so far."""
+        images = self.step * self.train.batch_size * self.train.gradient_accumulation_steps
+        return images * self.accelerator.num_processes / len(dataset)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last one, is due now; 0 is never."""
+        return every > 0 and (self.step % every == 0 or self.step == self.train.steps)
+
+    def save_checkpoint(self) -> None:
+        self._seconds = time.perf_counter() - self._started
+        self.checkpointer.save(self.step, {"seconds": self._seconds, "skipped": self.skipped})
+
+    def finish(self, save: Callable[[Path], object]) -> None:
+        """Writes final/ with `save(folder)` on the main process, complete or not at all, and closes the logs."""
+        if self.is_main:
+            with atomic_path(self.folder / "final") as folder:
+                save(folder)
+        self.accelerator.wait_for_everyone()
+        self._bar.close()
+        self.accelerator.end_training()

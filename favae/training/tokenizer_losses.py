@@ -1,0 +1,126 @@
+"""The `loss:` section of a tokenizer's recipe: a weight for each loss, and what each is built with."""
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from favae.errors import ConfigError
+from favae.losses.frequency import DynamicSpectrumLoss, SpectrumLoss
+from favae.losses.stft import STFTLoss
+from favae.training.validation import STRICT, Count, Positive, Probability, Step, Weight
+
+
+@dataclass(config=STRICT)
+class FocalFrequencyConfig:
+    weight: Weight = 0.0
+    alpha: Weight = 1.0
+
+
+@dataclass(config=STRICT)
+class SpectrumConfig:
+    """Compares the frequency complements of a `VQModelFA` with its encoder's features."""
+
+    weight: Weight = 0.0
+    type: Literal["dynamic", "fixed", "none"] = "dynamic"  # sigmas learned; fixed; or focal frequency loss, unblurred
+    sigma: Positive = 3.0  # at the start, in cells of the feature map
+    kernel_size: Count | None = None  # None: an exact Gaussian; an odd number: cut off, as published
+    normalize: bool = True  # relative to the target's energy; published: false
+    learning_rate: Weight = 1.0e-3  # of the sigmas; published: 2e-7, which cannot move them
+
+    def build(self, levels: int) -> SpectrumLoss:
+        """Raises ValueError for a kernel size or a sigma that the loss does not take."""
+        if self.type == "dynamic":
+            return DynamicSpectrumLoss(levels, self.sigma, kernel_size=self.kernel_size, normalize=self.normalize)
+        if self.type == "fixed":
+            return SpectrumLoss(levels, self.sigma, kernel_size=self.kernel_size, normalize=self.normalize)
+        return SpectrumLoss(levels, sigma=0.0, normalize=self.normalize)
+
+
+@dataclass(config=STRICT)
+class BandConfig:
+    weight: Weight = 0.0
+    weights: Annotated[list[Weight], Field(min_length=4, max_length=4)] = field(
+        default_factory=lambda: [1.0, 1.0, 1.0, 1.0]  # of LL, LH, HL, HH
+    )
+    levels: Count = 1
+    wavelet: str = "haar"
+
+
+@dataclass(config=STRICT)
+class STFTConfig:
+    weight: Weight = 0.0
+    window: Count = 16  # pixels; 32 with stride 16 for 256 px
+    stride: Count = 4
+    phase_weight: Weight = 2.0
+    phase: Literal["wrapped", "paper"] = "wrapped"  # "paper": as printed
+
+    def build(self) -> STFTLoss:
+        """Raises ValueError for a window or a stride that the loss does not take."""
+        return STFTLoss(self.window, self.stride, phase_weight=self.phase_weight, phase=self.phase)
+
+
+@dataclass(config=STRICT)
+class AlignmentConfig:
+    weight: Weight = 0.0
+    backbone: str = "vit_large_patch14_dinov2.lvd142m"  # any timm model, or efficientnet-lite0 (no network needed)
+    weights: str | None = None  # a local file for the backbone
+    distmat_margin: float = 0.25
+    cosine_margin: float = 0.5
+    adaptive: bool = True  # scale to the gradient of the reconstruction at the encoder's last layer
+
+
+@dataclass(config=STRICT)
+class AdversarialConfig:
+    weight: Weight = 0.0
+    start_step: Step = 5_000
+    channels: Count = 64
+    num_layers: Count = 3  # of stride 2; patches of 70 pixels
+    adaptive: bool = True  # scale to the gradient of the reconstruction at the decoder's last layer
+    max_weight: Weight = 10.0  # the most that the adaptive factor may be
+
+
+@dataclass(config=STRICT)
+class TokenizerLossConfig:
+    reconstruction: Literal["l1", "l2", "none"] = "l1"  # "none": the other losses alone
+    ssim: Weight = 0.0  # of 1 - SSIM
+    kl: Weight = 1e-6  # for models with a posterior
+    commitment: Weight = 1.0  # for models with a codebook
+    perceptual: Weight = 0.0  # LPIPS on VGG16
+    perceptual_weights: str | None = None  # a local file with torchvision's VGG16
+    focal_frequency: FocalFrequencyConfig = field(default_factory=FocalFrequencyConfig)
+    spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
+    band: BandConfig = field(default_factory=BandConfig)
+    stft: STFTConfig = field(default_factory=STFTConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    scale_equivariance: Weight = 0.0  # of the reconstruction error of the half-size latent
+    latent_noise: Weight = 0.0  # tau: each image's latents get noise of std |N(0, tau^2)| before they are decoded
+    high_dropout: Probability = 0.0  # how often the high latents are zero and the target is the low-pass image
+
+    def __post_init__(self):
+        if self.reconstruction == "none" and self.has_adaptive_weights and not (self.ssim or self.perceptual):
+            raise ConfigError(
+                "loss.reconstruction=none without loss.ssim and loss.perceptual leaves nothing that the adaptive "
+                "weights of loss.alignment and loss.adversarial can refer to"
+            )
+
+    @property
+    def has_adaptive_weights(self) -> bool:
+        """Whether a weight follows the gradients of two losses, which are then computed before the backward pass."""
+        return any(section.weight and section.adaptive for section in (self.alignment, self.adversarial))
+
+    @property
+    def fixed_settings(self) -> dict[str, Any]:
+        """The settings that networks are built with, which therefore hold for the whole run, by their keys."""
+        fixed = {
+            "perceptual_weights": self.perceptual_weights,
+            "alignment.backbone": self.alignment.backbone,
+            "alignment.weights": self.alignment.weights,
+            "adversarial.channels": self.adversarial.channels,
+            "adversarial.num_layers": self.adversarial.num_layers,
+        }
+        for name, section in (("spectrum", self.spectrum), ("stft", self.stft)):
+            fixed |= {f"{name}.{key}": value for key, value in vars(section).items() if key != "weight"}
+        return fixed

@@ -1,0 +1,295 @@
+"""The module that trains a tokenizer: the autoencoder, all of its losses, and the frozen networks they look at."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
+from torch import Tensor, nn
+
+from favae.foundation import FoundationModel
+from favae.losses.adversarial import adaptive_weight, adversarial_loss
+from favae.losses.alignment import vision_foundation_alignment
+from favae.losses.frequency import band_loss, focal_frequency_loss
+from favae.losses.perceptual import LPIPS
+from favae.losses.stft import ssim_loss
+from favae.models.frequency_complement import FeatureRecorder
+from favae.models.vq_model_fa import VQModelFA
+from favae.precision import no_autocast
+from favae.training.tokenizer_losses import TokenizerLossConfig
+
+STATISTICS_WINDOW = 100  # batches that the codebook statistics look back on
+MAX_ALIGNMENT_FACTOR = 10.0  # the most that the adaptive factor of the alignment may be
+
+Discriminator = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, 1, h, w)
+Terms = dict[str, tuple[Tensor | float, Tensor]]  # by name, the weight and the value of a loss
+
+
+class Autoencoding(NamedTuple):
+    """What one pass through the autoencoder gives the losses.
+
+    Attributes:
+        reconstruction: (B, 3, H, W).
+        target: (B, 3, H, W), what it should be: the images, or their low-pass version where high latents were dropped.
+        latents: (B, C, h, w), a sample of the posterior or codebook vectors.
+        moments: (B, 2C, h, w), mean and log-variance of the posterior; None for a codebook.
+        terms: losses that need the inside of the model.
+        statistics: scalars to log besides the losses.
+    """
+
+    reconstruction: Tensor
+    target: Tensor
+    latents: Tensor
+    moments: Tensor | None
+    terms: Terms
+    statistics: dict[str, Tensor]
+
+
+class TokenizerTrainingModule(nn.Module):
+    """An autoencoder with everything that its training computes. This is what DistributedDataParallel wraps.
+
+    L = reconstruction + w_s (1 - SSIM) + w_p LPIPS + frequency losses + w_kl KL + w_a a alignment + w_g g adversarial
+
+    Losses of weight 0 are not computed; a and g are adaptive (see `adaptive_weight`) or 1. Everything is per element of
+    the image: reconstruction is the mean of |x - x'| or (x - x')^2, and KL is the sum over the latent divided by 3HW.
+    That is the published sum per image divided by 3HW throughout, so published weights keep their meaning.
+
+    Three losses change the forward pass itself:
+
+    - scale equivariance, |D(z/2) - x/2|, where /2 halves the size. Source: Skorokhodov et al., 2025 (arXiv 2502.14831);
+    - latent noise of std |N(0, tau^2)|, one draw per image, on what is decoded. Source: Zheng et al., 2025 (RAE, arXiv
+      2510.11690);
+    - high dropout: with this probability, per image, the high latents are zero and the target is the low-pass image.
+
+    Args:
+        vae: an `AutoencoderKL`, ours or stock, or a `VQModelFA`.
+        stages: the losses of every stage of the training, which say what has to be built.
+        teacher: whose features latents are aligned to; needed if a stage has an alignment weight.
+        lpips: needed if a stage has a perceptual weight.
+
+    Source: VA-VAE (arXiv 2501.01423) after VQGAN and LDM; frequency losses: Lin et al., CVPR 2023.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        stages: Sequence[TokenizerLossConfig],
+        teacher: FoundationModel | None = None,
+        lpips: LPIPS | None = None,
+    ):
+        super().__init__()
+        first = stages[0]
+        self.vae, self.teacher, self.lpips = vae, teacher, lpips
+        self.stft = first.stft.build()
+        self.aligned_channels = getattr(vae, "low_latent_channels", vae.config.latent_channels)
+        self.projector = self.spectrum = self.codebook_statistics = None
+        if teacher is not None:
+            self.projector = nn.Conv2d(self.aligned_channels, teacher.channels, 1, bias=False)
+        if any(losses.spectrum.weight for losses in stages):
+            self.spectrum = first.spectrum.build(FeatureRecorder.LEVELS)
+            self.sigma_learning_rate = first.spectrum.learning_rate
+        if isinstance(vae, VQModelFA):
+            self.codebook_statistics = CodebookStatistics(vae.num_tokens)
+
+    def parameter_groups(self) -> list[dict]:
+        """What an optimizer trains: learned sigmas have a learning rate of their own and no weight decay."""
+        sigmas = [] if self.spectrum is None else list(self.spectrum.parameters())
+        is_sigma = {id(sigma) for sigma in sigmas}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in is_sigma]
+        groups: list[dict] = [{"params": others}]
+        if sigmas:
+            groups.append({"params": sigmas, "lr": self.sigma_learning_rate, "weight_decay": 0.0})
+        return groups
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """The modules that a checkpoint holds, by name: all but the frozen networks."""
+        parts = {
+            "tokenizer": self.vae,
+            "projector": self.projector,
+            "spectrum": self.spectrum,
+            "codebook_statistics": self.codebook_statistics,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def forward(
+        self, images: Tensor, losses: TokenizerLossConfig, discriminator: Discriminator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+        """One pass through the autoencoder and all losses of this step.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            losses: of the stage that this step belongs to.
+            discriminator: judges the reconstruction, and is not trained by it; None before it takes part.
+        Returns:
+            The total loss; each loss before weighting, with the adaptive factors and statistics, detached; the
+            reconstruction and what it should be, (B, 3, H, W) float32.
+        """
+        # 1. Through the autoencoder, in mixed precision if autocast is on.
+        passed = self._autoencode(images, losses)
+
+        # 2. The losses, in float32. The adaptive weights refer to `fidelity`: as published, without frequency losses.
+        with no_autocast(images.device):
+            images, reconstruction, target = images.float(), passed.reconstruction.float(), passed.target.float()
+            terms = self._fidelity_terms(reconstruction, target, losses)
+            fidelity = _total(terms, like=reconstruction)
+            terms |= self._frequency_terms(reconstruction, target, losses)
+            terms |= passed.terms
+            if losses.kl and passed.moments is not None:
+                divergence = DiagonalGaussianDistribution(passed.moments.float()).kl()
+                terms["kl"] = losses.kl, divergence.mean() / images[0].numel()
+            factors = {}
+            if losses.alignment.weight:
+                factor, value = self._alignment(images, passed.latents.float(), fidelity, losses)
+                terms["alignment"], factors["alignment_scale"] = (losses.alignment.weight * factor, value), factor
+            if discriminator is not None:
+                factor, value = self._adversarial(reconstruction, discriminator, fidelity, losses)
+                terms["adversarial"], factors["adversarial_scale"] = (losses.adversarial.weight * factor, value), factor
+            loss = _total(terms, like=reconstruction) + self._idle(losses)
+
+        # 3. What the log shows.
+        logs = {name: value.detach() for name, (_, value) in terms.items()}
+        logs |= {name: factor for name, factor in factors.items() if isinstance(factor, Tensor)}
+        return loss, logs | passed.statistics, reconstruction, target
+
+    # The autoencoder --------------------------------------------------------------------------------------------------
+
+    def _autoencode(self, images: Tensor, losses: TokenizerLossConfig) -> Autoencoding:
+        terms: Terms = {}
+        statistics: dict[str, Tensor] = {}
+        target = images
+        compares_features = bool(self.spectrum is not None and losses.spectrum.weight)
+        recorder = FeatureRecorder(self.vae.branches) if compares_features else None
+        with recorder or contextlib.nullcontext():
+            # 1. Encode. `exact` are the latents before noise or quantization.
+            if self.codebook_statistics is not None:
+                exact = self.vae.encode(images).latents
+                quantized = self.vae.quantize(exact)
+                latents, moments = quantized.latents, None
+                terms["commitment"] = losses.commitment, quantized.loss
+                statistics |= self.codebook_statistics(quantized.indices)
+            else:
+                posterior = self.vae.encode(images).latent_dist
+                exact, latents, moments = posterior.mean, posterior.sample(), posterior.parameters
+
+            # 2. Regularize what is decoded.
+            decoded = latents
+            if losses.latent_noise:
+                std = losses.latent_noise * torch.randn(len(latents), 1, 1, 1, device=latents.device).abs()
+                decoded = decoded + std * torch.randn_like(decoded)
+            if losses.high_dropout:
+                dropped = torch.rand(len(images), 1, 1, 1, device=images.device) < losses.high_dropout
+                channel = torch.arange(decoded.shape[1], device=images.device).view(1, -1, 1, 1)
+                decoded = torch.where(dropped & (channel >= self.aligned_channels), 0, decoded)
+                target = torch.where(dropped, self.vae.decoder.bands.low_pass(images), images)
+
+            # 3. Decode.
+            reconstruction = self._decode(decoded)
+
+        # 4. The losses that need the inside of the model.
+        if recorder is not None:
+            terms["spectrum"] = losses.spectrum.weight, self.spectrum(*recorder.pairs(exact))
+            if losses.spectrum.type == "dynamic":
+                statistics |= {f"sigma_{i}": sigma.detach() for i, sigma in enumerate(self.spectrum.sigma)}
+        if losses.scale_equivariance:
+            half = self._decode(F.interpolate(latents, scale_factor=0.5, mode="area"))
+            half_target = F.interpolate(images, size=half.shape[-2:], mode="area")
+            terms["scale_equivariance"] = losses.scale_equivariance, (half.float() - half_target).abs().mean()
+        return Autoencoding(reconstruction, target, latents, moments, terms, statistics)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.codebook_statistics is not None:
+            return self.vae.decode(latents, force_not_quantize=True).sample
+        return self.vae.decode(latents).sample
+
+    # The losses -------------------------------------------------------------------------------------------------------
+
+    def _fidelity_terms(self, reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfig) -> Terms:
+        terms: Terms = {}
+        if losses.reconstruction != "none":
+            error = reconstruction - target
+            value = error.abs().mean() if losses.reconstruction == "l1" else error.square().mean()
+            terms["reconstruction"] = 1.0, value
+        if losses.ssim:
+            terms["ssim"] = losses.ssim, ssim_loss(reconstruction, target)
+        if losses.perceptual:
+            terms["perceptual"] = losses.perceptual, self.lpips(reconstruction, target).mean()
+        return terms
+
+    def _frequency_terms(self, reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfig) -> Terms:
+        focal, band, stft = losses.focal_frequency, losses.band, losses.stft
+        terms: Terms = {}
+        if focal.weight:
+            terms["focal_frequency"] = focal.weight, focal_frequency_loss(reconstruction, target, alpha=focal.alpha)
+        if band.weight:
+            options = {"weights": band.weights, "levels": band.levels, "wavelet": band.wavelet}
+            terms["band"] = band.weight, band_loss(reconstruction, target, **options)
+        if stft.weight:
+            terms["stft"] = stft.weight, self.stft(reconstruction, target)
+        return terms
+
+    def _alignment(
+        self, images: Tensor, latents: Tensor, fidelity: Tensor, losses: TokenizerLossConfig
+    ) -> tuple[Tensor | float, Tensor]:
+        """The adaptive factor and the loss."""
+        settings = losses.alignment
+        projected = self.projector(latents[:, : self.aligned_channels])
+        features = self.teacher(images, tuple(projected.shape[-2:]))
+        margins = {"distmat_margin": settings.distmat_margin, "cosine_margin": settings.cosine_margin}
+        value = vision_foundation_alignment(projected, features, **margins)
+        if not settings.adaptive:
+            return 1.0, value
+        last_layers = [m.conv_out.weight for m in self.vae.modules() if isinstance(m, Encoder)]
+        return adaptive_weight(fidelity, value, last_layers, MAX_ALIGNMENT_FACTOR), value
+
+    def _adversarial(
+        self, reconstruction: Tensor, discriminator: Discriminator, fidelity: Tensor, losses: TokenizerLossConfig
+    ) -> tuple[Tensor | float, Tensor]:
+        """The adaptive factor and the loss."""
+        settings = losses.adversarial
+        value = adversarial_loss(discriminator(reconstruction))
+        if not settings.adaptive:
+            return 1.0, value
+        last_layers = [m.conv_out.weight for m in self.vae.modules() if isinstance(m, Decoder)]
+        return adaptive_weight(fidelity, value, last_layers, settings.max_weight), value
+
+    def _idle(self, losses: TokenizerLossConfig) -> Tensor | float:
+        """Zero, with a gradient to every parameter this stage does not use: DistributedDataParallel waits for each."""
+        idle = []
+        if self.projector is not None and not losses.alignment.weight:
+            idle += self.projector.parameters()
+        if self.spectrum is not None and not losses.spectrum.weight:
+            idle += self.spectrum.parameters()
+        return 0 * sum(parameter.sum() for parameter in idle) if idle else 0.0
+
+
+def _total(terms: Terms, like: Tensor) -> Tensor:
+    return sum((weight * value for weight, value in terms.values()), start=like.new_zeros(()))
+
+
+class CodebookStatistics(nn.Module):
+    """How the entries of a codebook are used: of the first one, for a residual quantizer; by this process's images."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(num_tokens))  # a moving sum
+        self.register_buffer("unused", torch.full((num_tokens,), STATISTICS_WINDOW))  # batches since the last use
+
+    @torch.no_grad()
+    def forward(self, indices: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            indices: (B, h, w) or (B, h, w, Q), of one more batch.
+        Returns:
+            "codebook_usage", the share of entries used in the last hundred batches, and "codebook_perplexity", the
+            exponential of the entropy of how often each entry was used in about as many batches.
+        """
+        first = indices if indices.ndim == 3 else indices[..., 0]
+        batch = torch.bincount(first.flatten(), minlength=len(self.counts))
+        self.counts.mul_(1 - 1 / STATISTICS_WINDOW).add_(batch)
+        self.unused.add_(1).masked_fill_(batch > 0, 0)
+        return {
+            "codebook_usage": (self.unused < STATISTICS_WINDOW).float().mean(),
+            "codebook_perplexity": torch.special.entr(self.counts / self.counts.sum()).sum().exp(),
+        }

@@ -1,0 +1,167 @@
+"""LightningDiT and DiT, velocities and noise: one training script, pipelines that diffusers opens."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+import yaml
+from conftest import TINY_LIGHTNINGDIT, tiny_generator_recipe, train
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
+
+from favae import LightningDiTTransformer2DModel
+from favae.eval.sampling import class_names
+from favae.training.class_to_image import ClassToImageModule, GeneratorLossConfig
+
+TINY_DIT = {
+    "sample_size": 4,
+    "patch_size": 1,
+    "in_channels": 6,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_embeds_ada_norm": 3,
+}
+
+
+class Recorder:
+    """Stands for the transformer's forward pass, and keeps what it was called with."""
+
+    def __init__(self, channels: int = 6):
+        self.channels, self.calls = channels, []
+
+    def __call__(self, hidden_states, timestep, class_labels, return_dict):
+        self.calls.append((hidden_states, timestep, class_labels))
+        return (torch.zeros(len(hidden_states), self.channels, 4, 4),)
+
+
+def recorded(module: ClassToImageModule, latents: torch.Tensor, label: int, channels: int = 6):
+    """Losses, and what the transformer was called with."""
+    module.transformer.forward = recorder = Recorder(channels)
+    result = module(latents, {"label": torch.full((len(latents),), label)})
+    return (*result, *recorder.calls[0])
+
+
+def test_the_class_is_dropped_once_for_all_blocks_of_a_dit():
+    transformer = DiTTransformer2DModel(**TINY_DIT)
+    module = ClassToImageModule(transformer, GeneratorLossConfig())
+    assert module.class_dropout == 0.1 and module.null_class == 3
+    for parameter in transformer.parameters():  # its own dropping is off: the same labels, the same output
+        torch.nn.init.normal_(parameter, std=0.2)
+    inputs = torch.randn(64, 6, 4, 4), torch.full((64,), 500.0), torch.ones(64, dtype=torch.long)
+    assert torch.equal(transformer.train()(*inputs).sample, transformer(*inputs).sample)
+    *_, times, seen = recorded(module, torch.zeros(4000, 6, 4, 4), label=1)
+    assert 0.08 < (seen == 3).float().mean() < 0.12 and set(seen.tolist()) == {1, 3}
+    assert times.min() + times.max() > 100 and times.max() <= 1000
+
+
+def test_lightningdit_drops_its_labels_itself():
+    module = ClassToImageModule(LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT), GeneratorLossConfig())
+    *_, times, seen = recorded(module, torch.zeros(500, 6, 4, 4), label=1)
+    assert (seen == 1).all() and times.min() > 0 and times.max() < 1
+
+
+def test_diffusion_adds_noise_like_the_scheduler():
+    transformer = DiTTransformer2DModel(**TINY_DIT, out_channels=12)
+    module, data = (
+        ClassToImageModule(transformer, GeneratorLossConfig(objective="ddpm")),
+        torch.full((256, 6, 4, 4), 3.0),
+    )
+    _, logs, noisy, timesteps, _ = recorded(module, data, label=0, channels=12)
+    assert timesteps.dtype == torch.int64 and timesteps.min() >= 0 and 900 < timesteps.max() <= 999
+    alpha = module.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noise = (noisy - alpha.sqrt() * data) / (1 - alpha).sqrt()
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    assert float(logs["noise"]) == pytest.approx(float(noise.square().mean()), rel=1e-3)
+    assert logs["variance"] > 0
+
+
+class Teacher(torch.nn.Module):
+    """Stands for a frozen network of 5 channels."""
+
+    channels = 5
+
+    def forward(self, images, grid):
+        return torch.randn(len(images), self.channels, *grid, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_projector_sees_the_block_and_the_alignment_is_added():
+    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    config = GeneratorLossConfig(alignment={"weight": 0.5, "layer": 1})
+    module = ClassToImageModule(transformer, config, Teacher()).eval()
+    assert list(module.trained_parts()) == ["transformer", "projector"]  # the teacher is in no checkpoint
+    latents, batch = torch.randn(2, 6, 4, 4), {"label": torch.tensor([0, 1])}
+    with_images = {**batch, "image": torch.zeros(2, 3, 16, 16)}
+
+    def losses(batch):
+        torch.manual_seed(0)
+        module.zero_grad(set_to_none=True)
+        loss, logs = module(latents, batch)
+        loss.backward()
+        return loss, logs, [parameter.grad.clone() for parameter in module.parameters()]
+
+    plain, logs, gradients = losses(batch)
+    projector = [module.projector.weight.grad, module.projector.bias.grad]
+    assert all(gradient is not None and not gradient.any() for gradient in projector)  # DDP waits for them
+    first, later = transformer.blocks[0].ff.linear_out.weight.grad, transformer.blocks[1].ff.linear_out.weight.grad
+    total, all_logs, _ = losses(with_images)
+    assert "alignment" not in logs and all_logs["velocity"] == logs["velocity"]
+    assert torch.allclose(total, plain + 0.5 * all_logs["alignment"])
+    assert module.projector.weight.grad.abs().sum() > 0
+    assert not torch.equal(first, transformer.blocks[0].ff.linear_out.weight.grad)
+    assert torch.allclose(later, transformer.blocks[1].ff.linear_out.weight.grad, atol=1e-6)  # after what is aligned
+
+
+def test_alignment_stops_at_its_step(tiny_cache):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    alignment = "loss.alignment={weight: 0.5, layer: 2, backbone: efficientnet-lite0, stop_step: 4}"
+    images = f"data.images={tiny_cache / 'images'}"
+    train("train_generator", recipe, f"output={tiny_cache / 'run'}", alignment, images)
+    records = [json.loads(line) for line in (tiny_cache / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "alignment" in record] == [1, 2, 3, 4]
+    assert (tiny_cache / "run/checkpoints/step-6/projector.safetensors").exists()
+
+
+@pytest.mark.parametrize("objective, out_channels", [("flow_matching", 6), ("ddpm", 12)])
+def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    model = {"name": "DiTTransformer2DModel", **TINY_DIT, "out_channels": out_channels}
+    if objective == "ddpm":
+        model["num_embeds_ada_norm"] = 1000
+    settings = {**yaml.safe_load(recipe.read_text()), "model": model, "loss": {"objective": objective}}
+    recipe.write_text(yaml.safe_dump(settings))
+    for steps in (4, 6):  # the second resumes
+        train("train_generator", recipe, f"output={tiny_cache / 'run'}", f"train.steps={steps}")
+    assert (tiny_cache / "run/samples/step-0000006.png").exists()
+    pipe = DiffusionPipeline.from_pretrained(tiny_cache / "run/final")
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.transformer, DiTTransformer2DModel)
+    images = pipe([0, 2], num_inference_steps=3, guidance_scale=2.0, output_type="np").images
+    assert images.shape == (2, 16, 16, 3)
+    if objective == "ddpm":
+        assert type(pipe) is diffusers.DiTPipeline and pipe.vae.config.latents_std is None
+        assert pipe.get_label_ids(["class2"]) == [2]
+        assert class_names(pipe) == ["class0", "class1", "class2"]  # of the 1,000 it could have
+    else:
+        assert type(pipe).__name__ == "LightningDiTPipeline" and pipe.vae.config.latents_std is not None
+
+
+def test_muon_takes_the_matrices_and_compiled_blocks_train(tiny_cache):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    options = ("train.optimizer=muon", "train.compile=true", "train.sample_every=0")
+    for steps in (2, 4):  # the second resumes
+        train("train_generator", recipe, f"output={tiny_cache / 'run'}", f"train.steps={steps}", *options)
+    state = tiny_cache / "run/checkpoints/step-4"
+    adamw, muon = (torch.load(state / name, weights_only=True) for name in ("optimizer.bin", "optimizer_1.bin"))
+    assert {tuple(entry) for entry in muon["state"].values()} == {("momentum_buffer",)}
+    assert all(entry["momentum_buffer"].ndim == 2 for entry in muon["state"].values())
+    model = LightningDiTTransformer2DModel.from_pretrained(state / "transformer")
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    assert len(muon["state"]) == len(matrices)
+    assert len(adamw["state"]) == len(list(model.parameters())) - len(matrices)
+    assert (
+        DiffusionPipeline.from_pretrained(tiny_cache / "run/final").transformer.blocks[0].modulation.weight.abs().sum()
+        > 0
+    )
