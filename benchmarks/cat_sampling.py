@@ -1,30 +1,32 @@
 #!/usr/bin/env python
-"""Drawing the tokens of CAT: with cached keys and values against two full forward passes per token, as published.
+"""Sampling the tokens of CAT: with cached keys and values against two full forward passes per token, as published.
 
-    python benchmarks/cat_sampling.py      (256 tokens, batch 4, guidance 3, 6 layers of width 384: minutes on a CPU)
-    python benchmarks/cat_sampling.py --layers 24 --width 1536 --heads 16 --dtype bfloat16   (a GPU)
+    python -m benchmarks.cat_sampling      (256 tokens, batch 4, guidance 3, 6 layers of width 384: minutes on a CPU)
+    python -m benchmarks.cat_sampling --layers 24 --width 1536 --heads 16 --dtype bfloat16      (on a GPU)
 
-Both draw the likeliest tokens, and they must be the same. Cached: `CATTransformerModel.generate`. Uncached: for each
-token, the whole sequence so far through the transformer, once with the text and once without. In turn in every round;
-the ratio is the median over rounds. Writes docs/results/cat_sampling.json.
+Both take the likeliest tokens, which must be the same. Cached: `CATTransformerModel.generate`. Uncached: for each
+token, the whole sequence so far goes through the transformer, once with the text and once without. Both sample in turn
+in every round. Writes docs/results/cat_sampling.json.
 """
 
-import argparse
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
-
 import torch
-from tokenizer_runs import ROOT, environment
 from torch import Tensor
 
+from benchmarks.timing import (
+    device,
+    environment,
+    make_parser,
+    parse_arguments,
+    speedup,
+    time_paired,
+    with_range,
+    write_result,
+)
 from favae import CATTransformerModel
 
 
 def uncached(model: CATTransformerModel, text: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """(B, h, w): each token from all before it, which are computed again."""
+    """(B, h, w): each token from all tokens before it, which go through the transformer again."""
     size, batch = model.config.sample_size, len(text)
     tokens = torch.zeros(batch, 0, 1, dtype=torch.long, device=text.device)
     states = [model._prepare_text(text, mask), model._prepare_text(text, torch.zeros_like(mask))]
@@ -42,8 +44,8 @@ def uncached(model: CATTransformerModel, text: Tensor, mask: Tensor, scale: floa
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--size", type=int, default=16, help="tokens along each side")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--layers", type=int, default=6)
@@ -51,10 +53,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/results/cat_sampling.json")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = parse_arguments(parser, "cat_sampling.json", rounds=3, argv=argv)
+
+    # Large random weights: the tokens of an untrained model hardly depend on those before them.
     torch.manual_seed(0)
     model = CATTransformerModel(
         sample_size=arguments.size,
@@ -63,50 +64,34 @@ def main() -> None:
         attention_head_dim=64,
         hidden_size=arguments.width,
     )
-    for name, parameter in model.named_parameters():  # an untrained one hardly depends on what came before
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1 if "embedding" in name else 0.05)
-    model = model.to(device, getattr(torch, arguments.dtype)).eval()
-    text = torch.randn(arguments.batch_size, 77, 768, device=device, dtype=model.dtype)
-    mask = torch.arange(77, device=device) < torch.randint(3, 77, (arguments.batch_size, 1), device=device)
+    model = model.to(device(), getattr(torch, arguments.dtype)).eval()
+    text = torch.randn(arguments.batch_size, 77, 768, device=device(), dtype=model.dtype)
+    mask = torch.arange(77, device=device()) < torch.randint(3, 77, (arguments.batch_size, 1), device=device())
 
-    def cached() -> Tensor:
-        return model.generate(text, mask, guidance_scale=arguments.guidance_scale, temperature=0)
-
-    ways = {"cached": cached, "uncached": lambda: uncached(model, text, mask, arguments.guidance_scale)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    drawn = {}
-    for number in range(arguments.rounds + 1):
-        for name, call in ways.items():
-            if number == 0 and name == "uncached":  # too long for a warm-up
-                continue
-            if device == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            drawn[name] = call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    same = (drawn["cached"] == drawn["uncached"]).float().mean().item()
-    assert same == 1 or arguments.dtype != "float32", f"only {same:.0%} of the tokens are the same"
-    ratios = [slow / fast for fast, slow in zip(seconds["cached"], seconds["uncached"])]
-    tokens = arguments.batch_size * arguments.size**2
-    result = {
-        "command": " ".join(["python", "benchmarks/cat_sampling.py", *sys.argv[1:]]),
-        **environment(),
-        **{key: value for key, value in vars(arguments).items() if key not in ("output", "rounds")},
-        "parameters": model.num_parameters(),
-        "different_tokens": drawn["cached"].unique().numel(),
-        "tokens_per_second": {name: tokens / statistics.median(found) for name, found in seconds.items()},
-        "speedup": statistics.median(ratios),
-        "speedup_range": [min(ratios), max(ratios)],
-    }
-    arguments.output.write_text(json.dumps(result, indent=1))
-    print(
-        f"{tokens} tokens: {result['tokens_per_second']['cached']:.0f} per second, {result['speedup']:.1f} times "
-        f"({min(ratios):.1f} to {max(ratios):.1f}) two full passes per token"
+    timings = time_paired(
+        {
+            "cached": lambda: model.generate(text, mask, guidance_scale=arguments.guidance_scale, temperature=0),
+            "uncached": lambda: uncached(model, text, mask, arguments.guidance_scale),
+        },
+        rounds=arguments.rounds,
     )
+    tokens = timings["cached"].result
+    same = (tokens == timings["uncached"].result).float().mean().item()
+    assert same == 1 or arguments.dtype != "float32", f"only {same:.0%} of the tokens are the same"
+    settings = ("size", "batch_size", "layers", "width", "heads", "guidance_scale", "dtype")
+    result = environment() | {
+        **{key: getattr(arguments, key) for key in settings},
+        "parameters": model.num_parameters(),
+        "different_tokens": tokens.unique().numel(),
+        "tokens_per_second": {name: tokens.numel() / timing.median for name, timing in timings.items()},
+        **speedup(timings["cached"].seconds, timings["uncached"].seconds),
+    }
+    write_result(arguments.output, result)
+    speed = result["tokens_per_second"]["cached"]
+    print(f"{tokens.numel()} tokens: {speed:.0f} per second, {with_range(result, 1)} two full passes per token")
 
 
 if __name__ == "__main__":

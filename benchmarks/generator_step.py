@@ -1,38 +1,42 @@
 #!/usr/bin/env python
 """A training step of LightningDiT: ours against a straightforward implementation of the published block.
 
-    python benchmarks/generator_step.py            (B/1, batch 4, two minutes on a CPU)
-    python benchmarks/generator_step.py --batch-size 256 --dtype bfloat16 --compile --peak-tflops 989   (on an H200)
+    python -m benchmarks.generator_step            (B/1, batch 4, two minutes on a CPU)
+    python -m benchmarks.generator_step --batch-size 256 --dtype bfloat16 --compile --peak-tflops 989   (on an H200)
 
-Forward, backward and AdamW on the same latents, in turn in every round; the ratio is the median over rounds. The
-published block is written here: one layer for q, k and v, rotation by the formula, SwiGLU in two layers, eager. On a
-GPU also peak memory and the share of `--peak-tflops` that the step's FLOPs make (MFU).
+A step is forward pass, backward pass and AdamW on the same latents; both take one in turn in every round. The published
+block is written here: one layer for q, k and v, rotation by the formula, SwiGLU in two layers, eager. On a GPU the
+result has peak memory and the share of `--peak-tflops` that the step's FLOPs make (MFU) too.
 Writes docs/results/generator_step.json.
 """
-
-import argparse
-import json
-import os
-import platform
-import statistics
-import sys
-import time
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.timing import (
+    device,
+    environment,
+    make_parser,
+    parse_arguments,
+    speedup,
+    time_paired,
+    with_range,
+    write_result,
+)
 from favae import LightningDiTTransformer2DModel
 from favae.models.lightningdit_transformer_2d import axial_rotary_embedding
 
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = {"B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
+SIZES = {
+    name: {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
+    for name, (layers, heads, head_dim) in {"B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}.items()
+}
 
 
 class Norm(nn.Module):
+    """RMSNorm in float32."""
+
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -43,6 +47,8 @@ class Norm(nn.Module):
 
 
 class PublishedBlock(nn.Module):
+    """The block of LightningDiT as published, without any fused operation but attention."""
+
     def __init__(self, width: int, heads: int, grid: int):
         super().__init__()
         hidden = int(2 / 3 * 4 * width)
@@ -61,7 +67,7 @@ class PublishedBlock(nn.Module):
         return x * self.cos + turned * self.sin
 
     def forward(self, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """`rotary` is left alone: this one has its own."""
+        """`rotary` is ignored, since this block holds its own."""
         b1, s1, g1, b2, s2, g2 = self.modulation(condition).chunk(6, dim=1)
         h = self.norm1(x) * (1 + s1.unsqueeze(1)) + b1.unsqueeze(1)
         query, key, value = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -73,87 +79,74 @@ class PublishedBlock(nn.Module):
         return x + g2.unsqueeze(1) * self.w3(F.silu(gate) * linear)
 
 
-def published(model: LightningDiTTransformer2DModel) -> LightningDiTTransformer2DModel:
-    """Ours with its blocks replaced by untrained published ones: what differs is the block."""
+def with_published_blocks(model: LightningDiTTransformer2DModel) -> LightningDiTTransformer2DModel:
+    """Our model with its blocks replaced by untrained published ones, so that only the block differs."""
     config = model.config
     width, grid = config.num_attention_heads * config.attention_head_dim, config.sample_size // config.patch_size
     model.blocks = nn.ModuleList(PublishedBlock(width, config.num_attention_heads, grid) for _ in model.blocks)
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_flops(shape: dict, batch: tuple[Tensor, ...]) -> int:
+    """FLOPs of a forward and a backward pass."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        LightningDiTTransformer2DModel(**shape)(*(value.to("meta") for value in batch)).sample.sum().backward()
+    return counter.get_total_flops()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--size", choices=list(SIZES), default="B")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="our blocks; the published ones stay eager")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--peak-tflops", type=float, help="of the GPU in this dtype, for MFU; an H200 has 989 in bfloat16"
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/results/generator_step.json")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers, heads, head_dim = SIZES[arguments.size]
-    shape = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
-    batch = (
-        torch.randn(arguments.batch_size, 32, 16, 16, device=device),
-        torch.rand(arguments.batch_size, device=device),
-        torch.randint(1000, (arguments.batch_size,), device=device),
-    )
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        meta = [value.to("meta") for value in batch]
-        LightningDiTTransformer2DModel(**shape)(*meta).sample.sum().backward()
-    flops = counter.get_total_flops()
+    parser.add_argument("--peak-tflops", type=float, help="of the GPU in this dtype, for MFU: H100, H200 bfloat16: 989")
+    arguments = parse_arguments(parser, "generator_step.json", rounds=7, argv=argv)
+
+    # The same noise, times and classes for both.
+    count, shape = arguments.batch_size, SIZES[arguments.size]
+    latents, times = torch.randn(count, 32, 16, 16, device=device()), torch.rand(count, device=device())
+    batch = (latents, times, torch.randint(1000, (count,), device=device()))
     torch.manual_seed(0)
     models = {
-        "ours": LightningDiTTransformer2DModel(**shape).to(device),
-        "published": published(LightningDiTTransformer2DModel(**shape)).to(device),
+        "ours": LightningDiTTransformer2DModel(**shape).to(device()),
+        "published": with_published_blocks(LightningDiTTransformer2DModel(**shape)).to(device()),
     }
     if arguments.compile:
         for block in models["ours"].blocks:
             block.compile()
-    optimizers = {name: torch.optim.AdamW(model.parameters(), 1e-4) for name, model in models.items()}
-    seconds, memory = {name: [] for name in models}, {}
-    for number in range(arguments.rounds + 2):
-        for name, model in models.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            with torch.autocast(device, torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
-                loss = (model(*batch).sample.float() - batch[0]).square().mean()
+
+    def make_step(model: nn.Module):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+
+        def step() -> None:
+            with torch.autocast(device(), torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
+                loss = (model(*batch).sample.float() - latents).square().mean()
             loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            if device == "cuda":
-                torch.cuda.synchronize()
-                memory[name] = torch.cuda.max_memory_allocated() / 1e9  # beside the other model's weights and moments
-            if number >= 2:  # the first rounds warm up
-                seconds[name].append(time.perf_counter() - started)
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["published"])]
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    result = {
-        "command": " ".join(["python", "benchmarks/generator_step.py", *sys.argv[1:]]),
-        "hardware": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        },
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    calls = {name: make_step(model) for name, model in models.items()}
+    timings = time_paired(calls, rounds=arguments.rounds, warmup=2)
+    flops, seconds = step_flops(shape, batch), timings["ours"].median
+    on_gpu = device() == "cuda"
+    result = environment() | {
         "size": arguments.size,
-        "batch_size": arguments.batch_size,
-        "seconds_per_step": medians,
-        "speedup": statistics.median(ratios),
-        "speedup_range": [min(ratios), max(ratios)],
+        "batch_size": count,
+        "dtype": arguments.dtype,
+        "compile": arguments.compile,
+        "seconds_per_step": {name: timing.median for name, timing in timings.items()},
+        **speedup(timings["ours"].seconds, timings["published"].seconds),
         "tflop_per_step": flops / 1e12,
-        "peak_memory_gb": memory or None,
-        "mfu": flops / medians["ours"] / 1e12 / arguments.peak_tflops if arguments.peak_tflops else None,
+        # Of each step, beside the weights and moments of the other model.
+        "peak_memory_gb": {name: timing.peak_bytes / 1e9 for name, timing in timings.items()} if on_gpu else None,
+        "mfu": flops / seconds / 1e12 / arguments.peak_tflops if arguments.peak_tflops else None,
     }
-    arguments.output.write_text(json.dumps(result, indent=1))
+    write_result(arguments.output, result)
     print(
-        f"{arguments.size}/1, batch {arguments.batch_size}: ours {medians['ours']:.3f} s, published "
-        f"{medians['published']:.3f} s a step; {result['speedup']:.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"{arguments.size}/1, batch {count}: {seconds:.3f} s per step, {with_range(result)} the published block's speed"
     )
 
 

@@ -1,93 +1,69 @@
 #!/usr/bin/env python
-"""Encode + decode throughput of the f16d32 tokenizers, paired: in each round every model handles the same batch.
+"""How fast the f16d32 tokenizers encode and decode, relative to VA-VAE's.
 
-    python benchmarks/tokenizer_throughput.py                            (256 px, batch 4, this machine's CPU or GPU)
+    python -m benchmarks.tokenizer_throughput           (256 px, batch 4; minutes on a CPU)
+    python -m benchmarks.tokenizer_throughput --dtype bfloat16 --batch-size 64      (on a GPU)
 
-Prints images per second and the ratio to vavae_f16d32 (median over rounds, with the lowest and highest), and writes
-docs/results/tokenizer_throughput.json. Random weights: speed does not depend on them.
+Every model handles the same batch in turn in every round; the reference is `vavae_f16d32`. Weights are random, since
+speed does not depend on them. Writes docs/results/tokenizer_throughput.json.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
 
-from favae.autoencoders import measure_budget
+from benchmarks.timing import (
+    ROOT,
+    device,
+    environment,
+    make_parser,
+    parse_arguments,
+    speedup,
+    time_paired,
+    with_range,
+    write_result,
+)
+from favae.autoencoders import measure_budget, reconstruct
 from favae.training.config import TokenizerConfig, load_config
 from favae.training.models import build_model
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("vavae_f16d32", "favae_f16d32", "favae_f16d32_fast")
 
 
 @torch.no_grad()
-def seconds_per_batch(vae, images: torch.Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    vae.decode(vae.encode(images).latent_dist.mode())
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--recipes", nargs="*", type=Path, default=[Path(name) for name in RECIPES])
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/results/tokenizer_throughput.json")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, "tokenizer_throughput.json", rounds=7, argv=argv)
 
     torch.manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
-    shape = (arguments.batch_size, 3, arguments.resolution, arguments.resolution)
-    images = (torch.rand(shape) * 2 - 1).to(arguments.device, dtype)
+    size, dtype = arguments.resolution, getattr(torch, arguments.dtype)
+    images = (torch.rand(arguments.batch_size, 3, size, size) * 2 - 1).to(device(), dtype)
     models = {}
-    for name in RECIPES:
-        config = load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml")
-        models[name] = build_model(config.model).to(arguments.device).eval()
-        if dtype != torch.float32:
-            models[name].to(dtype)
-        seconds_per_batch(models[name], images)  # warm-up
-    rounds = [{name: seconds_per_batch(vae, images) for name, vae in models.items()} for _ in range(arguments.rounds)]
+    for recipe in arguments.recipes:
+        file = recipe if recipe.suffix else ROOT / f"configs/tokenizer/{recipe}.yaml"
+        config = load_config(TokenizerConfig, file)
+        models[recipe.stem] = build_model(config.model).to(device(), dtype).eval()
+    calls = {name: lambda vae=vae: reconstruct(vae, images) for name, vae in models.items()}
+    timings = time_paired(calls, rounds=arguments.rounds)
 
+    reference = next(iter(timings.values()))
     results = {}
     for name, vae in models.items():
-        ratios = [r[RECIPES[0]] / r[name] for r in rounds]
-        budget = measure_budget(vae, arguments.resolution)
+        budget = measure_budget(vae, size)
         results[name] = {
-            "images_per_second": arguments.batch_size / statistics.median(r[name] for r in rounds),
-            "ratio": statistics.median(ratios),
-            "ratio_range": [min(ratios), max(ratios)],
+            "images_per_second": arguments.batch_size / timings[name].median,
+            **speedup(timings[name].seconds, reference.seconds),
             "gflop": budget.flops / 1e9,
             "params": budget.params,
             "floats_per_image": budget.floats_per_image,
         }
-    settings = {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rounds": arguments.rounds,
-        "batch_size": arguments.batch_size,
-        "resolution": arguments.resolution,
-        "dtype": arguments.dtype,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
-
-    print(f"encode + decode, batch {arguments.batch_size} at {arguments.resolution} px, {settings['device']}")
-    print(f"{'model':22}{'images/s':>10}{'ratio':>8}{'range':>16}{'GFLOP':>8}{'params':>10}")
-    for name, r in results.items():
-        spread = f"{r['ratio_range'][0]:.2f}-{r['ratio_range'][1]:.2f}"
-        size = f"{r['params'] / 1e6:.1f}M"
-        print(f"{name:22}{r['images_per_second']:10.2f}{r['ratio']:8.2f}{spread:>16}{r['gflop']:8.1f}{size:>10}")
+        print(f"{name:22}{results[name]['images_per_second']:8.2f} images/s, {with_range(results[name])}")
+    settings = {key: getattr(arguments, key) for key in ("rounds", "batch_size", "resolution", "dtype")}
+    write_result(arguments.output, environment() | settings | {"results": results})
 
 
 if __name__ == "__main__":

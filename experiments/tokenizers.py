@@ -1,0 +1,170 @@
+"""Tokenizers trained on the built-in photographs and measured: the rows of equal_budget, ablation and decoder_only.
+
+Every row is trained by `train` of train_tokenizer.py, with an EMA of the weights and a constant learning rate, so that
+each point of its curve is what a training of that many steps gives.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import ModelMixin
+from torch import Tensor
+from torchvision.utils import save_image
+
+from benchmarks.timing import environment, speedup, time_paired
+from experiments.rows import Task
+from favae.autoencoders import measure_budget, reconstruct
+from favae.data.images import ImageDataset, skip_missing
+from favae.data.sources import open_source
+from favae.eval.extraction import image_statistics
+from favae.eval.features import FeatureExtractor
+from favae.eval.figures import radial_spectrum
+from favae.eval.image_sets import CroppedImages
+from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors
+from favae.training.checkpoints import find_checkpoints
+from favae.training.config import TokenizerConfig, load_config
+from favae.training.models import build_model, find_model_class
+from train_tokenizer import train
+
+CURVE_POINTS = 4
+OTHER_SPLITS = ("validation", "test")
+NUM_PICTURES = 8  # held-out images in a strip
+FEATURES = "efficientnet-lite0"
+RECIPE = {
+    "data": {"path": "photos"},
+    "loss": {"reconstruction": "l2", "kl": 1e-6},
+    "train": {
+        "learning_rate": 2.5e-4,  # the best of 2.5e-4, 5e-4 and 1e-3 for the plain model, one seed
+        "betas": [0.9, 0.99],
+        "lr_warmup_steps": 100,
+        "max_grad_norm": 1.0,
+        "ema_decay": 0.995,
+        "mixed_precision": "bf16",
+        "num_workers": 0,
+        "sample_every": 0,
+        "checkpoints_total_limit": None,
+        "tracker": None,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a table of tokenizers.
+
+    Attributes:
+        model: the `model:` section of the recipe.
+        note: what it is, a phrase for the list below the table.
+        loss: what differs from `RECIPE["loss"]`.
+        length: its number of steps, in multiples of the others'.
+    """
+
+    model: dict
+    note: str
+    loss: dict = field(default_factory=dict)
+    length: float = 1.0
+
+    def recipe(self, steps: int, resolution: int = 64, batch_size: int = 4) -> dict:
+        """What train_tokenizer.py is given."""
+        sizes = {"resolution": resolution, "batch_size": batch_size, "steps": steps}
+        every = {"log_every": steps // CURVE_POINTS, "checkpoint_every": steps // CURVE_POINTS}
+        return {
+            "model": self.model,
+            "data": RECIPE["data"],
+            "loss": {**RECIPE["loss"], **self.loss},
+            "train": {**RECIPE["train"], **sizes, **every},
+        }
+
+    def build(self) -> ModelMixin:
+        return build_model(self.model)
+
+
+def make_row(task: Task) -> dict:
+    """Trains one tokenizer with one seed and measures it, along the way and at the end."""
+    recipe = task.run.with_suffix(".yaml")
+    sections = task.variant.recipe(task.steps, task.resolution, task.batch_size)
+    recipe.write_text(yaml.safe_dump(sections, sort_keys=False))
+    config = load_config(TokenizerConfig, recipe, [f"output={task.run}", f"seed={task.seed}"])
+    train(config)
+
+    # Errors of the EMA weights at each checkpoint.
+    images = {split: load_photos(split, task.resolution) for split in ("heldout", *OTHER_SPLITS)}
+    curve = []
+    for step, path in find_checkpoints(task.run / "checkpoints"):
+        vae = find_model_class(config.model["name"]).from_pretrained(path / "ema").eval()
+        others = {split: mean_errors(vae, images[split]) for split in OTHER_SPLITS}
+        curve.append({"steps": step, **mean_errors(vae, images["heldout"]), **others})
+    shutil.rmtree(task.run / "checkpoints")
+
+    # What the row says of the last checkpoint: `vae` holds its weights.
+    budget = {k: v for k, v in asdict(measure_budget(vae, task.resolution)).items() if v is not None}
+    last = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, **curve[-1], **budget}
+    row |= {"seconds": last["seconds"], "curve": curve}
+    row["training"] = {key: value for key, value in last.items() if key not in ("step", "seconds")}
+    if task.pictures is not None:
+        row |= frechet_distance(vae, task.resolution)
+        row["error_spectrum"] = error_spectrum(vae, images["heldout"])
+        if task.seed == 0:
+            save_pictures(vae, images["heldout"], task.pictures, task.name)
+    return row | environment()
+
+
+def load_photos(split: str, resolution: int) -> Tensor:
+    """All crops of a split of the built-in photographs, (N, 3, H, W) in [-1, 1]."""
+    dataset = ImageDataset(open_source("photos", split), resolution)
+    return skip_missing([dataset[i] for i in range(len(dataset))])["image"]
+
+
+@torch.no_grad()
+def mean_errors(vae: ModelMixin, images: Tensor) -> dict[str, float]:
+    """Means over images of what `image_errors` measures, by lower-case names."""
+    return named_means(torch.cat([image_errors(batch, reconstruct(vae, batch)) for batch in images.split(32)]))
+
+
+def named_means(rows: Tensor) -> dict[str, float]:
+    """Means of the rows of `image_errors`, by lower-case names, without those that are not measured."""
+    means = zip(PER_IMAGE, rows.double().mean(dim=0).tolist())
+    return {name.lower(): value for name, value in means if value == value}
+
+
+def frechet_distance(vae: ModelMixin, resolution: int) -> dict:
+    """The Fréchet distance between the held-out photographs and their reconstructions."""
+    extractor = FeatureExtractor(FEATURES)
+    images = ImageDataset(open_source("photos", "heldout"), resolution)
+    reference = image_statistics(CroppedImages(images), [extractor])
+    metrics = evaluate_reconstruction(vae, images, [extractor], reference).metrics
+    return {"rfd": metrics[extractor.metric("rFID")], "rfd_features": extractor.name}
+
+
+@torch.no_grad()
+def error_spectrum(vae: ModelMixin, images: Tensor) -> list[float]:
+    """The error's share of the images' power at 0, 1, ... H / 2 cycles per image."""
+    errors = torch.cat([reconstruct(vae, batch) - batch for batch in images.split(32)])
+    share = radial_spectrum(errors).mean(dim=0) / radial_spectrum(images).mean(dim=0)
+    return [round(value, 5) for value in share.tolist()]
+
+
+@torch.no_grad()
+def save_pictures(vae: ModelMixin, images: Tensor, folder: Path, name: str) -> None:
+    """Writes NAME.png and original.png: a few held-out images in a row."""
+    chosen = images[[i * len(images) // NUM_PICTURES + i % 2 for i in range(NUM_PICTURES)]]  # of both photographs
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, pictures in ((name, reconstruct(vae, chosen)), ("original", chosen)):
+        file = folder / f"{label}.png"
+        save_image(pictures, file, nrow=NUM_PICTURES, padding=0, normalize=True, value_range=(-1, 1))
+
+
+@torch.no_grad()
+def compare_speed(variants: dict[str, Variant], reference: str, resolution: int, rounds: int = 15) -> dict:
+    """Speed of encoding and decoding 16 images with one thread, relative to one variant's."""
+    torch.set_num_threads(1)
+    images = torch.rand(16, 3, resolution, resolution) * 2 - 1
+    models = {name: variant.build().eval() for name, variant in variants.items()}
+    calls = {name: lambda vae=vae: reconstruct(vae, images) for name, vae in models.items()}
+    timings = time_paired(calls, rounds=rounds)
+    return {name: speedup(timing.seconds, timings[reference].seconds) for name, timing in timings.items()}

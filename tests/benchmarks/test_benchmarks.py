@@ -1,0 +1,101 @@
+"""The benchmarks compare what they say, and compute ratios and results right."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY_LIGHTNINGDIT
+
+from benchmarks import (
+    cat_sampling,
+    cpu_training,
+    latent_loading,
+    timing,
+)
+from benchmarks.cat_sampling import uncached
+from benchmarks.generator_step import with_published_blocks
+from favae import CATTransformerModel, LightningDiTTransformer2DModel
+
+
+def test_calls_run_in_turn_and_warm_up(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def call(name: str, seconds: float):
+        order.append(name)
+        clock[0] += seconds * (100 if len(order) <= 2 else 1)  # the first round is slow
+        return len(order)
+
+    calls = {"fast": lambda: call("fast", 1.0), "slow": lambda: call("slow", 3.0)}
+    timings = timing.time_paired(calls, rounds=2)
+    assert order == ["fast", "slow"] * 3
+    assert timings["fast"].seconds == pytest.approx([1, 1]) and timings["slow"].seconds == pytest.approx([3, 3])
+    assert timings["slow"].median == pytest.approx(3) and timings["slow"].result == 6
+
+
+def test_ratios_are_taken_round_by_round():
+    """A machine that slows down in the middle changes both times of a round, and no ratio."""
+    result = timing.speedup([1.0, 10.0, 1.0], [2.0, 20.0, 4.0])
+    assert result == {"speedup": 2.0, "speedup_range": [2.0, 4.0]}
+    assert timing.with_range(result) == "2.00 times (2.00 to 4.00)"
+    with pytest.raises(ValueError):
+        timing.speedup([1.0], [1.0, 2.0])
+
+
+@torch.no_grad()
+def test_the_published_block_computes_the_same():
+    ours = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT).eval()
+    theirs = with_published_blocks(LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    state = ours.state_dict()
+    rest = {name: value for name, value in state.items() if not name.startswith("blocks.")}
+    for k in range(len(ours.blocks)):
+
+        def take(*names: str, part: str, k: int = k) -> torch.Tensor:
+            return torch.cat([state[f"blocks.{k}.{name}.{part}"] for name in names])
+
+        layers = {"qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "proj": ("attn.to_out",)}
+        layers |= {"w12": ("ff.gate", "ff.linear_in"), "w3": ("ff.linear_out",), "modulation.1": ("modulation",)}
+        for name, parts in layers.items():
+            rest |= {f"blocks.{k}.{name}.{part}": take(*parts, part=part) for part in ("weight", "bias")}
+        rest |= {f"blocks.{k}.{name}.weight": take(name, part="weight") for name in ("norm1", "norm2")}
+    missing, unexpected = theirs.load_state_dict(rest, strict=False)
+    assert not unexpected and all(name.endswith((".cos", ".sin")) for name in missing)
+    arguments = torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 3])
+    expected = ours(*arguments).sample
+    assert expected.std() > 0.1 and torch.allclose(theirs(*arguments).sample, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_sampled_without_a_cache_are_the_same():
+    model = CATTransformerModel(sample_size=3, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+                                hidden_size=16, text_dim=8, codebook_size=32).eval()  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for place in (model.row_position, model.column_position):
+        torch.nn.init.normal_(place, std=3.0)  # else the likeliest token is the last one again
+    text, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    tokens = model.generate(text, mask, guidance_scale=3.0, temperature=0)
+    assert torch.equal(uncached(model, text, mask, 3.0), tokens) and tokens.unique().numel() > 2
+
+
+TINY_RUNS = {
+    "cat_sampling": (
+        cat_sampling,
+        ["--size", "2", "--batch-size", "1", "--layers", "1", "--width", "64", "--heads", "1"],
+    ),
+    "cpu_training": (cpu_training, ["--only", "memory_format", "--recipes", "photos_favae"]),
+    "latent_loading": (latent_loading, ["--images", "16", "--shard-size", "8", "--batch-size", "4"]),
+}
+
+
+@pytest.mark.parametrize("name", TINY_RUNS)
+def test_benchmarks_write_their_result(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cpu_training, "RESOLUTION", 16)
+    module, options = TINY_RUNS[name]
+    output = tmp_path / "result.json"
+    module.main([*options, "--rounds", "1", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert {"command", "hardware", "versions"} <= set(result)
+    assert "times" in capsys.readouterr().out

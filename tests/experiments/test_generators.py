@@ -1,0 +1,65 @@
+"""What the generators' experiments measure, and that their recipes are valid."""
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import emoji as emoji_module
+from experiments import generator_quality, text_to_image
+from experiments.emoji import Emoji, retrieval_rates
+from experiments.image_sets import InMemoryImages, read_images, seams
+from experiments.rows import Task
+from favae.training.config import TokenizerConfig, load_config
+
+
+def test_seams_are_seen():
+    noise = torch.randn(8, 3, 64, 64)
+    assert seams(noise, 8) == pytest.approx(1, abs=0.02)
+    patches = torch.randn(8, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert seams(noise + patches, 8) == pytest.approx(2**0.5, abs=0.05)  # the differences' variance is 4 against 2
+
+
+def test_images_in_memory():
+    images = torch.randint(256, (3, 3, 8, 6), dtype=torch.uint8)
+    dataset = InMemoryImages(images)
+    assert dataset.size == (8, 6) and torch.equal(read_images(dataset), images)
+
+
+def make_task(name, variant, folder, steps=8):
+    return Task(name=name, variant=variant, seed=1, steps=steps, runs=folder, resolution=64, batch_size=4)
+
+
+@pytest.mark.parametrize("name", generator_quality.VARIANTS)
+def test_recipes_of_generator_quality(tmp_path, name):
+    task = make_task(name, generator_quality.VARIANTS[name], tmp_path)
+    config = generator_quality.generator_config(task, tmp_path / "latents", tmp_path / "tokenizer")
+    assert config.seed == 1 and config.train.steps == 8 and config.train.checkpoint_every == 2
+    assert config.data.latents == str(tmp_path / "latents")
+
+
+@pytest.mark.parametrize("name", text_to_image.VARIANTS)
+def test_recipes_of_text_to_image(tmp_path, name):
+    task = make_task(name, text_to_image.VARIANTS[name], tmp_path)
+    config = text_to_image.generator_config(task, tmp_path / "tokenizer", tmp_path / "cache")
+    assert config.train.steps == 8
+    tokens = text_to_image.TOKEN_TYPES[task.variant.tokens]
+    recipe = text_to_image.ROOT / f"configs/tokenizer/{tokens.tokenizer}.yaml"
+    load_config(TokenizerConfig, recipe, [f"model.{key}={value}" for key, value in tokens.tokenizer_changes.items()])
+
+
+def test_images_are_retrieved_by_name_and_category(monkeypatch):
+    names = [["red apple", "apple"], ["tomato", "red apple"], ["cat"], ["green apple"], ["black cat"]]
+    categories = ["food", "food", "animal", "food", "animal"]
+    emoji = Emoji(torch.zeros(5, 3, 64, 64), names, categories, num_training=3)
+    real = np.eye(5, dtype=np.float32)
+    prompted = [3, 4, 3, 4]  # the third sample looks like the cat, all others like what they should
+    features = real[[3, 4, 2, 4]] + 0.5 * real[[0, 2, 1, 3]]
+    monkeypatch.setattr(emoji_module, "TOP", (1, 2))
+    found = retrieval_rates(features, prompted, emoji, real)
+    assert found["name"] == {"top1": 0.75, "top2": 0.75} and found["chance"]["name"]["top1"] == pytest.approx(0.2)
+    assert found["category"] == {"top1": 0.75, "top2": 1.0}
+    assert found["chance"]["category"]["top1"] == pytest.approx((3 / 5 + 2 / 5) / 2)
+    assert found["among_heldout"]["top1"] >= 0.75 and found["chance"]["among_heldout"]["top1"] == pytest.approx(0.5)
+    of_training = retrieval_rates(real[:1], [0], emoji, real)
+    assert of_training["chance"]["name"]["top1"] == pytest.approx(0.4)  # two emoji have the name
+    assert "among_heldout" not in of_training

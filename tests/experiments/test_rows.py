@@ -1,0 +1,60 @@
+"""The rows of an experiment are made once, kept, and reported."""
+
+import json
+
+import pytest
+from guesses import Guess, guess, tables
+
+from experiments import ablation, decoder_only, equal_budget, generator_quality, text_to_image
+from experiments.rows import RESULTS, Comparison, main
+
+EXPERIMENTS = (ablation, decoder_only, equal_budget, generator_quality, text_to_image)
+
+
+def test_rows_that_are_missing_are_made_and_the_others_kept(tmp_path):
+    variants = {"b": Guess("first", 1.0), "a": Guess("second", 2.0, length=3)}
+    comparison = Comparison("guesses", variants, guess, tables, steps=10, seeds=1)
+    output = tmp_path / "guesses.json"
+    options = ["--output", str(output), "--runs", str(tmp_path / "runs"), "--jobs", "0"]
+
+    main(comparison, "Guesses.", ["--models", "b", *options])
+    main(comparison, "Guesses.", ["--steps", "20", "--models", "b", *options])
+    main(comparison, "Guesses.", options)
+    assert (tmp_path / "runs/made.txt").read_text() == "b-0 b-0 a-0 "
+    report = json.loads(output.read_text())
+    assert [(row["model"], row["steps"]) for row in report["rows"]] == [("a", 30), ("b", 10), ("b", 20)]
+    assert {"command", "hardware", "versions"} <= set(report)
+
+    # The table has the rows of 10 steps, in the order of the variants.
+    markdown = output.with_suffix(".md").read_text()
+    assert "b 1.0\na 2.0\n" in markdown and "- `b`: first\n- `a`: second" in markdown
+
+
+def test_rows_have_processes_of_their_own(tmp_path):
+    """One that fails is named with its log, and the others are kept."""
+    variants = {"good": Guess("works", 1.0), "bad": Guess("fails", None)}
+    comparison = Comparison("guesses", variants, guess, tables, steps=10, seeds=1)
+    options = ["--output", str(tmp_path / "guesses.json"), "--runs", str(tmp_path), "--jobs", "2"]
+    with pytest.raises(RuntimeError, match="bad-0.log"):
+        main(comparison, "", options)
+    assert "TypeError" in (tmp_path / "bad-0.log").read_text()
+    (row,) = json.loads((tmp_path / "guesses.json").read_text())["rows"]
+    assert row["model"] == "good" and row["value"] == 1.0
+
+
+def test_published_tables_are_those_of_the_published_rows():
+    """docs/results/NAME.md is what NAME.json says, and docs/results.md quotes lines of these files only."""
+    written = set()
+    for experiment in EXPERIMENTS:
+        comparison = experiment.COMPARISON
+        report = json.loads((RESULTS / f"{comparison.name}.json").read_text())
+        assert {row["model"] for row in report["rows"]} <= set(comparison.variants)
+        order = list(comparison.variants)
+        report["rows"].sort(key=lambda row: order.index(row["model"]))
+        markdown = comparison.markdown(report)
+        assert (RESULTS / f"{comparison.name}.md").read_text() == markdown
+        written |= set(markdown.splitlines())
+    document = (RESULTS.parent / "results.md").read_text()
+    quoted = [line for line in document.splitlines() if line.startswith("| `") and "seeds" not in line]
+    rows = [line for line in quoted if line.split("`")[1] in equal_budget.VARIANTS | ablation.VARIANTS]
+    assert rows and set(rows) <= written
