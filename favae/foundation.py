@@ -1,6 +1,7 @@
 """Frozen vision models as feature maps: teachers that latents are aligned to, and features that evaluation compares."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -31,6 +32,10 @@ class FoundationModel(nn.Module):
         MissingWeights: if there is no model of that name, its weights cannot be loaded, or it takes images of one size
             only.
     """
+
+    model: Any  # timm's models share methods, but no class
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, name: str, weights: str | None = None):
         super().__init__()
@@ -115,7 +120,7 @@ def _timm_model(name: str, weights: str | None) -> nn.Module:
     """A timm model with pretrained weights and without its classifier."""
     if not timm.is_model(name):
         raise MissingWeights(f"'{name}' is neither a timm model nor '{OFFLINE_BACKBONE}'")
-    options = {"num_classes": 0, "pretrained": True}
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": True}
     if name.startswith("vit"):
         options["dynamic_img_size"] = True
     if weights is not None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from favae.errors import MissingWeights
 from favae.hashing import hash_model
@@ -42,6 +43,8 @@ class TextEncoder(nn.Module):
         MissingWeights: if there is no encoder of that name, its weights cannot be loaded, or it does not encode text.
         ValueError: for a length that the encoder cannot take.
     """
+
+    model: PreTrainedModel
 
     def __init__(self, name: str, max_length: int | None = None):
         super().__init__()
@@ -105,7 +108,7 @@ def warn_of_cut(tokenizer, texts: list[str], mask: Tensor, max_length: int) -> b
 
 @torch.no_grad()
 def encode_texts(
-    model: nn.Module, tokenizer, texts: list[str], max_length: int | None = None, fixed_length: bool = False
+    model: PreTrainedModel, tokenizer, texts: list[str], max_length: int | None = None, fixed_length: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of the tokens of texts.
 
@@ -131,7 +134,7 @@ def encode_texts(
     return embeddings.float(), tokens["attention_mask"].bool()
 
 
-def text_limit(model: nn.Module, tokenizer) -> int:
+def text_limit(model: PreTrainedModel, tokenizer) -> int:
     """The largest number of tokens that an encoder can take."""
     limits = []
     if tokenizer.model_max_length < 1e6:  # transformers writes a huge number where it does not know

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from skimage import data
 
 from favae.errors import MissingWeights
 from favae.foundation import FoundationModel
@@ -15,6 +16,13 @@ def offline() -> FoundationModel:
 def test_grid_is_the_one_asked_for_whatever_the_image_size(offline, grid):
     for size in ((64, 64), (48, 80)):
         assert offline(torch.rand(2, 3, *size) * 2 - 1, grid).shape == (2, offline.channels, *grid)
+
+
+def test_offline_weights_recognize_a_cat(offline):
+    image = torch.tensor(data.chelsea()[:, 75:375].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    features, logits = offline.pooled(image)
+    assert offline.channels == 112 and offline.stride == 16 and features.shape == (1, 1280)
+    assert int(logits.argmax()) in (281, 282, 283, 284, 285)  # ImageNet's cats
 
 
 def test_features_belong_to_their_place(offline):

@@ -85,5 +85,6 @@ def adaptive_weight(reference: Tensor, loss: Tensor, weights: list[Tensor], maxi
     norms = []
     for value in (reference, loss):
         gradients = torch.autograd.grad(value, weights, retain_graph=True)
-        norms.append(torch.sqrt(sum(g.float().square().sum() for g in gradients)))
+        zero = torch.zeros((), device=value.device)
+        norms.append(sum((g.float().square().sum() for g in gradients), start=zero).sqrt())
     return (norms[0] / (norms[1] + 1e-4 * norms[0]).clamp_min(1e-12)).clamp(0, maximum).detach()

@@ -25,13 +25,14 @@ def denoising_loss(
     """
     output, channels = output.float(), data.shape[1]
     predicted = output[:, :channels]
-    terms = {"noise": F.mse_loss(predicted, noise)}
+    total = F.mse_loss(predicted, noise)
+    terms = {"noise": total.detach()}
     if output.shape[1] == 2 * channels:
         # The bound trains the variance alone; the noise has its own loss.
-        terms["variance"] = variational_bound(
-            predicted.detach(), output[:, channels:], data, noise, timesteps, scheduler
-        )
-    return sum(terms.values()), {name: value.detach() for name, value in terms.items()}
+        bound = variational_bound(predicted.detach(), output[:, channels:], data, noise, timesteps, scheduler)
+        terms["variance"] = bound.detach()
+        total = total + bound
+    return total, terms
 
 
 def variational_bound(

@@ -94,6 +94,8 @@ class SpectrumLoss(nn.Module):
     Source: Lin et al., CVPR 2023 (arXiv 2305.02541).
     """
 
+    start: Tensor
+
     def __init__(
         self,
         levels: int,
@@ -109,10 +111,12 @@ class SpectrumLoss(nn.Module):
         self.kernel_size = kernel_size
         self.alpha = alpha
         self.normalize = normalize
-        self._set_sigma(torch.full((levels,), float(sigma)))
+        self.register_buffer("start", torch.full((levels,), float(sigma)))
 
-    def _set_sigma(self, sigma: Tensor) -> None:
-        self.register_buffer("sigma", sigma)
+    @property
+    def sigma(self) -> Tensor:
+        """(levels,), in cells of the feature map."""
+        return self.start
 
     def forward(self, complements: Sequence[Tensor], activations: Sequence[Tensor]) -> Tensor:
         """
@@ -140,7 +144,9 @@ class SpectrumLoss(nn.Module):
     def _blurred_spectrum(self, features: Tensor, sigma: Tensor) -> Tensor:
         if self.kernel_size is not None:
             return torch.fft.fft2(_truncated_blur(features, sigma, self.kernel_size), norm="ortho")
-        return torch.fft.fft2(features, norm="ortho") * gaussian_spectrum(tuple(features.shape[-2:]), sigma)
+        return torch.fft.fft2(features, norm="ortho") * gaussian_spectrum(
+            (features.shape[-2], features.shape[-1]), sigma
+        )
 
 
 class DynamicSpectrumLoss(SpectrumLoss):
@@ -170,12 +176,9 @@ class DynamicSpectrumLoss(SpectrumLoss):
         normalize: bool = True,
     ):
         super().__init__(levels, sigma, kernel_size=kernel_size, alpha=alpha, normalize=normalize)
-
-    def _set_sigma(self, sigma: Tensor) -> None:
-        if sigma.min() <= SMALLEST_SIGMA:
-            raise ValueError(f"a learned sigma must start above {SMALLEST_SIGMA}, got {float(sigma.min())}")
-        self.register_buffer("start", sigma)
-        self.rho = nn.Parameter(torch.zeros_like(sigma))
+        if sigma <= SMALLEST_SIGMA:
+            raise ValueError(f"a learned sigma must start above {SMALLEST_SIGMA}, got {sigma}")
+        self.rho = nn.Parameter(torch.zeros(levels))
 
     @property
     def sigma(self) -> Tensor:

@@ -38,6 +38,9 @@ class STFTLoss(nn.Module):
         followed.
     """
 
+    taper: Tensor
+    weights: Tensor
+
     def __init__(
         self,
         window: int = 16,

@@ -26,7 +26,7 @@ class LayerCache:
 
         Values may be the same tensor as the keys; then they are stored once.
         """
-        if self.key is None:
+        if self.key is None or self.value is None:
             self.key = key.new_zeros(len(key), self.slots, *key.shape[2:])
             self.value = self.key if value is key else torch.zeros_like(self.key)
         self.key.index_copy_(1, slot, key)
@@ -103,6 +103,8 @@ class RelativePosition(nn.Module):
         num_heads: of the attention.
     """
 
+    index: Tensor
+
     def __init__(self, size: int, num_heads: int):
         super().__init__()
         self.bias = nn.Embedding(size * (2 * size - 1) + 1, num_heads)
@@ -171,6 +173,12 @@ class CATBlock(nn.Module):
         self.ff = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(dropout)
 
+    def initialize_outputs(self, std: float) -> None:
+        """Normal weights of this std for the layers that write into the stream."""
+        for layer in (self.attn.to_out, self.cross_attn.to_out, self.ff[-1]):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=std)
+
     def _causal_mask(self, cells: Tensor | None, key: Tensor) -> dict:
         """The arguments `mask` or `is_causal` of self-attention for queries that predict these cells; None for all.
 
@@ -209,14 +217,16 @@ class CATBlock(nn.Module):
         is_first = cache is None or cache.key is None
         normed = self.norm1(hidden_states)
         key, value = self.attn.key_value(normed, with_null=is_first)
-        if cache is not None:
+        if cache is not None and cell is not None:
             slot = torch.arange(key.shape[1], device=cell.device) if is_first else cell + self.attn.null_count
             key, value = cache.update(key, value, slot)
         attended = self.attn(normed, key, value, **self._causal_mask(cell, key))
         hidden_states = hidden_states + self.dropout(attended)
 
         # 2. Attention to the text, which is projected once
-        text = self.cross_attn.key_value(encoder_hidden_states, with_null=True) if is_first else cache.text
+        text = None if cache is None else cache.text
+        if text is None:
+            text = self.cross_attn.key_value(encoder_hidden_states, with_null=True)
         if cache is not None:
             cache.text = text
         attended = self.cross_attn(self.norm2(hidden_states), *text, mask=text_mask)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -121,15 +121,16 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             or text_pooling not in ("mean", None)
         ):
             raise ValueError(f"unknown word among {head=}, {attention=}, {text_pooling=}")
-        if head == "categorical" and (latent_channels, low_latent_channels) != (None, None):
-            raise ValueError("latent_channels and low_latent_channels are for head='flow'")
-        if head == "flow" and (latent_channels is None or num_quantizers != 1):
-            raise ValueError("head='flow' needs latent_channels, and num_quantizers=1")
 
         # 1. What goes in: tokens, the start token, positions
+        self.token_head: CategoricalHead | FlowHead
         if head == "categorical":
+            if (latent_channels, low_latent_channels) != (None, None):
+                raise ValueError("latent_channels and low_latent_channels are for head='flow'")
             self.token_head = CategoricalHead(codebook_size, hidden_size, num_quantizers)
         else:
+            if latent_channels is None or num_quantizers != 1:
+                raise ValueError("head='flow' needs latent_channels, and num_quantizers=1")
             self.token_head = FlowHead(
                 latent_channels,
                 hidden_size,
@@ -167,9 +168,10 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         # As in GPT-2, the size of the stream does not grow with the depth.
-        for block in self.blocks:
-            for layer in (block.attn.to_out, block.cross_attn.to_out, block.ff[2]):
-                nn.init.normal_(layer.weight, std=0.02 / (3 * len(self.blocks)) ** 0.5)
+        std = 0.02 / (3 * len(self.blocks)) ** 0.5
+        for module in self.blocks.modules():
+            if isinstance(module, CATBlock):
+                module.initialize_outputs(std)
         for module in self.modules():
             if isinstance(module, VelocityMLP):
                 module.initialize_weights()
@@ -343,16 +345,17 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
 
     def _sampling_options(
         self, temperature: float, top_k: int | None, top_p: float | None, num_head_steps: int | None
-    ) -> dict:
+    ) -> dict[str, Any]:
         """The arguments of the head's `sample`."""
-        if self.config.head == "categorical":
-            others, options = {"num_head_steps": num_head_steps}, {"top_k": top_k, "top_p": top_p}
+        steps = DEFAULT_STEPS if num_head_steps is None else num_head_steps
+        if temperature < 0 or steps < 1:
+            raise ValueError(f"need temperature >= 0 and num_head_steps >= 1, got {temperature} and {num_head_steps}")
+        if isinstance(self.token_head, CategoricalHead):
+            unused: dict[str, Any] = {"num_head_steps": num_head_steps}
+            options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         else:
-            others = {"top_k": top_k, "top_p": top_p}
-            options = {"num_steps": DEFAULT_STEPS if num_head_steps is None else num_head_steps}
-        given = [name for name, value in others.items() if value is not None]
-        if given:
-            raise ValueError(f"{' and '.join(given)} cannot be given for tokens of head='{self.config.head}'")
-        if temperature < 0 or options.get("num_steps", 1) < 1:
-            raise ValueError(f"temperature {temperature} must be at least 0 and num_head_steps {num_head_steps} 1")
-        return {"temperature": temperature, **options}
+            unused = {"top_k": top_k, "top_p": top_p}
+            options = {"temperature": temperature, "num_steps": steps}
+        if given := [name for name, value in unused.items() if value is not None]:
+            raise ValueError(f"{' and '.join(given)} cannot be given for head='{self.config.head}'")
+        return options

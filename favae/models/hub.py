@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import EvalResult, ModelCard, create_repo
 
@@ -13,10 +14,11 @@ LATENT_STATISTICS = ("latent_channels", "scaling_factor", "shift_factor", "laten
 TASK_BY_EVALUATION = {"reconstruction": "image-to-image", "generation": "unconditional-image-generation"}
 
 
-class HubModelMixin:
-    """Goes before `ModelMixin`. Saved models open with `AutoModel.from_pretrained(..., trust_remote_code=True)`.
+class HubModelMixin(ModelMixin, ConfigMixin):
+    """The first base of our models. They open with `AutoModel.from_pretrained(..., trust_remote_code=True)`.
 
     A file of one line beside the weights imports the class from the installed package. No other code is executed.
+    The modules of models import `ModelMixin` themselves: pipelines of diffusers look for it there.
     """
 
     @property

@@ -36,10 +36,11 @@ def axial_rotary_embedding(height: int, width: int, head_dim: int) -> tuple[Tens
     """
     rows = get_1d_rotary_pos_embed(head_dim // 2, torch.arange(height), use_real=True)  # cos, sin: (height, D/2)
     columns = get_1d_rotary_pos_embed(head_dim // 2, torch.arange(width), use_real=True)
-    return tuple(
+    cos, sin = (
         torch.cat([row.repeat_interleave(width, dim=0), column.repeat(height, 1)], dim=1)
         for row, column in zip(rows, columns)
     )
+    return cos, sin
 
 
 class LightningDiTAttention(nn.Module):
@@ -201,7 +202,8 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
         # adaLN-Zero: every block starts as the identity and the output as zero.
-        for layer in (*(block.modulation for block in self.blocks), self.modulation_out, self.proj_out):
+        modulations = [block.modulation for block in self.modules() if isinstance(block, LightningDiTBlock)]
+        for layer in (*modulations, self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
 
     def forward(

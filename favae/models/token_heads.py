@@ -224,7 +224,8 @@ class VelocityMLP(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
         nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
-        for layer in (*(block.modulation for block in self.blocks), self.modulation_out, self.proj_out):
+        modulations = [block.modulation for block in self.modules() if isinstance(block, VelocityBlock)]
+        for layer in (*modulations, self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -293,9 +294,11 @@ class FlowHead(nn.Module):
 
     def _condition(self, index: int, hidden: Tensor, low: Tensor | None) -> Tensor:
         """What the network of a part is given: the hidden state, and for the second part the low channels as well."""
-        if index > 0:
+        if low is not None and self.proj_low is not None:
             hidden = hidden + self.proj_low(low.to(self.proj_low.weight.dtype))
-        return self.velocities[index].proj_condition(hidden)
+        velocity = self.velocities[index]
+        assert isinstance(velocity, VelocityMLP)
+        return velocity.proj_condition(hidden)
 
     def loss(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, None]:
         """Mean squared error of the velocity, at `times_per_token` logit-normal times per token.
@@ -309,9 +312,9 @@ class FlowHead(nn.Module):
         """
         data = tokens.float().split(self.parts, dim=-1)
         repeats = self.times_per_token
-        error = 0.0
+        error = torch.zeros((), device=hidden.device)
         for index, (velocity, target) in enumerate(zip(self.velocities, data)):
-            condition = self._condition(index, hidden, data[0])
+            condition = self._condition(index, hidden, data[0] if index > 0 else None)
             noise = torch.randn(repeats, *target.shape, device=target.device)
             times = torch.randn(repeats, *target.shape[:-1], 1, device=target.device).sigmoid()
             predicted = velocity(times * target + (1 - times) * noise, times, condition)

@@ -115,14 +115,12 @@ class CATPipeline(DiffusionPipeline):
         """
         # 1. The text
         device, dtype = self._execution_device, self.transformer.dtype
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds")
-        if (prompt_embeds is None) != (prompt_attention_mask is None):
-            raise ValueError("prompt_embeds and prompt_attention_mask belong together")
         if self.vae is None and output_type != "latent":
             raise ValueError('a pipeline without an autoencoder needs output_type="latent"')
-        if prompt_embeds is None:
+        if prompt is not None and prompt_embeds is None and prompt_attention_mask is None:
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
+        elif prompt is not None or prompt_embeds is None or prompt_attention_mask is None:
+            raise ValueError("give either prompt, or both prompt_embeds and prompt_attention_mask")
         embeddings = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
         mask = prompt_attention_mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
 

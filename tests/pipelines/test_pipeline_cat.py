@@ -99,8 +99,8 @@ def test_saved_and_loaded(name, request, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, "prompt or prompt_embeds"),
-        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 8)}, "prompt or prompt_embeds"),
+        ({}, "prompt_embeds"),
+        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 8)}, "prompt_embeds"),
         ({"prompt": [3]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a", "cat"], "generator": seeds(1)}, "1 generators for 2 images"),
