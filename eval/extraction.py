@@ -1,4 +1,4 @@
-"""What is kept of a set of images in the eyes of an extractor: everything the measures need."""
+"""Features of an image set: everything that metrics need, from one pass over the images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate.utils import reduce
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from favae.data.images import skip_missing
 from favae.distributed import process_state
@@ -18,26 +19,26 @@ from favae.eval.frechet import RunningStatistics
 
 @dataclass
 class ImageStatistics:
-    """A set of images in the eyes of one extractor.
+    """What one extractor's features say about a set of images.
 
     Attributes:
-        features: the extractor's name. weights: the hash of its weights; None if a file does not say.
-        hash: of the images' pixels, or of the file of statistics where the images are not at hand.
-        count: images behind mean and covariance; None if a file does not say.
-        mean, covariance: (D,), (D, D); None for fewer than two images.
-        spatial_mean, spatial_covariance: (S,), (S, S), of Inception; else None.
-        kept: features (n, D) of some images or all; None if there are no images.
+        extractor: its name. weights: the hash of its weights; None if a file of statistics does not say.
+        hash: of the images' pixels, or of the file of statistics where there are no images.
+        count: images behind mean and covariance; None if a file of statistics does not say.
+        mean, covariance: of the features, (D,) and (D, D); None for fewer than two images.
+        spatial_mean, spatial_covariance: of Inception's spatial features, (S,) and (S, S); else None.
+        features: (n, D), of some of the images or all; None if there are no images.
         logits: (n, K), of the same images; None for an extractor without classes, and in references.
     """
 
-    features: str
+    extractor: str
     hash: str
     count: int | None
     mean: np.ndarray | None
     covariance: np.ndarray | None
     spatial_mean: np.ndarray | None = None
     spatial_covariance: np.ndarray | None = None
-    kept: np.ndarray | None = None
+    features: np.ndarray | None = None
     logits: np.ndarray | None = None
     weights: str | None = None
 
@@ -52,27 +53,33 @@ def image_statistics(
     num_workers: int = 0,
     description: str = "features",
 ) -> list[ImageStatistics]:
-    """One pass over a set of images, by all processes together; the same result in each.
+    """Reads a set of images once, by all processes together. Every process returns the same.
 
     Args:
-        images: items {"image": uint8 (3, H, W), "index": its place}, or None for one that cannot be read; with `size`.
-        keep: images whose features are kept, chosen at random and always the same; None keeps all.
-        logits: whether the logits of the kept images are kept too.
+        images: items {"image": uint8 (3, H, W), "index": int}, or None for one that cannot be read; with `size`.
+        keep: for how many images the features themselves are returned: always the same ones, chosen at random; None
+            stands for all.
+        logits: whether the logits of these images are returned too.
+        description: of the progress bar.
     Raises:
-        DataError: if not one can be read.
+        DataError: if none of the images can be read.
     """
     total = len(images)
+
+    # Which images are kept, and the place of each among them.
     chosen = np.random.default_rng(0).permutation(total)[:keep]
     is_kept = torch.zeros(total, dtype=torch.bool)
     is_kept[torch.from_numpy(chosen)] = True
-    rank = is_kept.cumsum(0) - 1  # of each kept image among them
+    rank = is_kept.cumsum(0) - 1
+
+    # This process's images.
     collectors = [_Collector(extractor, images.size, logits) for extractor in extractors]
     loader = DataLoader(
         Subset(images, own_indices(total)),
         batch_size,
         num_workers=num_workers,
         collate_fn=skip_missing,
-        generator=torch.Generator(),  # the global one belongs to training
+        generator=torch.Generator(),  # the global random numbers belong to training
     )
     places, digests = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     for batch in tqdm(loader, desc=description, disable=not process_state().is_main_process):
@@ -82,54 +89,72 @@ def image_statistics(
         digests.append(pixel_digests(batch["image"]))
         for collector in collectors:
             collector.add(batch["image"], is_kept[batch["index"]])
+
+    # All processes' images.
     places = torch.cat(places)
     digests = gather_rows(torch.cat(digests), places, total)
     if not len(digests):
-        raise DataError("not one of the images can be read")
+        raise DataError("none of the images can be read")
     ranks, digest = rank[places[is_kept[places]]], combined_digest(digests)
     return [collector.finish(ranks, len(chosen), digest) for collector in collectors]
 
 
 class _Collector:
-    """What one process sees through one extractor."""
+    """One extractor's features of the images of one process.
+
+    Args:
+        size: height and width of the images. logits: whether they are kept.
+    """
 
     def __init__(self, extractor: FeatureExtractor, size: tuple[int, int], logits: bool):
         self.extractor = extractor
-        empty = extractor(torch.zeros(1, 3, *size, dtype=torch.uint8))  # for the shapes: a process may see no image
-        self.rows = {key: [empty[key][:0].cpu()] for key in ("features", "logits") if key in empty}
-        if not logits:
-            self.rows.pop("logits", None)
-        self.statistics = {k: RunningStatistics(empty[k].shape[1]) for k in ("features", "spatial") if k in empty}
+        empty = extractor(torch.zeros(1, 3, *size, dtype=torch.uint8))  # for the shapes: a process may read no image
+        kept = ("features", "logits") if logits else ("features",)
+        self.rows = {name: [empty[name][:0].cpu()] for name in kept if name in empty}
+        self.statistics = {
+            name: RunningStatistics(empty[name].shape[1]) for name in ("features", "spatial") if name in empty
+        }
 
-    def add(self, images: torch.Tensor, is_kept: torch.Tensor) -> None:
-        found = {key: value.cpu() for key, value in self.extractor(images).items()}
-        for key, statistics in self.statistics.items():
-            statistics.update(found[key].numpy())
-        for key, rows in self.rows.items():
-            rows.append(found[key][is_kept])
+    def add(self, images: Tensor, is_kept: Tensor) -> None:
+        """Adds a batch: uint8 (B, 3, H, W), and (B,) bool, whether the features of an image are kept."""
+        found = {name: values.cpu() for name, values in self.extractor(images).items()}
+        for name, statistics in self.statistics.items():
+            statistics.update(found[name].numpy())
+        for name, rows in self.rows.items():
+            rows.append(found[name][is_kept])
 
-    def finish(self, ranks: torch.Tensor, kept: int, digest: str) -> ImageStatistics:
-        rows = {key: gather_rows(torch.cat(parts), ranks, kept).numpy() for key, parts in self.rows.items()}
-        moments = {key: sum_over_processes(statistics) for key, statistics in self.statistics.items()}
-        count = next(iter(moments.values())).count
-        none = (None, None)
+    def finish(self, ranks: Tensor, kept: int, digest: str) -> ImageStatistics:
+        """The statistics of all processes' images.
+
+        Args:
+            ranks: the places of this process's kept images among the `kept` of all processes.
+            digest: of the images' pixels.
+        """
+        rows = {name: gather_rows(torch.cat(parts), ranks, kept).numpy() for name, parts in self.rows.items()}
+        statistics = {name: sum_over_processes(entry) for name, entry in self.statistics.items()}
+        count = statistics["features"].count
+        moments = {name: entry.finish() for name, entry in statistics.items() if count > 1}
+        mean, covariance = moments.get("features", (None, None))
+        spatial_mean, spatial_covariance = moments.get("spatial", (None, None))
         return ImageStatistics(
-            self.extractor.name,
-            digest,
-            count,
-            *(moments["features"].finish() if count > 1 else none),
-            *(moments["spatial"].finish() if count > 1 and "spatial" in moments else none),
-            kept=rows["features"],
+            extractor=self.extractor.name,
+            hash=digest,
+            count=count,
+            mean=mean,
+            covariance=covariance,
+            spatial_mean=spatial_mean,
+            spatial_covariance=spatial_covariance,
+            features=rows["features"],
             logits=rows.get("logits"),
             weights=self.extractor.hash,
         )
 
 
 def sum_over_processes(statistics: RunningStatistics) -> RunningStatistics:
-    """The statistics of all processes' rows, on every process."""
+    """The statistics of all processes' rows together, on every process."""
     statistics.flush()
     device = process_state().device
-    device = torch.device("cpu") if device.type == "mps" else device  # it has no float64
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     statistics.count = int(reduce(torch.tensor([statistics.count], device=device), "sum").item())
     for name in ("total", "scatter"):
         values = torch.from_numpy(getattr(statistics, name)).to(device)

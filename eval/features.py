@@ -1,4 +1,4 @@
-"""Feature extractors for evaluation, their names in results, and rows that several processes computed."""
+"""Feature extractors for evaluation, what their metrics may be called, and work that processes share."""
 
 import hashlib
 from pathlib import Path
@@ -11,25 +11,26 @@ from torch import Tensor
 from favae.distributed import process_state
 from favae.errors import DataError, MissingWeights
 from favae.foundation import FoundationModel
-from favae.hashing import hash_model
+from favae.hashing import hash_file, hash_model
 
 INCEPTION = "inception"
-INCEPTION_HASH = "6726825d"  # of torch-fidelity's weights-inception-2015-12-05-6726825d.pth
-SPATIAL_CHANNELS = 7  # of sFID
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's; the digits begin its SHA-256
+INCEPTION_HASH = "6726825d"
+SPATIAL_CHANNELS = 7  # of Inception's mixed_6/conv, for sFID
 DINOV2 = "dinov2"
-DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # its class token at 224 px; timm resamples positions, see the docs
+DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # timm's; its position embeddings differ a little: docs/evaluation.md
 
 
 class FeatureExtractor:
     """uint8 images (B, 3, H, W) -> {"features": (B, D)} and, where there are any, "logits" (B, K) and "spatial" (B, S).
 
-    Everything is float32. "spatial" are the first 7 channels of Inception's mixed_6/conv, flattened position by
-    position (17 x 17 x 7 = 2,023), as ADM's sFID has them.
+    Everything is float32. "spatial" are the first 7 channels of Inception's mixed_6/conv, position by position
+    (17 x 17 x 7 = 2,023), as in ADM's sFID.
 
     Args:
         name: "inception" (the network of FID, in torch-fidelity's port), "dinov2" (ViT-L/14), "efficientnet-lite0"
-            (no network needed), or any timm model.
-        weights: a local file; None downloads.
+            (needs no network), or any timm model.
+        weights: a local file; None downloads them.
 
     Attributes:
         hash: SHA-256 of the weights.
@@ -42,14 +43,10 @@ class FeatureExtractor:
         self.name = name
         if name == INCEPTION:
             self.model = _inception(weights)
-            self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         else:
             self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights)
         self.model.to(process_state().device)
         self.hash = hash_model(self.model)
-
-    def _keep_spatial(self, module, inputs, output: Tensor) -> None:
-        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -58,21 +55,29 @@ class FeatureExtractor:
         images = images.to(process_state().device)
         with torch.backends.cudnn.flags(allow_tf32=False):
             if self.name == INCEPTION:
-                features, logits = self.model(images)
-                return {"features": features.float(), "logits": logits.float(), "spatial": self._spatial.float()}
+                return self._inception_features(images)
             features, logits = self.model.pooled(images.float() / 127.5 - 1)
         return {"features": features} if logits is None else {"features": features, "logits": logits}
 
+    def _inception_features(self, images: Tensor) -> dict[str, Tensor]:
+        hidden: list[Tensor] = []
+        hook = self.model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        features, logits = self.model(images)
+        hook.remove()
+        spatial = hidden[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order of axes
+        return {"features": features.float(), "logits": logits.float(), "spatial": spatial.float()}
+
     def metric(self, name: str) -> str:
+        """What a metric of these features may be called; see `metric_name`."""
         return metric_name(name, self.name)
 
 
-def metric_name(name: str, features: str) -> str:
-    """How a number on some features may be called: FID, KID and IS are names of Inception's numbers alone."""
-    if features == INCEPTION:
+def metric_name(name: str, extractor: str) -> str:
+    """What a metric may be called on an extractor's features: FID, KID and IS are names of Inception's alone."""
+    if extractor == INCEPTION:
         return name
     name = name.replace("FID", "FD").replace("KID", "KD")
-    return f"{name}-DINOv2" if features == DINOV2 else f"{name}({features})"
+    return f"{name}-DINOv2" if extractor == DINOV2 else f"{name}({extractor})"
 
 
 def _inception(weights: str | None) -> torch.nn.Module:
@@ -81,8 +86,8 @@ def _inception(weights: str | None) -> torch.nn.Module:
     if weights is not None:
         if not Path(weights).is_file():
             raise MissingWeights(f"weights of Inception: no such file: {weights}")
-        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-        # Checked before torch-fidelity unpickles it.
+        # Checked before torch-fidelity unpickles the file.
+        digest = hash_file(weights)
         if not digest.startswith(INCEPTION_HASH):
             raise MissingWeights(
                 f"the SHA-256 of {weights} begins with {digest[:8]}, that of FID's Inception with {INCEPTION_HASH}"
@@ -93,8 +98,8 @@ def _inception(weights: str | None) -> torch.nn.Module:
         )
     except (OSError, RuntimeError) as error:
         raise MissingWeights(
-            f"the Inception weights (weights-inception-2015-12-05-{INCEPTION_HASH}.pth, torch-fidelity) could not be "
-            f"downloaded ({type(error).__name__})"
+            f"the weights of Inception ({INCEPTION_FILE}, torch-fidelity) could not be downloaded "
+            f"({type(error).__name__})"
         ) from error
 
 
@@ -103,10 +108,10 @@ def _inception(weights: str | None) -> torch.nn.Module:
 
 
 def own_indices(total: int) -> range:
-    """The items of this process: every n-th one, from its rank on.
+    """The items of this process: every n-th one, beginning with its rank.
 
     Raises:
-        DataError: if some process would get none.
+        DataError: if a process would get none.
     """
     state = process_state()
     if total < state.num_processes:
@@ -115,22 +120,22 @@ def own_indices(total: int) -> range:
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of image `index`, whatever process and batch it is made in."""
+    """The random numbers of image `index`, in whichever process and batch it is made."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
 
 
-def gather_rows(rows: Tensor, indices: Tensor | range, total: int) -> Tensor:
-    """Puts rows that the processes computed in the order of the whole, on every process, on the CPU.
+def gather_rows(rows: Tensor, indices: Tensor, total: int) -> Tensor:
+    """Puts rows that processes computed in the order of the whole, on every process, on the CPU.
 
     Args:
-        rows: (n, ...), this process's.
-        indices: (n,), the place of each in the whole; no two processes have the same.
-        total: how many places there are; those that no process filled (unreadable images) are left out.
+        rows: (n, ...), those of this process.
+        indices: (n,), the place of each row in the whole; no two processes have the same.
+        total: the number of places. Places that no process filled (unreadable images) are left out.
     Returns:
         (at most total, ...).
     """
     device = process_state().device
-    indices = torch.as_tensor(list(indices) if isinstance(indices, range) else indices, device=device)
+    indices = indices.to(device)
     everything = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype, device=device)
     everything[indices] = rows.to(device)
     filled = torch.zeros(total, device=device)
@@ -140,13 +145,13 @@ def gather_rows(rows: Tensor, indices: Tensor | range, total: int) -> Tensor:
 
 
 def everyone(ok: bool) -> bool:
-    """Whether it went well in all processes; all must ask. So that they fail together, and none waits for another."""
+    """Whether all processes say yes. All must ask, so that they fail together and none waits for another."""
     flag = torch.tensor([float(not ok)], device=process_state().device)
     return reduce(flag, "sum").item() == 0
 
 
 def pixel_digests(images: Tensor) -> Tensor:
-    """64 bits of each image's content: uint8 (B, 3, H, W) -> int64 (B,)."""
+    """A 64-bit hash of each image's pixels: uint8 (B, 3, H, W) -> int64 (B,)."""
     digests = [hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images.cpu()]
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
 

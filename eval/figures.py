@@ -1,4 +1,4 @@
-"""The pictures of an evaluation."""
+"""The figures of an evaluation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from favae.data.images import to_uint8
 
-INK, MUTED, BASELINE, OURS = "#1a1a1a", "#777777", "#b5651d", "#1f5fa8"
-CLASSES, COLUMNS = 16, 8  # of save_samples
-ZOOM = 4  # a zoom shows a window of 1 / ZOOM of the side
+INK, MUTED = "#1a1a1a", "#777777"
+SAMPLE_ROWS, SAMPLE_COLUMNS = 16, 8  # at most, in save_samples
+ZOOM = 4  # a zoom shows a window of 1 / ZOOM of each side
 
 
 def radial_spectrum(images: Tensor) -> Tensor:
@@ -40,36 +40,38 @@ def radial_spectrum(images: Tensor) -> Tensor:
 
 
 def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Tensor], errors: Sequence[float]) -> None:
-    """A row per image: the original and each reconstruction, the same zoomed, and each absolute error.
+    """A row per image: the original and each reconstruction, the same enlarged, and each absolute error.
 
-    The zoom is where the reconstructions together miss most of the high frequencies; a frame shows it in the original.
+    What is enlarged is the window where the reconstructions together miss most of the high frequencies. A frame shows
+    it in the original.
 
     Args:
         originals, reconstructions: (N, 3, H, W) in [-1, 1].
         errors: (N,), written beside the rows.
     """
-    difference = {name: r.clamp(-1, 1) - originals for name, r in reconstructions.items()}
-    absolute = {name: d.abs().mean(dim=1) for name, d in difference.items()}
-    top = max(float(e.flatten().quantile(0.995)) for e in absolute.values())
-    windows = worst_windows(sum(high_frequency_error(d) for d in difference.values()))
+    difference = {name: images.clamp(-1, 1) - originals for name, images in reconstructions.items()}
+    absolute = {name: values.abs().mean(dim=1) for name, values in difference.items()}
+    brightest = max(float(values.flatten().quantile(0.995)) for values in absolute.values())
+    windows = worst_windows(sum(high_frequency_error(values) for values in difference.values()))
+
     shown = {"original": originals, **reconstructions}
     titles = [*shown, *(f"{name}, zoom" for name in shown), *(f"|error| {name}" for name in absolute)]
-    rows = len(originals)
-    figure, axes = plt.subplots(rows, len(titles), figsize=(1.7 * len(titles) + 0.4, 1.7 * rows + 0.4), squeeze=False)
-    for row in range(rows):
-        top_row, left, height, width = windows[row].tolist()
-        cells = [_pixels(images[row]) for images in shown.values()]
-        cells += [_pixels(images[row, :, top_row : top_row + height, left : left + width]) for images in shown.values()]
-        for axis, cell in zip(axes[row], cells):
+    size = (1.7 * len(titles) + 0.4, 1.7 * len(originals) + 0.4)
+    figure, axes = plt.subplots(len(originals), len(titles), figsize=size, squeeze=False)
+    for i, (row, window) in enumerate(zip(axes, windows.tolist())):
+        top, left, height, width = window
+        cells = [_pixels(images[i]) for images in shown.values()]
+        cells += [_pixels(images[i, :, top : top + height, left : left + width]) for images in shown.values()]
+        for axis, cell in zip(row, cells):
             axis.imshow(cell, interpolation="nearest")
-        frame = plt.Rectangle((left - 0.5, top_row - 0.5), width, height, fill=False, edgecolor="#e33", linewidth=1)
-        axes[row][0].add_patch(frame)
-        for axis, error in zip(axes[row][len(cells) :], absolute.values()):
-            axis.imshow(error[row].numpy(), cmap="magma", vmin=0, vmax=top, interpolation="nearest")
-        axes[row][0].set_ylabel(f"{errors[row]:.4f}", fontsize=8, color=MUTED)
+        frame = plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor="#e33", linewidth=1)
+        row[0].add_patch(frame)
+        for axis, values in zip(row[len(cells) :], absolute.values()):
+            axis.imshow(values[i].numpy(), cmap="magma", vmin=0, vmax=brightest, interpolation="nearest")
+        row[0].set_ylabel(f"{errors[i]:.4f}", fontsize=8, color=MUTED)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9, color=INK)
-    _finish(figure, axes, path)
+    _save_images(figure, axes, path)
 
 
 def high_frequency_error(difference: Tensor) -> Tensor:
@@ -81,7 +83,9 @@ def high_frequency_error(difference: Tensor) -> Tensor:
 def worst_windows(error: Tensor) -> Tensor:
     """(N, H, W) -> (N, 4): top, left, height and width of the window with the largest sum, of 1 / ZOOM of each side."""
     height, width = (max(1, side // ZOOM) for side in error.shape[-2:])
-    sums = F.avg_pool2d(error[:, None], (height, width), stride=1)[:, 0]
+    corner = F.pad(error.double().cumsum(1).cumsum(2), (1, 0, 1, 0))  # sums over rectangles that begin at the top left
+    right = corner[:, :, width:] - corner[:, :, :-width]
+    sums = right[:, height:] - right[:, :-height]
     best = sums.flatten(1).argmax(dim=1)
     size = torch.tensor([height, width]).expand(len(best), 2)
     return torch.cat([torch.stack([best // sums.shape[-1], best % sums.shape[-1]], dim=1), size], dim=1)
@@ -111,7 +115,7 @@ def save_spectra(path: Path, original: Tensor, reconstructions: dict[str, Tensor
 
 
 def save_latents(path: Path, spectra: dict[str, Tensor], means: dict[str, Tensor], stds: dict[str, Tensor]) -> None:
-    """Latents of each model: power per frequency relative to its mean, and each channel's mean and deviation.
+    """Latents of each model: power per frequency relative to its mean, and each channel's mean and std.
 
     Args:
         spectra: (R,) per model. means, stds: (C,) per model.
@@ -119,11 +123,11 @@ def save_latents(path: Path, spectra: dict[str, Tensor], means: dict[str, Tensor
     figure, axes = plt.subplots(1, 1 + len(spectra), figsize=(4.6 * (1 + len(spectra)), 3.8), constrained_layout=True)
     for name, spectrum in spectra.items():
         axes[0].plot(np.linspace(0, 0.5, len(spectrum)), spectrum / spectrum.mean(), marker=".", label=name)
-    axes[0].set(title="latents' power / its mean", xlabel="cycles per position", yscale="log")
+    axes[0].set(title="power of the latents / its mean", xlabel="cycles per position", yscale="log")
     axes[0].legend(fontsize=8, frameon=False)
     for axis, name in zip(axes[1:], spectra):
         axis.errorbar(np.arange(len(means[name])), means[name], stds[name], fmt="o", markersize=3, linewidth=1)
-        axis.set(title=f"{name}: mean and deviation", xlabel="latent channel")
+        axis.set(title=f"{name}: mean and std", xlabel="latent channel")
     for axis in axes:
         _tidy(axis)
     figure.savefig(path, dpi=110)
@@ -131,13 +135,15 @@ def save_latents(path: Path, spectra: dict[str, Tensor], means: dict[str, Tensor
 
 
 def save_samples(path: Path, images: Dataset, classes: Sequence[str] | None) -> None:
-    """A row of up to 8 images for each of the first 16 classes; without classes, the first images.
+    """A row of up to 8 images for each of the first 16 classes; without classes, the first 64 images.
 
     Args:
-        images: items {"image": uint8 (3, H, W)}; of classes in turn, if `classes` is given.
+        images: items {"image": uint8 (3, H, W)}; if `classes` is given, image i is of class i modulo their number.
     """
-    rows = min(CLASSES, len(classes)) if classes else min(COLUMNS, -(-len(images) // COLUMNS))
-    columns = max(1, min(COLUMNS, len(images) // len(classes))) if classes else COLUMNS
+    if classes:
+        rows, columns = min(SAMPLE_ROWS, len(classes)), max(1, min(SAMPLE_COLUMNS, len(images) // len(classes)))
+    else:
+        rows, columns = min(SAMPLE_COLUMNS, -(-len(images) // SAMPLE_COLUMNS)), SAMPLE_COLUMNS
     figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns + 1, 1.1 * rows), squeeze=False)
     for row in range(rows):
         for column in range(columns):
@@ -148,7 +154,7 @@ def save_samples(path: Path, images: Dataset, classes: Sequence[str] | None) -> 
         if classes:
             name = classes[row] if len(classes[row]) <= 24 else classes[row][:23] + "…"
             axes[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=INK)
-    _finish(figure, axes, path)
+    _save_images(figure, axes, path)
 
 
 def _pixels(image: Tensor) -> np.ndarray:
@@ -161,7 +167,7 @@ def _tidy(axis) -> None:
     axis.grid(alpha=0.25, which="both")
 
 
-def _finish(figure, axes, path: Path) -> None:
+def _save_images(figure, axes, path: Path) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         for spine in axis.spines.values():

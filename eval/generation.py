@@ -64,7 +64,7 @@ def generation_metrics(samples: ImageStatistics, reference: ImageStatistics) -> 
         )
 
     # Inception score. Consecutive splits must not follow the classes.
-    real, fake = reference.kept, samples.kept
+    real, fake = reference.features, samples.features
     if samples.logits is not None:
         order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(0)).numpy()
         metrics["IS"], metrics["IS_std"] = inception_score(samples.logits[order], splits=inception_splits(len(fake)))
@@ -82,7 +82,7 @@ def generation_metrics(samples: ImageStatistics, reference: ImageStatistics) -> 
     missing = [name for name, value in metrics.items() if value is None]
     if missing:
         logger.warning("no %s: there are too few images, or the reference lacks them", ", ".join(missing))
-    return {metric_name(name, reference.features): value for name, value in metrics.items()}
+    return {metric_name(name, reference.extractor): value for name, value in metrics.items()}
 
 
 def _frechet(*moments: np.ndarray | None) -> float | None:
@@ -129,7 +129,7 @@ def protocol_of(
         "num_images": count,
         "resolution": list(size),
         "features": {extractor.name: extractor.hash for extractor in extractors},
-        "reference": {entry.features: {"hash": entry.hash, "num_images": entry.count} for entry in references},
+        "reference": {entry.extractor: {"hash": entry.hash, "num_images": entry.count} for entry in references},
         "reference_crop": "center",
         "is_splits": inception_splits(count),
     }

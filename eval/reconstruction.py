@@ -212,7 +212,7 @@ def evaluate_reconstruction(
     for running, reference in zip(statistics, references):
         enough = running.count > 1 and reference.mean is not None
         distance = frechet_distance(reference.mean, reference.covariance, *running.finish()) if enough else None
-        metrics[metric_name("rFID", reference.features)] = distance
+        metrics[metric_name("rFID", reference.extractor)] = distance
     moments = rows["latent_moments"].double().mean(dim=0)
     return Reconstruction(
         metrics=metrics,
@@ -282,7 +282,7 @@ def evaluate_autoencoders(
         "posterior": posterior,
         "uint8": UINT8,
         "features": {extractor.name: extractor.hash for extractor in extractors},
-        "reference": {entry.features: {"hash": entry.hash, "num_images": entry.count} for entry in references},
+        "reference": {entry.extractor: {"hash": entry.hash, "num_images": entry.count} for entry in references},
         "reference_name": "the same images" if reference is None else reference.path,
         "lpips": None if lpips is None else {"vgg16": hash_model(lpips)},
     }

@@ -23,7 +23,7 @@ from favae.files import atomic_path
 from favae.hashing import hash_file
 
 NUM_REFERENCE_FEATURES = 10_000  # images that precision, recall and KID use, as in ADM's evaluator
-ARRAYS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "kept", "logits")
+ARRAYS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "features", "logits")
 
 
 class Reference:
@@ -92,20 +92,20 @@ class Reference:
             raise DataError(f"{self.path} has neither images ({IMAGES_KEY}) nor statistics (mu, sigma)")
         for i, extractor in enumerate(self.extractors):
             if extractor.name == INCEPTION and "mu" in self.names:
-                found[i] = self._adm_statistics(kept=found[i] and found[i].kept)
+                found[i] = self._adm_statistics(features=found[i] and found[i].features)
         return found
 
-    def _adm_statistics(self, kept: np.ndarray | None) -> ImageStatistics:
+    def _adm_statistics(self, features: np.ndarray | None) -> ImageStatistics:
         spatial = [read_npz(self.path, key) for key in ("mu_s", "sigma_s")] if "mu_s" in self.names else [None, None]
         return ImageStatistics(
-            features=INCEPTION,
+            extractor=INCEPTION,
             hash=hash_file(self.path),
             count=None,
             mean=read_npz(self.path, "mu"),
             covariance=read_npz(self.path, "sigma"),
             spatial_mean=spatial[0],
             spatial_covariance=spatial[1],
-            kept=kept,
+            features=features,
         )
 
     def _check_size(self, own: tuple[int, int], samples: tuple[int, int]) -> None:
@@ -130,8 +130,8 @@ def save_statistics(path: Path, statistics: Sequence[ImageStatistics], descripti
         values = asdict(entry)
         for key in ARRAYS:
             if (value := values.pop(key)) is not None:
-                tensors[f"{entry.features}.{key}"] = np.ascontiguousarray(value)
-        about[entry.features] = values
+                tensors[f"{entry.extractor}.{key}"] = np.ascontiguousarray(value)
+        about[entry.extractor] = values
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"description": json.dumps(description), "statistics": json.dumps(about)})
 

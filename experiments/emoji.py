@@ -111,8 +111,8 @@ class EmojiMetrics:
         found = self._statistics(images)
         metrics = generation_metrics(found, self.references[split])
         values = {name.lower(): metrics[self.extractor.metric(name)] for name in ("FID", "IS", "precision", "recall")}
-        gallery = self.references["training"].kept
-        return values | retrieval_rates(found.kept, self.emoji.prompted[split], self.emoji, gallery)
+        gallery = self.references["training"].features
+        return values | retrieval_rates(found.features, self.emoji.prompted[split], self.emoji, gallery)
 
     def both(self, images: Tensor) -> dict:
         """Metrics of all emoji, changed in some way, as if each had been generated for its name."""

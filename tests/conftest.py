@@ -1,7 +1,9 @@
 """Tiny models and data that many tests share."""
 
 import importlib
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -169,6 +172,37 @@ def command_error(*words: str | Path) -> str:
     message = str(error.value.code)
     assert message.startswith("error: ") and len(message.splitlines()) == 1
     return message
+
+
+def command_in_processes(count: int, *words: str | Path) -> list[str | int]:
+    """Runs a subcommand of `favae` in processes that share the work, as torchrun starts them, and returns what each
+    exits with: 0 or its message. They are forks of this process, which has imported everything already."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    arguments = (count, port, [str(word) for word in words], results)
+    processes = [context.Process(target=_be_one_of, args=(rank, *arguments), daemon=True) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0, f"a process ended with {process.exitcode}"
+    return [code for _, code in sorted(results.get() for _ in processes)]
+
+
+def _be_one_of(rank: int, count: int, port: int, words: list[str], results) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState._reset_state()  # of the process this one is a fork of
+    try:
+        cli.main(words)
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    results.put((rank, code))
+    torch.distributed.destroy_process_group()
 
 
 def train(script: str, *arguments: str | Path) -> None:

@@ -142,7 +142,7 @@ def open_lpips(weights: str | None) -> LPIPS | None:
     from favae.losses.perceptual import LPIPS, cached_vgg16
 
     if weights is None and not cached_vgg16():
-        logger.warning("no LPIPS: VGG16's weights are not cached; name them by --lpips-weights FILE or download")
+        logger.warning("no LPIPS: VGG16's weights are not cached; --lpips-weights FILE names them, or 'download'")
         return None
     with hint("--lpips-weights FILE takes a local file"):
         return LPIPS(None if weights == "download" else weights or cached_vgg16()).to(process_state().device)
@@ -240,4 +240,4 @@ def reference_statistics(arguments: argparse.Namespace) -> None:
         description = {"data": data_name(arguments), "resolution": arguments.resolution, "crop": "center"}
         save_statistics(arguments.output, found, description)
         for entry in found:
-            print(f"{entry.features}: {entry.count:,} images, pixels {entry.hash[:12]}")
+            print(f"{entry.extractor}: {entry.count:,} images, pixels {entry.hash[:12]}")

@@ -91,21 +91,21 @@ def test_statistics_of_a_set_keep_its_order_and_digest(extractor, tmp_path):
     images = CroppedImages(ImageDataset(open_source(str(folder)), 16))
     (whole,) = image_statistics(images, [extractor], batch_size=5, logits=True)
     (other,) = image_statistics(images, [extractor], batch_size=3, num_workers=1)
-    assert whole.kept.shape == (12, 1280) and whole.logits.shape == (12, 1000) and whole.hash == other.hash
-    assert np.allclose(whole.kept, other.kept, atol=1e-4) and other.logits is None
+    assert whole.features.shape == (12, 1280) and whole.logits.shape == (12, 1000) and whole.hash == other.hash
+    assert np.allclose(whole.features, other.features, atol=1e-4) and other.logits is None
     found = extractor(images[7]["image"][None])
-    assert np.allclose(whole.kept[7], found["features"][0], atol=1e-4)
+    assert np.allclose(whole.features[7], found["features"][0], atol=1e-4)
     assert np.allclose(whole.logits[7], found["logits"][0], atol=1e-3)
-    mean, covariance = feature_statistics(whole.kept)
+    mean, covariance = feature_statistics(whole.features)
     assert np.allclose(whole.mean, mean) and np.allclose(whole.covariance, covariance)
 
     (some,) = image_statistics(images, [extractor], keep=4)  # always the same four, in their order
-    assert some.kept.shape == (4, 1280) and np.allclose(some.covariance, covariance, atol=1e-6)
-    places = [int(np.abs(whole.kept - row).sum(axis=1).argmin()) for row in some.kept]
-    assert places == sorted(set(places)) and np.allclose(some.kept, whole.kept[places], atol=1e-4)
+    assert some.features.shape == (4, 1280) and np.allclose(some.covariance, covariance, atol=1e-6)
+    places = [int(np.abs(whole.features - row).sum(axis=1).argmin()) for row in some.features]
+    assert places == sorted(set(places)) and np.allclose(some.features, whole.features[places], atol=1e-4)
 
     broken = images.images.source.files[5]
     broken.write_bytes(broken.read_bytes()[:300])
     (rest,) = image_statistics(images, [extractor], batch_size=5)
     assert rest.count == 11 and rest.hash != whole.hash
-    assert np.allclose(rest.kept, np.delete(whole.kept, 5, axis=0), atol=1e-4)
+    assert np.allclose(rest.features, np.delete(whole.features, 5, axis=0), atol=1e-4)

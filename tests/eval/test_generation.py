@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LIGHTNINGDIT, TINY_VQ, command, command_error, run, write_images
+from conftest import TINY_LIGHTNINGDIT, TINY_VQ, command, command_error, command_in_processes, write_images
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tiny_text import save_bert
@@ -166,7 +166,7 @@ def test_references_agree_whatever_they_are_read_from(extractor, tmp_path):
         return Reference(str(tmp_path / name), [by], lambda: source).statistics((size, size))
 
     (direct,) = reference("images")
-    assert direct.count == 12 and direct.kept.shape == (12, 1280) and direct.spatial_mean is None
+    assert direct.count == 12 and direct.features.shape == (12, 1280) and direct.spatial_mean is None
     save_statistics(tmp_path / "r.safetensors", [direct], {"data": "x", "resolution": 16, "crop": "center"})
     (saved,) = reference("r.safetensors")
     assert saved.hash == direct.hash and np.array_equal(saved.covariance, direct.covariance)
@@ -208,7 +208,7 @@ def test_adm_statistics_are_the_reference_and_their_images_only_for_precision(tm
     np.savez(tmp_path / "samples.npz", arr_0=images[:20])
     (reference,) = Reference(str(tmp_path / "adm.npz"), [Named()]).statistics((8, 8))
     assert reference.count is None and np.array_equal(reference.mean, statistics["mu"])
-    assert np.array_equal(reference.spatial_covariance, np.eye(2)) and reference.kept.shape == (30, 4)
+    assert np.array_equal(reference.spatial_covariance, np.eye(2)) and reference.features.shape == (30, 4)
     metrics, count = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
     assert count == 20 and set(metrics) == {
         "FID", "sFID", "IS", "IS_std", "precision", "recall", "KID", "KID_std"
@@ -226,13 +226,13 @@ def test_too_few_images_leave_out_a_measure_and_keep_the_rest(caplog):
 
     def statistics(count: int, logits=None) -> ImageStatistics:
         rows = rng.normal(size=(count, 4))
-        return ImageStatistics("inception", "", count, *feature_statistics(rows), kept=rows, logits=logits)
+        return ImageStatistics("inception", "", count, *feature_statistics(rows), features=rows, logits=logits)
 
     metrics = generation_metrics(statistics(3, rng.normal(size=(3, 5))), statistics(50))
     assert metrics["FID"] > 0 and metrics["IS"] >= 1 and metrics["KID"] is not None
     assert metrics["precision"] is None and "precision, recall" in caplog.text
     assert "sFID" not in metrics and "IS" not in generation_metrics(statistics(50), statistics(50))
-    single = ImageStatistics("inception", "", 1, None, None, kept=np.zeros((1, 4)))
+    single = ImageStatistics("inception", "", 1, None, None, features=np.zeros((1, 4)))
     assert generation_metrics(single, statistics(50)) == dict.fromkeys(("FID", "precision", "recall", "KID", "KID_std"))
 
 
@@ -247,7 +247,7 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):
     command(*common, "--reference", images, "--write-npz", "--output", one)
     printed = capsys.readouterr().out
     assert "FD(efficientnet-lite0)" in printed and "FID" not in printed
-    run("-m", "favae", *common, "--reference", statistics, "--output", two, processes=2)
+    assert command_in_processes(2, *common, "--reference", statistics, "--output", two) == [0, 0]
     for folder in ("guidance_scale-1.0-seed-0", "guidance_scale-2.0-seed-0"):
         first, second = pixels(one / "samples" / folder), pixels(two / "samples" / folder)
         assert len(first) == 14 and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
