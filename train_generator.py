@@ -35,7 +35,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEu
 from torch import nn
 from torchvision.utils import save_image
 
-from favae.adapters.diffusers import fold_latent_statistics
+from favae.adapters.pipelines import fold_latent_statistics
 from favae.autoencoders import spatial_compression_ratio
 from favae.data.captions import first_captions
 from favae.data.images import ImageDataset

@@ -332,7 +332,7 @@ def table_row(row: dict) -> dict[str, str]:
         "model": row["model"],
         **shown_metrics(row),
         "floats/image": latent,
-        "f": str(row["factor"]),
+        "f": str(row["spatial_compression_ratio"]),
         "parameters": f"{row['params'] / 1e6:.2f}M",
         "GFLOP": f"{row['flops'] / 1e9:.2f}",
         "images/s": f"{row['images_per_second'] or 0:.1f}",

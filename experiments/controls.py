@@ -7,6 +7,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, start_linear
+from favae.models.sizes import compression_ratio
 from favae.wavelets import WaveletBands
 
 
@@ -65,7 +66,7 @@ class ControlAutoencoder(AutoencoderKL):
         # The wavelet transform halves the image itself, so the first level goes.
         channels = in_channels * 4 if wavelet else in_channels
         widths = block_out_channels[1:] if wavelet else block_out_channels
-        stride = 2 ** (len(block_out_channels) - 1)
+        stride = compression_ratio(len(block_out_channels))
         common = {"layers_per_block": 1, "norm_num_groups": 8}
         bands = WaveletBands("haar", 1, 2.0, 0.5) if wavelet else None
 

@@ -29,7 +29,7 @@ from experiments.equal_budget import HIGH_BAND_LOSS, PLAIN
 from experiments.report import format_table, full_table, save_strips, short_table
 from experiments.rows import Comparison, Task, main
 from experiments.tokenizers import Variant, compare_speed, load_photos, mean_errors
-from favae.adapters.diffusers import swap_vae
+from favae.adapters.pipelines import swap_vae
 from favae.training.models import find_model_class
 
 RUNS = ROOT / "runs/decoder_only"
@@ -38,7 +38,7 @@ STEPS = 2_000  # of the stock autoencoder, and of each decoder afterwards
 NUM_IMAGES = 270
 SAMPLING = {"guidance_scale": 1.5, "num_inference_steps": 20}
 FROZEN = {"from_autoencoder_kl": str(PRETRAINED / "final")}
-WAVELET = {"name": "AutoencoderKLFA", **FROZEN, "high_block_out_channels": [24, 48, 128]}  # FLOPs within 5 %
+WAVELET = {"name": "AsymmetricAutoencoderKLFA", **FROZEN, "high_block_out_channels": [24, 48, 128]}  # FLOPs within 5 %
 
 VARIANTS = {
     "stock": Variant({"name": "AutoencoderKL", **FROZEN}, "its own decoder, trained on", {"kl": 0.0}),

@@ -10,9 +10,11 @@ import lazy_loader
 from favae.pipelines.discovery import make_known_to_diffusers
 
 if TYPE_CHECKING:
+    from favae.models import AsymmetricAutoencoderKLFA as AsymmetricAutoencoderKLFA
     from favae.models import AutoencoderKLFA as AutoencoderKLFA
     from favae.models import CATTransformerModel as CATTransformerModel
     from favae.models import LightningDiTTransformer2DModel as LightningDiTTransformer2DModel
+    from favae.models import TwoBranchAutoencoderKL as TwoBranchAutoencoderKL
     from favae.models import VQModelFA as VQModelFA
     from favae.pipelines import CATPipeline as CATPipeline
     from favae.pipelines import LightningDiTPipeline as LightningDiTPipeline
@@ -22,7 +24,14 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "models": ["AutoencoderKLFA", "CATTransformerModel", "LightningDiTTransformer2DModel", "VQModelFA"],
+        "models": [
+            "AsymmetricAutoencoderKLFA",
+            "AutoencoderKLFA",
+            "CATTransformerModel",
+            "LightningDiTTransformer2DModel",
+            "TwoBranchAutoencoderKL",
+            "VQModelFA",
+        ],
         "pipelines": ["CATPipeline", "LightningDiTPipeline"],
         "wavelets": ["InverseWaveletTransform2D", "WaveletTransform2D"],
     },

@@ -1,12 +1,13 @@
-"""Any diffusers autoencoder of images behind the same few functions: their outputs, ranges and factors differ.
+"""The same few functions for any diffusers autoencoder of images, whose outputs and value ranges differ.
 
-`AutoencoderKL` and its relatives give a posterior, `AutoencoderTiny` and `VQModel` latents, `AutoencoderDC` and
-`AutoencoderRAE` a latent; `AutoencoderRAE` works in [0, 1], the others in [-1, 1]. Scaling factors, shifts and latent
-statistics belong to generators: an autoencoder's own `decode` takes what its `encode` gives.
+`encode` of `AutoencoderKL` and its relatives gives `latent_dist`, that of `AutoencoderTiny` and `VQModel` `latents`,
+that of `AutoencoderDC` and `AutoencoderRAE` `latent`. `AutoencoderRAE` works in [0, 1], the others in [-1, 1]. Scaling
+factors, shifts and latent statistics belong to generators: here `decode` takes what `encode` gives.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import diffusers
 import torch
@@ -16,32 +17,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from favae.errors import ModelError
 from favae.models import VQModelFA
+from favae.models.sizes import compression_ratio
 
 
 def load_autoencoder(path: str) -> ModelMixin:
-    """Opens an autoencoder by the class named in its config: ours, or any of diffusers.
+    """Opens an autoencoder as the class that its config names: one of ours, or any of diffusers.
 
     Args:
-        path: a folder or a hub name; of a pipeline, its `vae` is taken.
+        path: a folder or a hub name. The autoencoder of a saved pipeline is its `vae`.
 
     Raises:
-        ModelError: if there is none.
+        ModelError: if there is no autoencoder, or it cannot be opened.
     """
     import favae
 
     name = "model"
     try:
-        try:  # by a class that keeps its config's name: AutoModel's becomes model_index.json once it has read one
+        try:
+            # AutoModel.load_config would do, but once it has read a pipeline's index it goes on reading such files.
             options, config = {}, diffusers.AutoencoderKL.load_config(path)
         except OSError:
-            options = {"subfolder": "vae"}  # of a pipeline
+            options = {"subfolder": "vae"}
             config = diffusers.AutoencoderKL.load_config(path, **options)
         name = config["_class_name"]
-        kind = getattr(favae, name, None) or getattr(diffusers, name)
-        if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
-            raise ModelError(f"{path}: a {name} is no autoencoder")
-        return kind.from_pretrained(path, **options).eval()
-    except NameError as error:  # diffusers' RAE without transformers
+        model_class = getattr(favae, name, None) or getattr(diffusers, name)
+        if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
+            raise ModelError(f"{path}: a {name} is not an autoencoder")
+        return model_class.from_pretrained(path, **options).eval()
+    except NameError as error:  # AutoencoderRAE uses names of transformers that it could not import
         raise ModelError(f"{path}: a {name} needs the package transformers ({error})") from error
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise ModelError(f"{path}: no autoencoder could be opened here ({_first_line(error)})") from error
@@ -55,12 +58,12 @@ def spatial_compression_ratio(vae: ModelMixin) -> int:
     """
     if hasattr(vae, "spatial_compression_ratio"):
         return int(vae.spatial_compression_ratio)
+    config = vae.config
     for widths in ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels"):
-        if widths in vae.config:
-            return 2 ** (len(vae.config[widths]) - 1)
+        if widths in config:
+            return compression_ratio(len(config[widths]))
     if isinstance(vae, getattr(diffusers, "AutoencoderRAE", ())):
-        # The image is resized for the encoder, which gives one latent per patch.
-        config = vae.config
+        # the image is resized for the encoder, which gives one latent per patch
         patches = config.encoder_input_size // config.encoder_patch_size
         return (config.image_size or config.patch_size * patches) // patches
     raise ModelError(f"the spatial compression ratio of a {type(vae).__name__} is not known")
@@ -69,16 +72,16 @@ def spatial_compression_ratio(vae: ModelMixin) -> int:
 def encode(
     vae: ModelMixin,
     images: Tensor,
-    posterior: str = "mode",
+    posterior: Literal["mode", "sample"] = "mode",
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
-    """Images to what `decode` takes.
+    """Encodes images to latents that `decode` takes.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
-        posterior: "mode" (the mean) or "sample"; autoencoders without a posterior have one latent.
+        posterior: "mode" (the mean) or "sample"; it does not matter for autoencoders without a posterior.
     Returns:
-        (B, C, h, w), the autoencoder's dtype.
+        (B, C, h, w), in the autoencoder's dtype.
     """
     images = images.to(vae.dtype)
     output = vae.encode((images + 1) / 2 if _unit_range(vae) else images)
@@ -89,7 +92,7 @@ def encode(
 
 
 def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
-    """Latents of `encode` to images around [-1, 1], unclamped, float32. Codebooks quantise them first."""
+    """Decodes latents of `encode` to images around [-1, 1], unclamped, float32. Codebook models quantize them first."""
     images = vae.decode(latents).sample.float()
     return images * 2 - 1 if _unit_range(vae) else images
 
@@ -97,14 +100,15 @@ def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
 def reconstruct(
     vae: ModelMixin,
     images: Tensor,
-    posterior: str = "mode",
+    posterior: Literal["mode", "sample"] = "mode",
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> the same, unclamped, float32."""
+    """Encodes and decodes (B, 3, H, W) in [-1, 1]; the result is not clamped, float32."""
     return decode(vae, encode(vae, images, posterior, generator))
 
 
 def _unit_range(vae: ModelMixin) -> bool:
+    """Whether the autoencoder takes and gives images in [0, 1]."""
     return isinstance(vae, getattr(diffusers, "AutoencoderRAE", ()))
 
 
@@ -113,14 +117,14 @@ class Budget:
     """What an autoencoder costs for one square image.
 
     Attributes:
-        factor: pixels per latent position and side.
-        floats_per_image: numbers in the latent; None for a codebook.
-        tokens_per_image, bits_per_image: of a codebook, otherwise None.
-        params: parameters.
-        flops: of encoding and decoding; a multiplication and an addition are two.
+        spatial_compression_ratio: image pixels per latent along each side.
+        floats_per_image: numbers in the latent; None for a codebook model.
+        tokens_per_image, bits_per_image: for a codebook model, otherwise None.
+        params: number of parameters.
+        flops: of encoding and decoding; a multiplication and an addition count as two.
     """
 
-    factor: int
+    spatial_compression_ratio: int
     floats_per_image: int | None
     tokens_per_image: int | None
     bits_per_image: float | None
@@ -129,7 +133,7 @@ class Budget:
 
     @property
     def latent(self) -> str:
-        """For people."""
+        """The size of the latent in words."""
         if self.tokens_per_image is None:
             return f"{self.floats_per_image:,} floats"
         return f"{self.tokens_per_image:,} tokens of {self.bits_per_image / self.tokens_per_image:.4g} bits"
@@ -137,49 +141,58 @@ class Budget:
 
 @torch.no_grad()
 def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
-    """Runs an autoencoder once on an empty image, and looks. Works on the meta device too.
+    """Encodes and decodes one black image, and counts. It works on the meta device, too.
 
     Raises:
-        ModelError: if it takes no RGB images of this size, or gives them back in another.
+        ModelError: if the autoencoder does not take RGB images of this size, or gives them back in another.
     """
     name, size = type(vae).__name__, (1, 3, resolution, resolution)
     channels = vae.config.get("in_channels", 3)
     if channels != 3:
         raise ModelError(f"this {name} takes images of {channels} channels, not of 3")
-    image = torch.zeros(size, device=vae.device, dtype=vae.dtype)
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside it
-    try:
-        with FlopCounterMode(display=False) as counter:
-            latents = encode(vae, image)
-            if _codebook(vae) and not vae.config.get("lookup_from_codebook"):  # without the search in the codebook
-                output = vae.decode(latents, force_not_quantize=True).sample
-            else:
-                output = decode(vae, latents)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"this {name} takes no images of {resolution} px: {_first_line(error)}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    latents, output, flops = _count_round_trip(vae, torch.zeros(size, device=vae.device, dtype=vae.dtype))
     if latents.ndim != 4:
-        raise ModelError(f"this {name} has latents of shape {tuple(latents.shape)}, not an image's (B, C, h, w)")
-    factor = round(resolution / latents.shape[-1])
+        raise ModelError(f"this {name} has latents of shape {tuple(latents.shape)}, not (B, C, h, w) as images have")
+
+    # the sizes of the latents and of the image that comes back
+    ratio = round(resolution / latents.shape[-1])
     if tuple(output.shape) != size:
         found = output.shape[-1]
-        remedy = f"{found}" if found > resolution else f"a multiple of {factor}"  # the first has one size only
+        # an autoencoder that gives larger images back has one size only
+        possible = f"{found}" if found > resolution else f"a multiple of {ratio}"
         raise ModelError(
-            f"this {name} gives images of {resolution} px back at {found} px; the resolution must be {remedy} "
+            f"this {name} gives images of {resolution} px back at {found} px; the resolution must be {possible} "
             "for this autoencoder"
         )
     codebook = _codebook(vae)
     positions = latents.shape[-2] * latents.shape[-1]
     return Budget(
-        factor=factor,
+        spatial_compression_ratio=ratio,
         floats_per_image=None if codebook else latents[0].numel(),
         tokens_per_image=codebook[0] * positions if codebook else None,
         bits_per_image=codebook[0] * positions * math.log2(codebook[1]) if codebook else None,
         params=vae.num_parameters(),
-        flops=counter.get_total_flops(),
+        flops=flops,
     )
+
+
+def _count_round_trip(vae: ModelMixin, image: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Latents, the image that comes back, and the FLOPs of both, without the search in a codebook."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside it
+    try:
+        with FlopCounterMode(display=False) as counter:
+            latents = encode(vae, image)
+            if _codebook(vae) and not vae.config.get("lookup_from_codebook"):
+                output = vae.decode(latents, force_not_quantize=True).sample
+            else:
+                output = decode(vae, latents)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        size = image.shape[-1]
+        raise ModelError(f"this {type(vae).__name__} takes no images of {size} px: {_first_line(error)}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return latents, output, counter.get_total_flops()
 
 
 def _codebook(vae: ModelMixin) -> tuple[int, int] | None:

@@ -5,19 +5,23 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from favae.models.asymmetric_autoencoder_kl_fa import AsymmetricAutoencoderKLFA as AsymmetricAutoencoderKLFA
     from favae.models.autoencoder_kl_fa import AutoencoderKLFA as AutoencoderKLFA
     from favae.models.cat_transformer import CATTransformerModel as CATTransformerModel
     from favae.models.lightningdit_transformer_2d import (
         LightningDiTTransformer2DModel as LightningDiTTransformer2DModel,
     )
+    from favae.models.two_branch_autoencoder_kl import TwoBranchAutoencoderKL as TwoBranchAutoencoderKL
     from favae.models.vq_model_fa import VQModelFA as VQModelFA
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "asymmetric_autoencoder_kl_fa": ["AsymmetricAutoencoderKLFA"],
         "autoencoder_kl_fa": ["AutoencoderKLFA"],
         "cat_transformer": ["CATTransformerModel"],
         "lightningdit_transformer_2d": ["LightningDiTTransformer2DModel"],
+        "two_branch_autoencoder_kl": ["TwoBranchAutoencoderKL"],
         "vq_model_fa": ["VQModelFA"],
     },
 )

@@ -1,51 +1,47 @@
 """Frequency complement modules, the decoder that carries them, and the features that spectrum losses compare."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-KINDS = ("conv", "res", "attn")
-
-
-def check_widths(name: str, widths: Sequence[int], norm_num_groups: int) -> None:
-    """Raises ValueError for widths that cannot be normalised in groups."""
-    if any(width % norm_num_groups for width in widths):
-        raise ValueError(f"{name} must be multiples of norm_num_groups = {norm_num_groups}, got {tuple(widths)}")
+ComplementType = Literal["conv", "res", "attn"]
 
 
 class FrequencyComplement(nn.Module):
-    """Adds to a decoder's features what an encoder's had and they lack; a spectrum loss tells it what that is.
+    """Adds to a decoder's features what an encoder's features have and they lack; a spectrum loss trains it to.
 
-    "conv": h + B(h), the loss sees B(h), the complement. Its last layer starts at zero, so that a trained decoder
+    "conv": h + B(h); the loss sees B(h), the complement. Its last layer starts at zero, so that a trained decoder
         decodes as before.
-    "res": h + B(h), the loss sees the sum. The same image as "conv"; only what the loss constrains differs.
-    "attn": GroupNorm and a transformer layer over the positions in place of h, the loss sees the result; cost grows
-        with the square of the positions. "attn" is for the three stages at the latent's size; the last is a "res".
-        torch's layer goes past the hooks of its own leaves: no offloading at leaf level.
+    "res": h + B(h); the loss sees the sum. The image is the same as with "conv", only the loss constrains another
+        tensor.
+    "attn": GroupNorm and a transformer layer over the positions take the place of h; the loss sees the result. The cost
+        grows with the square of the number of positions. torch's transformer layer does not call its own leaves, so
+        offloading at leaf level does not work.
 
-    B is two times GroupNorm, SiLU, 3x3 convolution. The loss looks at the output of `constrained`; the decoder's own
+    B is twice GroupNorm, SiLU and a 3x3 convolution. The loss looks at the output of `constrained`. The decoder's own
     path is never blurred, and the encoder's features are not used to decode.
 
     Args:
-        kind: one of the three.
+        type: one of the three.
         channels: in and out.
-        groups: of the norm; the largest common divisor with `channels` is taken.
+        groups: of the norm; the greatest common divisor with `channels` is taken.
 
-    Source: Lin et al., CVPR 2023 (arXiv 2305.02541); the zero start is ours.
+    Raises:
+        ValueError: for another type.
+    Source: Lin et al., CVPR 2023 (arXiv 2305.02541); the start at zero is ours.
     """
 
-    def __init__(self, kind: str, channels: int, groups: int = 32, dropout: float = 0.0):
+    def __init__(self, type: ComplementType, channels: int, groups: int = 32, dropout: float = 0.0):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"frequency_complement must be one of {', '.join(KINDS)} or None, got {kind!r}")
-        self.kind = kind
+        if type not in ("conv", "res", "attn"):
+            raise ValueError(f"frequency_complement must be 'conv', 'res', 'attn' or None, got {type!r}")
+        self.type = type
         groups = math.gcd(channels, groups)
-        if kind == "attn":
+        if type == "attn":
             heads = math.gcd(channels, 8)
             self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
             self.block = nn.TransformerEncoderLayer(channels, heads, dim_feedforward=2048, batch_first=True)
@@ -53,18 +49,18 @@ class FrequencyComplement(nn.Module):
             self.block = ResnetBlock2D(
                 in_channels=channels, temb_channels=None, groups=groups, eps=1e-6, dropout=dropout
             )
-        if kind == "conv":
+        if type == "conv":
             nn.init.zeros_(self.block.conv2.weight)
             nn.init.zeros_(self.block.conv2.bias)
 
     @property
     def constrained(self) -> nn.Module:
         """The module whose output a spectrum loss compares with the encoder's."""
-        return self.block.conv2 if self.kind == "conv" else self
+        return self.block.conv2 if self.type == "conv" else self
 
     def forward(self, sample: Tensor) -> Tensor:
         """(B, C, H, W) -> the same."""
-        if self.kind != "attn":
+        if self.type != "attn":
             return self.block(sample, None)
         tokens = self.norm(sample).flatten(2).transpose(1, 2)  # (B, HW, C)
         return self.block(tokens).transpose(1, 2).unflatten(2, sample.shape[-2:])
@@ -73,113 +69,115 @@ class FrequencyComplement(nn.Module):
 class ComplementedDecoder(Decoder):
     """diffusers' `Decoder` with a `FrequencyComplement` at each of its four stage boundaries.
 
-    latent -FCM1-> conv_in -FCM2-> mid block -FCM3-> up blocks -FCM4-> norm, activation, conv_out
+    latent -> complement 0 -> conv_in -> complement 1 -> mid block -> complement 2 -> up blocks -> complement 3 -> norm,
+    activation, conv_out. With "attn" the last one, at the size of the image, is a "res".
 
     Args:
-        frequency_complement: the kind.
-        Others as for `Decoder`.
+        in_channels, out_channels, up_block_types, block_out_channels, layers_per_block, norm_num_groups: as for
+            `Decoder`.
+        frequency_complement: the type of the complements; None puts identities in their places.
+        latent_norm_num_groups: of the norms in the first complement; None takes the greatest common divisor of
+            `in_channels` and `norm_num_groups`.
     """
 
     def __init__(
         self,
+        *,
         in_channels: int,
         out_channels: int,
         up_block_types: tuple[str, ...],
         block_out_channels: tuple[int, ...],
-        *,
-        frequency_complement: str,
-        norm_num_groups: int = 32,
-        **settings,
+        layers_per_block: int,
+        norm_num_groups: int,
+        frequency_complement: ComplementType | None,
+        latent_norm_num_groups: int | None = None,
     ):
         super().__init__(
-            in_channels, out_channels, up_block_types, block_out_channels, norm_num_groups=norm_num_groups, **settings
+            in_channels=in_channels,
+            out_channels=out_channels,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
         )
-        kind, deepest = frequency_complement, block_out_channels[-1]
+        if frequency_complement is None:
+            self.complements = nn.ModuleList(nn.Identity() for _ in range(4))
+            return
+        deepest, last = block_out_channels[-1], block_out_channels[0]
         self.complements = nn.ModuleList(
-            [FrequencyComplement(kind, channels, norm_num_groups) for channels in (in_channels, deepest, deepest)]
+            [
+                FrequencyComplement(frequency_complement, in_channels, latent_norm_num_groups or norm_num_groups),
+                FrequencyComplement(frequency_complement, deepest, norm_num_groups),
+                FrequencyComplement(frequency_complement, deepest, norm_num_groups),
+            ]
         )
-        last = ("res", block_out_channels[0], norm_num_groups, 0.1) if kind == "attn" else None
-        self.complements.append(FrequencyComplement(*(last or (kind, block_out_channels[0], norm_num_groups))))
+        if frequency_complement == "attn":
+            self.complements.append(FrequencyComplement("res", last, norm_num_groups, dropout=0.1))
+        else:
+            self.complements.append(FrequencyComplement(frequency_complement, last, norm_num_groups))
 
     def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
-
-        def run(block: nn.Module, *inputs) -> Tensor:
-            return self._gradient_checkpointing_func(block, *inputs) if checkpointing else block(*inputs)
-
-        sample = self.conv_in(run(self.complements[0], sample))
-        sample = run(self.mid_block, run(self.complements[1], sample), latent_embeds)
-        sample = run(self.complements[2], sample)
+        """(B, C', h, w) -> (B, C, f h, f w)."""
+        sample = self.conv_in(self._run(self.complements[0], sample))
+        sample = self._run(self.mid_block, self._run(self.complements[1], sample), latent_embeds)
+        sample = self._run(self.complements[2], sample)
         for block in self.up_blocks:
-            sample = run(block, sample, latent_embeds)
-        sample = run(self.complements[3], sample)
+            sample = self._run(block, sample, latent_embeds)
+        sample = self._run(self.complements[3], sample)
         return self.conv_out(self.conv_act(self.conv_norm_out(sample)))
 
-
-class Branch(NamedTuple):
-    """An encoder, the decoder that mirrors it, and the latent channels the decoder reads."""
-
-    encoder: Encoder
-    decoder: Decoder
-    latents: slice = slice(None)
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """Runs a block, with gradient checkpointing where it is enabled."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
 
 
 class FeatureRecorder:
     """Records what a spectrum loss compares: features A_i of an encoder with C_{3-i} of its decoder, one pass of each.
 
-    A_0 follows the encoder's first convolution, A_1 all down blocks, A_2 the mid block, and A_3 is the latent as it is
-    before noise or quantisation; C_0 ... C_3 are the decoder's complements in order. Four pairs per branch:
+    A_0 follows the encoder's first convolution, A_1 all down blocks, A_2 the mid block, and A_3 is the latent before
+    noise or quantization; C_0 ... C_3 are the decoder's complements in order.
 
-        with FeatureRecorder(vae.branches) as recorder:
-            posterior = vae.encode(images).latent_dist
-            vae.decode(posterior.sample())
-        complements, activations = recorder.pairs(posterior.mean)
+        with FeatureRecorder(vae.encoder, vae.decoder) as recorder:
+            latents = vae.encode(images).latents
+            vae.decode(latents)
+        complements, activations = recorder.pairs(latents)
 
     Raises:
-        ValueError: if a decoder has no complements.
+        ValueError: if the decoder has no complements.
     Source: Lin et al., CVPR 2023; their code pairs tensors as here, but blurs the two of a pair differently.
     """
 
     LEVELS = 4
 
-    def __init__(self, branches: Sequence[Branch]):
-        if not all(isinstance(branch.decoder, ComplementedDecoder) for branch in branches):
+    def __init__(self, encoder: Encoder, decoder: ComplementedDecoder):
+        if not all(isinstance(module, FrequencyComplement) for module in decoder.complements):
             raise ValueError("features can be compared only where the decoder has frequency_complement modules")
-        self.branches = branches
+        self.of_encoder = [encoder.conv_in, encoder.down_blocks[-1], encoder.mid_block]
+        self.of_decoder = [complement.constrained for complement in reversed(decoder.complements)]
 
     def __enter__(self) -> "FeatureRecorder":
         self._features: dict[nn.Module, Tensor] = {}
-        self._handles = []
-        for branch in self.branches:
-            for module in (*self._encoder_modules(branch), *self._decoder_modules(branch)):
-                self._handles.append(module.register_forward_hook(self._keep))
+        modules = [*self.of_encoder, *self.of_decoder]
+        self._handles = [module.register_forward_hook(self._record) for module in modules]
         return self
 
     def __exit__(self, *exception) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _keep(self, module: nn.Module, inputs, output: Tensor) -> None:
-        self._features.setdefault(module, output)  # of the first pass, whatever is decoded after it
-
-    @staticmethod
-    def _encoder_modules(branch: Branch) -> tuple[nn.Module, ...]:
-        return branch.encoder.conv_in, branch.encoder.down_blocks[-1], branch.encoder.mid_block
-
-    @staticmethod
-    def _decoder_modules(branch: Branch) -> list[nn.Module]:
-        return [complement.constrained for complement in branch.decoder.complements]
+    def _record(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        """Keeps the output of the first pass, whatever is decoded after it."""
+        self._features.setdefault(module, output)
 
     def pairs(self, latents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """
         Args:
-            latents: (B, C, h, w), before noise or quantisation.
+            latents: (B, C, h, w), before noise or quantization.
         Returns:
-            complements and activations, four per branch, the image's side first; (B, C_i, H_i, W_i) each.
+            Complements and activations, four each, the image's side first; (B, C_i, H_i, W_i).
         """
-        complements, activations = [], []
-        for branch in self.branches:
-            complements += [self._features[module] for module in reversed(self._decoder_modules(branch))]
-            activations += [self._features[module] for module in self._encoder_modules(branch)]
-            activations.append(latents[:, branch.latents])
-        return complements, activations
+        complements = [self._features[module] for module in self.of_decoder]
+        activations = [self._features[module] for module in self.of_encoder]
+        return complements, [*activations, latents]

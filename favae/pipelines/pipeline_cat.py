@@ -7,6 +7,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from favae.autoencoders import spatial_compression_ratio
 from favae.models import CATTransformerModel, VQModelFA
 from favae.pipelines.decoding import decode_latents
 from favae.text_encoder import encode_texts, text_limit, warn_of_cut
@@ -43,7 +44,7 @@ class CATPipeline(DiffusionPipeline):
             _check_text_encoder(transformer, text_encoder)
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(max_length=max_length)
-        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 8 if vae is None else spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def enable_sequential_cpu_offload(self, *arguments, **options):

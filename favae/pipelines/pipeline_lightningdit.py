@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from favae.autoencoders import spatial_compression_ratio
 from favae.models import LightningDiTTransformer2DModel
 from favae.models.class_conditional import num_classes, time_scale
 from favae.models.token_heads import guide
@@ -49,7 +50,7 @@ class LightningDiTPipeline(DiffusionPipeline):
             )
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property

@@ -1,7 +1,6 @@
 """The `model:` section of a recipe: which classes there are, what they take, and building one."""
 
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin
-from pydantic import create_model
 
 import favae
 from favae.errors import ConfigError
@@ -92,9 +90,7 @@ def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dic
         build, schema = _freeze_encoder, signature_schema(_freeze_encoder, skip=("vae",))
     elif hasattr(model_class, FROM_AUTOENCODER_KL):
         build = model_class.from_autoencoder_kl
-        schema = signature_schema(build, skip=("vae", "settings"))
-        if "settings" in inspect.signature(build).parameters:
-            schema = create_model("Arguments", __base__=(signature_schema(model_class.__init__), schema))
+        schema = signature_schema(build, skip=("vae",))
     else:
         raise ConfigError(f"unknown key model.{FROM_AUTOENCODER_KL}: a {settings['name']} has an encoder of its own")
     checked = validate(schema, given, "model")

@@ -160,7 +160,7 @@ class TokenizerTrainingModule(nn.Module):
         statistics: dict[str, Tensor] = {}
         target = images
         compares_features = bool(self.spectrum is not None and losses.spectrum.weight)
-        recorder = FeatureRecorder(self.vae.branches) if compares_features else None
+        recorder = FeatureRecorder(self.vae.encoder, self.vae.decoder) if compares_features else None
         with recorder or contextlib.nullcontext():
             # 1. Encode. `exact` are the latents before noise or quantization.
             if self.codebook_statistics is not None:
@@ -182,7 +182,7 @@ class TokenizerTrainingModule(nn.Module):
                 dropped = torch.rand(len(images), 1, 1, 1, device=images.device) < losses.high_dropout
                 channel = torch.arange(decoded.shape[1], device=images.device).view(1, -1, 1, 1)
                 decoded = torch.where(dropped & (channel >= self.aligned_channels), 0, decoded)
-                target = torch.where(dropped, self.vae.decoder.bands.low_pass(images), images)
+                target = torch.where(dropped, self.vae.low_pass(images), images)
 
             # 3. Decode.
             reconstruction = self._decode(decoded)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY_FAVAE, TINY_LIGHTNINGDIT
 from diffusers import AutoModel, DiffusionPipeline
-from test_swap_vae import STEPS, dit, ours, stable_diffusion, stock
+from tiny_pipelines import STEPS, dit, ours, stable_diffusion, stock
 
 import favae.models.hub
 from favae import AutoencoderKLFA, LightningDiTPipeline, LightningDiTTransformer2DModel

@@ -9,7 +9,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 from PIL import Image
 
 from favae import VQModelFA
-from favae.adapters.diffusers import fold_latent_statistics
+from favae.adapters.pipelines import fold_latent_statistics
 from favae.adapters.shims import MARVAE, VA_VAE, VARVQ, DeTokVAE, EDM2Encoder, LlamaGenVQ
 from favae.data.images import center_crop, to_uint8
 

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_VQ, command_error, command_in_processes, write_images
 
 from favae import VQModelFA
-from favae.autoencoders import decode, encode, load_autoencoder, measure_budget, reconstruct
+from favae.autoencoders import decode, encode, load_autoencoder, measure_budget, reconstruct, spatial_compression_ratio
 from favae.data.images import ImageDataset
 from favae.data.sources import open_source
 from favae.errors import ModelError
@@ -103,7 +103,8 @@ def test_every_class_of_autoencoder_reconstructs(tmp_path):
             latents = encode(vae, images)
             assert decode(vae, latents).shape == images.shape, name
         budget = measure_budget(vae, 8)
-        assert budget.factor == 8 // latents.shape[-1] and budget.flops > 0 and budget.params == vae.num_parameters()
+        assert budget.spatial_compression_ratio == spatial_compression_ratio(vae) == 8 // latents.shape[-1]
+        assert budget.flops > 0 and budget.params == vae.num_parameters()
         if name.startswith("VQ"):
             bits = 5 if name == "VQModelFA" else 4
             assert budget.bits_per_image == bits * latents[0, 0].numel() and budget.floats_per_image is None

@@ -6,10 +6,8 @@ from conftest import TINY_FAVAE
 from diffusers import AutoencoderKL, AutoModel
 from skimage import data
 
-from favae import AutoencoderKLFA
+from favae import AutoencoderKLFA, TwoBranchAutoencoderKL
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, expected_patches, frequency_basis
-
-IMAGE = {"encoder_type": "image", "high_latent_channels": 0}
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 16), (16, 40)])
@@ -40,20 +38,11 @@ def test_save_load_same_output(tiny_favae, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"low_branch": "upsampled"},
-        {"high_decoder_input": "high"},
         {"wavelet": "db2"},
         {"high_block_out_channels": None},
-        {"use_quant_conv": False, "use_post_quant_conv": False},
-        {"band_scales": (1.0, 1.0)},
         {"wavelet_levels": 2, "high_block_out_channels": (8,)},
-        {"frequency_complement": "conv"},
-        {"frequency_complement": "attn", "high_decoder_input": "high"},
         {"shortcut": "overlapping"},
         {"shortcut": "patches"},
-        {"attention": True},
-        {"encoder_type": "image", "high_latent_channels": 0},
-        {"encoder_type": "image", "high_latent_channels": 0, "low_branch": "upsampled", "frequency_complement": "res"},
     ],
 )
 def test_options_change_the_model_and_survive_saving(options, tmp_path):
@@ -63,20 +52,40 @@ def test_options_change_the_model_and_survive_saving(options, tmp_path):
     assert torch.equal(AutoencoderKLFA.from_pretrained(tmp_path)(images).sample, model(images).sample)
 
 
-def test_latents_are_low_then_high():
-    model = AutoencoderKLFA(**TINY_FAVAE, high_decoder_input="high", use_quant_conv=False, use_post_quant_conv=False)
-    model.eval()
-    assert model.low_latent_channels == 4
+def test_latents_are_low_then_high(tiny_favae):
+    assert tiny_favae.low_latent_channels == 4
     flat = torch.full((1, 3, 16, 16), 0.3)  # no detail at all: the high encoder sees zeros
     texture = flat + 0.2 * (torch.arange(16) % 2 * 2 - 1.0)  # detail only: the 2x2 means stay
-    a, b = model.encode(flat).latent_dist, model.encode(texture).latent_dist
-    for x, y in ((a.mean, b.mean), (a.logvar, b.logvar)):
+    a, b = (tiny_favae.encoder(images).chunk(2, dim=1) for images in (flat, texture))
+    for x, y in zip(a, b):  # mean and logvar
         assert torch.allclose(x[:, :4], y[:, :4], atol=1e-5)
         assert not torch.allclose(x[:, 4:], y[:, 4:], atol=1e-3)
     z = torch.randn(1, 6, 4, 4)
     changed = torch.cat([z[:, :4], torch.randn(1, 2, 4, 4)], dim=1)
-    low, low_changed = (model.encoder.bands(model.decode(latent).sample)[0] for latent in (z, changed))
+    low, low_changed = (tiny_favae.encoder.bands(tiny_favae.decoder(latent))[0] for latent in (z, changed))
     assert torch.allclose(low, low_changed, atol=1e-4)  # the high latents do not reach the low band
+
+
+def test_low_pass_images_are_the_means_of_2x2_pixels(tiny_favae):
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    means = torch.nn.functional.avg_pool2d(images, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(tiny_favae.low_pass(images), means, atol=1e-5)
+
+
+def test_the_published_branches_know_nothing_of_each_other():
+    model = TwoBranchAutoencoderKL(**{name: value for name, value in TINY_FAVAE.items() if name != "shortcut"}).eval()
+    assert model.low_latent_channels == 4
+    flat = torch.full((1, 3, 16, 16), 0.3)
+    texture = flat + 0.2 * (torch.arange(16) % 2 * 2 - 1.0)
+    a, b = model.encode(flat).latent_dist.mean, model.encode(texture).latent_dist.mean
+    assert torch.allclose(a[:, :4], b[:, :4], atol=1e-5) and not torch.allclose(a[:, 4:], b[:, 4:], atol=1e-3)
+    z = torch.randn(1, 6, 4, 4)
+    for changed, kept in ((slice(4, None), 0), (slice(4), 1)):  # high latents leave the low band, low ones the high
+        other = z.clone()
+        other[:, changed] = torch.randn(other[:, changed].shape)
+        before, after = (model.encoder.bands(model.decode(latent).sample) for latent in (z, other))
+        assert torch.allclose(before[kept], after[kept], atol=1e-4)
+        assert not torch.allclose(before[1 - kept], after[1 - kept], atol=1e-3)
 
 
 def test_scaling_is_not_applied_inside(tiny_favae):
@@ -136,40 +145,38 @@ def test_auto_model_inside_a_folder_of_components(tiny_favae, tmp_path):
     [
         ({"high_latent_channels": 6}, "high_latent_channels"),
         ({"high_block_out_channels": (8,)}, "high_block_out_channels"),
-        ({"low_branch": "none"}, "low_branch"),
-        ({"high_decoder_input": "none"}, "high_decoder_input"),
-        ({"encoder_type": "none"}, "encoder_type"),
-        ({"frequency_complement": "none"}, "frequency_complement"),
         ({"wavelet": "none"}, "wavelet 'none'"),
         ({"wavelet_levels": 0}, "wavelet_levels"),
-        ({"wavelet_levels": 3}, r"wavelet_levels .* number of block_out_channels \(3\), got 3"),
-        ({"wavelet_levels": 2}, r"high_block_out_channels must have 1 entries.* wavelet_levels \(2\), got 2"),
-        (
-            {"wavelet_levels": 2, "high_block_out_channels": (8,), "low_branch": "upsampled"},
-            "low_branch.*wavelet_levels",
-        ),
-        ({"encoder_type": "image"}, "encoder_type='image'.*high_latent_channels"),
-        (IMAGE | {"high_decoder_input": "high"}, "encoder_type='image'.*high_decoder_input"),
-        (IMAGE | {"shortcut": "overlapping"}, "encoder_type='image'.*shortcut"),
-        ({"down_block_types": ("DownEncoderBlock2D",) * 3}, "encoder_type='wavelet'.*down_block_types"),
-        ({"shortcut": "overlapping", "latent_channels": 49}, "3 x 4 x 4 has fewer than 49"),
-        ({"shortcut": True}, "shortcut must be 'overlapping' or 'patches' or None, got True"),
-        ({"block_out_channels": (8, 8, 18)}, "block_out_channels must be multiples of norm_num_groups = 4"),
-        ({"high_block_out_channels": (8, 10)}, "high_block_out_channels must be multiples of norm_num_groups = 4"),
-        ({"band_scales": (2.0,)}, "band_scales must be two positive numbers"),
-        ({"band_scales": (0.0, 1.0)}, "band_scales must be two positive numbers"),
-        (IMAGE | {"down_block_types": ("DownEncoderBlock2D",)}, r"down_block_types .* block_out_channels \(3\), got 1"),
+        ({"wavelet_levels": 3}, "wavelet_levels .* 3"),
+        ({"wavelet_levels": 2}, "high_block_out_channels"),
+        ({"shortcut": "overlapping", "latent_channels": 49}, "49"),
+        ({"shortcut": True}, "True"),
+        ({"block_out_channels": (8, 8, 18)}, "block_out_channels .* norm_num_groups = 4"),
+        ({"high_block_out_channels": (8, 10)}, "high_block_out_channels .* norm_num_groups = 4"),
     ],
 )
 def test_impossible_settings(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, KeyError), match=message):
         AutoencoderKLFA(**{**TINY_FAVAE, **options})
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"high_latent_channels": 6}, "high_latent_channels"),
+        ({"high_block_out_channels": (8,)}, "high_block_out_channels"),
+        ({"block_out_channels": (8, 8, 18)}, "block_out_channels .* norm_num_groups = 4"),
+    ],
+)
+def test_impossible_settings_of_two_branches(options, message):
+    settings = {name: value for name, value in TINY_FAVAE.items() if name != "shortcut"}
+    with pytest.raises(ValueError, match=message):
+        TwoBranchAutoencoderKL(**settings | options)
+
+
 def test_sizes_that_do_not_fit(tiny_favae):
-    for model in (tiny_favae, AutoencoderKLFA(**TINY_FAVAE | IMAGE)):
-        with pytest.raises(ValueError, match="multiples of 4, got 18x16"):
-            model.encode(torch.zeros(1, 3, 18, 16))
+    with pytest.raises(ValueError, match="multiples of 4, got 18x16"):
+        tiny_favae.encode(torch.zeros(1, 3, 18, 16))
 
 
 def test_frequency_basis_is_orthonormal_and_begins_with_the_mean():
@@ -244,80 +251,3 @@ def test_everything_behind_a_shortcut_learns():
     # The key's bias moves no attention.
     unmoved = [n for n, p in model.named_parameters() if torch.equal(p, before[n]) and "to_k.bias" not in n]
     assert not unmoved
-
-
-def test_from_autoencoder_kl_keeps_the_latent_space(tiny_kl):
-    tiny_kl.register_to_config(scaling_factor=0.3, shift_factor=0.1)
-    model = AutoencoderKLFA.from_autoencoder_kl(tiny_kl, high_block_out_channels=(8, 8), frequency_complement="conv")
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
-    posterior, expected = model.encode(images).latent_dist, tiny_kl.encode(images).latent_dist
-    assert torch.equal(posterior.mean, expected.mean) and torch.equal(posterior.logvar, expected.logvar)
-    assert model.config.scaling_factor == 0.3 and model.config.shift_factor == 0.1
-    assert model.decode(posterior.mean).sample.shape == images.shape
-    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {"encoder", "quant_conv"}
-    assert all(p.requires_grad for name, p in model.named_parameters() if name.startswith(("decoder", "post_quant")))
-
-
-def test_from_autoencoder_kl_keeps_other_blocks_and_survives_saving(tmp_path):
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
-    model = AutoencoderKLFA.from_autoencoder_kl(vae).eval()
-    model.save_pretrained(tmp_path)
-    images = torch.rand(1, 3, 16, 16)
-    assert torch.equal(model.encode(images).latent_dist.mean, vae.encode(images).latent_dist.mean)
-    assert torch.equal(AutoencoderKLFA.from_pretrained(tmp_path)(images).sample, model(images).sample)
-
-
-def test_from_autoencoder_kl_begins_with_the_trained_decoder_where_widths_agree(tiny_kl):
-    def same(branch, name: str) -> bool:
-        ours, theirs = branch.get_submodule(name).state_dict(), tiny_kl.decoder.get_submodule(name).state_dict()
-        return all(torch.equal(value, theirs[key]) for key, value in ours.items())
-
-    blocks = ("conv_in", "mid_block", "up_blocks.0", "up_blocks.1")
-    warm = AutoencoderKLFA.from_autoencoder_kl(tiny_kl).decoder
-    assert all(same(branch, name) for branch in (warm.low, warm.high) for name in blocks)
-    assert not same(AutoencoderKLFA.from_autoencoder_kl(tiny_kl, warm_start=False).decoder.low, "conv_in")
-    narrow = AutoencoderKLFA.from_autoencoder_kl(tiny_kl, high_block_out_channels=(4, 16)).decoder
-    assert [same(narrow.high, name) for name in ("conv_in", "mid_block", "up_blocks.0")] == [True] * 3
-    assert narrow.high.up_blocks[1].resnets[0].conv1.out_channels == 4 and all(same(narrow.low, n) for n in blocks)
-
-
-def test_a_whole_decoder_with_a_high_branch_begins_as_it_was(tiny_kl):
-    model = AutoencoderKLFA.from_autoencoder_kl(tiny_kl, low_branch="image", high_block_out_channels=(4, 16)).eval()
-    images = torch.rand(1, 3, 16, 16) * 2 - 1
-    expected = tiny_kl(images).sample
-    assert torch.equal(model(images).sample, expected)
-    torch.nn.init.normal_(model.decoder.high.conv_out.weight)
-    low, high = model.decoder.bands(model(images).sample - expected)
-    assert low.abs().max() < 1e-5 < high.abs().max()  # it adds to the high bands alone
-    other = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-    )
-    with pytest.raises(ValueError, match="attention in the deepest blocks or none"):
-        AutoencoderKLFA.from_autoencoder_kl(other, low_branch="image")
-    AutoencoderKLFA.from_autoencoder_kl(other)  # begins as far as it goes
-    with pytest.raises(ValueError, match="low_branch='image' .* needs encoder_type='image'"):
-        AutoencoderKLFA(**{**TINY_FAVAE, "low_branch": "image"})
-
-
-def test_from_autoencoder_kl_refuses_what_the_encoder_decides(tiny_kl, tiny_favae):
-    with pytest.raises(ValueError, match="latent_channels is decided"):
-        AutoencoderKLFA.from_autoencoder_kl(tiny_kl, latent_channels=3)
-    for other in (tiny_favae, torch.nn.Identity()):
-        with pytest.raises(ValueError, match=f"stock AutoencoderKL, got {type(other).__name__}"):
-            AutoencoderKLFA.from_autoencoder_kl(other)
-
-
-def test_image_encoders_have_no_branches_to_compare(tiny_kl):
-    with pytest.raises(ValueError, match="encoder_type='image'"):
-        _ = AutoencoderKLFA.from_autoencoder_kl(tiny_kl).branches

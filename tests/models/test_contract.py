@@ -10,20 +10,21 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from skimage import data
 
-from favae import AutoencoderKLFA, VQModelFA
+from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, TwoBranchAutoencoderKL, VQModelFA
 
+TWO_BRANCHES = {name: value for name, value in TINY_FAVAE.items() if name != "shortcut"}
 BUILDS = {
     "favae": lambda: AutoencoderKLFA(**TINY_FAVAE),
-    "complements": lambda: AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": "overlapping", "frequency_complement": "conv"}),
-    "attention": lambda: AutoencoderKLFA(**TINY_FAVAE, attention=True, frequency_complement="attn", wavelet="db2"),
-    "image": lambda: AutoencoderKLFA.from_autoencoder_kl(make_tiny_kl()),
-    "whole": lambda: AutoencoderKLFA.from_autoencoder_kl(make_tiny_kl(), low_branch="image"),
+    "shortcut": lambda: AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": "overlapping", "wavelet": "db2"}),
+    "two_branch": lambda: TwoBranchAutoencoderKL(**TWO_BRANCHES),
+    "asymmetric": lambda: AsymmetricAutoencoderKLFA.from_autoencoder_kl(make_tiny_kl()),
     "vq": lambda: VQModelFA(**TINY_VQ),
+    "attn": lambda: VQModelFA(**TINY_VQ, frequency_complement="attn"),
     "residual": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "residual", "num_quantizers": 2}),
     "fsq": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "fsq", "codebook_size": None, "fsq_levels": (5, 4, 3)}),
 }
-KL = ["favae", "complements", "attention", "image", "whole"]
-VQ = ["vq", "residual", "fsq"]
+KL = ["favae", "shortcut", "two_branch", "asymmetric"]
+VQ = ["vq", "attn", "residual", "fsq"]
 
 
 def build(name: str) -> torch.nn.Module:
@@ -58,7 +59,7 @@ def test_methods_take_what_the_base_takes_and_return_its_types(name):
     expected = model.decode(z).sample
     if name in KL:
         assert isinstance(model, AutoencoderKL)
-        assert AutoencoderKLFA.encode is AutoencoderKL.encode and AutoencoderKLFA.forward is AutoencoderKL.forward
+        assert type(model).encode is AutoencoderKL.encode and type(model).forward is AutoencoderKL.forward
         output = model.encode(images)
         assert isinstance(output, AutoencoderKLOutput) and output.latent_dist.kl().shape == (1,)
         assert torch.equal(model.encode(images, return_dict=False)[0].mode(), z)
@@ -179,7 +180,7 @@ def _decode(model):
     return lambda z: model.decode(z).sample
 
 
-@pytest.mark.parametrize("name", ["complements", "attention", "vq", "residual"])
+@pytest.mark.parametrize("name", ["shortcut", "attn", "residual"])
 def test_compiles_without_graph_breaks(name):
     for function, value in functions(build(name)).values():
         torch._dynamo.reset()
@@ -187,7 +188,7 @@ def test_compiles_without_graph_breaks(name):
         assert torch.allclose(compiled(value), function(value), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["complements", "image", "vq", "fsq"])
+@pytest.mark.parametrize("name", ["shortcut", "asymmetric", "vq", "fsq"])
 def test_exports(name):
     model = build(name)
     for function, value in functions(model).values():
@@ -276,7 +277,7 @@ def test_tiles_leave_no_seams(shortcut):
         assert (latents(model, photo) - z).abs().mean() < 0.05 * z.std()
 
 
-@pytest.mark.parametrize("name", ["favae", "vq"])
+@pytest.mark.parametrize("name", ["favae", "two_branch", "asymmetric", "vq"])
 def test_auto_model_with_the_remote_code_file(name, tmp_path):
     model, images = build(name), photograph()
     model.save_pretrained(tmp_path)

@@ -36,9 +36,9 @@ def test_indices_and_latents_decode_alike(options):
 @pytest.mark.parametrize("octaves, attention", [(3, False), (4, True), (5, True)])
 def test_f4_f8_and_f16(octaves, attention):
     model = VQModelFA(**{**TINY_VQ, "block_out_channels": (8,) * octaves, "attention": attention}).eval()
-    assert model.stride == 2 ** (octaves - 1)
+    assert model.spatial_compression_ratio == 2 ** (octaves - 1)
     x = images(1, 32)
-    assert model.encode(x).latents.shape[-1] == 32 // model.stride
+    assert model.encode(x).latents.shape[-1] == 32 // model.spatial_compression_ratio
     assert model(x).sample.shape == x.shape
     assert ("AttnDown" in type(model.encoder.down_blocks[-1]).__name__) == attention
 
@@ -158,16 +158,12 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"quantizer": "lfq"}, "'vq', 'residual' or 'fsq', got 'lfq'"),
-        ({"quantizer": "fsq", "fsq_levels": (5, 4)}, r"codebook_size 32 is not the product of fsq_levels \[5, 4\], 20"),
+        ({"quantizer": "lfq"}, "quantizer .*'lfq'"),
+        ({"quantizer": "fsq", "fsq_levels": (5, 4)}, "fsq_levels .* codebook_size .* 32"),
+        ({"quantizer": "fsq", "codebook_size": None, "codebook_dim": 4}, "quantizer='fsq'.*codebook_dim"),
+        ({"quantizer": "fsq", "codebook_size": None, "codebook_norms": True}, "codebook_norms"),
         ({"frequency_complement": "fft"}, "frequency_complement"),
-        ({"codebook_size": 0}, "codebook_size must be at least 1"),
-        ({"quantizer": "residual", "num_quantizers": 0}, "num_quantizers must be at least 1"),
-        ({"quantizer": "fsq", "codebook_size": None, "codebook_dim": 4}, "quantizer='fsq'.*codebook_dim must be None"),
-        (
-            {"block_out_channels": (8, 10, 16)},
-            "block_out_channels must be multiples of norm_num_groups = 4",
-        ),
+        ({"block_out_channels": (8, 10, 16)}, "block_out_channels must be multiples of norm_num_groups = 4"),
     ],
 )
 def test_impossible_settings(options, message):

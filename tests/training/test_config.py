@@ -161,7 +161,7 @@ def test_command_line_errors_are_one_line(tmp_path):
         ("{name: VQModelFA, block_out_channels: [8, 8, 16]}", "loss.high_dropout=0.1", "loss.high_dropout"),
         ("{name: VQModelFA, block_out_channels: [8, 8, 16]}", "loss.latent_noise=0.1", "loss.latent_noise"),
         (
-            "{name: AutoencoderKLFA, from_autoencoder_kl: somewhere}",
+            "{name: AsymmetricAutoencoderKLFA, from_autoencoder_kl: somewhere}",
             "loss.alignment.weight=0.1",
             "loss.alignment.weight.*model.from_autoencoder_kl",
         ),
@@ -171,7 +171,7 @@ def test_command_line_errors_are_one_line(tmp_path):
             "loss.spectrum.weight needs .* model.frequency_complement",
         ),
         (
-            "{name: AutoencoderKLFA, from_autoencoder_kl: {subfolder: vae}}",
+            "{name: AsymmetricAutoencoderKLFA, from_autoencoder_kl: {subfolder: vae}}",
             "seed=1",
             "model.from_autoencoder_kl.path is missing",
         ),

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY_FAVAE, TINY_VQ
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from favae import AutoencoderKLFA, VQModelFA
+from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, VQModelFA
 from favae.losses.adversarial import PatchDiscriminator
 from favae.training.tokenizer_losses import (
     AdversarialConfig,
@@ -64,7 +64,7 @@ def test_sigmas_have_a_parameter_group_of_their_own():
 
 
 def test_a_frozen_encoder_is_not_optimized(tiny_kl):
-    vae = AutoencoderKLFA.from_autoencoder_kl(tiny_kl, high_block_out_channels=(8, 8))
+    vae = AsymmetricAutoencoderKLFA.from_autoencoder_kl(tiny_kl, high_block_out_channels=(8, 8))
     module, losses = module_of(vae)
     (group,) = module.parameter_groups()
     assert {id(p) for p in group["params"]} == {

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, command, refusal, run, tiny_tokenizer_recipe, train
 from diffusers import AutoencoderKL
 
-from favae import AutoencoderKLFA, VQModelFA
+from favae import AsymmetricAutoencoderKLFA, VQModelFA
 from favae.data.latents import open_latents
 from favae.errors import ConfigError
 from favae.training.config import TokenizerConfig, load_config
@@ -69,7 +69,7 @@ def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder, capsys):
     assert open_latents(tmp_path / "cache").codebook_size == 16
 
 
-@pytest.mark.parametrize("model_class", [AutoencoderKLFA, AutoencoderKL])
+@pytest.mark.parametrize("model_class", [AsymmetricAutoencoderKLFA, AutoencoderKL])
 def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl, model_class):
     tiny_kl.register_to_config(scaling_factor=0.25)
     tiny_kl.save_pretrained(tmp_path / "existing")
@@ -91,8 +91,8 @@ def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl,
     assert changed == {"decoder", "post_quant_conv"}
     if model_class is AutoencoderKL:
         return
-    with pytest.raises(ConfigError, match="is a AutoencoderKLFA, not a stock AutoencoderKL"):
-        build_model({"name": "AutoencoderKLFA", "from_autoencoder_kl": str(tmp_path / "run/final")})
+    with pytest.raises(ConfigError, match="is a AsymmetricAutoencoderKLFA, not a stock AutoencoderKL"):
+        build_model({"name": "AsymmetricAutoencoderKLFA", "from_autoencoder_kl": str(tmp_path / "run/final")})
     nothing = f"model.from_autoencoder_kl={tmp_path / 'nothing'}"
     assert "model.from_autoencoder_kl" in refusal("train_tokenizer", file, f"output={tmp_path / 'other'}", nothing)
 
