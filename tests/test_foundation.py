@@ -43,7 +43,7 @@ def test_timm_models_from_a_local_file(name, tmp_path):
     features = model(images, (grid, grid))
     mean, std = (torch.tensor(reference.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
-        tokens = reference.forward_features(((images + 1) / 2 - mean) / std)  # normalised as it was trained
+        tokens = reference.forward_features(((images + 1) / 2 - mean) / std)  # normalized as in its training
     if tokens.dim() == 3:
         tokens = tokens[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))  # without the class token
     assert torch.allclose(features, tokens, atol=1e-4)

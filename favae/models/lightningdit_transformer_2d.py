@@ -211,7 +211,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
         Args:
-            hidden_states: (B, C, h, w), the normalised latent x_t.
+            hidden_states: (B, C, h, w), the normalized latent x_t.
             timestep: (B,), t from 0 (noise) to 1 (data), unlike diffusers' 0 to 1000.
             class_labels: (B,), int64, from 0 to `num_classes` (the null class).
         Returns:
