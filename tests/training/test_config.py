@@ -68,6 +68,7 @@ def recipe(tmp_path):
         ("loss.reconstruction=none", "loss.reconstruction=none .*loss.adversarial"),
         ("loss.stft={weight: 1, window: 32}", "loss.stft.window .*train.resolution = 16, got 32"),
         ("loss.band={weight: 1, levels: 5}", "loss.band.levels=5 .*train.resolution = 16"),
+        ("model.from_autoencoder_kl=somewhere", "unknown key model.from_autoencoder_kl"),
         # stages
         ("stages=[{start_step: 5}, {start_step: 5}]", r"stages\[1\].start_step must be above 5, got 5"),
         ("stages=[{start_step: 5, loss: {kl2: 1}}]", r"unknown key stages\[0\].loss.kl2"),
@@ -215,6 +216,7 @@ def test_stages_change_the_losses_at_their_step(recipe):
         ),
         ("CATTransformerModel", "loss.alignment.weight=1", "loss.alignment.weight is for generators of classes"),
         ("CATTransformerModel", "{model: {head: flow}, sampling: {top_k: 2}}", "sampling.top_k .*model.head"),
+        ("CATTransformerModel", "model.head=x", "model.head .*'categorical' or 'flow'"),
         ("CATTransformerModel", "sampling.temperature=-1", "sampling.temperature"),
         ("CATTransformerModel", "sampling.top_p=2", "sampling.top_p"),
     ],
