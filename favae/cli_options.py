@@ -6,6 +6,7 @@ Nothing heavy is imported before something is opened, so that `--help` answers a
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,14 +41,17 @@ def open_data(arguments: argparse.Namespace) -> Source:
     """Opens the images that the options of `add_data_options` name."""
     from favae.data.sources import open_source
 
-    return open_source(
-        arguments.data,
-        arguments.split,
-        image_column=arguments.image_column,
-        label_column=arguments.label_column,
-        caption_column=arguments.caption_column,
-        min_size=arguments.min_size,
-    )
+    tabular = arguments.data.startswith("hf:") or arguments.data.endswith(".parquet")
+    columns = "--image-column, --label-column and --caption-column name the columns that are read"
+    with hint(columns) if tabular else nullcontext():
+        return open_source(
+            arguments.data,
+            arguments.split,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
+            caption_column=arguments.caption_column,
+            min_size=arguments.min_size,
+        )
 
 
 def data_name(arguments: argparse.Namespace) -> str:
@@ -79,8 +83,9 @@ def named_model(text: str) -> tuple[str, str]:
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Adds how images are read in batches."""
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-workers", type=int, default=0, help="worker processes that read images (default: 0)")
+    group = parser.add_argument_group("loading")
+    group.add_argument("--batch-size", type=int, default=32, help="(default: 32)")
+    group.add_argument("--num-workers", type=int, default=0, help="worker processes that read images (default: 0)")
 
 
 def add_feature_options(parser: argparse.ArgumentParser) -> None:

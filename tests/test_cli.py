@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, command, command_error, tiny_tokenizer_recipe
 
@@ -74,6 +76,16 @@ def test_an_error_of_a_user_is_one_line(error, message, monkeypatch):
 
     monkeypatch.setattr(caches, "embed_captions", fail)
     assert command_error("embed-captions", "--latents", "x", "--encoder", "y") == message
+
+
+def test_messages_name_the_options_of_the_command(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"picture": [1]}), tmp_path / "x.parquet")
+    words = ("evaluate", "reconstruction", "--model", "x", "--data", tmp_path / "x.parquet", "--resolution", 16)
+    message = command_error(*words, "--output", tmp_path / "out")
+    assert "no column 'image'" in message and "--image-column" in message
+    missing = ("--features", "resnet18", "--weights", f"resnet18={tmp_path / 'none.pt'}")
+    message = command_error(*words[:4], "--data", "photos", "--resolution", 16, "--output", "x", *missing)
+    assert "none.pt" in message and "--weights NAME=FILE" in message
 
 
 def test_an_interrupt_says_what_happens_next(monkeypatch, capsys):
