@@ -65,7 +65,7 @@ class ClassToImageModule(nn.Module):
             for module in transformer.modules():
                 if isinstance(module, LabelEmbedding):
                     self.class_dropout, module.dropout_prob = max(self.class_dropout, module.dropout_prob), 0.0
-        self.projector = None
+        self.projector: nn.Conv2d | None = None
         if teacher is not None:
             shape = transformer.config
             self.grid = shape.sample_size // shape.patch_size
@@ -86,7 +86,8 @@ class ClassToImageModule(nn.Module):
             The total loss, and each loss before weighting, detached.
         """
         # 1. Drop some of the labels, for classifier-free guidance.
-        labels, aligned = batch["label"], "image" in batch
+        labels, teacher, projector = batch["label"], self.teacher, self.projector
+        aligned = teacher is not None and projector is not None and "image" in batch
         if self.class_dropout:
             dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
             labels = torch.where(dropped, self.null_class, labels)
@@ -100,15 +101,15 @@ class ClassToImageModule(nn.Module):
                 loss, logs = self._flow_matching(latents, noise, labels)
 
         # 3. Alignment of the hidden states.
-        if aligned:
+        if teacher is not None and projector is not None and "image" in batch:
             (hidden,) = hidden_states  # (B, N, D)
-            projected = self.projector(hidden.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
+            projected = projector(hidden.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
             with no_autocast(latents.device):
-                features = self.teacher(batch["image"], (self.grid, self.grid))
+                features = teacher(batch["image"], (self.grid, self.grid))
             alignment = representation_alignment(projected, features)
             loss, logs["alignment"] = loss + self.config.alignment.weight * alignment, alignment.detach()
-        elif self.projector is not None:  # DistributedDataParallel waits for a gradient of every parameter
-            loss = loss + 0 * sum(parameter.sum() for parameter in self.projector.parameters())
+        elif projector is not None:  # DistributedDataParallel waits for a gradient of every parameter
+            loss = loss + 0 * sum(parameter.sum() for parameter in projector.parameters())
         return loss, logs
 
     def _flow_matching(self, latents: Tensor, noise: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -124,8 +124,7 @@ class TokenizerConfig(RunConfig):
             last_start, last_loss = stages[-1]
             if stage.start_step <= last_start:
                 raise ConfigError(f"stages[{i}].start_step must be above {last_start}, got {stage.start_step}")
-            merged = OmegaConf.merge(dataclasses.asdict(last_loss), stage.loss)
-            loss = validate(TokenizerLossConfig, OmegaConf.to_container(merged), f"stages[{i}].loss")
+            loss = validate(TokenizerLossConfig, _merge(dataclasses.asdict(last_loss), stage.loss), f"stages[{i}].loss")
             for key, value in self.loss.fixed_settings.items():
                 if loss.fixed_settings[key] != value:
                     raise ConfigError(f"stages[{i}]: loss.{key} holds for the whole run; set it in loss")
@@ -324,9 +323,15 @@ def load_config(schema: type[Config], file: str | Path, overrides: list[str] | t
         raise ConfigError(f"{file} {' '.join(overrides)}: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, DictConfig):
         raise ConfigError(f"{file}: expected a mapping of settings")
-    config = validate(schema, OmegaConf.to_container(OmegaConf.merge(recipe, changes), resolve=True))
+    config = validate(schema, _merge(recipe, changes))
     config.output = config.output or f"runs/{Path(file).stem}"
     return config
+
+
+def _merge(settings: Any, changes: Any) -> dict[str, Any]:
+    merged = OmegaConf.to_container(OmegaConf.merge(settings, changes), resolve=True)
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
 
 
 def to_yaml(config: RunConfig) -> str:

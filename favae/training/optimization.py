@@ -30,8 +30,9 @@ def create_optimizers(
     ]
     matrices = list(matrices)
     if matrices:
-        options = {"weight_decay": train.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, learning_rate, **options))
+        optimizers.append(
+            torch.optim.Muon(matrices, learning_rate, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
     return optimizers
 
 

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -13,10 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from favae.data.stream import TrainingStream
+from favae.data.stream import StreamedDataset, TrainingStream
 from favae.distributed import on_cpu
 from favae.errors import ConfigError, NonFiniteError
 from favae.files import atomic_path, write_text
@@ -180,7 +178,7 @@ class Run:
             lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be torn
             write_text(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
-    def batches(self, dataset: Dataset, until: int | None = None) -> Iterator[dict[str, Tensor]]:
+    def batches(self, dataset: StreamedDataset, until: int | None = None) -> Iterator[dict[str, Tensor]]:
         """This process's micro-batches, on its device, from the current step to step `until` or the last one."""
         until = self.train.steps if until is None else min(until, self.train.steps)
         if self.step >= until:
@@ -247,7 +245,7 @@ class Run:
             self.accelerator.log(record, step=self.step)
         self._sums, self._count = {}, 0
 
-    def epoch(self, dataset: Any) -> float:
+    def epoch(self, dataset: StreamedDataset) -> float:
         """How many times the data have been passed over so far."""
         images = self.step * self.train.batch_size * self.train.gradient_accumulation_steps
         return images * self.accelerator.num_processes / len(dataset)

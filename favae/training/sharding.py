@@ -110,7 +110,8 @@ def save_full_state(module: nn.Module, path: Path, write: bool = True) -> None:
         return
     state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if write:
-        safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, f"{path}.safetensors")
+        tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+        safetensors.torch.save_file(tensors, f"{path}.safetensors")
 
 
 @torch.no_grad()

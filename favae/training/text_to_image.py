@@ -54,6 +54,7 @@ def build_text_pipeline(
         MissingWeights: if it cannot be opened.
     """
     embeddings = dataset.text_embeddings
+    assert embeddings is not None, "the data set was opened without text embeddings"
     name = text_encoder or embeddings.encoder
     try:
         with hint("data.text_encoder takes a local folder"):
@@ -69,7 +70,9 @@ def build_text_pipeline(
 
 def check_text_shapes(transformer: CATTransformerModel, dataset: MomentsDataset | TokenDataset) -> None:
     """Raises ConfigError if the transformer was built for other tokens than the cache holds, or for other texts."""
-    built = transformer.config
+    built, embeddings = transformer.config, dataset.text_embeddings
+    assert embeddings is not None, "the data set was opened without text embeddings"
+    wanted: dict[str, object]
     size = (built.sample_size, built.sample_size)
     if isinstance(dataset, MomentsDataset):
         wanted = {"model.head": "flow", "model.latent_channels, model.sample_size": dataset.latent_shape}
@@ -86,7 +89,7 @@ def check_text_shapes(transformer: CATTransformerModel, dataset: MomentsDataset 
             "model.sample_size, model.num_quantizers": (*size, *codes),
             "model.codebook_size": built.codebook_size,
         }
-    wanted["model.text_dim"], found["model.text_dim"] = dataset.text_embeddings.dim, built.text_dim
+    wanted["model.text_dim"], found["model.text_dim"] = embeddings.dim, built.text_dim
     for key, value in wanted.items():
         if found[key] != value:
             raise ConfigError(f"{dataset.folder} needs a generator with {key} = {value}, this one has {found[key]}")

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from torch import Tensor, nn
 
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import adaptive_weight, adversarial_loss
 from favae.losses.alignment import vision_foundation_alignment
-from favae.losses.frequency import band_loss, focal_frequency_loss
+from favae.losses.frequency import SpectrumLoss, band_loss, focal_frequency_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.stft import ssim_loss
 from favae.models.frequency_complement import FeatureRecorder
@@ -74,17 +75,20 @@ class TokenizerTrainingModule(nn.Module):
 
     def __init__(
         self,
-        vae: nn.Module,
+        vae: ModelMixin,
         stages: Sequence[TokenizerLossConfig],
         teacher: FoundationModel | None = None,
         lpips: LPIPS | None = None,
     ):
         super().__init__()
         first = stages[0]
-        self.vae, self.teacher, self.lpips = vae, teacher, lpips
+        self.vae: ModelMixin = vae
+        self.teacher, self.lpips = teacher, lpips
         self.stft = first.stft.build()
-        self.aligned_channels = getattr(vae, "low_latent_channels", vae.config.latent_channels)
-        self.projector = self.spectrum = self.codebook_statistics = None
+        self.aligned_channels: int = getattr(vae, "low_latent_channels", vae.config.latent_channels)
+        self.projector: nn.Conv2d | None = None
+        self.spectrum: SpectrumLoss | None = None
+        self.codebook_statistics: CodebookStatistics | None = None
         if teacher is not None:
             self.projector = nn.Conv2d(self.aligned_channels, teacher.channels, 1, bias=False)
         if any(losses.spectrum.weight for losses in stages):
@@ -140,8 +144,10 @@ class TokenizerTrainingModule(nn.Module):
                 divergence = DiagonalGaussianDistribution(passed.moments.float()).kl()
                 terms["kl"] = losses.kl, divergence.mean() / images[0].numel()
             factors = {}
-            if losses.alignment.weight:
-                factor, value = self._alignment(images, passed.latents.float(), fidelity, losses)
+            if self.projector is not None and self.teacher is not None and losses.alignment.weight:
+                projected = self.projector(passed.latents[:, : self.aligned_channels].float())
+                features = self.teacher(images, tuple(projected.shape[-2:]))
+                factor, value = self._alignment(projected, features, fidelity, losses)
                 terms["alignment"], factors["alignment_scale"] = (losses.alignment.weight * factor, value), factor
             if discriminator is not None:
                 factor, value = self._adversarial(reconstruction, discriminator, fidelity, losses)
@@ -159,8 +165,9 @@ class TokenizerTrainingModule(nn.Module):
         terms: Terms = {}
         statistics: dict[str, Tensor] = {}
         target = images
-        compares_features = bool(self.spectrum is not None and losses.spectrum.weight)
-        recorder = FeatureRecorder(self.vae.encoder, self.vae.decoder) if compares_features else None
+        recorder = None
+        if self.spectrum is not None and losses.spectrum.weight:
+            recorder = FeatureRecorder(self.vae.encoder, self.vae.decoder)
         with recorder or contextlib.nullcontext():
             # 1. Encode. `exact` are the latents before noise or quantization.
             if self.codebook_statistics is not None:
@@ -188,7 +195,7 @@ class TokenizerTrainingModule(nn.Module):
             reconstruction = self._decode(decoded)
 
         # 4. The losses that need the inside of the model.
-        if recorder is not None:
+        if self.spectrum is not None and recorder is not None:
             terms["spectrum"] = losses.spectrum.weight, self.spectrum(*recorder.pairs(exact))
             if losses.spectrum.type == "dynamic":
                 statistics |= {f"sigma_{i}": sigma.detach() for i, sigma in enumerate(self.spectrum.sigma)}
@@ -213,7 +220,7 @@ class TokenizerTrainingModule(nn.Module):
             terms["reconstruction"] = 1.0, value
         if losses.ssim:
             terms["ssim"] = losses.ssim, ssim_loss(reconstruction, target)
-        if losses.perceptual:
+        if self.lpips is not None and losses.perceptual:
             terms["perceptual"] = losses.perceptual, self.lpips(reconstruction, target).mean()
         return terms
 
@@ -223,21 +230,20 @@ class TokenizerTrainingModule(nn.Module):
         if focal.weight:
             terms["focal_frequency"] = focal.weight, focal_frequency_loss(reconstruction, target, alpha=focal.alpha)
         if band.weight:
-            options = {"weights": band.weights, "levels": band.levels, "wavelet": band.wavelet}
-            terms["band"] = band.weight, band_loss(reconstruction, target, **options)
+            value = band_loss(reconstruction, target, weights=band.weights, levels=band.levels, wavelet=band.wavelet)
+            terms["band"] = band.weight, value
         if stft.weight:
             terms["stft"] = stft.weight, self.stft(reconstruction, target)
         return terms
 
     def _alignment(
-        self, images: Tensor, latents: Tensor, fidelity: Tensor, losses: TokenizerLossConfig
+        self, projected: Tensor, features: Tensor, fidelity: Tensor, losses: TokenizerLossConfig
     ) -> tuple[Tensor | float, Tensor]:
         """The adaptive factor and the loss."""
         settings = losses.alignment
-        projected = self.projector(latents[:, : self.aligned_channels])
-        features = self.teacher(images, tuple(projected.shape[-2:]))
-        margins = {"distmat_margin": settings.distmat_margin, "cosine_margin": settings.cosine_margin}
-        value = vision_foundation_alignment(projected, features, **margins)
+        value = vision_foundation_alignment(
+            projected, features, distmat_margin=settings.distmat_margin, cosine_margin=settings.cosine_margin
+        )
         if not settings.adaptive:
             return 1.0, value
         last_layers = [m.conv_out.weight for m in self.vae.modules() if isinstance(m, Encoder)]
@@ -256,12 +262,12 @@ class TokenizerTrainingModule(nn.Module):
 
     def _idle(self, losses: TokenizerLossConfig) -> Tensor | float:
         """Zero, with a gradient to every parameter this stage does not use: DistributedDataParallel waits for each."""
-        idle = []
+        idle: list[Tensor] = []
         if self.projector is not None and not losses.alignment.weight:
             idle += self.projector.parameters()
         if self.spectrum is not None and not losses.spectrum.weight:
             idle += self.spectrum.parameters()
-        return 0 * sum(parameter.sum() for parameter in idle) if idle else 0.0
+        return 0 * torch.stack([parameter.sum() for parameter in idle]).sum() if idle else 0.0
 
 
 def _total(terms: Terms, like: Tensor) -> Tensor:
@@ -271,10 +277,13 @@ def _total(terms: Terms, like: Tensor) -> Tensor:
 class CodebookStatistics(nn.Module):
     """How the entries of a codebook are used: of the first one, for a residual quantizer; by this process's images."""
 
+    counts: Tensor  # a moving sum of the uses of each entry
+    unused: Tensor  # batches since the last use of each entry
+
     def __init__(self, num_tokens: int):
         super().__init__()
-        self.register_buffer("counts", torch.zeros(num_tokens))  # a moving sum
-        self.register_buffer("unused", torch.full((num_tokens,), STATISTICS_WINDOW))  # batches since the last use
+        self.register_buffer("counts", torch.zeros(num_tokens))
+        self.register_buffer("unused", torch.full((num_tokens,), STATISTICS_WINDOW))
 
     @torch.no_grad()
     def forward(self, indices: Tensor) -> dict[str, Tensor]:
@@ -290,6 +299,6 @@ class CodebookStatistics(nn.Module):
         self.counts.mul_(1 - 1 / STATISTICS_WINDOW).add_(batch)
         self.unused.add_(1).masked_fill_(batch > 0, 0)
         return {
-            "codebook_usage": (self.unused < STATISTICS_WINDOW).float().mean(),
+            "codebook_usage": self.unused.lt(STATISTICS_WINDOW).float().mean(),
             "codebook_perplexity": torch.special.entr(self.counts / self.counts.sum()).sum().exp(),
         }

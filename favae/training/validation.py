@@ -79,7 +79,7 @@ def signature_schema(function: Callable, skip: tuple[str, ...] = ()) -> type[Bas
 
 def _any_length(annotation: Any) -> Any:
     if get_origin(annotation) is tuple and len(get_args(annotation)) == 1:
-        return tuple[get_args(annotation)[0], ...]
+        return tuple[get_args(annotation)[0], ...]  # type: ignore[misc]
     if type(None) in get_args(annotation):
         return Union[tuple(_any_length(choice) for choice in get_args(annotation))]  # noqa: UP007
     return annotation
