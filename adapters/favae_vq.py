@@ -37,7 +37,7 @@ def vq_model_fa_from_favae_vq(state: Mapping[str, Tensor]) -> tuple[dict[str, ob
     become "conv"; train on with `frequency_complement="res"` in the config where they were Res. The norms of the
     original are GroupNorm(32, eps 1e-5), except those over latents of fewer channels than 32, which have one group per
     channel, as the published f4 model (3 channels, 3 groups); the tensors do not tell. Its codebook chooses entries by
-    direction and returns them with their length (`codebook_norms`). How the codebook is trained on (decay, replacement)
+    direction and returns them with their length. How the codebook is trained on (decay, replacement)
     is not in the file and has our defaults; an entry that was used less than once per step counts as used once.
 
     Args:
@@ -85,7 +85,6 @@ def _config(state: Mapping[str, Tensor]) -> dict[str, object]:
         "frequency_complement": kind,
         "norm_eps": 1e-5,
         "latent_norm_num_groups": min(32, latents),
-        "codebook_norms": True,
     }
 
 

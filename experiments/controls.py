@@ -95,5 +95,5 @@ class ControlAutoencoder(AutoencoderKL):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         if shortcut:
-            start_linear(self, [self.encoder.network], [self.decoder.network])
+            start_linear([self.quant_conv, self.post_quant_conv], [self.encoder.network], [self.decoder.network])
         self.use_slicing = self.use_tiling = False

@@ -134,7 +134,7 @@ class Budget:
     @property
     def latent(self) -> str:
         """The size of the latent in words."""
-        if self.tokens_per_image is None:
+        if self.tokens_per_image is None or self.bits_per_image is None:
             return f"{self.floats_per_image:,} floats"
         return f"{self.tokens_per_image:,} tokens of {self.bits_per_image / self.tokens_per_image:.4g} bits"
 

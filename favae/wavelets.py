@@ -38,7 +38,8 @@ class _FilterBank(nn.Module):
         self.wavelet = wavelet
         self.length = bank.dec_len
         self._exact = filters[:, None].tolist()
-        self.register_buffer("filters", self._make_filters(), persistent=False)  # (4, 1, length, length)
+        self.filters: Tensor  # (4, 1, length, length)
+        self.register_buffer("filters", self._make_filters(), persistent=False)
 
     def _make_filters(self, device: torch.device | None = None) -> Tensor:
         return torch.tensor(self._exact, dtype=torch.float32, device=device)
@@ -157,16 +158,16 @@ class WaveletBands(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> low (B, C, H/2^l, W/2^l), high (B, C (4^l - 1), H/2^l, W/2^l)."""
-        low, bands = images, None
-        for _ in range(self.levels):
+        low, bands = images, images[:, :0]  # no high bands yet
+        for level in range(self.levels):
             # split the high bands of the levels before
-            if bands is not None:
+            if level > 0:
                 first, rest = self.transform(bands)
                 bands = torch.cat([first.unsqueeze(2), rest], dim=2).flatten(1, 2)
             # split the low band
             low, high = self.transform(low)
             low, high = low / self.low_scale, high.flatten(1, 2) / self.high_scale
-            bands = high if bands is None else torch.cat([high, bands], dim=1)
+            bands = high if level == 0 else torch.cat([high, bands], dim=1)
         return low, bands
 
     def inverse(self, low: Tensor, high: Tensor) -> Tensor:

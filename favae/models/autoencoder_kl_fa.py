@@ -106,7 +106,11 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         if shortcut is not None:
-            start_linear(self, [self.encoder.low, self.encoder.high], [self.decoder.low, self.decoder.high])
+            start_linear(
+                quant_convs=[self.quant_conv, self.post_quant_conv],
+                encoders=[self.encoder.low, self.encoder.high],
+                decoders=[self.decoder.low, self.decoder.high],
+            )
         self.reset_tiling(sample_size)
 
     @property

@@ -26,7 +26,7 @@ class FrequencyComplement(nn.Module):
     path is never blurred, and the encoder's features are not used to decode.
 
     Args:
-        type: one of the three.
+        complement_type: one of the three.
         channels: in and out.
         groups: of the norm; the greatest common divisor with `channels` is taken.
 
@@ -35,32 +35,31 @@ class FrequencyComplement(nn.Module):
     Source: Lin et al., CVPR 2023 (arXiv 2305.02541); the start at zero is ours.
     """
 
-    def __init__(self, type: ComplementType, channels: int, groups: int = 32, dropout: float = 0.0):
+    def __init__(self, complement_type: ComplementType, channels: int, groups: int = 32, dropout: float = 0.0):
         super().__init__()
-        if type not in ("conv", "res", "attn"):
-            raise ValueError(f"frequency_complement must be 'conv', 'res', 'attn' or None, got {type!r}")
-        self.type = type
+        if complement_type not in ("conv", "res", "attn"):
+            raise ValueError(f"frequency_complement must be 'conv', 'res', 'attn' or None, got {complement_type!r}")
+        self.complement_type = complement_type
         groups = math.gcd(channels, groups)
-        if type == "attn":
+        if complement_type == "attn":
             heads = math.gcd(channels, 8)
             self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
             self.block = nn.TransformerEncoderLayer(channels, heads, dim_feedforward=2048, batch_first=True)
-        else:
-            self.block = ResnetBlock2D(
-                in_channels=channels, temb_channels=None, groups=groups, eps=1e-6, dropout=dropout
-            )
-        if type == "conv":
-            nn.init.zeros_(self.block.conv2.weight)
-            nn.init.zeros_(self.block.conv2.bias)
+            return
+        block = ResnetBlock2D(in_channels=channels, temb_channels=None, groups=groups, eps=1e-6, dropout=dropout)
+        if complement_type == "conv":
+            nn.init.zeros_(block.conv2.weight)
+            nn.init.zeros_(block.conv2.bias)
+        self.block = block
 
     @property
     def constrained(self) -> nn.Module:
         """The module whose output a spectrum loss compares with the encoder's."""
-        return self.block.conv2 if self.type == "conv" else self
+        return self.block.get_submodule("conv2") if self.complement_type == "conv" else self
 
     def forward(self, sample: Tensor) -> Tensor:
         """(B, C, H, W) -> the same."""
-        if self.type != "attn":
+        if self.complement_type != "attn":
             return self.block(sample, None)
         tokens = self.norm(sample).flatten(2).transpose(1, 2)  # (B, HW, C)
         return self.block(tokens).transpose(1, 2).unflatten(2, sample.shape[-2:])
@@ -152,10 +151,11 @@ class FeatureRecorder:
     LEVELS = 4
 
     def __init__(self, encoder: Encoder, decoder: ComplementedDecoder):
-        if not all(isinstance(module, FrequencyComplement) for module in decoder.complements):
+        complements = [module for module in decoder.complements if isinstance(module, FrequencyComplement)]
+        if not complements:
             raise ValueError("features can be compared only where the decoder has frequency_complement modules")
-        self.of_encoder = [encoder.conv_in, encoder.down_blocks[-1], encoder.mid_block]
-        self.of_decoder = [complement.constrained for complement in reversed(decoder.complements)]
+        self.of_encoder: list[nn.Module] = [encoder.conv_in, encoder.down_blocks[-1], encoder.mid_block]
+        self.of_decoder: list[nn.Module] = [complement.constrained for complement in reversed(complements)]
 
     def __enter__(self) -> "FeatureRecorder":
         self._features: dict[nn.Module, Tensor] = {}

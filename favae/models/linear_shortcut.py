@@ -1,102 +1,128 @@
-"""A linear path around an autoencoder: patches to latents and back, over the lowest frequencies."""
+"""A linear path around an autoencoder: from patches to latents and back, by their lowest frequencies."""
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-# An orthonormal basis of colours: brightness, red against blue, green against both.
-OPPONENT_COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 2.0, -1.0))
-CHROMA_ENERGY = (0.05, 0.01)  # of brightness at the same frequency; measured on the photographs of scikit-image
-LOGVAR_AT_START = -10.0  # of the posterior: noise of 0.007, against latents of about 1
-CORRELATION_LENGTH = 5  # of photographs, in patches: their covariance is taken as exp(-distance / length)
+# An orthogonal basis of colors: brightness, red against blue, green against both.
+OPPONENT_COLORS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 2.0, -1.0))
+# The energy of the two color differences, relative to brightness at the same frequency, in photographs of scikit-image.
+CHROMA_ENERGY = (0.05, 0.01)
+# Log-variance of an untrained posterior: a std of 0.007, where latents are about 1.
+INITIAL_LOGVAR = -10.0
+# The covariance of photographs is taken as exp(-distance / length), with this length in patches.
+CORRELATION_LENGTH = 5
 
 
 @functools.cache
-def _strongest(size: int, count: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Colours (channels, channels), and of each basis patch its colour (count,) and brightness (count, size, size)."""
+def _strongest_waves(size: int, count: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The basis patches with the most energy.
+
+    Returns:
+        The colors (channels, channels), one per row; for each basis patch the row of its color (count,); and its
+        brightness pattern (count, size, size).
+    """
     if count > channels * size**2:
         raise ValueError(f"a patch of {channels} x {size} x {size} has fewer than {count} basis patches")
+
+    # the waves of the DCT, and the colors that they can have
     cosines = np.cos(math.pi / size * (np.arange(size) + 0.5) * np.arange(size)[:, None])
     cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)  # (frequency, position)
-    colours = np.array(OPPONENT_COLOURS) if channels == 3 else np.eye(channels)
-    energy = [1.0, *CHROMA_ENERGY] if channels == 3 else [1.0] * channels
-    power = {
-        (c, u, v): energy[c] / (u**2 + v**2) if u or v else math.inf
+    colors = np.array(OPPONENT_COLORS) if channels == 3 else np.eye(channels)
+    colors = colors / np.linalg.norm(colors, axis=1, keepdims=True)
+
+    # sort them by the energy that photographs have on average
+    color_energy = [1.0, *CHROMA_ENERGY] if channels == 3 else [1.0] * channels
+    energy = {
+        (c, u, v): color_energy[c] / (u**2 + v**2) if u or v else math.inf
         for c in range(channels)
         for u in range(size)
         for v in range(size)
     }
-    chosen = sorted(power, key=lambda key: (-power[key], key))[:count]
+    chosen = sorted(energy, key=lambda key: (-energy[key], key))[:count]
     waves = np.stack([np.outer(cosines[u], cosines[v]) for _, u, v in chosen])
-    return colours / np.linalg.norm(colours, axis=1, keepdims=True), np.array([c for c, _, _ in chosen]), waves
+    return colors, np.array([c for c, _, _ in chosen]), waves
 
 
 def frequency_basis(size: int, count: int, channels: int = 3) -> Tensor:
-    """The `count` strongest of the DCT's basis patches, by the power that photographs have on average.
+    """The `count` basis patches of the DCT that have the most energy in photographs on average.
 
-    Power is taken as 1 / (u^2 + v^2) at the frequency (u, v), half cycles per patch, and as a small share of that for
-    the two chromatic directions (for 3 channels; others have no preferred one). Means come first.
+    The energy at the frequency (u, v), in half cycles per patch, is taken as 1 / (u^2 + v^2). Of three channels, the
+    two color differences have a small share of it; other numbers of channels have no preferred colors. Means come
+    first.
 
     Args:
-        size: side of the patch.
+        size: side of the patch in pixels.
     Returns:
         (count, channels, size, size), orthonormal, strongest first.
     Raises:
         ValueError: if a patch has fewer than `count` numbers.
     """
-    colours, which, waves = _strongest(size, count, channels)
-    return torch.from_numpy(colours[which][:, :, None, None] * waves[:, None]).float()
+    colors, color_of_wave, waves = _strongest_waves(size, count, channels)
+    return torch.from_numpy(colors[color_of_wave][:, :, None, None] * waves[:, None]).float()
 
 
 @functools.cache
-def _expected(size: int, count: int, channels: int) -> np.ndarray:
-    colours, which, waves = _strongest(size, count, channels)
+def _expected_patches(size: int, count: int, channels: int) -> np.ndarray:
+    """`expected_patches` in float64."""
+    colors, color_of_wave, waves = _strongest_waves(size, count, channels)
     side = 3 * size
-    along = np.abs(np.arange(side)[:, None] - np.arange(side))
-    of_offset = np.exp(-np.hypot(*np.indices((side, side))) / (CORRELATION_LENGTH * size))
-    covariance = of_offset[along[:, None, :, None], along[None, :, None, :]]  # (row, column, row, column)
+
+    # the covariance of the pixels of nine patches, (row, column, row, column)
+    distance = np.abs(np.arange(side)[:, None] - np.arange(side))
+    by_offset = np.exp(-np.hypot(*np.indices((side, side))) / (CORRELATION_LENGTH * size))
+    covariance = by_offset[distance[:, None, :, None], distance[None, :, None, :]]
+
     middle = slice(size, 2 * size)
     result = np.zeros((count, channels, side, side))
-    for c in range(channels):
-        own = np.flatnonzero(which == c)
+    for color in range(channels):  # colors are taken as independent
+        own = np.flatnonzero(color_of_wave == color)
         if not len(own):
             continue
-        seen = np.zeros((3, 3, len(own), side, side))  # each basis patch at each of the nine places
+        # each basis patch at each of the nine places
+        placed = np.zeros((3, 3, len(own), side, side))
         for i in range(3):
             for j in range(3):
-                seen[i, j, :, i * size : (i + 1) * size, j * size : (j + 1) * size] = waves[own]
-        seen = seen.reshape(-1, side**2)
-        with_pixels = seen @ covariance.reshape(side**2, side**2)  # (9 k, side^2)
-        among = with_pixels @ seen.T
-        to_middle = with_pixels.reshape(-1, side, side)[:, middle, middle].reshape(-1, size**2)
-        weights = np.linalg.solve(among, to_middle).reshape(3, 3, len(own), size, size)
-        # What the middle gets from the patch at (i, j) is what a patch in the middle gives to the place opposite.
-        flipped = weights[::-1, ::-1].transpose(2, 0, 3, 1, 4).reshape(len(own), side, side)
-        result[own] += colours[c][None, :, None, None] * flipped[:, None]
+                placed[i, j, :, i * size : (i + 1) * size, j * size : (j + 1) * size] = waves[own]
+        placed = placed.reshape((-1, side**2))
+
+        # the conditional expectation of the middle patch, given the coordinates of all nine
+        with_pixels = placed @ covariance.reshape((side**2, side**2))
+        among_coordinates = with_pixels @ placed.T
+        with_middle = with_pixels.reshape((-1, side, side))[:, middle, middle].reshape((-1, size**2))
+        weights = np.linalg.solve(among_coordinates, with_middle).reshape((3, 3, len(own), size, size))
+
+        # What the middle gets from the patch at (i, j) is what a patch in the middle gives to the opposite place.
+        flipped = weights[::-1, ::-1].transpose(2, 0, 3, 1, 4).reshape((len(own), side, side))
+        result[own] += colors[color][None, :, None, None] * flipped[:, None]
     return result
 
 
 def expected_patches(size: int, count: int, channels: int = 3) -> Tensor:
     """What each coordinate in `frequency_basis` says about its patch and the eight around it.
 
-    Their sum, weighted by the coordinates of all patches, is the expectation of an image given them, if images are
-    Gaussian with a covariance exp(-distance / L): the best linear guess, smooth across the borders of patches, with
-    exactly these coordinates.
+    The sum of these, weighted by the coordinates of all patches, is the expectation of an image given its coordinates,
+    if images are Gaussian with the covariance exp(-distance / L). It is the best linear estimate, smooth across the
+    borders of patches, and has exactly these coordinates.
 
     Returns:
         (count, channels, 3 size, 3 size).
+    Raises:
+        ValueError: if a patch has fewer than `count` numbers.
     """
-    return torch.from_numpy(_expected(size, count, channels)).float()
+    return torch.from_numpy(_expected_patches(size, count, channels)).float()
 
 
 class PatchesToLatents(nn.Conv2d):
-    """(B, 3, H, W) -> (B, latent_channels, H/f, W/f): each patch's coordinates in `frequency_basis`, to begin with.
+    """(B, C, H, W) -> (B, latent_channels, H/f, W/f): at first, the coordinates of each patch in `frequency_basis`.
 
-    Divided by f, so that the first latent channel is a patch's mean brightness times the root of 3.
+    They are divided by f, so that the first of three-channel images is sqrt(3) times the patch's mean brightness.
     """
 
     def __init__(self, in_channels: int, latent_channels: int, size: int):
@@ -106,43 +132,42 @@ class PatchesToLatents(nn.Conv2d):
 
 
 class LatentsToPatches(nn.ConvTranspose2d):
-    """(B, latent_channels, h, w) -> (B, 3, f h, f w), with the latents given for coordinates, to begin with.
+    """(B, latent_channels, h, w) -> (B, C, f h, f w): at first, the image with these latents as coordinates.
 
     Args:
         size: f, the side of a patch.
-        overlapping: each latent also draws on the eight patches around its own, by `expected_patches`; those beyond
-            the border are taken to be like those at it. Without, patches are independent, and their borders show.
+        overlapping: let each latent also act on the eight patches around its own, by `expected_patches`; beyond the
+            border of the image latents are repeated. Otherwise patches are independent, and their borders show.
     """
 
     def __init__(self, latent_channels: int, out_channels: int, size: int, overlapping: bool = True):
         super().__init__(latent_channels, out_channels, 3 * size if overlapping else size, stride=size, bias=False)
         self.overlapping = overlapping
+        make_basis = expected_patches if overlapping else frequency_basis
         with torch.no_grad():
-            basis = (expected_patches if overlapping else frequency_basis)(size, latent_channels, out_channels)
-            self.weight.copy_(basis * size)
+            self.weight.copy_(make_basis(size, latent_channels, out_channels) * size)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if not self.overlapping:
-            return super().forward(latents)
-        images = super().forward(F.pad(latents, (1, 1, 1, 1), mode="replicate"))
+            return super().forward(input)
+        images = super().forward(F.pad(input, (1, 1, 1, 1), mode="replicate"))
         edge = 2 * self.stride[0]
         return images[..., edge:-edge, edge:-edge]
 
 
 @torch.no_grad()
-def start_linear(vae: nn.Module, encoders: list, decoders: list) -> None:
-    """Silences the networks of an autoencoder with a shortcut, so that training starts from the linear codec.
+def start_linear(quant_convs: Sequence[nn.Conv2d], encoders: Sequence[Encoder], decoders: Sequence[Decoder]) -> None:
+    """Silences the networks beside a shortcut, so that training starts from the linear codec.
 
-    Last layers of encoders and decoders are zero (the variances small), and the 1x1 convolutions around the latent
-    the identity.
+    The last layers of encoders and decoders become zero, with small variances, and the 1x1 convolutions around the
+    latent the identity.
     """
     for network in (*encoders, *decoders):
         nn.init.zeros_(network.conv_out.weight)
         nn.init.zeros_(network.conv_out.bias)
-    for network in encoders:
-        half = network.conv_out.out_channels // 2
-        network.conv_out.bias[half:] = LOGVAR_AT_START
-    for convolution in (vae.quant_conv, vae.post_quant_conv):
-        if convolution is not None:
-            nn.init.dirac_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
+    for encoder in encoders:
+        half = encoder.conv_out.out_channels // 2
+        encoder.conv_out.bias[half:] = INITIAL_LOGVAR
+    for convolution in quant_convs:
+        nn.init.dirac_(convolution.weight)
+        nn.init.zeros_(convolution.get_parameter("bias"))

@@ -78,14 +78,14 @@ def map_tiles(function: Callable[[Tensor], Tensor], sample: Tensor, tile: int, o
     tops, lefts = (_starts(length, t, max(t - overlap, unit)) for length, t in zip(sample.shape[-2:], size))
 
     # sums of the faded tiles, and of the weights they were faded with
-    total = weights = None
+    total, weights = torch.empty(0), torch.empty(0)
     for top in tops:
         for left in lefts:
             output = function(sample[..., top : top + size[0], left : left + size[1]])
             height, width = output.shape[-2:]
-            if total is None:
+            if not total.numel():
                 shape = [length * height // size[0] for length in sample.shape[-2:]]
-                total = output.new_zeros(*output.shape[:-2], *shape, dtype=torch.float32)
+                total = output.new_zeros([*output.shape[:-2], *shape], dtype=torch.float32)
                 weights = output.new_zeros(shape, dtype=torch.float32)
             fade = overlap * height // size[0]
             faded = _ramp(height, fade, output.device)[:, None] * _ramp(width, fade, output.device)

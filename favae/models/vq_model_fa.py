@@ -68,8 +68,6 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         norm_eps: of the group norms. The published code has 1e-5.
         latent_norm_num_groups: of the first complement's norms, over the latents; None takes the greatest common
             divisor of `latent_channels` and `norm_num_groups`. The published f4 model has 3 for 3 channels.
-        codebook_norms: whether the entries of a "vq" codebook have lengths, kept apart from the directions that they
-            are chosen and trained by. Published codebooks have, since their moving averages are shorter than 1.
 
     Raises:
         ValueError: if settings do not fit together; the message names them.
@@ -104,12 +102,9 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         force_upcast: bool = False,
         norm_eps: PositiveFloat = 1e-6,
         latent_norm_num_groups: PositiveInt | None = None,
-        codebook_norms: bool = False,
     ):
         super().__init__()
         check_widths(norm_num_groups, block_out_channels=block_out_channels)
-        if codebook_norms and quantizer != "vq":
-            raise ValueError(f"codebook_norms is for quantizer='vq', got {quantizer!r}")
         deepest = "Attn" if attention else ""
         plain = len(block_out_channels) - 1
 
@@ -147,9 +142,10 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             if isinstance(module, nn.GroupNorm):
                 module.eps = norm_eps
 
-        # the lengths of the entries, where they have some
-        self.register_buffer("entry_norms", torch.ones(self.num_tokens) if codebook_norms else None)
-        if codebook_norms:
+        # Entries of a "vq" codebook are chosen and trained by their directions. Their lengths are kept apart: 1 for a
+        # new codebook, other ones for published codebooks, whose moving averages are not normalized.
+        self.register_buffer("entry_norms", torch.ones(self.num_tokens) if quantizer == "vq" else None)
+        if quantizer == "vq":
             self.codebook._codebook.register_forward_hook(self._stretch)
 
     def _stretch(self, module: nn.Module, inputs: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -272,7 +268,10 @@ def make_quantizer(
                 f"quantizer='fsq' has one dimension per entry of fsq_levels and {prod(fsq_levels)} entries, their "
                 f"product: codebook_dim and codebook_size must be None, got {codebook_dim} and {codebook_size}"
             )
-        return FSQ(list(fsq_levels), dim=latent_channels)
+        with torch.device("cpu"):  # it computes with numbers that the meta device does not have
+            codebook = FSQ(list(fsq_levels), dim=latent_channels)
+        device = torch.get_default_device()
+        return codebook if device.type == "cpu" else codebook.to(device)
     settings = {
         "dim": latent_channels,
         "codebook_size": 1024 if codebook_size is None else codebook_size,

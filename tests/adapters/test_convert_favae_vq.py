@@ -61,8 +61,6 @@ def test_training_keeps_the_lengths_of_the_entries_and_moves_their_directions():
     assert not torch.equal(model.codebook._codebook.embed, entries)
     unit = model.codebook._codebook.embed.norm(dim=-1)
     torch.testing.assert_close(unit, torch.ones_like(unit))
-    with pytest.raises(ValueError, match="codebook_norms is for quantizer='vq'"):
-        VQModelFA(block_out_channels=(32,), quantizer="fsq", latent_channels=32, codebook_norms=True)
 
 
 def test_what_is_not_of_the_layout_is_named():
