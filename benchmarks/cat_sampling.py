@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    arguments = parse_arguments(parser, "cat_sampling.json", rounds=3, argv=argv)
+    arguments = parse_arguments(parser, "cat_sampling.json", argv, rounds=3)
 
     # Large random weights: the tokens of an untrained model hardly depend on those before them.
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ process of its own with one thread. Its time is that until both have taken their
 Writes docs/results/cpu_training.json.
 """
 
+import json
 import statistics
 
 import torch
@@ -21,7 +22,6 @@ from torch import multiprocessing
 
 from benchmarks.timing import (
     ROOT,
-    Timing,
     environment,
     make_parser,
     parse_arguments,
@@ -38,7 +38,6 @@ from favae.training.models import build_model
 
 RECIPES = ("photos_favae", "photos_vavae")
 RESOLUTION = 64
-STEPS_PER_ROUND = 4  # of the slice `processes`, where the start of a step is not the same moment in both processes
 
 
 class Trainer:
@@ -126,22 +125,14 @@ def compare(recipe: str, variants: dict[str, dict], rounds: int) -> dict[str, di
     """Each variant's seconds per image, and its speed relative to the first variant's."""
     trainers = {name: Trainer(recipe, **options) for name, options in variants.items()}
     timings = time_paired({name: trainer.step for name, trainer in trainers.items()}, rounds=rounds, warmup=2)
-    images = {name: len(trainer.images) for name, trainer in trainers.items()}
+    # Threads that wait count as CPU time, too; with one thread, other programs change it less than time on the clock.
     one_thread = all(trainer.threads == 1 for trainer in trainers.values())
-    return summarize(timings, images, one_thread)
+    seconds = {name: timing.cpu_seconds if one_thread else timing.seconds for name, timing in timings.items()}
+    return summarize({name: [s / len(trainers[name].images) for s in values] for name, values in seconds.items()})
 
 
-def summarize(timings: dict[str, Timing], images: dict[str, int], cpu_time: bool) -> dict[str, dict]:
-    """What is written of each variant.
-
-    Args:
-        images: how many images a call of each variant trains on.
-        cpu_time: compare by the CPU time of the process, which is fair to variants of one thread only.
-    """
-    per_image = {
-        name: [seconds / images[name] for seconds in (timing.cpu_seconds if cpu_time else timing.seconds)]
-        for name, timing in timings.items()
-    }
+def summarize(per_image: dict[str, list[float]]) -> dict[str, dict]:
+    """What is written of each variant, from its seconds per image in each round."""
     reference = next(iter(per_image.values()))
     return {
         name: {
@@ -166,50 +157,51 @@ def compare_processes(rounds: int, threads: int) -> dict[str, dict]:
 
     def one_process() -> None:
         for trainer in trainers:
-            for _ in range(STEPS_PER_ROUND):
-                trainer.step()
+            trainer.step()
 
     def side_by_side() -> None:
         for _, pipe in workers.values():
-            pipe.send(STEPS_PER_ROUND)
+            pipe.send(True)
         for _, pipe in workers.values():
             pipe.recv()
 
     names = (f"one_process_of_{threads}_threads", f"{len(RECIPES)}_processes_of_1_thread")
     timings = time_paired(dict(zip(names, (one_process, side_by_side))), rounds=rounds, warmup=2)
     for process, pipe in workers.values():
-        pipe.send(0)
+        pipe.send(False)
         process.join()
-    images = len(RECIPES) * STEPS_PER_ROUND * len(trainers[0].images)
-    return summarize(timings, dict.fromkeys(timings, images), cpu_time=False)
+    images = len(RECIPES) * len(trainers[0].images)
+    return summarize({name: [s / images for s in timing.seconds] for name, timing in timings.items()})
 
 
 def _work(recipe: str, pipe) -> None:
-    """Takes as many steps as it is told, again and again, until it is told 0."""
+    """Takes a step whenever it is told True, and ends when it is told False."""
     trainer = Trainer(recipe)
-    while steps := pipe.recv():
-        for _ in range(steps):
-            trainer.step()
-        pipe.send(steps)
+    while pipe.recv():
+        trainer.step()
+        pipe.send(True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=[*SLICES, "processes"], default=[*SLICES, "processes"])
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=RECIPES)
-    arguments = parse_arguments(parser, "cpu_training.json", rounds=20, argv=argv)
+    arguments = parse_arguments(parser, "cpu_training.json", argv, rounds=20)
 
-    result = environment() | {"resolution": RESOLUTION, "rounds": arguments.rounds}
+    # Slices that were measured before and are not asked for now stay in the file.
+    result = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    result |= environment() | {"resolution": RESOLUTION}
     for name in arguments.only:
         if name == "processes":
-            result[name] = {"both": compare_processes(arguments.rounds, threads=len(RECIPES))}
+            found = {"both": compare_processes(arguments.rounds, threads=len(RECIPES))}
         else:
-            result[name] = {recipe: compare(recipe, SLICES[name], arguments.rounds) for recipe in arguments.recipes}
-        for recipe, variants in result[name].items():
-            for variant, found in variants.items():
+            found = {recipe: compare(recipe, SLICES[name], arguments.rounds) for recipe in arguments.recipes}
+        result[name] = {"rounds": arguments.rounds, "results": found}
+        for recipe, variants in found.items():
+            for variant, values in variants.items():
                 print(
-                    f"{name:14} {recipe:13} {variant:26} {found['milliseconds_per_image']:7.2f} ms per image, "
-                    f"{with_range(found)}; fastest round {found['speedup_of_fastest_round']:.2f} times",
+                    f"{name:14} {recipe:13} {variant:26} {values['milliseconds_per_image']:7.2f} ms per image, "
+                    f"{with_range(values)}; fastest round {values['speedup_of_fastest_round']:.2f} times",
                     flush=True,
                 )
         write_result(arguments.output, result)

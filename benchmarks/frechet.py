@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=10_000, help="images behind the compared statistics")
     parser.add_argument("--images", type=int, default=50_000, help="for the memory")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
-    arguments = parse_arguments(parser, "frechet.json", rounds=9, argv=argv)
+    arguments = parse_arguments(parser, "frechet.json", argv, rounds=9)
     if arguments.memory:
         return measure_memory(arguments.images)
 

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="our blocks; the published ones stay eager")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in this dtype, for MFU: H100, H200 bfloat16: 989")
-    arguments = parse_arguments(parser, "generator_step.json", rounds=7, argv=argv)
+    arguments = parse_arguments(parser, "generator_step.json", argv, rounds=7)
 
     # The same noise, times and classes for both.
     count, shape = arguments.batch_size, SIZES[arguments.size]

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--shard-size", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=128)
-    arguments = parse_arguments(parser, "latent_loading.json", rounds=9, argv=argv)
+    arguments = parse_arguments(parser, "latent_loading.json", argv, rounds=9)
 
     torch.set_num_threads(1)
     num_batches = arguments.images // arguments.batch_size

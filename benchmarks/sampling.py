@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="our blocks")
-    arguments = parse_arguments(parser, "sampling.json", rounds=7, argv=argv)
+    arguments = parse_arguments(parser, "sampling.json", argv, rounds=7)
 
     # A pipeline needs an autoencoder, though it decodes nothing here.
     vae = AutoencoderKL(

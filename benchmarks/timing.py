@@ -94,14 +94,17 @@ def with_range(result: dict, digits: int = 2) -> str:
 
 
 def parse_arguments(
-    parser: argparse.ArgumentParser, output: str, rounds: int, argv: list[str] | None = None
+    parser: argparse.ArgumentParser, output: str, argv: list[str] | None, rounds: int | None = None
 ) -> argparse.Namespace:
-    """Adds --rounds and --output, which every benchmark has, and parses.
+    """Adds the options that benchmarks share, and parses.
 
     Args:
         output: name of the result file in docs/results.
+        argv: the command line's words; None for those of this process.
+        rounds: the default of --rounds; None for a benchmark without rounds.
     """
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"paired rounds (default: {rounds})")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"paired rounds (default: {rounds})")
     parser.add_argument("--output", type=Path, default=RESULTS / output, help=f"default: docs/results/{output}")
     return parser.parse_args(argv)
 

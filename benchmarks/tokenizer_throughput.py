@@ -4,10 +4,12 @@
     python -m benchmarks.tokenizer_throughput           (256 px, batch 4; minutes on a CPU)
     python -m benchmarks.tokenizer_throughput --dtype bfloat16 --batch-size 64      (on a GPU)
 
-Every model handles the same batch in turn in every round; the reference is `vavae_f16d32`. Weights are random, since
-speed does not depend on them. Writes docs/results/tokenizer_throughput.json.
+Every model handles the same batch in turn in every round; the reference is `vavae_f16d32`. With one thread on a CPU
+(OMP_NUM_THREADS=1), CPU time is compared, which other programs on the machine change less than time on the clock.
+Weights are random, since speed does not depend on them. Writes docs/results/tokenizer_throughput.json.
 """
 
+import statistics
 from pathlib import Path
 
 import torch
@@ -37,26 +39,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    arguments = parse_arguments(parser, "tokenizer_throughput.json", rounds=7, argv=argv)
+    arguments = parse_arguments(parser, "tokenizer_throughput.json", argv, rounds=7)
 
     torch.manual_seed(0)
     size, dtype = arguments.resolution, getattr(torch, arguments.dtype)
     images = (torch.rand(arguments.batch_size, 3, size, size) * 2 - 1).to(device(), dtype)
-    models = {}
+    models, budgets = {}, {}
     for recipe in arguments.recipes:
         file = recipe if recipe.suffix else ROOT / f"configs/tokenizer/{recipe}.yaml"
         config = load_config(TokenizerConfig, file)
-        models[recipe.stem] = build_model(config.model).to(device(), dtype).eval()
+        models[recipe.stem] = build_model(config.model).to(device()).eval()
+        with torch.device("meta"):  # where the counter sees every operation
+            budgets[recipe.stem] = measure_budget(build_model(config.model), size)
+    if dtype != torch.float32:
+        models = {name: vae.to(dtype) for name, vae in models.items()}
     calls = {name: lambda vae=vae: reconstruct(vae, images) for name, vae in models.items()}
     timings = time_paired(calls, rounds=arguments.rounds)
 
-    reference = next(iter(timings.values()))
+    one_thread = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    seconds = {name: timing.cpu_seconds if one_thread else timing.seconds for name, timing in timings.items()}
+    reference = next(iter(seconds.values()))
     results = {}
-    for name, vae in models.items():
-        budget = measure_budget(vae, size)
+    for name, budget in budgets.items():
         results[name] = {
-            "images_per_second": arguments.batch_size / timings[name].median,
-            **speedup(timings[name].seconds, reference.seconds),
+            "images_per_second": arguments.batch_size / statistics.median(seconds[name]),
+            **speedup(seconds[name], reference),
             "gflop": budget.flops / 1e9,
             "params": budget.params,
             "floats_per_image": budget.floats_per_image,

@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.timing import RESULTS, ROOT, environment, make_parser, write_result
+from benchmarks.timing import ROOT, environment, make_parser, parse_arguments, write_result
 from favae.losses.adversarial import PatchDiscriminator, adversarial_loss, hinge_discriminator_loss
 from favae.training.config import TokenizerConfig, load_config
 from favae.training.models import build_model
@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--recipe", type=Path, default=ROOT / "configs/tokenizer/favae_f16d32.yaml")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=RESULTS / "training_memory.json")
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(parser, "training_memory.json", argv)
 
     config = load_config(TokenizerConfig, arguments.recipe)
     size, batch_size = config.train.resolution, arguments.batch_size

@@ -1,31 +1,26 @@
 #!/usr/bin/env python
-"""Speed of the wavelet transform against the same transform written as one strided convolution, paired.
+"""Speed of the wavelet transform against the same transform written as one strided convolution.
 
-    python benchmarks/wavelet_transform.py                                          (256 px, on this machine's CPU)
+    OMP_NUM_THREADS=1 python -m benchmarks.wavelet_transform            (256 px; ten minutes on a CPU)
 
-In each round both handle the same batch: transform and inverse alone, with and without gradients, and the encoding and
-decoding of an `AutoencoderKLFA` of default size. Prints the ratios of the times (median over the rounds, with the
-quartiles; below 1 the library's transform is faster) and writes docs/results/wavelet_transform.json. Times are CPU
-seconds of this process, which other programs on the machine change less than the time on the clock.
+Both handle the same batch in turn in every round: transform and inverse alone, with and without gradients, and the
+encoding and decoding of an `AutoencoderKLFA` of default size. CPU times are compared, which other programs on the
+machine change less than the time on the clock. Writes docs/results/wavelet_transform.json.
 """
 
-import argparse
 import copy
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pywt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.timing import environment, make_parser, parse_arguments, speedup, time_paired, with_range, write_result
 from favae import AutoencoderKLFA
 from favae.wavelets import InverseWaveletTransform2D, WaveletBands, WaveletTransform2D
 
-ROOT = Path(__file__).resolve().parent.parent
 WAVELETS = ("haar", "db2", "bior4.4")
 
 
@@ -86,29 +81,15 @@ def with_reference(model: nn.Module) -> nn.Module:
     return model
 
 
-def seconds(function: Callable[[], object]) -> float:
-    started = time.process_time()
-    function()
-    return time.process_time() - started
-
-
 def compare(ours: Callable[[], Tensor], reference: Callable[[], Tensor], rounds: int) -> dict:
-    """Ratios of paired times; which of the two goes first alternates."""
-    difference = float((ours() - reference()).abs().max())  # warms both up, too
-    pairs = []
-    for i in range(rounds):
-        if i % 2:
-            other, own = seconds(reference), seconds(ours)
-        else:
-            own, other = seconds(ours), seconds(reference)
-        pairs.append((own, other))
-    quartiles = statistics.quantiles([own / other for own, other in pairs], n=4)
+    """Speed relative to the reference, and the largest difference between both results."""
+    timings = time_paired({"ours": ours, "reference": reference}, rounds=rounds)
+    own, other = timings["ours"], timings["reference"]
     return {
-        "ratio": quartiles[1],
-        "ratio_quartiles": [quartiles[0], quartiles[2]],
-        "milliseconds": 1e3 * statistics.median(own for own, _ in pairs),
-        "milliseconds_reference": 1e3 * statistics.median(other for _, other in pairs),
-        "max_difference": difference,
+        **speedup(own.cpu_seconds, other.cpu_seconds),
+        "milliseconds": 1e3 * statistics.median(own.cpu_seconds),
+        "milliseconds_reference": 1e3 * statistics.median(other.cpu_seconds),
+        "max_difference": float((own.result - other.result).abs().max()),
     }
 
 
@@ -143,30 +124,23 @@ def compare_autoencoders(resolution: int, rounds: int) -> dict:
     return compare(lambda: model(image).sample, lambda: reference(image).sample, rounds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4, help="of the transform alone")
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/results/wavelet_transform.json")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, "wavelet_transform.json", argv, rounds=31)
 
-    # both sides see the same images
+    # Both sides see the same images.
     torch.manual_seed(0)
     images = torch.randn(arguments.batch_size, 3, arguments.resolution, arguments.resolution)
     results = {wavelet: compare_transforms(wavelet, images, arguments.rounds) for wavelet in WAVELETS}
     results["AutoencoderKLFA"] = {"encode_decode": compare_autoencoders(arguments.resolution, arguments.rounds)}
 
-    settings = {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__}
-    settings |= {name: getattr(arguments, name) for name in ("rounds", "batch_size", "resolution")}
-    arguments.output.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
-
-    print(f"{'':18}{'':16}{'ms':>9}{'reference':>11}{'ratio':>8}{'quartiles':>16}")
+    settings = {name: getattr(arguments, name) for name in ("rounds", "batch_size", "resolution")}
+    write_result(arguments.output, environment() | settings | {"results": results})
     for name, rows in results.items():
         for part, row in rows.items():
-            spread = "{:.3f}-{:.3f}".format(*row["ratio_quartiles"])
-            times = f"{row['milliseconds']:9.1f}{row['milliseconds_reference']:11.1f}"
-            print(f"{name:18}{part:16}{times}{row['ratio']:8.3f}{spread:>16}")
+            print(f"{name:18}{part:16}{row['milliseconds']:8.1f} ms, {with_range(row)} the reference")
 
 
 if __name__ == "__main__":

@@ -101,9 +101,8 @@ def make_row(task: Task) -> dict:
     shutil.rmtree(task.run / "checkpoints")
 
     # What the row says of the last checkpoint: `vae` holds its weights.
-    budget = {k: v for k, v in asdict(measure_budget(vae, task.resolution)).items() if v is not None}
     last = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
-    row = {"model": task.name, "seed": task.seed, "steps": task.steps, **curve[-1], **budget}
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, **curve[-1]}
     row |= {"seconds": last["seconds"], "curve": curve}
     row["training"] = {key: value for key, value in last.items() if key not in ("step", "seconds")}
     if task.pictures is not None:
@@ -111,7 +110,9 @@ def make_row(task: Task) -> dict:
         row["error_spectrum"] = error_spectrum(vae, images["heldout"])
         if task.seed == 0:
             save_pictures(vae, images["heldout"], task.pictures, task.name)
-    return row | environment()
+    # On the meta device, where the counter of FLOPs sees every operation. This gives up the weights.
+    budget = asdict(measure_budget(vae.to("meta"), task.resolution))
+    return row | {key: value for key, value in budget.items() if value is not None} | environment()
 
 
 def load_photos(split: str, resolution: int) -> Tensor:

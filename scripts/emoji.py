@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""Emoji with their names, as captioned images: about 1,900 at 64 px, from the npm package emoji-datasource-google.
+"""Writes the emoji with their names as captioned images: about 1,900 at 64 px, from an npm package.
 
-    python scripts/emoji.py --output emoji.parquet                  (fetched by npm pack)
+    python scripts/emoji.py --output emoji.parquet                  (npm pack fetches the package)
     python scripts/emoji.py --output emoji.parquet --archive emoji-datasource-google-16.0.0.tgz
 
-Writes emoji.parquet, to train on, and emoji_heldout.parquet beside it: combinations that no caption of the former has,
-of words that are all in its names. Columns: image, caption (a list of strings, lower case: the name, the name and the
-category, the short names), label (the category), split ("train" or "heldout").
+emoji.parquet is for training. emoji_heldout.parquet, beside it, holds emoji whose combinations of words are in no
+caption of emoji.parquet, though each of their words is in one of its names. Columns: image; caption, a list of strings
+in lower case (the name, the name and the category, the short names); label, the category; split, "train" or "heldout".
 
-The pictures are Google's Noto Emoji (Apache-2.0, flags in the public domain); the package that has them is MIT.
+The pictures are Google's Noto Emoji (Apache-2.0, flags in the public domain). The package, emoji-datasource-google,
+has the MIT license.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from favae.data.images import to_rgb
 from favae.errors import FavaeError
 
 PACKAGE = "emoji-datasource-google@16"
-LEAST = 1800  # pictures; fewer are not the whole package
-HELD_OUT = {  # name: the combination that no caption in training may have
+MIN_PICTURES = 1800  # of the whole package
+HELD_OUT_COMBINATIONS = {  # by the emoji's name: the words that no caption in training may have together
     "purple heart": "purple heart",
     "orange heart": "orange heart",
     "white heart": "white heart",
@@ -54,25 +55,32 @@ HELD_OUT = {  # name: the combination that no caption in training may have
 
 
 class EmojiError(FavaeError):
-    """A package that is not what this script knows."""
+    """Raised when the package cannot be fetched or differs from what this script expects."""
 
 
-def fetch(folder: Path) -> Path:
-    """The package's archive, in `folder`."""
+def fetch_archive(folder: Path) -> Path:
+    """Downloads the package's archive into a folder.
+
+    Raises:
+        EmojiError: if npm is missing or fails.
+    """
     try:
         subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, capture_output=True)
     except FileNotFoundError:
-        raise EmojiError(f"npm is not installed; fetch {PACKAGE} elsewhere and give it with --archive") from None
+        raise EmojiError(f"npm is not installed; fetch {PACKAGE} elsewhere and pass it with --archive") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.decode().strip().splitlines() or ["no reason given"])[-1]
-        raise EmojiError(f"npm pack {PACKAGE} failed ({reason}); --archive FILE.tgz takes a local one") from error
+        raise EmojiError(f"npm pack {PACKAGE} failed ({reason}); --archive takes a local file") from error
     return next(folder.glob("*.tgz"))
 
 
 def read_archive(archive: Path) -> list[dict]:
-    """Rows with image (PNG bytes), names, captions and label, one for each picture that differs from all others.
+    """Reads the package: a row with image (PNG bytes), names, captions and label for each different picture.
 
-    A picture that stands for several names (flags of some territories are those of their countries) has all of them.
+    A picture that stands for several names has all of them. (The flags of some territories are their countries'.)
+
+    Raises:
+        EmojiError: if the file is not the package.
     """
     try:
         with tarfile.open(archive) as package:
@@ -95,20 +103,23 @@ def read_archive(archive: Path) -> list[dict]:
         short = [re.sub(r"[_\W]+", " ", text).strip() for text in entry["short_names"]]
         row["captions"] += [name, f"{name}, {category}", *short]
     for row in rows.values():
-        row["captions"] = list(dict.fromkeys(row["captions"]))  # each once, in order
+        row["captions"] = list(dict.fromkeys(row["captions"]))  # without repetitions, in order
     return list(rows.values())
 
 
 def words(text: str) -> set[str]:
+    """The words of a text in lower case."""
     return set(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def split_rows(rows: list[dict], held_out: dict[str, str]) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows.
+    """Divides the rows into those for training and those held out.
 
+    Args:
+        held_out: for each name that is held out, the words that no caption in training may have together.
     Raises:
-        EmojiError: if a held-out name is not there, one of its words is in no name in training, or its combination is
-            in a caption in training.
+        EmojiError: if a held-out name does not exist, if one of its words is in no name in training, or if a caption
+            in training has its combination.
     """
     train = [row for row in rows if not set(row["names"]) & set(held_out)]
     rest = [row for row in rows if set(row["names"]) & set(held_out)]
@@ -119,15 +130,16 @@ def split_rows(rows: list[dict], held_out: dict[str, str]) -> tuple[list[dict], 
     for name in (name for row in rest for name in row["names"]):
         if words(name) - known:
             raise EmojiError(f"'{name}' cannot be held out: no name in training has '{min(words(name) - known)}'")
-    captions = [(caption, words(caption)) for row in train for caption in row["captions"]]
+    captions = [caption for row in train for caption in row["captions"]]
     for name, combination in held_out.items():
-        seen = [caption for caption, its_words in captions if words(combination) <= its_words]
+        seen = [caption for caption in captions if words(combination) <= words(caption)]
         if seen:
             raise EmojiError(f"'{name}' cannot be held out: '{seen[0]}' is in training")
     return train, rest
 
 
 def write_parquet(rows: list[dict], split: str, file: Path) -> None:
+    """Writes rows of `read_archive` as a captioned data set."""
     features = datasets.Features(
         image=datasets.Image(),
         caption=[datasets.Value("string")],
@@ -145,16 +157,16 @@ def write_parquet(rows: list[dict], split: str, file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="FILE.parquet; FILE_heldout.parquet comes beside it")
-    parser.add_argument("--archive", type=Path, help=f"a local archive of {PACKAGE} (default: npm pack fetches it)")
+    parser.add_argument("--output", type=Path, required=True, help="FILE.parquet, and FILE_heldout.parquet beside it")
+    parser.add_argument("--archive", type=Path, help=f"a local file of {PACKAGE} (default: npm pack fetches it)")
     arguments = parser.parse_args(argv)
     heldout_file = arguments.output.with_name(f"{arguments.output.stem}_heldout.parquet")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            rows = read_archive(arguments.archive or fetch(Path(folder)))
-        if len(rows) < LEAST:
-            raise EmojiError(f"{len(rows)} different pictures where {PACKAGE} has at least {LEAST}")
-        train, heldout = split_rows(rows, HELD_OUT)
+            rows = read_archive(arguments.archive or fetch_archive(Path(folder)))
+        if len(rows) < MIN_PICTURES:
+            raise EmojiError(f"{len(rows)} different pictures where {PACKAGE} has at least {MIN_PICTURES}")
+        train, heldout = split_rows(rows, HELD_OUT_COMBINATIONS)
     except FavaeError as error:
         sys.exit(f"error: {error}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

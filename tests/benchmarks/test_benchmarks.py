@@ -1,20 +1,18 @@
 """The benchmarks compare what they say, and compute ratios and results right."""
 
+import importlib
 import json
 
 import pytest
 import torch
-from conftest import TINY_LIGHTNINGDIT
+from accelerate.state import AcceleratorState
+from conftest import ROOT, TINY_LIGHTNINGDIT, tiny_tokenizer_recipe
 
-from benchmarks import (
-    cat_sampling,
-    cpu_training,
-    latent_loading,
-    timing,
-)
+from benchmarks import cat_sampling, cpu_training, latent_loading, on_gpu, timing, training_run
 from benchmarks.cat_sampling import uncached
 from benchmarks.generator_step import with_published_blocks
 from favae import CATTransformerModel, LightningDiTTransformer2DModel
+from favae.training.config import load_config
 
 
 def test_calls_run_in_turn_and_warm_up(monkeypatch):
@@ -99,3 +97,41 @@ def test_benchmarks_write_their_result(name, tmp_path, capsys, monkeypatch):
     result = json.loads(output.read_text())
     assert {"command", "hardware", "versions"} <= set(result)
     assert "times" in capsys.readouterr().out
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", on_gpu.BENCHMARKS)
+def test_the_benchmarks_on_a_gpu_have_the_options_they_are_called_with(name, monkeypatch):
+    module_name, *words = on_gpu.BENCHMARKS[name]
+    module = importlib.import_module(f"benchmarks.{module_name}")
+
+    def parse(parser, output, argv, rounds=None):
+        raise Parsed(timing.parse_arguments(parser, output, argv, rounds))
+
+    monkeypatch.setattr(module, "parse_arguments", parse)
+    with pytest.raises(Parsed):
+        module.main([*words, "--output", "x.json"])
+
+
+@pytest.mark.parametrize("name", [*on_gpu.TRAININGS, *on_gpu.ON_ALL_GPUS])
+def test_the_trainings_on_a_gpu_have_valid_settings(name):
+    variants = (on_gpu.TRAININGS | on_gpu.ON_ALL_GPUS)[name]
+    for training, recipe, *settings in variants.values():
+        schema, _ = training_run.TRAININGS[training]
+        load_config(schema, ROOT / recipe, settings)
+
+
+def test_nothing_is_measured_without_a_gpu(capsys):
+    on_gpu.main([])
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_a_training_is_timed(tmp_path, image_folder):
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would find it
+    recipe, output = tiny_tokenizer_recipe(tmp_path, image_folder), tmp_path / "result.json"
+    training_run.main(["tokenizer", str(recipe), "--steps", "4", "--warmup-steps", "2", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert result["seconds_per_step"] > 0 and result["images_per_step"] == 2 and result["processes"] == 1

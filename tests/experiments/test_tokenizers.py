@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 from experiments import ablation, equal_budget, tokenizers
 from experiments.report import full_table, short_table
@@ -37,6 +38,7 @@ def test_recipes_of_all_rows_are_valid(experiment, tmp_path):
 
 def test_a_tokenizer_is_trained_and_measured(tmp_path, monkeypatch):
     """A tiny model for a few steps, on a few photographs."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would find it
     load = tokenizers.load_photos
     monkeypatch.setattr(tokenizers, "load_photos", lambda *arguments: load(*arguments)[:8])
     model = {**equal_budget.PLAIN, "block_out_channels": [16, 16, 16, 16], "latent_channels": 4}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from favae.data.sources import open_source
 
-EMOJI = [  # name, short names, category, colour
+EMOJI = [  # name, short names, category, color
     ("LARGE RED CIRCLE", ["red_circle"], "Symbols", (255, 0, 0, 255)),
     ("LARGE BLUE CIRCLE", ["large_blue_circle"], "Symbols", (0, 0, 255, 255)),
     ("LARGE RED SQUARE", ["large_red_square"], "Symbols", (250, 0, 0, 255)),
@@ -31,8 +31,8 @@ def module(monkeypatch):
 
 @pytest.fixture
 def emoji(module, monkeypatch):
-    monkeypatch.setattr(module, "LEAST", 6)
-    monkeypatch.setattr(module, "HELD_OUT", HELD_OUT)
+    monkeypatch.setattr(module, "MIN_PICTURES", 6)
+    monkeypatch.setattr(module, "HELD_OUT_COMBINATIONS", HELD_OUT)
     return module
 
 
@@ -45,9 +45,9 @@ def write_archive(file, emoji=EMOJI):
             package.addfile(member, io.BytesIO(data))
 
         entries = []
-        for i, (name, short, category, colour) in enumerate(emoji):
+        for i, (name, short, category, color) in enumerate(emoji):
             picture = io.BytesIO()
-            Image.new("RGBA", (64, 64), colour).save(picture, "PNG")
+            Image.new("RGBA", (64, 64), color).save(picture, "PNG")
             add(f"img/google/64/{i}.png", picture.getvalue())
             entries.append({"name": name, "short_names": short, "category": category, "image": f"{i}.png"})
         entries.append({"name": "NO PICTURE", "short_names": [], "category": "Symbols", "image": "none.png"})
@@ -80,7 +80,7 @@ def test_parquet_files(emoji, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_held_out(emoji, tmp_path, monkeypatch, held_out, message):
-    monkeypatch.setattr(emoji, "HELD_OUT", held_out)
+    monkeypatch.setattr(emoji, "HELD_OUT_COMBINATIONS", held_out)
     archive = write_archive(tmp_path / "emoji.tgz")
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         emoji.main(["--output", str(tmp_path / "emoji.parquet"), "--archive", str(archive)])
@@ -93,7 +93,7 @@ def test_archives_that_are_not_the_package(emoji, tmp_path, monkeypatch):
     for name in ("text.tgz", "missing.tgz"):
         with pytest.raises(SystemExit, match=f"{name} is not the npm package"):
             emoji.main([*arguments, str(tmp_path / name)])
-    monkeypatch.setattr(emoji, "LEAST", 100)
+    monkeypatch.setattr(emoji, "MIN_PICTURES", 100)
     with pytest.raises(SystemExit, match="6 different pictures where .* at least 100"):
         emoji.main([*arguments, str(write_archive(tmp_path / "small.tgz"))])
     monkeypatch.setenv("PATH", "")
@@ -102,6 +102,8 @@ def test_archives_that_are_not_the_package(emoji, tmp_path, monkeypatch):
 
 
 def test_combinations_are_words_of_their_names(module):
-    """Of the real list; that its words are in training is checked whenever the script runs."""
-    assert len(module.HELD_OUT) == 20
-    assert all(module.words(combination) <= module.words(name) for name, combination in module.HELD_OUT.items())
+    """In the real list. The script itself checks, whenever it runs, that their words are in training."""
+    assert len(module.HELD_OUT_COMBINATIONS) == 20
+    assert all(
+        module.words(combination) <= module.words(name) for name, combination in module.HELD_OUT_COMBINATIONS.items()
+    )

@@ -1,0 +1,146 @@
+#!/usr/bin/env python
+"""Everything that was not measured on a GPU yet, in slices that can be chosen. Without a GPU it does nothing.
+
+    python -m benchmarks.on_gpu                                     (about an hour on one GPU)
+    python -m benchmarks.on_gpu --only tokenizer_throughput training_memory
+
+Each slice is one of the other benchmarks with settings for a GPU, or a training with each of several settings, by its
+own script; trainings are compared with the first setting. Those of `..._on_all_gpus` take all GPUs and are left out
+where there is one. Slices are independent of each other: one that fails is reported, and the others run. Each writes a
+JSON file into docs/results/gpu/.
+"""
+
+import json
+import subprocess
+import sys
+
+import torch
+from diffusers import AutoencoderKL
+
+from benchmarks.timing import RESULTS, ROOT, environment, make_parser, write_result
+from favae.data.images import ImageDataset
+from favae.data.latents import write_latent_cache
+from favae.data.sources import open_source
+
+OUTPUT = RESULTS / "gpu"
+FILES = ROOT / "runs/on_gpu"
+TOKENIZER, LATENTS = FILES / "tokenizer", FILES / "latents"
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense, bfloat16
+
+BF16 = ["--dtype", "bfloat16"]
+BENCHMARKS = {
+    "tokenizer_throughput": ["tokenizer_throughput", *BF16, "--batch-size", "32", "--rounds", "20"],
+    "training_memory": ["training_memory", "--batch-size", "32"],
+    "generator_step_b": ["generator_step", "--size", "B", *BF16, "--batch-size", "256", "--compile", "--rounds", "20"],
+    "generator_step_xl": ["generator_step", "--size", "XL", *BF16, "--batch-size", "64", "--compile", "--rounds", "20"],
+    "sampling": ["sampling", *BF16, "--batch-size", "64", "--num-inference-steps", "50", "--compile"],
+    "cat_sampling": ["cat_sampling", *BF16, "--layers", "24", "--width", "1536", "--heads", "16", "--batch-size", "16"],
+}
+
+FLOAT32 = 'train.mixed_precision="no"'  # in quotes, because YAML reads no as false
+# The weights of LPIPS and DINOv2 may not be at hand, so losses that need them are left out.
+FAVAE = ["tokenizer", "configs/tokenizer/favae_f16d32.yaml", "data.path=photos", "loss.perceptual=0",
+         "loss.alignment.weight=0", "train.batch_size=16"]  # fmt: skip
+GENERATOR = ["generator", "configs/generator/lightningdit_xl_f16d32.yaml", f"data.latents={LATENTS}",
+             f"data.tokenizer={TOKENIZER}", "train.batch_size=64"]  # fmt: skip
+TRAININGS = {
+    "tokenizer_training": {
+        "bf16": FAVAE,
+        "float32": [*FAVAE, FLOAT32],
+        "bf16_channels_last": [*FAVAE, "train.channels_last=true"],
+        "bf16_compiled": [*FAVAE, "train.compile=true"],
+        "bf16_gradient_checkpointing": [*FAVAE, "train.gradient_checkpointing=true"],
+    },
+    "generator_training": {
+        "bf16": GENERATOR,
+        "float32": [*GENERATOR, FLOAT32],
+        "bf16_compiled": [*GENERATOR, "train.compile=true"],
+    },
+}
+ON_ALL_GPUS = {
+    "tokenizer_training_on_all_gpus": {
+        "replicated": [*FAVAE, "loss.adversarial.adaptive=false"],
+        "sharded": [*FAVAE, "loss.adversarial.adaptive=false", "train.shard=true"],
+    },
+    "generator_training_on_all_gpus": {
+        "replicated": GENERATOR,
+        "sharded": [*GENERATOR, "train.shard=true"],
+        "sharded_compiled": [*GENERATOR, "train.shard=true", "train.compile=true"],
+    },
+}
+SLICES = [*BENCHMARKS, *TRAININGS, *ON_ALL_GPUS]
+
+
+def run_benchmark(name: str) -> None:
+    words = [*BENCHMARKS[name], "--output", str(OUTPUT / f"{name}.json")]
+    peak = [value for gpu, value in PEAK_TFLOPS.items() if gpu in torch.cuda.get_device_name()]
+    if words[0] == "generator_step" and peak:
+        words += ["--peak-tflops", str(peak[0])]
+    subprocess.run([sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]], cwd=ROOT, check=True)
+
+
+def compare_trainings(name: str, variants: dict[str, list[str]], processes: int) -> None:
+    """Trains with each setting, in processes of their own; speed relative to the first."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    if variants[next(iter(variants))][0] == "generator":
+        prepare_latents()
+    result = environment()
+    for variant, words in variants.items():
+        file = FILES / f"{name}-{variant}.json"
+        command = [*launcher, "-m", "benchmarks.training_run", *words, "--output", str(file)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        found = json.loads(file.read_text())
+        keys = ("settings", "seconds_per_step", "images_per_step", "processes", "peak_memory_gb")
+        result[variant] = {key: found[key] for key in keys}
+        first = result[next(iter(variants))]["seconds_per_step"]
+        result[variant]["speedup"] = first / found["seconds_per_step"]
+        write_result(OUTPUT / f"{name}.json", result)
+
+
+def prepare_latents(resolution: int = 256) -> None:
+    """A cache of f16d32 latents by a small untrained tokenizer: a generator's speed does not depend on their values."""
+    torch.manual_seed(0)
+    tokenizer = AutoencoderKL(
+        block_out_channels=(32,) * 5,
+        down_block_types=("DownEncoderBlock2D",) * 5,
+        up_block_types=("UpDecoderBlock2D",) * 5,
+        latent_channels=32,
+        sample_size=resolution,
+    )
+    tokenizer.save_pretrained(TOKENIZER)
+    images = ImageDataset(open_source("photos"), resolution)
+    write_latent_cache(tokenizer.to("cuda" if torch.cuda.is_available() else "cpu"), images, LATENTS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--only", nargs="*", choices=SLICES, default=SLICES, metavar="SLICE", help=", ".join(SLICES))
+    arguments = parser.parse_args(argv)
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        print("There is no CUDA device here, so nothing is measured.")
+        return
+
+    failed = []
+    for name in arguments.only:
+        print(f"== {name}", flush=True)
+        try:
+            if name in BENCHMARKS:
+                run_benchmark(name)
+            elif name in TRAININGS:
+                compare_trainings(name, TRAININGS[name], processes=1)
+            elif gpus > 1:
+                compare_trainings(name, ON_ALL_GPUS[name], processes=gpus)
+            else:
+                print("left out: there is one GPU")
+        except subprocess.CalledProcessError as error:
+            print(f"failed: {error}", flush=True)
+            failed.append(name)
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} failed; the other slices have written their files")
+
+
+if __name__ == "__main__":
+    main()
