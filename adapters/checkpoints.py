@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: read without running what is in them, and matched tensor by tensor with ours."""
+"""Reading checkpoints of other programs without executing anything, and matching their tensors with ours by name."""
 
 import pickle
 import re
@@ -15,47 +15,43 @@ from torch import Tensor
 
 from favae.errors import CheckpointError
 
-CONTAINERS = ("state_dict", "model", "ema")  # where training programs keep a network's tensors
+CONTAINERS = ("state_dict", "model", "ema")  # keys under which training programs keep a network's tensors
+READ_ERRORS = (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
 
 
 def read_checkpoint(path: str | Path, containers: Sequence[str] = CONTAINERS) -> dict[str, Tensor]:
-    """The tensors of a file of any training program, by name; no object in it is ever built, no code of it is run.
+    """The tensors in a file of any training program, by name. Nothing in the file is executed.
 
     Args:
         path: .safetensors, or anything that `torch.save` wrote.
-        containers: where in the file the tensors may be, the first that is there counts; without any of them, at its
-            top. What is no tensor is left out, and so are the prefixes `module.` and `_orig_mod.` of wrapped networks.
+        containers: keys under which the tensors may be. The first one that the file has is taken; if it has none of
+            them, the tensors at its top are. The prefixes `module.` and `_orig_mod.` of wrapped networks are removed.
     Returns:
-        On the CPU, of the file's dtypes.
+        Tensors on the CPU, in the file's dtypes.
     Raises:
-        CheckpointError: if there is no such file, it is damaged, has no tensors, or has objects that only their own
-            code could build.
+        CheckpointError: if the file is missing or damaged, has no tensors, or holds objects that cannot be read without
+            executing foreign code.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(
-            f"{path} is a folder, not a checkpoint file" if path.is_dir() else f"{path}: no such file"
-        )
+        raise CheckpointError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
+    except (pickle.UnpicklingError, *READ_ERRORS) as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign is None:
-            raise CheckpointError(f"{path} is damaged, or no checkpoint") from error
+            raise CheckpointError(f"{path} is damaged, or not a checkpoint") from error
         raise CheckpointError(
             f"{path} holds objects ({foreign[1]}) that only foreign code can build, and is not opened; if you trust "
             "it, save the tensors of its state_dict alone"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as e:
-        raise CheckpointError(f"{path} is damaged, or no checkpoint") from e
+
     state: dict[str, Tensor] = {}
-    for name, tensor in _tensors(content, containers).items():
-        name = str(name).replace("_orig_mod.", "")
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
+    for name, tensor in _find_tensors(content, containers).items():
+        name = re.sub(r"^(module\.)+", "", str(name).replace("_orig_mod.", ""))
         if name in state:
             raise CheckpointError(f"{path} has {name} twice, with and without a prefix")
         state[name] = tensor
@@ -64,24 +60,23 @@ def read_checkpoint(path: str | Path, containers: Sequence[str] = CONTAINERS) ->
     return state
 
 
-def _tensors(content: object, containers: Sequence[str]) -> dict[str, Tensor]:
+def _find_tensors(content: object, containers: Sequence[str]) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         return {}
-    for container in containers:
-        if isinstance(content.get(container), Mapping):
-            content = content[container]
-            break
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    inner = [content[key] for key in containers if isinstance(content.get(key), Mapping)]
+    values = inner[0] if inner else content
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
-class Entry:
+class Location:
     """Where another program keeps a tensor of ours.
 
     Attributes:
-        name: its name there.
-        part, parts: ours is this one, counted from 0, of so many equal blocks of its rows, as in a fused projection.
-        convolution: a 1x1 convolution (D, D', 1, 1) there, a matrix (D, D') here.
+        name: the name of the tensor there.
+        part, parts: ours is the block `part`, counted from 0, of `parts` equal blocks of its rows, as in a fused
+            projection.
+        convolution: it is a 1x1 convolution (D, D', 1, 1) there and a matrix (D, D') here.
     """
 
     name: str
@@ -90,91 +85,92 @@ class Entry:
     convolution: bool = False
 
 
-def shapes_of(kind: type[ModelMixin], config: Mapping) -> dict[str, tuple[int, ...]]:
+def state_shapes(model_class: type[ModelMixin], config: Mapping) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a model's state, without its weights.
 
     Raises:
-        CheckpointError: if the config makes no model.
+        CheckpointError: if the config does not make a model.
     """
     try:
         with torch.device("meta"):
-            state = kind.from_config(dict(config)).state_dict()
+            state = model_class.from_config(dict(config)).state_dict()
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"its shapes make no {kind.__name__}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"its shapes make no {model_class.__name__}: {str(error).splitlines()[0]}") from error
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def take(
-    state: Mapping[str, Tensor], entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]
+def tensors_from_original(
+    state: Mapping[str, Tensor], locations: Mapping[str, Location], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The tensors of `entries` out of a state of the original, by our names.
+    """Our state out of the state of another program.
 
     Args:
-        state: exactly what the entries name.
-        shapes: of ours.
+        state: exactly the tensors that the locations name.
+        locations, shapes: of each of our tensors, by our names.
     Raises:
-        CheckpointError: for names that are missing or not expected, and for other shapes.
+        CheckpointError: if names are missing or unexpected, or a shape differs.
     """
-    names = {entry.name for entry in entries.values()}
+    names = {location.name for location in locations.values()}
     if missing := names - state.keys():
-        raise CheckpointError(f"lacks {listed(missing)}")
+        raise CheckpointError(f"lacks {list_names(missing)}")
     if unexpected := state.keys() - names:
-        raise CheckpointError(f"has {listed(unexpected)}, which this layout does not have")
+        raise CheckpointError(f"has {list_names(unexpected)}, which this layout does not have")
     result = {}
-    for key, entry in entries.items():
-        tensor, (rows, *columns) = state[entry.name], shapes[key]
-        expected = (rows * entry.parts, *columns, *((1, 1) if entry.convolution else ()))
+    for key, location in locations.items():
+        tensor, (rows, *columns) = state[location.name], shapes[key]
+        expected = (rows * location.parts, *columns, *((1, 1) if location.convolution else ()))
         if tuple(tensor.shape) != expected:
-            raise CheckpointError(f"{entry.name} has shape {tuple(tensor.shape)}, expected {expected}")
-        result[key] = tensor.chunk(entry.parts)[entry.part].reshape(shapes[key])
+            raise CheckpointError(f"{location.name} has shape {tuple(tensor.shape)}, expected {expected}")
+        result[key] = tensor.chunk(location.parts)[location.part].reshape(shapes[key])
     return result
 
 
-def give(state: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """The inverse of `take`: the original's state out of ours.
+def tensors_to_original(state: Mapping[str, Tensor], locations: Mapping[str, Location]) -> dict[str, Tensor]:
+    """The inverse of `tensors_from_original`.
 
     Raises:
-        CheckpointError: if the state has other names than the entries.
+        CheckpointError: if the state has other names than the locations.
     """
-    if odd := state.keys() ^ entries.keys():
-        raise CheckpointError(f"the state and its config disagree about {listed(odd)}")
+    if different := state.keys() ^ locations.keys():
+        raise CheckpointError(f"the state and its config disagree about {list_names(different)}")
     blocks: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for key, entry in entries.items():
-        blocks[entry.name][entry.part] = state[key][..., None, None] if entry.convolution else state[key]
+    for key, location in locations.items():
+        tensor = state[key][..., None, None] if location.convolution else state[key]
+        blocks[location.name][location.part] = tensor
     return {
         name: torch.cat([parts[i] for i in range(len(parts))]) if len(parts) > 1 else parts[0].contiguous()
         for name, parts in blocks.items()
     }
 
 
-def need(state: Mapping[str, Tensor], name: str, dimensions: int | None = None) -> Tensor:
-    """One tensor of an original's state.
+def required_tensor(state: Mapping[str, Tensor], name: str, dimensions: int) -> Tensor:
+    """The tensor of this name.
 
     Raises:
-        CheckpointError: if it is missing, or has not so many dimensions.
+        CheckpointError: if it is missing, or does not have so many dimensions.
     """
     if name not in state:
         raise CheckpointError(f"lacks {name}")
-    if dimensions is not None and state[name].ndim != dimensions:
+    if state[name].ndim != dimensions:
         raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}, expected {dimensions} dimensions")
     return state[name]
 
 
-def count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many names `pattern.format(0)`, `pattern.format(1)`, ... there are without a gap."""
+def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many of the names `pattern.format(0)`, `pattern.format(1)`, ... there are without a gap."""
     number = 0
     while pattern.format(number) in state:
         number += 1
     return number
 
 
-def without(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """All but the names that begin so."""
+def drop_prefixes(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors whose names do not begin with one of the prefixes."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """A few of them for a message of one line."""
+def list_names(names: Iterable[str], most: int = 3) -> str:
+    """A few of the names, for a message of one line."""
     names = sorted(names)
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

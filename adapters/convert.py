@@ -68,7 +68,7 @@ def convert_to_file(folder: str | Path, file: str | Path, *, format: str) -> Non
     """
     if Path(file).exists():
         raise CheckpointError(f"{file} exists; name a new file")
-    if FORMATS[format].kind is LightningDiTTransformer2DModel:
+    if FORMATS[format].model_class is LightningDiTTransformer2DModel:
         model = _open_transformer(Path(folder))
     else:
         model = load_autoencoder(str(folder))

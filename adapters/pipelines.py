@@ -54,8 +54,9 @@ def swap_vae(pipe: DiffusionPipeline, vae: AutoencoderKL) -> DiffusionPipeline:
     Raises:
         ValueError: if the autoencoder cannot work in this pipeline; the message says why and what would help.
     """
-    name, old = type(pipe).__name__, getattr(pipe, "vae", None)
+    name = type(pipe).__name__
     _check_models(pipe, vae)
+    old = pipe.vae
 
     # 1. Normalization: that of the old autoencoder if the latents are the same, otherwise the new one's own.
     same_encoder = isinstance(old, AutoencoderKL) and _same_weights(old.encoder, vae.encoder)
@@ -224,13 +225,13 @@ def normalized_moments(vae: AutoencoderKL) -> nn.Conv2d:
 def _identity(channels: int) -> nn.Conv2d:
     convolution = nn.Conv2d(channels, channels, 1)
     nn.init.dirac_(convolution.weight)
-    nn.init.zeros_(convolution.bias)
+    nn.init.zeros_(convolution.get_parameter("bias"))
     return convolution
 
 
 def _scale_output(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     """convolution(x) becomes scale * convolution(x) + shift, per output channel."""
-    weight, bias = convolution.weight, convolution.bias
+    weight, bias = convolution.weight, convolution.get_parameter("bias")
     scale, shift = scale.to(weight.device), shift.to(weight.device)
     weight.copy_(weight.float() * scale[:, None, None, None])
     bias.copy_(bias.float() * scale + shift)
@@ -238,7 +239,7 @@ def _scale_output(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
 
 def _scale_input(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     """convolution(x) becomes convolution(scale * x + shift), per input channel."""
-    weight, bias = convolution.weight, convolution.bias
+    weight, bias = convolution.weight, convolution.get_parameter("bias")
     scale, shift = scale.to(weight.device), shift.to(weight.device)
     bias.copy_(bias.float() + weight.float()[:, :, 0, 0] @ shift)
     weight.copy_(weight.float() * scale[None, :, None, None])

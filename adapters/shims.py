@@ -1,7 +1,7 @@
-"""Our autoencoders behind the objects that the scripts of other generators call.
+"""Our autoencoders with the methods that the scripts of other generators call.
 
-Each shim takes a path (anything that `load_autoencoder` opens) or a loaded model. Which line of which script it
-replaces, and which constants change with it, is in docs/adapters.md. SiT and REPA's training need no shim: an
+Each shim takes a path that `load_autoencoder` opens, or a loaded model. docs/adapters.md says which line of which
+script it replaces, and which constants change with it. SiT and REPA's training need no shim, since an
 `AutoencoderKLFA` is an `AutoencoderKL`.
 """
 
@@ -25,9 +25,10 @@ __all__ = ["DeTokVAE", "EDM2Encoder", "LlamaGenVQ", "MARVAE", "VARVQ", "VA_VAE"]
 
 
 class MARVAE(nn.Module):
-    """MAR's `AutoencoderKL`: `encode` gives a posterior, `decode` a tensor. Neither normalises.
+    """MAR's `AutoencoderKL`: `encode` gives a posterior, `decode` a tensor. Neither normalizes.
 
-    MAR's scripts multiply samples by 0.2325, one over their deviation in MAR's autoencoder; with unit latents it is 1.
+    MAR's scripts multiply samples by 0.2325, one over the std of its autoencoder's latents. For latents of std 1 this
+    number becomes 1.
 
     Args:
         vae: an autoencoder with a posterior.
@@ -53,7 +54,7 @@ class MARVAE(nn.Module):
 
 
 class VA_VAE:
-    """LightningDiT's `VA_VAE`. Its scripts subtract and divide by `latents_stats.pt`, which they measure: we do not.
+    """LightningDiT's `VA_VAE`. It does not normalize: LightningDiT's scripts do, by statistics that they measure.
 
     Args:
         vae: any autoencoder.
@@ -74,30 +75,30 @@ class VA_VAE:
         return self
 
     def img_transform(self, p_hflip: float = 0, img_size: int | None = None) -> transforms.Compose:
-        """PIL image -> (3, S, S) in [-1, 1]: ADM's centre crop, mirrored with probability `p_hflip`."""
+        """PIL image -> (3, S, S) in [-1, 1]: ADM's center crop, mirrored with probability `p_hflip`."""
         crop = partial(center_crop, size=self.img_size if img_size is None else img_size)
         return transforms.Compose([to_rgb, crop, transforms.RandomHorizontalFlip(p_hflip), to_tensor])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1], on any device -> a sample of the posterior (B, C, h, w), float32, not normalised."""
+        """(B, 3, H, W) in [-1, 1], on any device -> a sample of the posterior (B, C, h, w), float32, not normalized."""
         return encode(self.model.vae, images.to(self.model.vae.device), posterior="sample").float()
 
     @torch.no_grad()
     def decode_to_images(self, z: Tensor) -> np.ndarray:
-        """(B, C, h, w), no longer normalised, on any device -> uint8 (B, H, W, 3)."""
+        """Latents (B, C, h, w) that are not normalized, on any device -> uint8 (B, H, W, 3)."""
         return to_uint8(self.model.decode(z.to(self.model.vae.device))).permute(0, 2, 3, 1).cpu().numpy()
 
 
 class DeTokVAE(MARVAE):
-    """The tokenizer of l-DeTok's generators: `tokenize` normalises, `detokenize` undoes it and gives [0, 1].
+    """The tokenizer of l-DeTok's generators: `tokenize` normalizes latents, `detokenize` undoes it and gives [0, 1].
+
+    z -> (z - mean) * scale_factor / std, with mean 0 and std 1 until the scripts call `reset_stats` with what they have
+    measured (`--collect_tokenizer_stats`).
 
     Args:
         vae: an autoencoder with a posterior.
-        scale_factor: deviation of the normalised latents.
-
-    z -> (z - mean) * scale_factor / std, with 0 and 1 until `reset_stats`, which the scripts call with what they
-    measured (`--collect_tokenizer_stats`).
+        scale_factor: std of the normalized latents.
 
     Source: Yang et al., 2025 (arXiv 2507.15856).
     """
@@ -105,6 +106,8 @@ class DeTokVAE(MARVAE):
     def __init__(self, vae: str | Path | ModelMixin, scale_factor: float = 1.0):
         super().__init__(vae)
         self.scale_factor = scale_factor
+        self.mean: Tensor
+        self.std: Tensor
         self.reset_stats(torch.zeros(()), torch.ones(()))
 
     def reset_stats(self, mean: Tensor, std: Tensor) -> None:
@@ -115,33 +118,36 @@ class DeTokVAE(MARVAE):
             self.register_buffer(name, value.reshape(1, -1, 1, 1), persistent=False)
 
     def normalize_z(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same, normalized."""
         return (z - self.mean) * self.scale_factor / self.std
 
     def denormalize_z(self, z: Tensor) -> Tensor:
+        """The inverse of `normalize_z`."""
         return z * self.std / self.scale_factor + self.mean
 
     def encode_into_posteriors(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """(B, 3, H, W) in [-1, 1] -> the posterior of the latents, not normalized."""
         return self.encode(x)
 
     def sample_from_moments(self, moments: Tensor) -> Tensor:
-        """[mean | logvar] (B, 2C, h, w) -> normalised (B, C, h, w)."""
+        """[mean | logvar] (B, 2C, h, w) -> normalized (B, C, h, w)."""
         return self.normalize_z(DiagonalGaussianDistribution(moments).sample())
 
     def tokenize(self, x: Tensor, sampling: bool = False) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> normalised (B, C, h, w), the mean unless `sampling`."""
+        """(B, 3, H, W) in [-1, 1] -> normalized (B, C, h, w), the mean unless `sampling`."""
         posterior = self.encode(x)
         return self.normalize_z(posterior.sample() if sampling else posterior.mode())
 
     def detokenize(self, z: Tensor) -> Tensor:
-        """Normalised (B, C, h, w), or (B, h * h, C) -> (B, 3, H, W) in [0, 1].
+        """Normalized (B, C, h, w), or (B, h * h, C) -> (B, 3, H, W) in [0, 1].
 
         Raises:
-            ValueError: if the tokens of a sequence make no square.
+            ValueError: if the tokens of a sequence do not make a square.
         """
         if z.ndim == 3:
             side = isqrt(z.shape[1])
             if side * side != z.shape[1]:
-                raise ValueError(f"{z.shape[1]} tokens make no square; give (B, C, h, w)")
+                raise ValueError(f"{z.shape[1]} tokens do not make a square; give (B, C, h, w)")
             z = z.transpose(1, 2).unflatten(2, (side, side))
         return (self.decode(self.denormalize_z(z)) / 2 + 0.5).clamp(0, 1)
 
@@ -152,18 +158,18 @@ class DeTokVAE(MARVAE):
 
 
 class EDM2Encoder:
-    """EDM2's encoder object, which REPA's preprocessing calls too: 8-bit pixels, raw latents, final latents.
+    """EDM2's encoder object, which REPA's preprocessing calls too: from 8-bit pixels to raw to final latents.
 
-    Raw latents are [mean | std] of the posterior, as the data set holds them. Final latents, the generator's, are
-    sampled from them and scaled from raw_mean and raw_std to final_mean and final_std.
+    Raw latents are [mean | std] of the posterior, as the data set stores them. Final latents, which the generator
+    makes, are samples of them, scaled from raw_mean and raw_std to final_mean and final_std.
 
     Args:
-        vae: an autoencoder with a posterior. Given as a path, it is left out when this object is pickled.
-        raw_mean, raw_std: of the latents, one number per channel or one for all; None takes them from the
-            autoencoder's config, `latents_mean` and `latents_std / scaling_factor`, or `shift_factor` and
-            `1 / scaling_factor` where these are missing.
-        final_mean, final_std: what they become; 0.5 is EDM2's `sigma_data`.
-        batch_size: images at a time through the autoencoder.
+        vae: an autoencoder with a posterior. If it is a path, pickling this object leaves the weights out.
+        raw_mean, raw_std: of the latents, one number per channel or one for all. None takes them from the autoencoder's
+            config: `latents_mean` and `latents_std / scaling_factor`, or `shift_factor` and `1 / scaling_factor` if
+            there are no such statistics.
+        final_mean, final_std: of the generator's latents; 0.5 is EDM2's `sigma_data`.
+        batch_size: how many images go through the autoencoder at a time.
 
     Source: Karras et al., CVPR 2024 (arXiv 2312.02696).
     """
@@ -180,24 +186,25 @@ class EDM2Encoder:
         self.path = str(vae) if isinstance(vae, str | Path) else None
         self.vae = _open(vae)
         config = self.vae.config
-        factor, statistics = config.get("scaling_factor", 1.0), config.get("latents_std") is not None
-        if raw_mean is None:
-            raw_mean = config.latents_mean if statistics else config.get("shift_factor") or 0.0
-        if raw_std is None:
-            raw_std = torch.tensor(config.latents_std if statistics else 1.0) / factor
-        raw_std = _per_channel(raw_std)
-        if not bool((raw_std > 0).all()):
+        has_statistics = config.get("latents_std") is not None
+        config_mean = config.latents_mean if has_statistics else config.get("shift_factor") or 0.0
+        config_std = _per_channel(config.latents_std if has_statistics else 1.0) / config.get("scaling_factor", 1.0)
+        mean = _per_channel(config_mean if raw_mean is None else raw_mean)
+        std = config_std if raw_std is None else _per_channel(raw_std)
+        if not bool((std > 0).all()):
             raise ValueError("raw_std must be above 0")
-        self.scale = _per_channel(final_std) / raw_std
-        self.bias = _per_channel(final_mean) - _per_channel(raw_mean) * self.scale
+        self.scale = _per_channel(final_std) / std
+        self.bias = _per_channel(final_mean) - mean * self.scale
         self.batch_size = batch_size
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "vae": None if self.path else self.vae}
 
     def init(self, device: torch.device | str) -> None:
-        """Loads the autoencoder if it is not there, and moves it."""
-        self.vae = (load_autoencoder(self.path) if self.vae is None else self.vae).to(device)
+        """Loads the autoencoder if it is not loaded, and moves it."""
+        if self.vae is None and self.path is not None:
+            self.vae = load_autoencoder(self.path)
+        self.vae.to(device)
 
     def encode(self, x: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> final latents (B, C, h, w)."""
@@ -230,10 +237,10 @@ class EDM2Encoder:
 
 
 class LlamaGenVQ(nn.Module):
-    """LlamaGen's `VQModel`, for the extraction of codes, reconstruction and sampling; it is not for training.
+    """LlamaGen's `VQModel`, for the extraction of codes, for reconstruction and for sampling, but not for training.
 
     Args:
-        vq: a `VQModelFA` with one token per position. `vocab_size` is what its generator needs.
+        vq: a `VQModelFA` with one token per position. `vocab_size` is the number that the generator needs.
 
     Raises:
         ValueError: for another class, and for a residual quantizer: LlamaGen's sequences are h * w tokens long.
@@ -252,7 +259,7 @@ class LlamaGenVQ(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, tuple, tuple[None, None, Tensor]]:
         """(B, 3, H, W) in [-1, 1] -> codebook vectors (B, C, h, w), losses, and (None, None, indices (B * h * w,)).
 
-        Of the four losses only the second, commitment, is there.
+        Of the four losses only the second, the commitment loss, is given; the others are None.
         """
         output = self.vq.quantize(self.vq.encode(x.to(self.vq.dtype)).latents)
         return output.latents, (None, output.loss, None, None), (None, None, output.indices.flatten())
@@ -265,7 +272,7 @@ class LlamaGenVQ(nn.Module):
         """
         Args:
             code_b: indices, B * h * w of them in any shape; (B, h, w) if there is no `shape`.
-            shape: (B, C, h, w), or (B, h, w, C) without `channel_first`. C is not looked at: scripts have their own.
+            shape: (B, C, h, w), or (B, h, w, C) without `channel_first`. C is ignored, since scripts pass their own.
         Returns:
             (B, 3, H, W), in [-1, 1] up to overshoot.
         Raises:
@@ -282,10 +289,10 @@ class LlamaGenVQ(nn.Module):
 class VARVQ(nn.Module):
     """VAR's `VQVAE`, for the training and sampling of its transformer.
 
-    VAR predicts maps of tokens, each from the sum of those before. Ours are the codebooks of a residual quantizer: Q
-    maps of the same size (`patch_nums` is Q times h), in one vocabulary, where codebook q begins at q * num_tokens.
-    The first map is drawn from the class alone, all tokens at once, which for VAR's own first map is a single one.
-    One codebook gives one map: enough for reading and writing tokens, not for VAR's transformer.
+    VAR predicts maps of tokens, each from the sum of those before it. Here the maps are those of a residual quantizer:
+    Q maps of one size (`patch_nums` is Q times h) with one vocabulary, in which codebook q begins at q * num_tokens.
+    All tokens of the first map are sampled at once from the class alone, where VAR's own first map has a single token.
+    One codebook gives one map, which is enough for reading and writing tokens, but not for VAR's transformer.
 
     Args:
         vq: a `VQModelFA`.
@@ -293,7 +300,7 @@ class VARVQ(nn.Module):
     Attributes:
         vocab_size: Q * num_tokens.
         Cvae: channels of the latents.
-        quantize: what VAR's trainer and transformer call `VectorQuantizer2`; its vectors are a copy.
+        quantize: in place of VAR's `VectorQuantizer2`; it has a copy of the codebook vectors.
 
     Raises:
         ValueError: for another class.
@@ -326,12 +333,12 @@ class VARVQ(nn.Module):
         """
         Args:
             ms_idx_Bl: indices (B, h * h), one tensor per codebook.
-            same_shape: of no effect: all maps have one size.
-            last_one: the image of all maps alone, rather than a list of those of the first 1, 2, ... maps.
+            same_shape: has no effect, since all maps have one size.
+            last_one: return the image of all maps, rather than a list of the images of the first 1, 2, ... maps.
         Returns:
             (B, 3, H, W) in [-1, 1].
         Raises:
-            ValueError: if the tokens make no square, or are outside the vocabulary.
+            ValueError: if the tokens do not make a square, or are outside the vocabulary.
         """
         side = isqrt(ms_idx_Bl[0].shape[1])
         for tokens in ms_idx_Bl:
@@ -359,7 +366,7 @@ class VARQuantizer(nn.Module):
         super().__init__()
         self.vocab_size, self.Cvae = vectors.shape
         self.embedding = nn.Embedding.from_pretrained(vectors)
-        self.prog_si = -1  # VAR's trainer sets it; progressive training is not supported, as in VAR
+        self.prog_si = -1  # VAR's trainer sets this; VAR itself does not support progressive training either
 
     def embed_to_fhat(
         self, ms_h_BChw: list[Tensor], all_to_max_scale: bool = True, last_one: bool = False
@@ -369,7 +376,7 @@ class VARQuantizer(nn.Module):
         return sums[-1] if last_one else sums
 
     def idxBl_to_var_input(self, gt_ms_idx_Bl: list[Tensor]) -> Tensor:
-        """Q maps of indices (B, l) -> what the maps after the first are predicted from, (B, (Q - 1) * l, Cvae).
+        """Q maps of indices (B, l) -> the transformer's input for the maps after the first, (B, (Q - 1) * l, Cvae).
 
         Raises:
             ValueError: for a single map.
@@ -379,7 +386,7 @@ class VARQuantizer(nn.Module):
         return torch.cat(list(accumulate(map(self.embedding, gt_ms_idx_Bl[:-1]))), dim=1)
 
     def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        """Map `si` of `SN` -> the sum with it (B, Cvae, h, w), twice: for the image and for the next map."""
+        """Adds map `si` of `SN` to the sum; gives it (B, Cvae, h, w) twice, for the image and for the next map."""
         f_hat = f_hat + h_BChw
         return f_hat, f_hat
 
@@ -397,7 +404,7 @@ def _open_codebook(vq: str | Path | VQModelFA) -> VQModelFA:
 
 @torch.no_grad()
 def _contributions(vq: VQModelFA) -> Tensor:
-    """What each index adds to the latents, (Q * num_tokens, C). The bias of a projection counts once."""
+    """What each index adds to the latents, (Q * num_tokens, C). The first codebook has the bias of the projection."""
     if vq.config.quantizer != "residual":
         return vq.lookup(torch.arange(vq.num_tokens, device=vq.device).view(1, -1, 1))[0, :, :, 0].T.contiguous()
     project, codebooks = vq.codebook.project_out, vq.codebook.codebooks.to(vq.dtype)  # (Q, num_tokens, D)
@@ -406,12 +413,13 @@ def _contributions(vq: VQModelFA) -> Tensor:
 
 
 def _posterior(vae: ModelMixin, images: Tensor) -> DiagonalGaussianDistribution:
-    """Raises `ValueError` if there is none."""
+    """The posterior of images in [-1, 1]; raises ValueError if the autoencoder does not have one."""
     output = vae.encode(images.to(vae.dtype))
     if not hasattr(output, "latent_dist"):
-        raise ValueError(f"these scripts need a posterior, which a {type(vae).__name__} does not have")
+        raise ValueError(f"these scripts need an autoencoder with a posterior, not a {type(vae).__name__}")
     return output.latent_dist
 
 
 def _per_channel(values: float | list[float] | Tensor) -> Tensor:
+    """One number, or one per channel, as (1, C, 1, 1)."""
     return torch.as_tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)

@@ -5,40 +5,40 @@ from collections.abc import Mapping
 from diffusers import VQModel
 from torch import Tensor
 
-from favae.adapters.checkpoints import need, shapes_of, take
-from favae.adapters.ldm import config_from_ldm, entries, of_autoencoder, to_ldm
+from favae.adapters.checkpoints import required_tensor, state_shapes, tensors_from_original
+from favae.adapters.ldm import autoencoder_tensors, config_from_ldm, ldm_locations, to_ldm
 from favae.errors import CheckpointError
 
 
 def vq_model_from_taming(state: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """A VQGAN as a [`VQModel`], with attention at the levels where it has attention.
+    """A VQGAN as a [`VQModel`], with attention at the same levels.
 
     Args:
-        state: `encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`, `quantize.embedding.weight`; the layout of
-            LDM's autoencoders otherwise. What only training needs is left out.
+        state: `encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`, `quantize.embedding.weight`; otherwise the
+            layout of LDM's autoencoders. What only training needs is left out.
     Returns:
         The config and the state dict.
     Raises:
-        CheckpointError: for names that are missing or not of this layout (a Gumbel quantiser has another), and for
-            other shapes.
+        CheckpointError: if names are missing or not of this layout, as those of a Gumbel quantizer, or shapes do not
+            fit.
     Source: Esser et al., CVPR 2021.
     """
-    state = of_autoencoder(state)
+    state = autoencoder_tensors(state)
     if "quantize.embed.weight" in state:
-        raise CheckpointError("has quantize.embed.weight, a Gumbel quantiser's; VQModel has the nearest entry's only")
+        raise CheckpointError("has quantize.embed.weight of a Gumbel quantizer; VQModel takes the nearest entry")
     config = config_from_ldm(state)
-    embeddings, dimension = need(state, "quantize.embedding.weight", 2).shape
-    config |= {"num_vq_embeddings": embeddings, "vq_embed_dim": dimension, "scaling_factor": 1.0}
-    shapes = shapes_of(VQModel, config)
-    return config, take(state, entries(shapes, config), shapes)
+    entries, dimension = required_tensor(state, "quantize.embedding.weight", 2).shape
+    config |= {"num_vq_embeddings": entries, "vq_embed_dim": dimension, "scaling_factor": 1.0}
+    shapes = state_shapes(VQModel, config)
+    return config, tensors_from_original(state, ldm_locations(shapes, config), shapes)
 
 
 def taming_from_vq_model(config: Mapping[str, object], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `vq_model_from_taming`.
 
     Raises:
-        CheckpointError: for what taming's code has no setting for.
+        CheckpointError: if taming's code has no setting for something in the config.
     """
     if config.get("norm_type", "group") != "group":
-        raise CheckpointError(f"norm_type is {config['norm_type']}, and taming's code knows only group")
+        raise CheckpointError(f"norm_type is {config['norm_type']}, and taming's code has group only")
     return to_ldm(VQModel, config, state)

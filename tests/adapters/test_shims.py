@@ -152,7 +152,7 @@ def test_detok_normalises(vae):
     assert torch.equal(shim.reconstruct(x), decoded)
     shim.reset_stats(torch.tensor(0.1), torch.tensor(2.0))
     assert torch.allclose(shim.tokenize(x), (posterior.mean - 0.1) / 4)
-    with pytest.raises(ValueError, match="15 tokens make no square"):
+    with pytest.raises(ValueError, match="15 tokens"):
         shim.detokenize(torch.zeros(1, 15, 6))
 
 
@@ -285,9 +285,9 @@ def test_what_the_shims_refuse(tiny_favae):
         encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()),
     ).eval()
-    with pytest.raises(ValueError, match="need a posterior, which a AutoencoderDC does not have"):
+    with pytest.raises(ValueError, match="posterior, not a AutoencoderDC"):
         MARVAE(deterministic).encode(images())
-    with pytest.raises(ValueError, match="need a posterior"):
+    with pytest.raises(ValueError, match="with a posterior"):
         EDM2Encoder(deterministic).encode(pixels())
     with pytest.raises(ValueError, match="must be uint8, 0 to 255, got torch.float32"):
         EDM2Encoder(tiny_favae).encode(images())
