@@ -130,7 +130,7 @@ def test_unit_latents_need_no_constant(tiny_favae):
 
 
 @torch.no_grad()
-def test_detok_normalises(vae):
+def test_detok_normalizes(vae):
     given, model = vae
     shim = DeTokVAE(given, scale_factor=0.5)
     x = images()

@@ -104,7 +104,7 @@ def test_statistics_are_kept_where_they_are_applied():
     assert swap_vae(pipe, stock(shift_factor=None)).vae.config.shift_factor == 0.0
 
 
-def test_the_normalisation_belongs_to_the_generator(caplog):
+def test_the_normalization_belongs_to_the_generator(caplog):
     """A new decoder of the same latents takes it over, in whatever form; other encoders keep their own."""
     old = stock(**STATISTICS, scaling_factor=0.5)
     new = AsymmetricAutoencoderKLFA.from_autoencoder_kl(stock())

@@ -183,13 +183,13 @@ def test_frequency_basis_is_orthonormal_and_begins_with_the_mean():
     basis = frequency_basis(8, 100)
     assert torch.allclose(basis.flatten(1) @ basis.flatten(1).T, torch.eye(100), atol=1e-5)
     assert torch.allclose(basis[0], torch.full((3, 8, 8), 192**-0.5))
-    assert all((basis[i].sum(0) ** 2).sum() < 1e-8 for i in (1, 2))  # the two colour directions, without brightness
+    assert all((basis[i].sum(0) ** 2).sum() < 1e-8 for i in (1, 2))  # the two color directions, without brightness
     with pytest.raises(ValueError, match="fewer than 13"):
         frequency_basis(2, 13)
 
 
 def test_expected_patches_are_those_of_the_gaussian_field():
-    """Against the textbook's conditional expectation, of one colour, everything at once: 3 x 3 patches of 2 px."""
+    """Against the textbook's conditional expectation, of one color, everything at once: 3 x 3 patches of 2 px."""
     size, count = 2, 3
     places = torch.cartesian_prod(torch.arange(6.0), torch.arange(6.0)).double()
     covariance = torch.exp(-torch.cdist(places, places) / (5 * size))
