@@ -77,8 +77,8 @@ def named_model(text: str) -> tuple[str, str]:
     name, separator, path = text.partition("=")
     if separator:
         return name, path
-    path = Path(text)
-    return (path.parent.name if path.name == "final" else path.name), text
+    folder = Path(text)
+    return (folder.parent.name if folder.name == "final" else folder.name), text
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
