@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 @torch.no_grad()
-def randomise(network: nn.Module) -> nn.Module:
+def randomize(network: nn.Module) -> nn.Module:
     """Weights that keep activations of order 1, with norms and biases that matter."""
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
@@ -348,7 +348,7 @@ class LightningDiT(nn.Module):
         )
 
     def rotate(self, x: Tensor) -> Tensor:
-        """(B, heads, N, head_dim): neighbouring channels are the two parts of a complex number."""
+        """(B, heads, N, head_dim): neighboring channels are the two parts of a complex number."""
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * self.rotation).flatten(-2)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
-from original_layouts import VQGAN, LatentDiffusionAutoencoder, randomise
+from original_layouts import VQGAN, LatentDiffusionAutoencoder, randomize
 
 from favae.adapters import autoencoder_kl_from_ldm, ldm_from_autoencoder_kl, taming_from_vq_model, vq_model_from_taming
 from favae.errors import CheckpointError
@@ -22,7 +22,7 @@ def build(kind, config, state):
 )
 @torch.no_grad()
 def test_autoencoders_of_latent_diffusion_give_the_same_latents_and_images(layout):
-    original = randomise(LatentDiffusionAutoencoder(**layout))
+    original = randomize(LatentDiffusionAutoencoder(**layout))
     config, state = autoencoder_kl_from_ldm(original.state_dict())
     vae = build(AutoencoderKL, config, state)
     moments = original.encode(IMAGES)
@@ -38,7 +38,7 @@ def test_autoencoders_of_latent_diffusion_give_the_same_latents_and_images(layou
 
 
 def test_training_entries_are_left_out_and_a_whole_model_opened():
-    state = randomise(LatentDiffusionAutoencoder()).state_dict()
+    state = randomize(LatentDiffusionAutoencoder()).state_dict()
     _, expected = autoencoder_kl_from_ldm(state)
     extra = ("loss.logvar", "foundation_model.model.cls_token", "linear_proj.weight", "model_ema.decay")
     _, found = autoencoder_kl_from_ldm(state | {name: torch.zeros(1) for name in extra})
@@ -77,7 +77,7 @@ def test_models_that_the_original_code_cannot_express(tiny_kl):
 
 @torch.no_grad()
 def test_vqgan_gives_the_same_images():
-    original = randomise(VQGAN())
+    original = randomize(VQGAN())
     config, state = vq_model_from_taming(original.state_dict() | {"loss.perceptual_loss.lin0": torch.zeros(1)})
     model = build(VQModel, config, state)
     torch.testing.assert_close(model.encode(IMAGES).latents, original.encode(IMAGES), atol=1e-5, rtol=1e-5)
@@ -89,7 +89,7 @@ def test_vqgan_gives_the_same_images():
     assert all(torch.equal(back[name], tensor) for name, tensor in original.state_dict().items())
 
 
-def test_other_quantisers_than_taming_s_are_refused():
+def test_other_quantizers_than_taming_s_are_refused():
     state = VQGAN().state_dict()
     without = {name: state[name] for name in state if not name.startswith("quantize.")}
     with pytest.raises(CheckpointError, match=r"lacks quantize\.embedding\.weight"):

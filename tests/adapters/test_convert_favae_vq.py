@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from original_layouts import FrequencyAugmentedCodec, randomise
+from original_layouts import FrequencyAugmentedCodec, randomize
 
 from favae import VQModelFA
 from favae.adapters import vq_model_fa_from_favae_vq
@@ -29,7 +29,7 @@ def build(config, state):
 )
 @torch.no_grad()
 def test_published_codec_gives_the_same_indices_and_images(layout, tmp_path):
-    original = randomise(FrequencyAugmentedCodec(**layout))
+    original = randomize(FrequencyAugmentedCodec(**layout))
     training = {"sigmas": torch.ones(4), "discriminator.main.0.weight": torch.zeros(1), "encoder.sigmas": torch.ones(4)}
     model = build(*vq_model_fa_from_favae_vq(original.state_dict() | training))
     latents = original.encode(IMAGES)
@@ -50,7 +50,7 @@ def test_published_codec_gives_the_same_indices_and_images(layout, tmp_path):
 
 
 def test_training_keeps_the_lengths_of_the_entries_and_moves_their_directions():
-    model = build(*vq_model_fa_from_favae_vq(randomise(FrequencyAugmentedCodec()).state_dict())).train()
+    model = build(*vq_model_fa_from_favae_vq(randomize(FrequencyAugmentedCodec()).state_dict())).train()
     norms, entries = model.entry_norms.clone(), model.codebook._codebook.embed.clone()
     latents = model.encode(IMAGES).latents
     quantized = model.quantize(latents)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import command, command_error
 from diffusers import AutoencoderKL
-from original_layouts import VQGAN, FrequencyAugmentedCodec, LatentDiffusionAutoencoder, LightningDiT, randomise
+from original_layouts import VQGAN, FrequencyAugmentedCodec, LatentDiffusionAutoencoder, LightningDiT, randomize
 from safetensors.torch import load_file, save_file
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
@@ -20,14 +20,14 @@ MEAN, STD = torch.linspace(-1, 1, 4).view(1, 4, 1, 1), torch.linspace(0.5, 2, 4)
 
 @pytest.fixture
 def vavae(tmp_path) -> Path:
-    state = randomise(LatentDiffusionAutoencoder()).state_dict() | {"loss.logvar": torch.zeros(())}
+    state = randomize(LatentDiffusionAutoencoder()).state_dict() | {"loss.logvar": torch.zeros(())}
     torch.save({"state_dict": state, "epoch": 3, "callbacks": {}}, tmp_path / "vavae.pt")
     return tmp_path / "vavae.pt"
 
 
 @pytest.fixture
 def lightningdit(tmp_path) -> Path:
-    network = randomise(LightningDiT(size=4, channels=4)).state_dict()
+    network = randomize(LightningDiT(size=4, channels=4)).state_dict()
     average = {f"module._orig_mod.{name}": tensor for name, tensor in network.items()}
     old = {name: torch.zeros_like(tensor) for name, tensor in network.items()}
     content = {"model": old, "ema": average, "opt": {"state": {}, "param_groups": [{"lr": 2e-4}]}, "config": {"a": [1]}}
@@ -119,25 +119,25 @@ def test_from_single_file_opens_every_format(tmp_path, vavae, lightningdit):
     assert torch.allclose(vae.encode(IMAGES).latent_dist.parameters, original.encode(IMAGES), atol=1e-5)
     assert not vae.training and vae.config.latents_mean is None
 
-    network = randomise(LatentDiffusionAutoencoder(up=()))
+    network = randomize(LatentDiffusionAutoencoder(up=()))
     torch.save({"model": network.half().state_dict()}, tmp_path / "kl16.ckpt")
     mar = from_single_file(tmp_path / "kl16.ckpt", "mar")
     assert (mar.config.scaling_factor, mar.dtype) == (0.2325, torch.float16)
     assert from_single_file(tmp_path / "kl16.ckpt", "mar", scaling_factor=0.5).config.scaling_factor == 0.5
 
-    network = randomise(LightningDiT(size=4, channels=4))
+    network = randomize(LightningDiT(size=4, channels=4))
     network.load_state_dict(read_checkpoint(lightningdit, ("ema",)))
     latents, times, labels = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
     velocity = from_single_file(lightningdit, "lightningdit")(latents, times, labels).sample
     assert torch.allclose(velocity, network(latents, times, labels), atol=1e-5)
 
-    network = randomise(VQGAN())
+    network = randomize(VQGAN())
     save_file(network.state_dict(), tmp_path / "vqgan.safetensors")
     assert torch.allclose(
         from_single_file(tmp_path / "vqgan.safetensors", "taming-vq")(IMAGES).sample, network(IMAGES), atol=1e-5
     )
 
-    network = randomise(FrequencyAugmentedCodec())
+    network = randomize(FrequencyAugmentedCodec())
     torch.save({"model": network.state_dict(), "step": 0}, tmp_path / "favae.pt")
     images = network.decode(network.quantize(network.encode(IMAGES))[0])
     codec = from_single_file(tmp_path / "favae.pt", "favae-vq")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from original_layouts import LightningDiT, randomise
+from original_layouts import LightningDiT, randomize
 
 from favae import LightningDiTTransformer2DModel
 from favae.adapters import lightningdit_from_transformer, transformer_from_lightningdit
@@ -15,7 +15,7 @@ TIMES, LABELS = torch.tensor([0.0, 0.37, 1.0]), torch.tensor([0, 4, 5])  # 5 is 
 )
 @torch.no_grad()
 def test_the_transformer_gives_the_same_velocities(layout):
-    original = randomise(LightningDiT(**layout))
+    original = randomize(LightningDiT(**layout))
     config, state = transformer_from_lightningdit(original.state_dict())
     assert (config["mlp_ratio"], config["num_classes"]) == (4.0, 5)
     model = LightningDiTTransformer2DModel(**config).eval()
@@ -25,7 +25,7 @@ def test_the_transformer_gives_the_same_velocities(layout):
     torch.testing.assert_close(model(LATENTS, TIMES, LABELS).sample, expected, atol=1e-5, rtol=1e-5)
 
     back = lightningdit_from_transformer(model.config, model.state_dict())
-    randomise(original).load_state_dict(back)  # strict
+    randomize(original).load_state_dict(back)  # strict
     for name, tensor in original.state_dict().items():
         fixed = name == "pos_embed" or name.startswith("feat_rope")
         assert torch.allclose(back[name], tensor, atol=1e-6) if fixed else torch.equal(back[name], tensor), name
