@@ -29,14 +29,14 @@ def uncached(model: CATTransformerModel, text: Tensor, mask: Tensor, scale: floa
     """(B, h, w): each token from all tokens before it, which go through the transformer again."""
     size, batch = model.config.sample_size, len(text)
     tokens = torch.zeros(batch, 0, 1, dtype=torch.long, device=text.device)
-    states = [model._prepare_text(text, mask), model._prepare_text(text, torch.zeros_like(mask))]
+    conditions = [model._prepare_text(text, mask), model._prepare_text(text, torch.zeros_like(mask))]
     for _ in range(size**2):
         embeddings = model._add_positions(model.token_head.embed(tokens), 0)
         logits = []
-        for state in states:
+        for condition in conditions:
             hidden = model.norm_in(torch.cat([model.start_token.expand(batch, 1, -1), embeddings], dim=1))
             for block in model.blocks:
-                hidden = block(hidden, *state)
+                hidden = block(hidden, *condition)
             logits.append(model.token_head._logits(model.norm_out(hidden[:, -1:]), tokens[:, :1, :0]).float())
         given, without = logits
         tokens = torch.cat([tokens, (without + scale * (given - without)).argmax(-1, keepdim=True)], dim=1)

@@ -107,13 +107,13 @@ def main(argv: list[str] | None = None) -> None:
         vae, discriminator = build_model(config.model), PatchDiscriminator()
         if name.startswith("with_"):
             vae.enable_gradient_checkpointing()
-        states = 16 * sum(p.numel() for model in (vae, discriminator) for p in model.parameters())
+        weights = 16 * sum(p.numel() for model in (vae, discriminator) for p in model.parameters())
         activations = batch_size * count_activations(vae, discriminator, images)
         result[name] = {
-            "weights_gradients_moments_gb": states / 1e9,
+            "weights_gradients_moments_gb": weights / 1e9,
             "activations_gb": activations / 1e9,
             "frozen_networks_gb": frozen / 1e9,
-            "counted_gb": (states + activations + frozen) / 1e9,
+            "counted_gb": (weights + activations + frozen) / 1e9,
         }
         if torch.cuda.is_available():
             result[name]["measured_gb"] = measure_peak(vae, discriminator, batch_size, size) / 1e9

@@ -66,7 +66,7 @@ class ControlAutoencoder(AutoencoderKL):
         # The wavelet transform halves the image itself, so the first level goes.
         channels = in_channels * 4 if wavelet else in_channels
         widths = block_out_channels[1:] if wavelet else block_out_channels
-        stride = compression_ratio(len(block_out_channels))
+        patch_size = compression_ratio(len(block_out_channels))
         common = {"layers_per_block": 1, "norm_num_groups": 8}
         bands = WaveletBands("haar", 1, 2.0, 0.5) if wavelet else None
 
@@ -79,7 +79,7 @@ class ControlAutoencoder(AutoencoderKL):
                 **common,
             ),
             bands=bands,
-            shortcut=PatchesToLatents(in_channels, latent_channels, stride) if shortcut else None,
+            shortcut=PatchesToLatents(in_channels, latent_channels, patch_size) if shortcut else None,
         )
         self.decoder = ControlDecoder(
             network=Decoder(
@@ -90,7 +90,7 @@ class ControlAutoencoder(AutoencoderKL):
                 **common,
             ),
             bands=bands,
-            shortcut=LatentsToPatches(latent_channels, in_channels, stride, overlapping=False) if shortcut else None,
+            shortcut=LatentsToPatches(latent_channels, in_channels, patch_size, overlapping=False) if shortcut else None,
         )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
