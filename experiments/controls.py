@@ -90,7 +90,9 @@ class ControlAutoencoder(AutoencoderKL):
                 **common,
             ),
             bands=bands,
-            shortcut=LatentsToPatches(latent_channels, in_channels, patch_size, overlapping=False) if shortcut else None,
+            shortcut=LatentsToPatches(latent_channels, in_channels, patch_size, overlapping=False)
+            if shortcut
+            else None,
         )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)

@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY_LIGHTNINGDIT
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
 
 
 def run_python(code: str) -> str:
@@ -35,9 +38,15 @@ print(diffusers.AutoencoderKL.__name__, diffusers.LightningDiTPipeline.__module_
     assert run_python(code).split() == ["AutoencoderKL", "favae.pipelines.pipeline_lightningdit"]
 
 
-def test_pipelines_are_found_if_diffusers_was_imported_first():
-    code = "import diffusers, favae; print(diffusers.CATPipeline is favae.CATPipeline)"
-    assert run_python(code).split() == ["True"]
+@pytest.mark.parametrize("imports", ["import favae, diffusers", "import diffusers, favae"])
+def test_saved_pipelines_open_whichever_was_imported_first(imports, tmp_path, tiny_favae):
+    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
+    LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    code = f"""{imports}
+pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})
+print(type(pipe) is favae.LightningDiTPipeline, type(pipe.vae) is favae.AutoencoderKLFA)
+"""
+    assert run_python(code).split() == ["True", "True"]
 
 
 @pytest.mark.parametrize("package", ["favae", "favae.models", "favae.pipelines"])

@@ -14,14 +14,12 @@ if TYPE_CHECKING:
     from favae.models.two_branch_autoencoder_kl import TwoBranchAutoencoderKL as TwoBranchAutoencoderKL
     from favae.models.vq_model_fa import VQModelFA as VQModelFA
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "asymmetric_autoencoder_kl_fa": ["AsymmetricAutoencoderKLFA"],
-        "autoencoder_kl_fa": ["AutoencoderKLFA"],
-        "cat_transformer": ["CATTransformerModel"],
-        "lightningdit_transformer_2d": ["LightningDiTTransformer2DModel"],
-        "two_branch_autoencoder_kl": ["TwoBranchAutoencoderKL"],
-        "vq_model_fa": ["VQModelFA"],
-    },
-)
+CLASSES_BY_MODULE = {
+    "asymmetric_autoencoder_kl_fa": ["AsymmetricAutoencoderKLFA"],
+    "autoencoder_kl_fa": ["AutoencoderKLFA"],
+    "cat_transformer": ["CATTransformerModel"],
+    "lightningdit_transformer_2d": ["LightningDiTTransformer2DModel"],
+    "two_branch_autoencoder_kl": ["TwoBranchAutoencoderKL"],
+    "vq_model_fa": ["VQModelFA"],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=CLASSES_BY_MODULE)

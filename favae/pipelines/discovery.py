@@ -1,8 +1,9 @@
-"""Lets `DiffusionPipeline.from_pretrained` find the pipelines of this package.
+"""Lets `DiffusionPipeline.from_pretrained` find the pipelines and the models of this package.
 
 A saved pipeline is named by its class alone, and diffusers looks that name up as an attribute of the module `diffusers`
-and nowhere else. So the module gets a `__getattr__` (PEP 562) that imports one of our pipelines when it is asked for.
-Neither diffusers nor our pipelines are imported before somebody else needs them.
+and nowhere else. A model in a pipeline is named by its module and class, and diffusers looks for the module among the
+attributes of `diffusers.pipelines` and the modules that are imported. So both modules get a `__getattr__` (PEP 562)
+that imports ours when they are asked for. Neither diffusers nor our classes are imported before somebody else needs them.
 """
 
 import importlib
@@ -14,25 +15,32 @@ from types import ModuleType
 
 
 def make_known_to_diffusers() -> None:
-    """Adds our pipelines to the module `diffusers`: now if it is imported already, else as soon as it has been."""
+    """Adds our classes to the module `diffusers`: now if it is imported already, else as soon as it has been."""
     if "diffusers" in sys.modules:
-        _add_pipelines(sys.modules["diffusers"])
+        _add_classes(sys.modules["diffusers"])
     else:
         sys.meta_path.insert(0, _DiffusersFinder())
 
 
-def _add_pipelines(diffusers: ModuleType) -> None:
+def _add_classes(diffusers: ModuleType) -> None:
     def find_pipeline(name: str) -> type:
         pipelines = importlib.import_module("favae.pipelines")
         if name not in pipelines.__all__:  # diffusers' own `__getattr__` is asked next
             raise AttributeError(f"module 'diffusers' has no attribute '{name}'")
         return getattr(pipelines, name)
 
+    def find_model_module(name: str) -> ModuleType:
+        models = importlib.import_module("favae.models")
+        if name not in {f"favae.models.{module}" for module in models.CLASSES_BY_MODULE}:
+            raise AttributeError(f"module 'diffusers.pipelines' has no attribute '{name}'")
+        return importlib.import_module(name)
+
     vars(diffusers)["__getattr__"] = find_pipeline
+    vars(importlib.import_module("diffusers.pipelines"))["__getattr__"] = find_model_module
 
 
 class _DiffusersFinder(MetaPathFinder):
-    """Finds diffusers as the other finders do, and adds our pipelines to it after it has been executed."""
+    """Finds diffusers as the other finders do, and adds our classes to it after it has been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -53,6 +61,6 @@ class _DiffusersFinder(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _add_pipelines(sys.modules["diffusers"])  # diffusers replaces its module while it is executed
+            _add_classes(sys.modules["diffusers"])  # diffusers replaces its module while it is executed
 
         loader.exec_module = exec_module
