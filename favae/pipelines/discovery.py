@@ -3,7 +3,7 @@
 A saved pipeline is named by its class alone, and diffusers looks that name up as an attribute of the module `diffusers`
 and nowhere else. A model in a pipeline is named by its module and class, and diffusers looks for the module among the
 attributes of `diffusers.pipelines` and the modules that are imported. So both modules get a `__getattr__` (PEP 562)
-that imports ours when they are asked for. Neither diffusers nor our classes are imported before somebody else needs them.
+that imports ours when they are asked for. Neither diffusers nor our classes are imported before somebody needs them.
 """
 
 import importlib
