@@ -24,6 +24,10 @@ from favae.files import write_text
 COLORS = ("#1f5fa8", "#b5651d", "#3a7d44", "#7a4b94")  # of runs in a figure
 TERMS = ("reconstruction", "alignment", "kl", "adversarial", "discriminator", "velocity", "cosine")  # of losses shown
 
+NOTE = (
+    "This page shows what each step of the chain writes. It does not show which tokenizer is better: a plain "
+    "autoencoder has learned next to nothing after so few steps, and FA-VAE begins as a linear codec."
+)
 STYLE = f"""
 body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 1240px; margin: 2em auto; padding: 0 1em; }}
 h1 {{ font-size: 1.5em }} h2 {{ font-size: 1.15em; margin-top: 2em }}
@@ -49,7 +53,10 @@ def write_report(folder: Path) -> Path:
     generations = {name: result for name, result in results.items() if result["task"] == "generation"}
 
     # Pictures, the most telling first.
-    parts = [_pictures("Reconstruction: the worst images", folder, reconstructions, "comparison.png")]
+    parts = [
+        f'<p class="note">{NOTE}</p>\n',
+        _pictures("Reconstruction: the worst images", folder, reconstructions, "comparison.png"),
+    ]
     parts += [_pictures("Generated images", folder, generations, "samples*.png")]
 
     # Numbers.

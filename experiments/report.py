@@ -138,7 +138,7 @@ def save_strips(folder: Path, models: list[str], file: Path) -> None:
     strips = {name: Image.open(folder / f"{name}.png") for name in names if (folder / f"{name}.png").exists()}
     if not strips:
         return
-    figure, axes = plt.subplots(len(strips), 1, figsize=(9, 1.3 * len(strips)), constrained_layout=True, squeeze=False)
+    figure, axes = plt.subplots(len(strips), 1, figsize=(6, 1.15 * len(strips)), constrained_layout=True, squeeze=False)
     for axis, (name, strip) in zip(axes[:, 0], strips.items()):
         axis.imshow(strip, interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)

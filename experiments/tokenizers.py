@@ -32,7 +32,7 @@ from train_tokenizer import train
 
 CURVE_POINTS = 4
 OTHER_SPLITS = ("validation", "test")
-NUM_PICTURES = 8  # held-out images in a strip
+NUM_PICTURES = 4  # held-out images in a strip
 FEATURES = "efficientnet-lite0"
 RECIPE = {
     "data": {"path": "photos"},
@@ -153,7 +153,7 @@ def error_spectrum(vae: ModelMixin, images: Tensor) -> list[float]:
 @torch.no_grad()
 def save_pictures(vae: ModelMixin, images: Tensor, folder: Path, name: str) -> None:
     """Writes NAME.png and original.png: a few held-out images in a row."""
-    chosen = images[[i * len(images) // NUM_PICTURES + i % 2 for i in range(NUM_PICTURES)]]  # of both photographs
+    chosen = images[[i * len(images) // NUM_PICTURES for i in range(NUM_PICTURES)]]
     folder.mkdir(parents=True, exist_ok=True)
     for label, pictures in ((name, reconstruct(vae, chosen)), ("original", chosen)):
         file = folder / f"{label}.png"
