@@ -110,8 +110,7 @@ def make_row(task: Task) -> dict:
         row["error_spectrum"] = error_spectrum(vae, images["heldout"])
         if task.seed == 0:
             save_pictures(vae, images["heldout"], task.pictures, task.name)
-    # On the meta device, where the counter of FLOPs sees every operation. This gives up the weights.
-    budget = asdict(measure_budget(vae.to("meta"), task.resolution))
+    budget = asdict(measure_budget(vae, task.resolution))
     return row | {key: value for key, value in budget.items() if value is not None} | environment()
 
 

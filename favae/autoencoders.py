@@ -176,12 +176,22 @@ def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
     )
 
 
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
+    """Of the products of queries and keys, (B, heads, L, D), and of these with the values."""
+    batch, heads, length, channels = query
+    return 2 * batch * heads * length * key[2] * (channels + value[3])
+
+
+# torch's counter does not know attention on a CPU, and would take it for nothing.
+CPU_ATTENTION_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 def _count_round_trip(vae: ModelMixin, image: Tensor) -> tuple[Tensor, Tensor, int]:
     """Latents, the image that comes back, and the FLOPs of both, without the search in a codebook."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside it
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
             latents = encode(vae, image)
             if _codebook(vae) and not vae.config.get("lookup_from_codebook"):
                 output = vae.decode(latents, force_not_quantize=True).sample

@@ -14,6 +14,14 @@ from favae.autoencoders import measure_budget
 from favae.training.config import TokenizerConfig, load_config
 
 
+def test_flops_are_the_same_on_every_device():
+    """Of attention, too, for which torch has one operation for each device."""
+    variant = equal_budget.VARIANTS["stock"]
+    with torch.device("meta"):
+        expected = measure_budget(variant.build(), 64).flops
+    assert measure_budget(variant.build(), 64).flops == expected
+
+
 def test_budgets_are_equal():
     models = {name: variant.build() for name, variant in equal_budget.VARIANTS.items()}
     budgets = {name: measure_budget(vae, 64) for name, vae in models.items()}
