@@ -69,6 +69,10 @@ TINY_CAT = {
 torch.set_num_threads(1)  # tiny tensors; threads would only wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name != "training")  # the longest first, so that no worker waits
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
