@@ -36,7 +36,7 @@ OFFLINE = ("--features", "efficientnet-lite0")
 @pytest.fixture
 def pipeline(tiny_kl):
     transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
-    for parameter in transformer.parameters():  # its zero-initialised output would ignore the class
+    for parameter in transformer.parameters():  # its zero-initialized output would ignore the class
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     names = {0: "ant", 1: "bee", 2: "cat"}
