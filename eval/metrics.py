@@ -14,7 +14,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
-DISTANCE_ROWS = 256  # of the distance matrix in memory at a time: 50 MB at 50,000 images, and quicker than more
+DISTANCE_ROWS = 1024  # of the distance matrix in memory at a time: 200 MB at 50,000 images; fewer take longer
 
 
 def inception_score(logits: np.ndarray, *, splits: int = 10) -> tuple[float, float]:
