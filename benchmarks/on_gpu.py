@@ -37,7 +37,7 @@ BENCHMARKS = {
     "cat_sampling": ["cat_sampling", *BF16, "--layers", "24", "--width", "1536", "--heads", "16", "--batch-size", "16"],
 }
 
-FLOAT32 = 'train.mixed_precision="no"'  # in quotes, because YAML reads no as false
+FLOAT32 = "train.mixed_precision=no"
 # The weights of LPIPS and DINOv2 may not be at hand, so losses that need them are left out.
 FAVAE = ["tokenizer", "configs/tokenizer/favae_f16d32.yaml", "data.path=photos", "loss.perceptual=0",
          "loss.alignment.weight=0", "train.batch_size=16"]  # fmt: skip

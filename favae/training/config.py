@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from favae.errors import ConfigError
@@ -43,7 +43,10 @@ class TrainConfig:
     lr_num_cycles: Count = 1  # of cosine_with_restarts
     max_grad_norm: Positive | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no average is kept
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    # Unquoted, "no" is false to YAML.
+    mixed_precision: Annotated[
+        Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+    ] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False  # each block with torch.compile
     shard: bool = False  # parameters, optimizer and EMA divided among the processes (FSDP)

@@ -99,6 +99,7 @@ def test_defaults_then_file_then_command_line(recipe, tmp_path):
     config = load_config(TokenizerConfig, recipe, ["train.steps=5", "loss.kl=1e-4"])
     assert (config.train.steps, config.train.batch_size, config.loss.kl) == (5, 2, 1e-4)
     assert config.train.betas == [0.5, 0.9] and config.output == "runs/tokenizer"
+    assert load_config(TokenizerConfig, recipe, ["train.mixed_precision=no"]).train.mixed_precision == "no"
     written = tmp_path / "written.yaml"
     written.write_text(to_yaml(config))
     assert load_config(TokenizerConfig, written) == config
