@@ -87,13 +87,12 @@ class ClassToImageModule(nn.Module):
         """
         # 1. Drop some of the labels, for classifier-free guidance.
         labels, teacher, projector = batch["label"], self.teacher, self.projector
-        aligned = teacher is not None and projector is not None and "image" in batch
         if self.class_dropout:
             dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
             labels = torch.where(dropped, self.null_class, labels)
 
         # 2. Noise, the transformer, and its own loss.
-        with self._recorded_hidden_states(aligned) as hidden_states:
+        with self._recorded_hidden_states("image" in batch) as hidden_states:
             noise = torch.randn_like(latents)
             if self.config.objective == "ddpm":
                 loss, logs = self._denoising(latents, noise, labels)
