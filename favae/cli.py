@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     first = int(os.environ.get("RANK", 0)) == 0
     level = logging.WARNING if first else logging.ERROR  # a warning of every process would be the same one
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    if arguments.passes_on:  # the training scripts end on their errors by themselves
+        arguments.run(arguments)
+        return
     with exit_on_error(arguments.after_interrupt):
         arguments.run(arguments)
 

@@ -62,17 +62,20 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def exit_on_error(after_interrupt: str) -> Iterator[None]:
+def exit_on_error(
+    after_interrupt: str, errors: tuple[type[Exception], ...] = (FavaeError, OSError, ValueError)
+) -> Iterator[None]:
     """Ends the process as every command does when something goes wrong inside the block.
 
     An error the user can fix is one line, "error: ...", and exit code 1. Ctrl-C is exit code 130.
 
     Args:
         after_interrupt: what running the same command again does, which is printed after Ctrl-C.
+        errors: what the user can fix; others keep their traceback.
     """
     try:
         yield
-    except (FavaeError, OSError, ValueError) as error:
+    except errors as error:
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:  # of the processes that torchrun started, one is enough

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from favae.errors import exit_on_error
+from favae.errors import FavaeError, exit_on_error
 from favae.training.config import Config, load_config
 
 
@@ -26,7 +26,8 @@ def run_script(
     is_first = int(os.environ.get("RANK", 0)) == 0
     level = logging.WARNING if is_first else logging.ERROR  # once per machine is enough
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
-    with exit_on_error("the same command continues from the last checkpoint"):
+    # A bug in the middle of a long training must not lose its traceback.
+    with exit_on_error("the same command continues from the last checkpoint", (FavaeError,)):
         config = load_config(schema, arguments.config, arguments.overrides)
         if arguments.dry_run:
             dry_run(config, arguments.processes)

@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import ROOT, refusal, tiny_tokenizer_recipe
+from conftest import ROOT, command, refusal, tiny_tokenizer_recipe, train
 
 from favae.autoencoders import measure_budget
 from favae.errors import ConfigError
@@ -155,6 +155,16 @@ def test_command_line_errors_are_one_line(tmp_path):
     ):
         assert named in refusal("train_tokenizer", recipe, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("start", [train, lambda script, *words: command(script.replace("_", "-"), *words)])
+def test_bugs_keep_their_traceback(start, recipe, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("train_tokenizer.open_data", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        start("train_tokenizer", recipe, f"output={tmp_path / 'run'}")
 
 
 @pytest.mark.parametrize(
