@@ -104,6 +104,11 @@ class Source(Protocol):
         """What messages call the image."""
         ...
 
+    def identity(self, index: int) -> str:
+        """What tells this image from others without decoding it: name, size and time of change of its file, or the
+        like. It does not depend on where the set is, so a set that was moved with its times has the same identities."""
+        ...
+
     def read(self, index: int) -> Image.Image:
         """The image in RGB. Raises one of `READ_ERRORS` if it cannot be read."""
         ...

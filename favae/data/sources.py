@@ -76,6 +76,11 @@ class FolderSource:
     def name(self, index: int) -> str:
         return str(self.files[index])
 
+    def identity(self, index: int) -> str:
+        file = self.files[index]
+        stat = file.stat()
+        return f"{file.relative_to(self.path).as_posix()} {stat.st_size} {stat.st_mtime_ns}"
+
     def read(self, index: int) -> Image.Image:
         with Image.open(self.files[index]) as image:
             return to_rgb(image)
@@ -121,6 +126,7 @@ class HuggingFaceSource:
 
         self.path = path
         data = _open_dataset(path, split)
+        self._fingerprint = _file_stamp(path) if path.endswith(".parquet") else data._fingerprint
         for column in (image_column, caption_column):
             if column is not None and column not in data.column_names:
                 raise DataError(f"{path}: no column '{column}', there are {', '.join(data.column_names)}")
@@ -141,6 +147,9 @@ class HuggingFaceSource:
 
     def name(self, index: int) -> str:
         return f"{self.path}[{index}]"
+
+    def identity(self, index: int) -> str:
+        return f"{self._fingerprint} {index}"
 
     def read(self, index: int) -> Image.Image:
         image = self.data[index][self.image_column]
@@ -176,6 +185,12 @@ def _open_dataset(path: str, split: str) -> Any:
     if not len(data):
         raise DataError(f"{path} ({split}) is empty")
     return data
+
+
+def _file_stamp(path: str) -> str:
+    """Size and time of change of a file: what tells it from another one without reading it."""
+    stat = Path(path).stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _read_labels(data: Any, column: str, name: str) -> tuple[list[str], list[int]]:
@@ -263,6 +278,9 @@ class PhotoSource:
 
     def name(self, index: int) -> str:
         return f"photos:{self.split}[{index}]"
+
+    def identity(self, index: int) -> str:
+        return self.name(index)
 
     def read(self, index: int) -> Image.Image:
         region = self._regions[self.label(index)]

@@ -187,3 +187,16 @@ def test_captions_of_columns(tmp_path):
     add_data_options(parser, "--data", split="train")
     arguments = parser.parse_args(["--data", file, "--caption-column", "text"])
     assert captions(open_data(arguments)) == [["a cat"], [], []]
+
+
+def test_identities_tell_images_apart_and_survive_a_move(tmp_path):
+    folder = write_images(tmp_path / "images", classes=2, per_class=2)
+    before = [FolderSource(folder).identity(i) for i in range(4)]
+    assert len(set(before)) == 4
+    moved = folder.rename(tmp_path / "moved")
+    source = FolderSource(moved)
+    assert [source.identity(i) for i in range(4)] == before
+    Image.new("RGB", (24, 20)).save(source.files[1])
+    after = [FolderSource(moved).identity(i) for i in range(4)]
+    assert [a == b for a, b in zip(before, after)] == [True, False, True, True]
+    assert len({split.identity(i) for split in map(PhotoSource, ("train", "test")) for i in range(3)}) == 6
