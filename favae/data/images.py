@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,14 @@ def to_uint8(images: Tensor) -> Tensor:
 # Data sets
 
 
+class ImageIdentity(NamedTuple):
+    """What tells an image from others without decoding it. It does not depend on where the set is."""
+
+    name: str  # the image's own, within the set: its file below the set's folder, or the number of its row
+    size: int  # bytes that it is stored in; 0 if it is computed
+    time: int  # of the last change of its file, in nanoseconds since 1970; 0 if unknown. Copies may have another one.
+
+
 class Source(Protocol):
     """Images by index, whatever they are stored in."""
 
@@ -104,9 +112,12 @@ class Source(Protocol):
         """What messages call the image."""
         ...
 
-    def identity(self, index: int) -> str:
-        """What tells this image from others without decoding it: name, size and time of change of its file, or the
-        like. It does not depend on where the set is, so a set that was moved with its times has the same identities."""
+    def identity(self, index: int) -> ImageIdentity:
+        """What tells the image from others without decoding it."""
+        ...
+
+    def checksum(self, index: int) -> int:
+        """CRC-32 of the bytes that the image is stored in, or of its pixels if it is computed. Raises as `read` does."""
         ...
 
     def read(self, index: int) -> Image.Image:

@@ -5,6 +5,8 @@ A source gives image i as an RGB `PIL.Image`, its class and its captions; `favae
 
 import importlib.util
 import logging
+import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from favae.data.captions import clean_captions, read_caption_lines
-from favae.data.images import READ_ERRORS, Source, UnusableImage, shorter_side_to, to_rgb
+from favae.data.images import READ_ERRORS, ImageIdentity, Source, UnusableImage, shorter_side_to, to_rgb
 from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -76,10 +78,13 @@ class FolderSource:
     def name(self, index: int) -> str:
         return str(self.files[index])
 
-    def identity(self, index: int) -> str:
+    def identity(self, index: int) -> ImageIdentity:
         file = self.files[index]
         stat = file.stat()
-        return f"{file.relative_to(self.path).as_posix()} {stat.st_size} {stat.st_mtime_ns}"
+        return ImageIdentity(file.relative_to(self.path).as_posix(), stat.st_size, stat.st_mtime_ns)
+
+    def checksum(self, index: int) -> int:
+        return zlib.crc32(self.files[index].read_bytes())
 
     def read(self, index: int) -> Image.Image:
         with Image.open(self.files[index]) as image:
@@ -126,7 +131,6 @@ class HuggingFaceSource:
 
         self.path = path
         data = _open_dataset(path, split)
-        self._fingerprint = _file_stamp(path) if path.endswith(".parquet") else data._fingerprint
         for column in (image_column, caption_column):
             if column is not None and column not in data.column_names:
                 raise DataError(f"{path}: no column '{column}', there are {', '.join(data.column_names)}")
@@ -136,6 +140,7 @@ class HuggingFaceSource:
         self.classes, self._labels = _read_labels(data, label_column, f"{path} ({split})")
 
         self.data = data.cast_column(image_column, datasets.Image())
+        self._stored = data.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         # Captions are read without their images.
         self._captions = data.select_columns(self.caption_column) if self.has_captions else None
 
@@ -148,8 +153,24 @@ class HuggingFaceSource:
     def name(self, index: int) -> str:
         return f"{self.path}[{index}]"
 
-    def identity(self, index: int) -> str:
-        return f"{self._fingerprint} {index}"
+    def identity(self, index: int) -> ImageIdentity:
+        time = Path(self.path).stat().st_mtime_ns if self.path.endswith(".parquet") else 0
+        return ImageIdentity(str(index), self._stored_sizes[index], time)
+
+    @cached_property
+    def _stored_sizes(self) -> list[int]:
+        """Bytes of each image, 0 for those that are not stored in the table."""
+        from pyarrow import compute
+
+        columns = (table[self.image_column] for table in self._stored.with_format("arrow").iter(batch_size=1000))
+        sizes = (compute.binary_length(compute.struct_field(column, "bytes")).fill_null(0) for column in columns)
+        return [size for part in sizes for size in part.to_pylist()]
+
+    def checksum(self, index: int) -> int:
+        stored = self._stored[index][self.image_column] or {}
+        if stored.get("bytes") is not None:
+            return zlib.crc32(stored["bytes"])
+        return zlib.crc32(self.read(index).tobytes())  # a file beside the table, or on the web
 
     def read(self, index: int) -> Image.Image:
         image = self.data[index][self.image_column]
@@ -185,12 +206,6 @@ def _open_dataset(path: str, split: str) -> Any:
     if not len(data):
         raise DataError(f"{path} ({split}) is empty")
     return data
-
-
-def _file_stamp(path: str) -> str:
-    """Size and time of change of a file: what tells it from another one without reading it."""
-    stat = Path(path).stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _read_labels(data: Any, column: str, name: str) -> tuple[list[str], list[int]]:
@@ -279,8 +294,11 @@ class PhotoSource:
     def name(self, index: int) -> str:
         return f"photos:{self.split}[{index}]"
 
-    def identity(self, index: int) -> str:
-        return self.name(index)
+    def identity(self, index: int) -> ImageIdentity:
+        return ImageIdentity(self.name(index), 0, 0)
+
+    def checksum(self, index: int) -> int:
+        return zlib.crc32(self.read(index).tobytes())
 
     def read(self, index: int) -> Image.Image:
         region = self._regions[self.label(index)]

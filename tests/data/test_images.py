@@ -1,5 +1,6 @@
 import argparse
 import logging
+import zlib
 
 import numpy as np
 import pytest
@@ -200,3 +201,19 @@ def test_identities_tell_images_apart_and_survive_a_move(tmp_path):
     after = [FolderSource(moved).identity(i) for i in range(4)]
     assert [a == b for a, b in zip(before, after)] == [True, False, True, True]
     assert len({split.identity(i) for split in map(PhotoSource, ("train", "test")) for i in range(3)}) == 6
+
+
+def test_one_picture_has_one_checksum_and_one_size_in_every_source(tmp_path):
+    import datasets
+
+    folder = FolderSource(write_images(tmp_path / "images", classes=2, per_class=2))
+    rows = [{"bytes": file.read_bytes(), "path": None} for file in folder.files]
+    table = tmp_path / "images.parquet"
+    datasets.Dataset.from_dict({"image": rows}).to_parquet(table)
+    parquet = open_source(str(table))
+    for i, row in enumerate(rows):
+        assert folder.checksum(i) == parquet.checksum(i) == zlib.crc32(row["bytes"])
+        assert folder.identity(i).size == parquet.identity(i).size == len(row["bytes"])
+    assert len({parquet.identity(i) for i in range(4)}) == 4
+    photos = PhotoSource()
+    assert photos.checksum(0) == PhotoSource().checksum(0) != photos.checksum(1)
