@@ -117,7 +117,7 @@ class Source(Protocol):
         ...
 
     def checksum(self, index: int) -> int:
-        """CRC-32 of the bytes that the image is stored in, or of its pixels if it is computed. Raises as `read` does."""
+        """CRC-32 of the bytes that store the image, or of its pixels if it is computed. Raises as `read` does."""
         ...
 
     def read(self, index: int) -> Image.Image:
