@@ -1,5 +1,6 @@
 """`LightningDiTTransformer2DModel`: a class-conditional diffusion transformer that predicts velocities of latents."""
 
+import math
 from typing import Annotated
 
 import torch
@@ -79,6 +80,16 @@ class SwiGLUFeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.linear_out(F.silu(self.gate(hidden_states)) * self.linear_in(hidden_states))
+
+
+def xavier_uniform_of_rows(*layers: nn.Linear) -> None:
+    """Initializes layers of one input as the rows of the single matrix that published code has in their place.
+
+    Its Xavier bound, sqrt(6 / (inputs + all outputs)), is smaller than that of each layer alone.
+    """
+    bound = math.sqrt(6 / (layers[0].in_features + sum(layer.out_features for layer in layers)))
+    for layer in layers:
+        nn.init.uniform_(layer.weight, -bound, bound)
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -195,6 +206,10 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        blocks = [module for module in self.modules() if isinstance(module, LightningDiTBlock)]
+        for block in blocks:
+            xavier_uniform_of_rows(block.attn.to_q, block.attn.to_k, block.attn.to_v)
+            xavier_uniform_of_rows(block.ff.gate, block.ff.linear_in)
         projection = self.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.out_channels, -1))
         nn.init.zeros_(projection.bias)
@@ -202,8 +217,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
         # adaLN-Zero: every block starts as the identity and the output as zero.
-        modulations = [block.modulation for block in self.modules() if isinstance(block, LightningDiTBlock)]
-        for layer in (*modulations, self.modulation_out, self.proj_out):
+        for layer in (*(block.modulation for block in blocks), self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
 
     def forward(

@@ -47,6 +47,25 @@ def test_starts_at_zero_and_learns():
     assert model.proj_out.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("heads, head_dim", [(2, 32), (4, 64), (16, 72)])
+def test_layers_start_as_rows_of_the_published_matrices(heads, head_dim):
+    """Published are one matrix for queries, keys and values, and one for both halves of SwiGLU."""
+    shape = {"num_layers": 1, "num_attention_heads": heads, "attention_head_dim": head_dim, "num_classes": 3}
+    model = LightningDiTTransformer2DModel(**shape)
+    width, block = heads * head_dim, model.blocks[0]
+    hidden = int(2 / 3 * 4 * width)
+    outputs = {"attn.to_q": 3, "attn.to_k": 3, "attn.to_v": 3, "attn.to_out": 1}
+    rows = {name: parts * width for name, parts in outputs.items()} | {"ff.gate": 2 * hidden, "ff.linear_in": 2 * hidden}
+    for name, published_rows in (rows | {"ff.linear_out": width}).items():
+        weight = block.get_submodule(name).weight
+        published = torch.nn.init.xavier_uniform_(torch.empty(published_rows, weight.shape[1]))
+        assert weight.std().item() == pytest.approx(published.std().item(), rel=0.03), name
+        assert weight.abs().max().item() == pytest.approx(published.abs().max().item(), rel=0.01), name
+    if width == 1152:  # XL/1, in numbers
+        assert block.attn.to_q.weight.std().item() == pytest.approx(0.02083, abs=1e-4)
+        assert block.ff.gate.weight.std().item() == pytest.approx(0.01656, abs=1e-4)
+
+
 def test_time_class_and_place_matter():
     model = tiny()
     latents, times, labels = torch.randn(1, 6, 4, 4), torch.tensor([0.3]), torch.tensor([1])
