@@ -127,7 +127,7 @@ def train(config: GeneratorConfig) -> None:
             run.end_step(logs, finite)
             if run.due(settings.sample_every):
                 with ema_pipeline(run, pipeline, ema):
-                    save_samples(run, pipeline, **sampling_options(config, dataset))
+                    save_samples(run, pipeline, **sampling_options(config, dataset), **config.sampling.guidance)
             if evaluate is not None and run.due(config.evaluation.every):
                 with ema_pipeline(run, pipeline, ema):
                     metrics = evaluate(pipeline, run.step, run.epoch(dataset))
@@ -257,8 +257,7 @@ def save_samples(run: Run, pipeline: DiffusionPipeline, columns: int, **options:
     file.parent.mkdir(exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(run.config.seed)
-    scale = run.config.sampling.guidance_scale
-    images = pipeline(**options, guidance_scale=scale, output_type="np", generator=generator).images
+    images = pipeline(**options, output_type="np", generator=generator).images
     save_image(torch.from_numpy(images).permute(0, 3, 1, 2), file, nrow=columns)
 
 

@@ -5,10 +5,10 @@ images ADM's 5,000 each) and KID torch-fidelity. Metrics of other features have 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 NEIGHBORS = 3  # of precision and recall
 KERNEL_SUBSET_SIZE = 1000
 SAMPLING_PROTOCOL_KEYS = (
-    "labels", "prompts", "sampler", "shift", "guidance_interval", "num_inference_steps", "temperature", "top_k",
-    "top_p", "posterior",
+    "labels", "prompts", "sampler", "shift", "guidance_interval", "guidance_channels", "num_inference_steps",
+    "temperature", "top_k", "top_p", "posterior",
 )  # fmt: skip
 LABELS_BY_KEY = {"guidance_scale": "guidance", "seed": "seed"}
 
@@ -166,6 +166,25 @@ def given_samples(path: str) -> SampleSets:
     return SampleSets(path, [({}, open_samples(path))], protocol)
 
 
+def sampling_protocol(pipeline: DiffusionPipeline, settings: Mapping[str, object], **condition: str | None) -> dict:
+    """The part of a result's protocol that says how a pipeline was sampled.
+
+    Args:
+        settings: what the pipeline was called with. What it was not called with is None.
+        condition: `labels` or `prompts`.
+    """
+    scheduler = getattr(pipeline, "scheduler", None)
+    steps = settings.get("num_inference_steps", settings.get("num_head_steps"))
+    return {
+        **{key: settings.get(key) for key in SAMPLING_PROTOCOL_KEYS},
+        "sampler": type(scheduler).__name__ if scheduler else None,
+        "shift": scheduler.config.get("shift") if scheduler else None,
+        "num_inference_steps": steps,
+        **condition,
+        "uint8": UINT8,
+    }
+
+
 def sample_pipeline(
     path: str,
     output: Path,
@@ -175,6 +194,8 @@ def sample_pipeline(
     prompts: Sequence[str] | None = None,
     guidance_scales: Sequence[float] = (1.0,),
     guidance_interval: Sequence[float] | None = None,
+    guidance_channels: int | None = None,
+    shift: float | None = None,
     num_inference_steps: int | None = None,
     seeds: Sequence[int] = (0,),
     temperature: float | None = None,
@@ -192,7 +213,9 @@ def sample_pipeline(
         num_images: per guidance scale and seed.
         labels: of a class-conditional pipeline: classes in turn or at random.
         prompts: of a text-to-image pipeline; taken in turn.
-        guidance_interval: first and last time with guidance; 1 is data.
+        guidance_interval: first and last time with guidance; 1 is data. None guides at all times.
+        guidance_channels: how many of the latent channels are guided, counted from the first; None guides all.
+        shift: of the scheduler, in place of the saved one.
         num_inference_steps: 50 by default; for CAT's flow head, its steps per token.
         temperature, top_k, top_p: of an autoregressive pipeline.
     Raises:
@@ -206,12 +229,19 @@ def sample_pipeline(
     if not conditional and list(guidance_scales) != [1.0]:
         raise DataError(f"guidance needs classes or prompts, and a {type(pipeline).__name__} has neither")
 
+    if shift is not None:
+        _set_shift(pipeline, shift)
+
     # What is passed to the pipeline, beside the condition.
-    tokens = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    steps = _steps_argument(pipeline, num_inference_steps)
-    settings = steps | {name: value for name, value in tokens.items() if value is not None}
-    if guidance_interval is not None:
-        settings["guidance_interval"] = tuple(guidance_interval)
+    options = {
+        "guidance_interval": None if guidance_interval is None else list(guidance_interval),
+        "guidance_channels": guidance_channels,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    settings = _steps_argument(pipeline, num_inference_steps)
+    settings |= {name: value for name, value in options.items() if value is not None}
 
     # One folder for each guidance scale and seed.
     sets = []
@@ -236,22 +266,24 @@ def sample_pipeline(
                 raise DataError(f"{folder} holds {len(samples)} images, not {num_images}; delete it")
             sets.append((key, samples))
 
-    scheduler = getattr(pipeline, "scheduler", None)
-    protocol = {
-        "labels": labels if names else None,
-        "prompts": hash_prompts(prompts) if prompts else None,
-        "sampler": type(scheduler).__name__ if scheduler else None,
-        "shift": scheduler.config.get("shift") if scheduler else None,
-        "guidance_interval": None if guidance_interval is None else list(guidance_interval),
-        "num_inference_steps": next(iter(steps.values()), None),
-        **tokens,
-        "posterior": None,
-        "uint8": UINT8,
-    }
+    condition = {"labels": labels if names else None, "prompts": hash_prompts(prompts) if prompts else None}
+    protocol = sampling_protocol(pipeline, settings, **condition)
     return SampleSets(path, sets, protocol, names if labels == "balanced" else None)
 
 
-def _steps_argument(pipeline: DiffusionPipeline, steps: int | None) -> dict[str, int]:
+def _set_shift(pipeline: DiffusionPipeline, shift: float) -> None:
+    """Gives a pipeline of flow matching another shift of its time steps.
+
+    Raises:
+        DataError: if its scheduler has no such setting.
+    """
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None or "shift" not in scheduler.config:
+        raise DataError(f"the scheduler of a {type(pipeline).__name__} has no shift")
+    pipeline.register_modules(scheduler=type(scheduler).from_config(scheduler.config, shift=shift))
+
+
+def _steps_argument(pipeline: DiffusionPipeline, steps: int | None) -> dict[str, Any]:
     """The pipeline's argument for the number of steps; {} for an autoregressive pipeline that takes none."""
     if hasattr(pipeline, "scheduler"):
         return {"num_inference_steps": 50 if steps is None else steps}

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -11,10 +12,10 @@ from favae.data.sources import open_source
 from favae.distributed import process_state
 from favae.errors import NonFiniteError
 from favae.eval.features import FeatureExtractor
-from favae.eval.generation import measure_samples, protocol_of
+from favae.eval.generation import measure_samples, protocol_of, sampling_protocol
 from favae.eval.image_sets import SampleFolder
 from favae.eval.references import Reference
-from favae.eval.results import UINT8, finite
+from favae.eval.results import finite
 from favae.eval.sampling import sample_to_folder
 from favae.files import write_text
 from favae.training.config import EvaluationConfig
@@ -47,10 +48,6 @@ class OnlineEvaluation:
         self.protocol = {
             **protocol_of(self.references, [self.extractor], size, config.num_images),
             "num_images": config.num_images,
-            "guidance_scale": config.guidance_scale,
-            "num_inference_steps": config.num_inference_steps,
-            "labels": "balanced",
-            "uint8": UINT8,
         }
 
     def records(self) -> list[dict]:
@@ -66,6 +63,7 @@ class OnlineEvaluation:
             the same protocol, or None. Nothing if samples are not finite.
         """
         config, state = self.config, process_state()
+        settings = {**config.guidance, "num_inference_steps": config.num_inference_steps}
         if state.is_main_process:
             shutil.rmtree(self.samples, ignore_errors=True)  # of a killed run, perhaps with other weights
         state.wait_for_everyone()
@@ -75,8 +73,7 @@ class OnlineEvaluation:
                 self.samples,
                 config.num_images,
                 batch_size=config.batch_size,
-                guidance_scale=config.guidance_scale,
-                num_inference_steps=config.num_inference_steps,
+                **settings,
             )
         except NonFiniteError as error:  # raised by all processes; training itself also looks for such values
             logger.warning("step %d was not evaluated: %s", step, error)
@@ -84,15 +81,19 @@ class OnlineEvaluation:
         samples = SampleFolder(self.samples)
         metrics, _ = measure_samples(samples, self.references, [self.extractor], batch_size=config.batch_size)
         if state.is_main_process:
-            metrics |= self._log(step, epoch, metrics)
+            sampling = {**sampling_protocol(pipeline, settings, labels="balanced"), "seed": 0}
+            protocol = {**self.protocol, **sampling, "guidance_scale": config.guidance_scale}
+            metrics |= self._log(step, epoch, metrics, protocol)
             shutil.rmtree(self.samples)
         state.wait_for_everyone()
         return metrics
 
-    def _log(self, step: int, epoch: float, metrics: dict[str, float | None]) -> dict[str, float | None]:
+    def _log(
+        self, step: int, epoch: float, metrics: dict[str, float | None], protocol: dict[str, Any]
+    ) -> dict[str, float | None]:
         """Adds a line to the log, and returns the epochs that were needed to reach each target."""
         records = [record for record in self.records() if record["step"] < step]  # a killed run may have been ahead
-        record = finite({"step": step, "epoch": epoch, **metrics, "protocol": self.protocol})
+        record = finite({"step": step, "epoch": epoch, **metrics, "protocol": protocol})
         comparable = [other for other in records if other["protocol"] == record["protocol"]]
         reached = epochs_to_reach([*comparable, record], self.metric, TARGETS)
         lines = [json.dumps(line, allow_nan=False) for line in [*records, record | reached]]

@@ -107,6 +107,10 @@ def _add_generation(tasks) -> None:
     group.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="times with guidance; 1 is data"
     )
+    group.add_argument(
+        "--guidance-channels", type=int, metavar="N", help="guide the first N latent channels alone, published 3"
+    )
+    group.add_argument("--shift", type=float, help="of the scheduler (default: the pipeline's)")
     group.add_argument("--num-inference-steps", type=int, help="(default: 50; 25 per token for CAT's flow head)")
     group.add_argument("--seed", type=int, nargs="+", default=[0])
     group.add_argument("--temperature", type=float, help="of autoregressive pipelines, as the next two")
@@ -200,6 +204,8 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
             prompts=read_prompts(arguments.prompts) if arguments.prompts else None,
             guidance_scales=arguments.guidance_scale,
             guidance_interval=arguments.guidance_interval,
+            guidance_channels=arguments.guidance_channels,
+            shift=arguments.shift,
             num_inference_steps=arguments.num_inference_steps,
             seeds=arguments.seed,
             temperature=arguments.temperature,

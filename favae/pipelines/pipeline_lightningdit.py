@@ -104,8 +104,8 @@ class LightningDiTPipeline(DiffusionPipeline):
             [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: for a class index that the transformer does not have, or guidance of a transformer that was
-                never trained without classes.
+            ValueError: for a class index that the transformer does not have, guidance of a transformer that was never
+                trained without classes, an interval that does not rise, or a number of channels that it does not have.
         """
         # 1. Classes and noise
         transformer, config = self.transformer, self.transformer.config
@@ -116,6 +116,10 @@ class LightningDiTPipeline(DiffusionPipeline):
             raise ValueError(f"class labels go from 0 to {null_class - 1}, got {labels.tolist()}")
         if guidance_scale != 1 and config.get("class_dropout_prob") == 0:
             raise ValueError("guidance needs a transformer trained with class_dropout_prob > 0; use guidance_scale=1")
+        if guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(f"guidance_interval must rise, got {tuple(guidance_interval)}")
+        if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+            raise ValueError(f"guidance_channels must be in 1 ... {config.in_channels}, got {guidance_channels}")
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

@@ -213,11 +213,28 @@ class GeneratorTrainConfig(TrainConfig):
 
 
 @dataclass(config=STRICT)
-class SamplingConfig:
+class GuidanceConfig:
+    """Classifier-free guidance, as LightningDiTPipeline takes it; a CATTransformerModel and a DiTPipeline take the
+    scale alone."""
+
+    guidance_scale: float = 1.0
+    guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)] | None = None  # None: all times
+    guidance_channels: Count | None = None  # the first so many latent channels, published 3; None: all
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """What a pipeline is called with."""
+        options = {"guidance_interval": self.guidance_interval, "guidance_channels": self.guidance_channels}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"guidance_scale": self.guidance_scale, **given}
+
+
+@dataclass(config=STRICT)
+class SamplingConfig(GuidanceConfig):
     """Of the sample grids, and of the scheduler that is saved with the pipeline."""
 
-    num_inference_steps: Count = 50
     guidance_scale: float = 4.0
+    num_inference_steps: Count = 50
     shift: Positive = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
     num_images: Count = 16
     prompts: list[str] | None = None  # of the sample grids, with texts; None: captions of the first images
@@ -227,7 +244,7 @@ class SamplingConfig:
 
 
 @dataclass(config=STRICT)
-class EvaluationConfig:
+class EvaluationConfig(GuidanceConfig):
     """Metrics during training, of the EMA weights; see eval/online.py."""
 
     every: Step = 0  # steps; 0: never
@@ -235,7 +252,6 @@ class EvaluationConfig:
     features: str = "inception"  # or "dinov2", "efficientnet-lite0", any timm model
     weights: str | None = None  # a local file for `features`
     num_images: Count = 10_000  # fewer than a published FID's 50,000, and so higher than one
-    guidance_scale: float = 1.0
     num_inference_steps: Count = 50
     batch_size: Count = 32
 
@@ -268,6 +284,19 @@ class GeneratorConfig(RunConfig):
             for section, scale in scales.items():
                 if self.model.get(key) == 0 and scale != 1:
                     raise ConfigError(f"{section}.guidance_scale must be 1 with model.{key}=0: nothing trains the null")
+        for section, settings in {"sampling": self.sampling, "evaluation": self.evaluation}.items():
+            self._check_guidance(section, settings)
+
+    def _check_guidance(self, section: str, settings: GuidanceConfig) -> None:
+        interval, channels = settings.guidance_interval, settings.guidance_channels
+        given = {"guidance_interval": interval, "guidance_channels": channels}
+        if self.from_text or self.loss.objective == "ddpm":
+            for key in (key for key, value in given.items() if value is not None):
+                raise ConfigError(f"{section}.{key} is for generators that LightningDiTPipeline samples")
+        if interval is not None and interval[0] > interval[1]:
+            raise ConfigError(f"{section}.guidance_interval must rise, got {interval}")
+        if channels is not None and channels > self.model.get("in_channels", 32):
+            raise ConfigError(f"{section}.guidance_channels must be at most model.in_channels, got {channels}")
 
     def _check_text_to_image(self) -> None:
         class_only = {

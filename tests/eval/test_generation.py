@@ -273,6 +273,30 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):
     assert "nowhere" in command_error("evaluate", "generation", *nowhere)
 
 
+def test_the_published_guidance_can_be_asked_for_and_is_in_the_protocol(pipeline, tmp_path):
+    """Three channels, scale 10 from 0.1 on, on the shifted times: the protocol of LightningDiT's guided numbers."""
+    images = write_images(tmp_path / "images")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    common = ["evaluate", "generation", "--pipeline", tmp_path / "pipeline", "--reference", images, *OFFLINE]
+    common += ["--num-images", 4, "--num-inference-steps", 4, "--guidance-scale", 10, "--guidance-interval", 0.1, 1]
+    command(*common, "--guidance-channels", 3, "--shift", 1 / 0.3, "--output", tmp_path / "published")
+    protocol = json.loads((tmp_path / "published/results.json").read_text())["protocol"]
+    expected = {"guidance_interval": [0.1, 1.0], "guidance_channels": 3, "num_inference_steps": 4, "shift": 1 / 0.3}
+    assert expected.items() <= protocol.items()
+
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / 0.3)
+    options = {"guidance_scale": 10.0, "num_inference_steps": 4, "output_type": "np"}
+    options["generator"] = [image_generator(0, i) for i in range(4)]
+    direct = pipeline([0, 1, 2, 0], guidance_interval=(0.1, 1.0), guidance_channels=3, **options).images
+    found = np.stack(pixels(tmp_path / "published/samples/guidance_scale-10.0-seed-0"))
+    assert np.abs(found / 255 - direct).max() < 0.01
+    options["generator"] = [image_generator(0, i) for i in range(4)]
+    assert np.abs(pipeline([0, 1, 2, 0], **options).images - direct).max() > 0.01
+    for wrong in (0, 7):
+        with pytest.raises(ValueError, match=r"guidance_channels must be in 1 \.\.\. 6"):
+            pipeline([0], guidance_channels=wrong)
+
+
 @pytest.fixture(scope="module")
 def text_pipeline(tmp_path_factory):
     """A saved text-to-image pipeline, and the same one in memory."""

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import command, tiny_generator_recipe
+from conftest import ROOT, command, tiny_generator_recipe
 from safetensors.torch import load_file
 
+from favae import LightningDiTPipeline
 from favae.errors import ConfigError
 from favae.eval import online
 from favae.eval.online import epochs_to_reach
@@ -27,11 +28,29 @@ def test_settings_that_cannot_work(tmp_path):
         load_config(GeneratorConfig, recipe, ["evaluation.num_images=0"])
 
 
+def test_guidance_is_checked_and_reaches_the_pipeline(tiny_cache, tmp_path, monkeypatch):
+    recipe = tiny_generator_recipe(tmp_path, tmp_path / "cache", tmp_path / "tokenizer")
+    for setting in ("guidance_channels=0", "guidance_channels=7", "guidance_interval=[0.5,0.1]"):
+        for section in ("sampling", "evaluation"):
+            with pytest.raises(ConfigError, match=f"{section}.{setting.partition('=')[0]}"):
+                load_config(GeneratorConfig, recipe, [f"{section}.{setting}"])
+    with pytest.raises(ConfigError, match="sampling.guidance_channels is for generators that LightningDiT"):
+        load_config(GeneratorConfig, ROOT / "configs/generator/emoji_cat.yaml", ["sampling.guidance_channels=3"])
+
+    calls, plain = [], LightningDiTPipeline._guide
+    monkeypatch.setattr(LightningDiTPipeline, "_guide", lambda self, *args: calls.append(args[1:]) or plain(*args))
+    guidance = ["sampling.guidance_scale=10", "sampling.guidance_interval=[0.5,1]", "sampling.guidance_channels=3"]
+    command("train-generator", recipe, *guidance, "train.steps=3", f"output={tmp_path / 'run'}")
+    assert calls == [(10.0, 3)]  # of three times, 0, 1/3 and 2/3, one is in the interval
+
+
 def test_training_is_the_same_with_evaluation(tiny_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(online, "TARGETS", (1.0, 1e9))
     recipe = tiny_generator_recipe(tmp_path, tmp_path / "cache", tmp_path / "tokenizer")
     settings = {"every": 3, "reference": tmp_path / "images", "features": "efficientnet-lite0", "num_images": 8}
     settings["num_inference_steps"] = 2
+    published = {"guidance_scale": 10.0, "guidance_interval": [0.1, 1.0], "guidance_channels": 3}
+    settings |= published
     evaluation = [f"evaluation.{key}={value}" for key, value in settings.items()]
     command("train-generator", recipe, f"output={tmp_path / 'plain'}")
     command("train-generator", recipe, f"output={tmp_path / 'evaluated'}", *evaluation)
@@ -46,6 +65,8 @@ def test_training_is_the_same_with_evaluation(tiny_cache, tmp_path, monkeypatch)
     assert [record["step"] for record in records] == [3, 6]
     assert [record["epoch"] for record in records] == [3 * 4 / 12, 6 * 4 / 12]
     metric = "FD(efficientnet-lite0)"
+    assert published.items() <= records[0]["protocol"].items()
+    assert (records[0]["protocol"]["shift"], records[0]["protocol"]["seed"]) == (1.0, 0)
     assert records[0][metric] > 0 and records[0][metric] != records[1][metric]
     assert records[1][f"EP_{metric}@1e+09"] == 1.0 and records[1][f"EP_{metric}@1"] is None
     assert not (tmp_path / "evaluated/evaluation").exists()

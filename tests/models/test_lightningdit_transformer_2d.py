@@ -55,7 +55,10 @@ def test_layers_start_as_rows_of_the_published_matrices(heads, head_dim):
     width, block = heads * head_dim, model.blocks[0]
     hidden = int(2 / 3 * 4 * width)
     outputs = {"attn.to_q": 3, "attn.to_k": 3, "attn.to_v": 3, "attn.to_out": 1}
-    rows = {name: parts * width for name, parts in outputs.items()} | {"ff.gate": 2 * hidden, "ff.linear_in": 2 * hidden}
+    rows = {name: parts * width for name, parts in outputs.items()} | {
+        "ff.gate": 2 * hidden,
+        "ff.linear_in": 2 * hidden,
+    }
     for name, published_rows in (rows | {"ff.linear_out": width}).items():
         weight = block.get_submodule(name).weight
         published = torch.nn.init.xavier_uniform_(torch.empty(published_rows, weight.shape[1]))
