@@ -53,7 +53,14 @@ from favae.training.command_line import run_script
 from favae.training.config import GeneratorConfig, to_yaml
 from favae.training.dry_run import describe_run
 from favae.training.models import build_model
-from favae.training.optimization import Ema, clip_gradients, create_optimizers, create_schedule, optimizer_step
+from favae.training.optimization import (
+    Ema,
+    clip_gradients,
+    create_optimizers,
+    create_schedule,
+    optimizer_step,
+    weight_decay_groups,
+)
 from favae.training.run import Run, find_checkpoint_to_resume
 from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
 from favae.training.text_to_image import TextToImageModule, build_text_pipeline, check_text_shapes
@@ -87,10 +94,10 @@ def train(config: GeneratorConfig) -> None:
     matrices = [] if settings.optimizer == "adamw" else matrices_of(blocks)
     is_matrix = {id(matrix) for matrix in matrices}
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in is_matrix]
-    optimizers = create_optimizers([{"params": others}], settings, settings.learning_rate, matrices)
+    optimizers = create_optimizers(weight_decay_groups(module, others), settings, settings.learning_rate, matrices)
     schedules = [create_schedule(optimizer, settings) for optimizer in optimizers]
     model, optimizers = run.prepare(module, optimizers)
-    ema = Ema(transformer, settings.ema_decay, run.device)
+    ema = Ema(transformer, settings.ema_decay, run.device, warmup=settings.ema_warmup)
     evaluate = None
     if config.evaluation.every:
         size = transformer.config.sample_size * spatial_compression_ratio(tokenizer)

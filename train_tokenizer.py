@@ -66,7 +66,7 @@ def train(config: TokenizerConfig) -> None:
         d_schedules = [create_schedule(optimizer, settings, adversarial_start) for optimizer in d_optimizers]
         d_model, d_optimizers = run.prepare(discriminator, d_optimizers)
         trained, all_schedules = [model, d_model], schedules + d_schedules
-    ema = Ema(vae, settings.ema_decay, run.device)
+    ema = Ema(vae, settings.ema_decay, run.device, warmup=settings.ema_warmup)
     run.start(parts, ema, model, optimizers, all_schedules)
     preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
 

@@ -43,6 +43,7 @@ class TrainConfig:
     lr_num_cycles: Count = 1  # of cosine_with_restarts
     max_grad_norm: Positive | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no average is kept
+    ema_warmup: bool = True  # the decay is at most t / (9 + t) in step t; false: constant, as in most published code
     # Unquoted, "no" is false to YAML.
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)

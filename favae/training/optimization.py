@@ -36,6 +36,22 @@ def create_optimizers(
     return optimizers
 
 
+def weight_decay_groups(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Groups of parameters: weights of layers, which decay, and biases, norms, embeddings and positions, which do not.
+
+    Source: the published code of CAT (Lin et al., CVPR 2023), after minGPT.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    decaying = {id(layer.weight) for layer in layers}
+    decaying -= {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}  # tied to a layer
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if id(p) in decaying]},
+        {"params": [p for p in parameters if id(p) not in decaying], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def create_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, first_step: int = 0) -> LRScheduler:
     """The learning rate over the steps from `first_step` on. It is not prepared by accelerate, which would step it once
     per process."""
@@ -76,17 +92,23 @@ def optimizer_step(
 class Ema:
     """diffusers' `EMAModel` of one model, in float32, that lends its weights to the model for the length of a block.
 
+    Step t, counted from 1, is average <- d average + (1 - d) weights, where d is `decay`, or, with `warmup`,
+    min(decay, t / (9 + t)), and 0 in the first step: early on the average is of few weights, and it reaches a decay of
+    0.9999 after 90,000 steps.
+
     Args:
         model: not wrapped for distribution; it may be sharded.
-        decay: the ceiling; early steps average over fewer weights. 0 keeps no average, and the model as it is.
+        decay: 0 keeps no average, and the model as it is.
         device: where the average is kept.
+        warmup: LDM and diffusers have it; LightningDiT, DiT, SiT and MAR have a constant decay.
     """
 
-    def __init__(self, model: nn.Module, decay: float, device: torch.device | str = "cpu"):
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | str = "cpu", *, warmup: bool = True):
         self.model = model
         self.average: EMAModel | None = None
         if decay:
-            self.average = EMAModel(local_shards(model), decay=decay)
+            constant = {} if warmup else {"min_decay": decay, "update_after_step": -1}
+            self.average = EMAModel(local_shards(model), decay=decay, **constant)
             self.average.to(device, dtype=torch.float32)
 
     def step(self) -> None:

@@ -4,30 +4,55 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_tokenizer_recipe
+from conftest import TINY_CAT, tiny_tokenizer_recipe
 from torch import nn
 
+from favae import CATTransformerModel
 from favae.errors import CheckpointError, ConfigError, NonFiniteError
 from favae.training.checkpoints import find_checkpoints
 from favae.training.config import TokenizerConfig, load_config, to_yaml
-from favae.training.optimization import Ema, clip_gradients, create_optimizers, create_schedule, optimizer_step
+from favae.training.optimization import (
+    Ema,
+    clip_gradients,
+    create_optimizers,
+    create_schedule,
+    optimizer_step,
+    weight_decay_groups,
+)
 from favae.training.run import Run, changed_settings
 
 
-def test_ema_against_its_formula(tiny_favae):
+@pytest.mark.parametrize("warmup", [True, False])
+def test_ema_against_its_formula(warmup):
     model = nn.Linear(2, 2, bias=False)
-    ema = Ema(model, decay=0.5)
+    ema = Ema(model, decay=0.5, warmup=warmup)
     expected = model.weight.detach().clone()
     for step in range(1, 6):
         with torch.no_grad():
             model.weight += 1
         ema.step()
-        decay = 0.0 if step == 1 else min(0.5, step / (9 + step))  # diffusers' ramp: (1 + n) / (10 + n), n = step - 1
+        decay = 0.5
+        if warmup:  # diffusers' ramp: (1 + n) / (10 + n), n = step - 1
+            decay = 0.0 if step == 1 else min(0.5, step / (9 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
     raw = model.weight.detach().clone()
     with ema as averaged:
         assert torch.allclose(averaged.weight, expected, atol=1e-6)
     assert torch.equal(model.weight, raw)
+
+
+def test_weight_decay_spares_biases_norms_embeddings_and_positions():
+    model = CATTransformerModel(**TINY_CAT, relative_position=True, attention="shared_key_value")
+    model.frozen = nn.Linear(2, 2).requires_grad_(False)
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decaying, spared = weight_decay_groups(model, [p for p in model.parameters() if p.requires_grad])
+    found = [{names[id(parameter)] for parameter in group["params"]} for group in (decaying, spared)]
+    assert not found[0] & found[1] and found[0] | found[1] == set(names.values())
+    assert "weight_decay" not in decaying and spared["weight_decay"] == 0
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert found[0] == {f"{name}.weight" for name in layers - {"frozen"}}
+    assert {"start_token", "row_position", "column_position", "norm_in.weight"} <= found[1]
+    assert any("embed" in name for name in found[1])  # of the tokens, to which the logits are tied
 
 
 class Training:
