@@ -139,7 +139,7 @@ def train(config: GeneratorConfig) -> None:
                 with ema_pipeline(run, pipeline, ema):
                     metrics = evaluate(pipeline, run.step, run.epoch(dataset))
                 accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
-            if run.due(settings.checkpoint_every):
+            if run.checkpoint_due():
                 run.save_checkpoint()
 
     with ema_pipeline(run, pipeline, ema):

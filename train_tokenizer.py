@@ -111,7 +111,7 @@ def train(config: TokenizerConfig) -> None:
             if run.due(settings.sample_every) and preview is not None:
                 with ema:
                     save_preview(run, gather_full_model(vae), preview["image"])
-            if run.due(settings.checkpoint_every):
+            if run.checkpoint_due():
                 run.save_checkpoint()
 
     with ema:

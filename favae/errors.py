@@ -1,9 +1,12 @@
 """The errors that a user can fix. Commands print their message, which is one line, and exit with 1."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from favae.signals import Terminated, end_with_launcher, sigterm_raises
 
 
 class FavaeError(RuntimeError):
@@ -32,6 +35,14 @@ class MissingWeights(FavaeError):
 
 class CheckpointError(FavaeError):
     """A checkpoint or a weight file cannot be written, read, converted or resumed."""
+
+
+class DiskFull(FavaeError):
+    """A file or folder was not written for want of space. What was there before is as it was."""
+
+
+class FolderInUse(FavaeError):
+    """Another process is writing into this folder."""
 
 
 class NonFiniteError(FavaeError):
@@ -67,17 +78,24 @@ def exit_on_error(
 ) -> Iterator[None]:
     """Ends the process as every command does when something goes wrong inside the block.
 
-    An error the user can fix is one line, "error: ...", and exit code 1. Ctrl-C is exit code 130.
+    An error the user can fix is one line, "error: ...", and exit code 1; so is a full disk, whatever was being written.
+    Ctrl-C is exit code 130, and SIGTERM 143, in one line as well.
 
     Args:
-        after_interrupt: what running the same command again does, which is printed after Ctrl-C.
+        after_interrupt: what running the same command again does, which is printed after Ctrl-C and SIGTERM.
         errors: what the user can fix; others keep their traceback.
     """
     try:
-        yield
+        end_with_launcher()
+        with sigterm_raises():
+            yield
     except errors as error:
         sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:  # of the processes that torchrun started, one is enough
-            print(f"interrupted: {after_interrupt}", file=sys.stderr)
-        sys.exit(130)
+            print(f"interrupted{error}: {after_interrupt}", file=sys.stderr)
+        sys.exit(143 if isinstance(error, Terminated) else 130)

@@ -1,9 +1,31 @@
-"""Files and folders that are either complete or absent, even if the process is killed while it writes."""
+"""Files and folders that are either complete or absent: after a kill, on a full disk, and after a power cut."""
 
+import errno
+import functools
+import json
+import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+from favae.errors import DataError, DiskFull, FavaeError, FolderInUse
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = ".writing-"  # the names of what is being written begin so; a process and its host follow
+LOCK_FILE = ".lock"
+# Some libraries lose the number of the error. PyTorch loses its text, too; then only the disk itself can tell.
+DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded")
+NOTHING_FREE = 1 << 16  # bytes
 
 
 @contextmanager
@@ -11,20 +33,55 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside `final` and renames it to `final` when the block ends without an error.
 
     The block may write a file or create a folder there. What stood at `final` before is replaced, and the temporary
-    path is removed if the block raises. Parent folders are created.
+    path is removed if the block raises. All of it is on the disk before it gets its name. Parent folders are created.
+
+    Raises:
+        DiskFull: if the block fails for want of space.
     """
     final = Path(final)
-    temporary = final.with_name(f".writing-{final.name}")
-    _remove(temporary)  # left behind by a killed process
     final.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    _remove_leftovers_once(final.parent.resolve())
+    temporary = temporary_path(final)
+    with removed_on_error(temporary, final):
         yield temporary
-    except BaseException:
-        _remove(temporary)
-        raise
-    if final.is_dir():  # a folder cannot be renamed onto another one
-        shutil.rmtree(final)
-    temporary.replace(final)
+        sync(temporary)
+        replace(temporary, final)
+
+
+def temporary_path(final: Path) -> Path:
+    """The name under which this process writes `final`."""
+    return final.with_name(f"{UNFINISHED}{os.getpid()}-{socket.gethostname()}-{final.name}")
+
+
+@contextmanager
+def removed_on_error(temporary: Path, final: Path) -> Iterator[None]:
+    """Removes what the block has written at a temporary path if the block raises.
+
+    Raises:
+        DiskFull: if the block fails for want of space. The message says how much of `final` there was.
+    """
+    try:
+        yield
+    except BaseException as error:
+        full, written = _is_disk_full(error, temporary.parent), _size(temporary)
+        remove(temporary)
+        if not full:
+            raise
+        free = shutil.disk_usage(temporary.parent).free
+        raise DiskFull(
+            f"{final} was not written, because the disk is full: it needs more than {written / 1e6:.1f} MB, and "
+            f"{free / 1e6:.1f} MB are free"
+        ) from error
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    if isinstance(error, FavaeError):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if any(message in str(error) for message in DISK_FULL_MESSAGES):
+        return True
+    return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < NOTHING_FREE
 
 
 def write_text(final: str | Path, text: str) -> None:
@@ -33,8 +90,98 @@ def write_text(final: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _remove(path: Path) -> None:
+def read_json_lines(file: Path) -> list[dict]:
+    """The records of a file with one JSON object per line. A last line that a killed process has torn is left out.
+
+    Raises:
+        DataError: if another line is damaged.
+    """
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise DataError(f"{file}: line {number} is damaged; delete it, or the file") from None
+    return records
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder with all that is in it, is on the disk and survives a power cut."""
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        _sync_one(each)
+
+
+def _sync_one(path: Path) -> None:
+    if os.name != "posix":  # elsewhere, folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Renames a complete file or folder; what stood at `final` is removed only after that."""
+    old = temporary_path(final.with_name(f"old-{final.name}"))
+    if final.is_dir():  # a folder cannot be renamed onto another one
+        final.replace(old)
+    temporary.replace(final)
+    _sync_one(final.parent)  # the name as well
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Makes this process the only one that writes into a folder, which is created, until the result is closed.
+
+    The lock ends with the process, however it ends. What killed processes were writing there is removed. A file system
+    without locks gets none.
+
+    Returns:
+        The open file of the lock, which names the process and its host.
+    Raises:
+        FolderInUse: if another process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK_FILE).open("a+")
+    if fcntl is not None:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise FolderInUse(f"{folder} is being written by {file.read().strip() or 'another process'}") from None
+        except OSError:
+            pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    for path in folder.glob(f"{UNFINISHED}*"):
+        remove(path)
+    return file
+
+
+@functools.cache
+def _remove_leftovers_once(folder: Path) -> None:
+    """Removes what processes of this host were writing here when they were killed; once, since folders may be large."""
+    own_host = re.compile(rf"{re.escape(UNFINISHED)}(\d+)-{re.escape(socket.gethostname())}-")
+    for path in folder.glob(f"{UNFINISHED}*"):
+        match = own_host.match(path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            with suppress(FileNotFoundError):  # another process may be at it
+                remove(path)

@@ -146,6 +146,16 @@ train: {{batch_size: 4, steps: 6, num_workers: 0, log_every: 1, sample_every: 3,
     return file
 
 
+class Payload:
+    """Its pickle writes a file when it is opened as pickles are."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "executed")
+
+
 @pytest.fixture
 def tiny_cache(tmp_path, image_folder, tiny_favae):
     """A folder with tokenizer/ and its latents in cache/."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from favae.signals import ignore_signals
+
 
 class StreamedDataset(Protocol):
     """What a `TrainingStream` needs of a data set."""
@@ -81,6 +83,7 @@ class TrainingStream(Dataset):
             batch_size=None,  # each index is a range of positions, and each item is a batch
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # without it, an iterator draws from the generator that training resumes with
             pin_memory=torch.cuda.is_available(),
         )

@@ -2,23 +2,36 @@
 
 import json
 import logging
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from favae.data.stream import StreamedDataset, TrainingStream
-from favae.distributed import on_cpu
-from favae.errors import ConfigError, NonFiniteError
-from favae.files import atomic_path, write_text
-from favae.training.checkpoints import STATE_FILE, Checkpointer, find_checkpoints
+from favae.distributed import LONGEST_WAIT, main_process_does, on_cpu
+from favae.errors import CheckpointError, ConfigError, NonFiniteError
+from favae.files import atomic_path, lock_folder, read_json_lines, write_text
+from favae.signals import DeferredSignals, exception_of
+from favae.training.checkpoints import (
+    STATE_FILE,
+    Checkpointer,
+    find_checkpoints,
+    find_damage,
+    set_aside_damaged,
+)
 from favae.training.config import RunConfig, to_yaml
 from favae.training.optimization import Ema
 from favae.training.sharding import is_sharded
@@ -44,6 +57,7 @@ def find_checkpoint_to_resume(config: RunConfig) -> Path | None:
 
     Raises:
         ConfigError: if there is no such checkpoint, or if the output folder holds another run.
+        CheckpointError: if it is damaged, or, with resume=auto, if all are.
     """
     folder = Path(str(config.output))
     checkpoints = find_checkpoints(folder / "checkpoints")
@@ -54,21 +68,44 @@ def find_checkpoint_to_resume(config: RunConfig) -> Path | None:
                 f"{folder} holds a run with other settings ({', '.join(changed)}); choose another output, or continue "
                 f"from its last checkpoint elsewhere with resume={checkpoints[-1][1]} output=..."
             )
-        return checkpoints[-1][1] if checkpoints else None
+        return newest_whole_checkpoint([path for _, path in checkpoints])
     if checkpoints:
         raise ConfigError(f"{folder} holds a run already; resume=auto continues it, and another output begins anew")
     if config.resume == "never":
         return None
     if not (Path(config.resume) / STATE_FILE).is_file():
         raise ConfigError(f"resume: {config.resume} is not a checkpoint; it is auto, never, or a step-N folder")
-    return Path(config.resume)
+    return newest_whole_checkpoint([Path(config.resume)])
+
+
+def newest_whole_checkpoint(checkpoints: Sequence[Path]) -> Path | None:
+    """The last of these checkpoints whose files are as they were written; None if there are no checkpoints.
+
+    A warning names damaged ones. Raises `CheckpointError` if all of them are.
+    """
+    damage = ""
+    for path in reversed(checkpoints):
+        found = find_damage(path)
+        if found is None:
+            return path
+        damage = f"{path} is damaged ({found})"
+        logger.warning("%s; the checkpoint before it is used", damage)
+    if damage:
+        raise CheckpointError(f"{damage}, and no whole checkpoint is before it; another output begins anew")
+    return None
 
 
 def changed_settings(config: RunConfig, file: Path) -> list[str]:
     """Keys in which a config differs from the one a run folder holds, except for those that are free to change."""
     if not file.is_file():
         return []
-    old, new = yaml.safe_load(file.read_text()), yaml.safe_load(to_yaml(config))
+    try:
+        old = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        old = None
+    if not isinstance(old, dict):
+        raise ConfigError(f"{file} is damaged; without it, the run continues with the settings that are given")
+    new = yaml.safe_load(to_yaml(config))
     changed = []
     for section in sorted((set(old) | set(new)) - SECTIONS_FREE_TO_CHANGE):
         before, after = old.get(section), new.get(section)
@@ -111,9 +148,14 @@ class Run:
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "logs")),
             # The discriminator's batch statistics are not used in training, and broadcasting them between its two
             # forward passes would change tensors that the backward pass still needs.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
         )
         self.step = self.skipped = 0
+        self._signals = DeferredSignals()
+        self._checkpoint_owed = False
         self._seconds = 0.0
         self._skipped_in_a_row = 0
         self._sums: dict[str, Tensor] = {}
@@ -162,24 +204,36 @@ class Run:
         if self.checkpoint is not None:
             state = self.checkpointer.load(self.checkpoint)
             self.step, self._seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self._last_checkpoint = self.step
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-        if self.is_main:
-            write_text(self.folder / "config.yaml", to_yaml(self.config))
-            self._drop_metrics_after(self.step)
+        main_process_does(self._prepare_folder)
         if self.train.tracker:
             self.accelerator.init_trackers(self.folder.name)
         self._started = time.perf_counter() - self._seconds
         self._bar = tqdm(total=self.train.steps, initial=self.step, disable=not self.is_main, desc=self.folder.name)
 
+    def _prepare_folder(self) -> None:
+        self._lock = lock_folder(self.folder)
+        if self.checkpoint is not None and self.checkpoint.parent.parent == self.folder:
+            set_aside_damaged(self.checkpoint.parent, newest_whole=self.step)
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        self._drop_metrics_after(self.step)
+
     def _drop_metrics_after(self, step: int) -> None:
         """What a killed run logged after its last checkpoint will be logged again."""
         file = self.folder / "metrics.jsonl"
         if file.exists():
-            lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be torn
-            write_text(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+            kept = [record for record in read_json_lines(file) if record["step"] <= step]
+            write_text(file, "".join(f"{json.dumps(record)}\n" for record in kept))
 
     def batches(self, dataset: StreamedDataset, until: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """This process's micro-batches, on its device, from the current step to step `until` or the last one."""
+        """This process's micro-batches, on its device, from the current step to step `until` or the last one.
+
+        Ctrl-C and SIGTERM wait for the end of a step, and for the samples and the evaluation that are due after it.
+
+        Raises:
+            KeyboardInterrupt: then, after a checkpoint was written.
+        """
         until = self.train.steps if until is None else min(until, self.train.steps)
         if self.step >= until:
             return
@@ -190,10 +244,27 @@ class Run:
             self.accelerator.num_processes,
             self.train.num_workers,
         )
-        for batch in loader:
-            if self.step >= until:
-                return
-            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        self._signals.start()
+        try:
+            for micro_batch, batch in enumerate(loader):
+                if micro_batch % self.train.gradient_accumulation_steps == 0:
+                    self._end_if_interrupted()
+                if self.step >= until:
+                    return
+                yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        finally:
+            self._signals.stop()
+
+    def _end_if_interrupted(self) -> None:
+        """All processes end together, whichever of them the signal has reached."""
+        if self._signals.received is not None:
+            self.accelerator.set_trigger()
+        if not self.accelerator.check_trigger():
+            return
+        if self.step > self._last_checkpoint and not self._skipped_in_a_row:
+            self.save_checkpoint()
+        self._signals.stop()
+        raise exception_of(self._signals.received or signal.SIGTERM)(f" at step {self.step}")
 
     def end_step(self, logs: dict[str, Tensor], finite: bool) -> None:
         """Counts and logs an optimizer step.
@@ -223,10 +294,10 @@ class Run:
         logger.warning("step %d skipped: %s is not finite (%d so far)", self.step, where, self.skipped)
         if self._skipped_in_a_row > self.train.max_skipped_steps:
             checkpoints = find_checkpoints(self.folder / "checkpoints")
-            good = str(checkpoints[-1][1]) if checkpoints else "none was written"
+            last = str(checkpoints[-1][1]) if checkpoints else "none was written"
             raise NonFiniteError(
                 f"step {self.step}: {where} has not been finite for {self._skipped_in_a_row} steps; "
-                f"the last good checkpoint: {good}"
+                f"the last checkpoint before them: {last}"
             )
 
     def _log(self) -> None:
@@ -254,15 +325,22 @@ class Run:
         """Whether something that happens every so many steps, and after the last one, is due now; 0 is never."""
         return every > 0 and (self.step % every == 0 or self.step == self.train.steps)
 
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint is due. While steps are skipped none is written; it is due after the next good step."""
+        self._checkpoint_owed = self._checkpoint_owed or self.due(self.train.checkpoint_every)
+        return self._checkpoint_owed and not self._skipped_in_a_row
+
     def save_checkpoint(self) -> None:
         self._seconds = time.perf_counter() - self._started
         self.checkpointer.save(self.step, {"seconds": self._seconds, "skipped": self.skipped})
+        self._last_checkpoint, self._checkpoint_owed = self.step, False
 
     def finish(self, save: Callable[[Path], object]) -> None:
         """Writes final/ with `save(folder)` on the main process, complete or not at all, and closes the logs."""
         if self.is_main:
             with atomic_path(self.folder / "final") as folder:
                 save(folder)
+            self._lock.close()
         self.accelerator.wait_for_everyone()
         self._bar.close()
         self.accelerator.end_training()

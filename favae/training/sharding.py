@@ -4,27 +4,20 @@ Without sharding every process holds the whole model, its gradients, the optimiz
 parameter; with it, its share of them. The arithmetic is that of DistributedDataParallel.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from favae.distributed import process_state
 
@@ -128,27 +121,32 @@ def load_full_state(module: nn.Module, path: Path) -> None:
     set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True, strict=True))
 
 
-def save_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path) -> None:
-    """Each process writes its share of the optimizers' state. Raises OSError or RuntimeError if one cannot."""
-    with _first_error():
-        distributed_checkpoint.save(get_optimizer_state_dict(model, optimizers), checkpoint_id=folder)
+def local_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer as plain tensors and numbers; of a sharded model, this process's share of it."""
+    return tree_map(lambda value: value.to_local() if isinstance(value, DTensor) else value, optimizer.state_dict())
 
 
-def load_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path) -> None:
-    """Each process reads its share. Raises OSError or RuntimeError if there is none that fits."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no {folder.name}; it was written without train.shard")
-    state = get_optimizer_state_dict(model, optimizers)
-    with _first_error():
-        distributed_checkpoint.load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(model, optimizers, state)
+def load_local_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restores what `local_state` gave.
 
-
-@contextlib.contextmanager
-def _first_error() -> Iterator[None]:
-    """Raises the first process's own error in place of torch's collection of all of them, which is no `Exception`."""
-    try:
-        yield
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise (first if isinstance(first, (OSError, RuntimeError)) else RuntimeError(str(first))) from None
+    Raises:
+        ValueError: if it is of other parameters, or of another share of them.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state["state"].items():
+        parameter = parameters[number]
+        share = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or not value.dim():
+                continue  # a number of steps
+            if value.shape != share.shape:
+                raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}, not {tuple(share.shape)}")
+            if isinstance(parameter, DTensor):
+                values[name] = DTensor.from_local(
+                    value.to(share.device),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
+    optimizer.load_state_dict(state)

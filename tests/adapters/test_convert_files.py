@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, command_error
+from conftest import Payload, command, command_error
 from diffusers import AutoencoderKL
 from original_layouts import VQGAN, FrequencyAugmentedCodec, LatentDiffusionAutoencoder, LightningDiT, randomize
 from safetensors.torch import load_file, save_file
@@ -34,16 +34,6 @@ def lightningdit(tmp_path) -> Path:
     content = {"model": old, "ema": average, "opt": {"state": {}, "param_groups": [{"lr": 2e-4}]}, "config": {"a": [1]}}
     torch.save(content, tmp_path / "lightningdit.pt")
     return tmp_path / "lightningdit.pt"
-
-
-class Payload:
-    """Its pickle writes a file when it is opened as pickles are."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.write_text, (self.path, "executed")
 
 
 # Reading

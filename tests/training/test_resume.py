@@ -69,7 +69,7 @@ def test_two_processes_train_together_and_are_resumed_by_two(tmp_path):
     for steps in (4, 6):  # the second resumes
         run("train_tokenizer.py", recipe, output, f"train.steps={steps}", accumulate, processes=2)
     assert logged_steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
-    assert (tmp_path / "run/checkpoints/step-6/random_states_1.pkl").exists()
+    assert (tmp_path / "run/checkpoints/step-6/random-states-1.pt").exists()
     assert "written by 2 process(es)" in refusal("train_tokenizer", recipe, output, "train.steps=8", accumulate)
 
 

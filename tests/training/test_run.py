@@ -1,6 +1,9 @@
-import errno
 import json
 import math
+import multiprocessing
+import os
+import signal
+import socket
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from conftest import TINY_CAT, tiny_tokenizer_recipe
 from torch import nn
 
 from favae import CATTransformerModel
-from favae.errors import CheckpointError, ConfigError, NonFiniteError
+from favae.errors import ConfigError, FolderInUse, NonFiniteError
 from favae.training.checkpoints import find_checkpoints
 from favae.training.config import TokenizerConfig, load_config, to_yaml
 from favae.training.optimization import (
@@ -131,21 +134,56 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml"]
 
 
-@pytest.mark.parametrize(
-    "full", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter: No space left")]
-)
-def test_a_full_disk_leaves_the_older_checkpoint(training, monkeypatch, full):
+def test_no_checkpoint_is_written_while_steps_are_skipped(training):
+    run, due = training.run, []
+    for value in (1.0, math.nan, math.nan, 1.0, 1.0, 1.0):  # a checkpoint every second step
+        training.step(value)
+        due.append(run.checkpoint_due())
+        if due[-1]:
+            run.save_checkpoint()
+    assert due == [False, False, False, True, False, True]
+    assert [step for step, _ in find_checkpoints(run.folder / "checkpoints")] == [4, 6]
+
+
+def test_an_interrupt_while_steps_are_skipped_leaves_the_last_checkpoint(training):
     run = training.run
-    run.checkpointer.save(1, {})
-    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    run.save_checkpoint()
+    training.step(math.nan)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run.batches(OneNumber()):
+            signal.raise_signal(signal.SIGTERM)
+    assert [step for step, _ in find_checkpoints(run.folder / "checkpoints")] == [0]
 
-    def write(*arguments, **options):
-        raise full
 
-    monkeypatch.setattr(run.accelerator, "save_state", write)
-    with pytest.raises(CheckpointError, match=r"full: step-2 .*; the last .*step-1"):
-        run.checkpointer.save(2, {})
-    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
-    monkeypatch.setattr(run.accelerator, "save_state", lambda *arguments, **options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run.checkpointer.save(2, {})
+class OneNumber:
+    """A data set of one number."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, rng):
+        return (rng.permutation(1),)
+
+    def training_batch(self, entries, seeds):
+        return {"number": torch.ones(len(seeds))}
+
+
+def test_a_folder_that_another_process_writes_is_refused(training, tmp_path):
+    recipe = tiny_tokenizer_recipe(tmp_path, "photos")
+    context = multiprocessing.get_context("fork")
+    messages = context.SimpleQueue()
+
+    def start():
+        try:
+            Training(load_config(TokenizerConfig, recipe, [f"output={training.run.folder}"]))
+            messages.put("")
+        except FolderInUse as error:
+            messages.put(str(error))
+
+    for released in (False, True):
+        process = context.Process(target=start)
+        process.start()
+        process.join()
+        message = messages.get()
+        assert message == "" if released else f"process {os.getpid()} on {socket.gethostname()}" in message
+        training.run.finish(lambda folder: folder.mkdir())

@@ -6,10 +6,8 @@ import torch
 from conftest import kill_when, run, tiny_generator_recipe, tiny_tokenizer_recipe
 from diffusers import DiffusionPipeline
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 import favae  # noqa: F401  (makes its pipelines known to diffusers)
-from favae.training import sharding
 from favae.training.sharding import gather_full_model, load_full_state, local_shards, save_full_state, shard
 
 
@@ -34,7 +32,7 @@ def test_a_sharded_generator_is_the_same_generator(tiny_cache):
     run("train_generator.py", recipe, f"output={tiny_cache / 'whole'}", *more, processes=2)
     sharded = ("train_generator.py", recipe, f"output={tiny_cache / 'sharded'}", "train.shard=true", *more)
     kill_when(tiny_cache / "sharded/checkpoints/.writing-step-6", *sharded, processes=2)
-    optimizers = list((tiny_cache / "sharded/checkpoints/step-4/sharded-optimizer").glob("*.distcp"))
+    optimizers = list((tiny_cache / "sharded/checkpoints/step-4").glob("optimizers-*.pt"))
     assert len(optimizers) == 2  # a share of each process
     assert not (tiny_cache / "sharded/checkpoints/step-6").exists()
     run(*sharded, processes=2)
@@ -48,7 +46,7 @@ def test_a_sharded_generator_is_the_same_generator(tiny_cache):
     # A run without shards has no share of the optimizer for each process.
     more = (f"resume={tiny_cache / 'whole/checkpoints/step-10'}", f"output={tiny_cache / 'other'}", "train.shard=true")
     result = run("train_generator.py", recipe, *more, processes=2, check=False)
-    assert result.returncode and "does not fit these settings" in result.stderr
+    assert result.returncode and "was written with train.shard=false" in result.stderr
 
 
 def test_a_sharded_tokenizer_is_the_same_tokenizer(tmp_path, image_folder):
@@ -69,16 +67,6 @@ def test_weights_of_another_module_are_refused(tmp_path):
     for name in ("other", "names"):
         with pytest.raises(RuntimeError):
             load_full_state(nn.Linear(4, 2), tmp_path / name)
-
-
-def test_the_error_of_a_process_is_raised_and_not_a_collection_of_all(monkeypatch, tmp_path):
-    def save(*arguments, **options):
-        raise CheckpointException("write", {1: (OSError(28, "No space left on device"), None)})
-
-    monkeypatch.setattr(sharding.distributed_checkpoint, "save", save)
-    model = nn.Linear(2, 2)
-    with pytest.raises(OSError, match="No space left"):
-        sharding.save_optimizers(model, [torch.optim.AdamW(model.parameters())], tmp_path)
 
 
 def test_one_process_keeps_its_model():
