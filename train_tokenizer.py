@@ -57,17 +57,17 @@ def train(config: TokenizerConfig) -> None:
     optimizers = create_optimizers(module.parameter_groups(), settings, settings.learning_rate)
     schedules = [create_schedule(optimizer, settings) for optimizer in optimizers]
     model, optimizers = run.prepare(module, optimizers)
-    parts, trained, all_schedules = module.trained_parts(), [model], schedules
-    discriminator = None
+    parts, trained = module.trained_parts(), [model]
+    discriminator, d_optimizers, d_schedules = None, [], []
     if adversarial_start is not None:
         discriminator = parts["discriminator"] = build_discriminator(config)
         rate = settings.discriminator_learning_rate or settings.learning_rate
         d_optimizers = create_optimizers([{"params": discriminator.parameters()}], settings, rate)
         d_schedules = [create_schedule(optimizer, settings, adversarial_start) for optimizer in d_optimizers]
         d_model, d_optimizers = run.prepare(discriminator, d_optimizers)
-        trained, all_schedules = [model, d_model], schedules + d_schedules
+        trained.append(d_model)
     ema = Ema(vae, settings.ema_decay, run.device, warmup=settings.ema_warmup)
-    run.start(parts, ema, model, optimizers, all_schedules)
+    run.start(parts, ema, model, optimizers + d_optimizers, schedules + d_schedules)
     preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
 
     for batch in run.batches(dataset):

@@ -191,8 +191,8 @@ class Run:
 
         Args:
             parts: the trained modules by name, not wrapped: what a checkpoint holds.
-            model, optimizers: as `prepare` gave them.
-            schedules: all of them; the log shows the first one's learning rate.
+            model: as `prepare` gave it.
+            optimizers, schedules: all of them; the log shows the first one's learning rate.
         """
         self.schedules = schedules
         limit = self.train.checkpoints_total_limit
