@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from favae.autoencoders import decode, encode, load_autoencoder
-from favae.data.images import center_crop, to_rgb, to_tensor, to_uint8
+from favae.data.decoding import to_rgb
+from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.models import VQModelFA
 
 __all__ = ["DeTokVAE", "EDM2Encoder", "LlamaGenVQ", "MARVAE", "VARVQ", "VA_VAE"]

@@ -14,8 +14,9 @@ import torch
 from numpy.lib import format as npy
 from torch.utils.data import Dataset
 
-from favae.data.images import READ_ERRORS, ImageDataset, to_uint8
-from favae.data.sources import FolderSource
+from favae.data.decoding import UnusableImage, upright_size
+from favae.data.folders import FolderSource
+from favae.data.images import ImageDataset, to_uint8
 from favae.errors import DataError
 from favae.eval.results import UINT8
 from favae.files import atomic_path
@@ -49,7 +50,12 @@ class SampleFolder(Dataset):
 
     def __init__(self, path: str | Path):
         self.source = FolderSource(path, min_size=1)
-        first, *others = [(height, width) for width, height in self.source.sizes]
+        # Only what is no square has another size when it is turned upright.
+        sizes = (
+            upright_size(file) if width != height else (width, height)
+            for file, (width, height) in zip(self.source.files, self.source.sizes)
+        )
+        first, *others = [(height, width) for width, height in sizes]
         self.size = first
         for i, (height, width) in enumerate(others, start=1):
             if (height, width) != first:
@@ -64,7 +70,7 @@ class SampleFolder(Dataset):
     def __getitem__(self, index: int) -> dict | None:
         try:
             image = self.source.read(index)
-        except READ_ERRORS as error:
+        except UnusableImage as error:
             logger.warning("skipped %s: %s", self.source.name(index), error)
             return None
         return {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1), "index": index}

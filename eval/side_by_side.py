@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from favae.autoencoders import load_autoencoder, reconstruct, spatial_compression_ratio
-from favae.data.images import READ_ERRORS, center_crop, to_rgb, to_tensor, to_uint8
-from favae.data.sources import FolderSource
+from favae.data.decoding import UnusableImage, read_image
+from favae.data.folders import FolderSource
+from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
 from favae.eval.figures import INK, MUTED, ZOOM, high_frequency_error, worst_windows
@@ -54,7 +55,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += FolderSource(path, min_size=1).files
+            files += FolderSource(path, min_size=1, labels=False).files
         elif path.is_file():
             files.append(path)
         else:
@@ -74,9 +75,8 @@ def open_image(file: Path, ratio: int, resolution: int | None) -> tuple[Tensor, 
         DataError: if the file is not an image, or smaller than the compression ratio.
     """
     try:
-        with Image.open(file) as opened:
-            image = to_rgb(opened)
-    except READ_ERRORS as error:
+        image = read_image(file)
+    except UnusableImage as error:
         raise DataError(f"{file} cannot be read as an image ({error})") from error
     size = image.size
     if resolution is not None:

@@ -35,7 +35,8 @@ from experiments.rows import Comparison, Task, main
 from favae.autoencoders import reconstruct
 from favae.data.images import ImageDataset, to_uint8
 from favae.data.latents import open_latents, write_latent_cache
-from favae.data.sources import PhotoSource, open_source
+from favae.data.photos import PhotoSource
+from favae.data.sources import open_source
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.generation import generation_metrics

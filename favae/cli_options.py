@@ -25,25 +25,33 @@ def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str) 
         split: the default of `--split`.
     """
     group = parser.add_argument_group("images")
-    group.add_argument(name, dest="data", required=True, help="photos[:SPLIT], a folder, a .parquet file, or hf:NAME")
-    group.add_argument("--split", default=split, help=f"split of a hub dataset (default: {split})")
-    group.add_argument("--image-column", default="image", help="column of a parquet file or a hub dataset")
-    group.add_argument("--label-column", default="label", help="likewise")
     group.add_argument(
-        "--caption-column", help="likewise; strings or lists of strings (default: caption, if there is such a column)"
+        name, dest="data", required=True, help="photos[:SPLIT], a folder, a .parquet or .tar file, or hf:NAME"
+    )
+    group.add_argument("--split", default=split, help=f"of data sets that have several (default: {split})")
+    group.add_argument(
+        "--image-column", default="auto", help="of a data set with columns (default: image, or the only one of images)"
     )
     group.add_argument(
-        "--min-size", type=int, default=16, help="skip images of a folder whose shorter side has fewer pixels"
+        "--label-column",
+        default="auto",
+        help="likewise (default: label, if there is such a column); none: all images are of one class, also in folders",
     )
+    group.add_argument(
+        "--caption-column",
+        default="auto",
+        help="likewise, of strings or lists of them (default: caption, if there is one); none: no captions",
+    )
+    group.add_argument("--min-size", type=int, default=16, help="skip images whose shorter side has fewer pixels")
 
 
 def open_data(arguments: argparse.Namespace) -> Source:
     """Opens the images that the options of `add_data_options` name."""
     from favae.data.sources import open_source
+    from favae.data.tables import is_table
 
-    tabular = arguments.data.startswith("hf:") or arguments.data.endswith(".parquet")
     columns = "--image-column, --label-column and --caption-column name the columns that are read"
-    with hint(columns) if tabular else nullcontext():
+    with hint(columns) if is_table(arguments.data) else nullcontext():
         return open_source(
             arguments.data,
             arguments.split,

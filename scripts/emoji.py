@@ -25,7 +25,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from favae.data.images import to_rgb
+from favae.data.decoding import to_rgb
 from favae.errors import FavaeError
 
 PACKAGE = "emoji-datasource-google@16"

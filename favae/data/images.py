@@ -1,4 +1,4 @@
-"""Images as tensors: conversion to RGB, crops, and a data set of a source's images in [-1, 1]."""
+"""Images as tensors: crops, and a data set of a source's images in [-1, 1]."""
 
 import logging
 from collections.abc import Sequence
@@ -6,42 +6,14 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from favae.data.decoding import UnusableImage
 from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-# What PIL raises for damaged files of various formats; SyntaxError is for broken PNG.
-READ_ERRORS = (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
-
-
-class UnusableImage(ValueError):
-    """An image cannot be used. The message says why."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB: grayscale of 8 or 16 bits, palettes and CMYK; what is transparent is put over white.
-
-    Raises:
-        UnusableImage: if the range of pixel values is unknown (floating point, or integers of more than 16 bits).
-    """
-    image.load()  # a damaged file fails here, and not later
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # 16-bit grayscale is opened as "I;16" or as "I"
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise UnusableImage(f"integer pixels from {values.min()} to {values.max()}; at most 16 bits are supported")
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise UnusableImage("floating-point pixels of unknown range")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -93,9 +65,12 @@ class ImageIdentity(NamedTuple):
 
 
 class Source(Protocol):
-    """Images by index, whatever they are stored in."""
+    """Images by index, whatever they are stored in. Labels are looked at when somebody asks for classes."""
 
-    classes: list[str]
+    @property
+    def classes(self) -> list[str]:
+        """The classes' names. Raises `DataError` if labels are missing or no classes."""
+        ...
 
     @property
     def has_captions(self) -> bool:
@@ -121,7 +96,7 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> Image.Image:
-        """The image in RGB. Raises one of `READ_ERRORS` if it cannot be read."""
+        """The image, upright and in RGB. Raises `UnusableImage` if it cannot be read."""
         ...
 
     def captions(self, index: int) -> list[str]:
@@ -132,8 +107,8 @@ class Source(Protocol):
 class ImageDataset(Dataset):
     """Images of a source as tensors.
 
-    `dataset[i]` is {"image": (3, R, R) in [-1, 1], "label": int, "index": int} for the center crop, or None if the
-    image cannot be read; a warning names it, and `skip_missing` leaves it out of batches. Training reads random views.
+    `dataset[i]` is {"image": (3, R, R) in [-1, 1], "index": int} for the center crop, or None if the image cannot be
+    read; a warning names it, and `skip_missing` leaves it out of batches. Training reads random views.
 
     Args:
         source: where the images come from.
@@ -142,7 +117,8 @@ class ImageDataset(Dataset):
         flip: whether half of the random views are mirrored.
 
     Attributes:
-        unreadable: indices of images that could not be read so far.
+        unreadable: (len(source),) bool, which images could not be read so far, by this process and its DataLoader's
+            workers together.
     """
 
     def __init__(
@@ -152,7 +128,7 @@ class ImageDataset(Dataset):
         self.resolution = resolution
         self.crop = crop
         self.flip = flip
-        self.unreadable: set[int] = set()
+        self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
     @property
     def classes(self) -> list[str]:
@@ -161,6 +137,10 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def label(self, index: int) -> int:
+        """The class of an image, as an index of `classes`."""
+        return self.source.label(index)
+
     def captions(self, index: int) -> list[str]:
         """The captions of an image, none of them empty."""
         return self.source.captions(index)
@@ -168,15 +148,15 @@ class ImageDataset(Dataset):
     def _read(self, index: int) -> Image.Image | None:
         try:
             return self.source.read(index)
-        except READ_ERRORS as error:
-            if index not in self.unreadable:
-                self.unreadable.add(index)
-                name = self.source.name(index)
-                logger.warning("skipped %s: %s (%d unreadable so far)", name, error, len(self.unreadable))
+        except UnusableImage as error:
+            if not self.unreadable[index]:
+                self.unreadable[index] = True
+                name, count = self.source.name(index), int(self.unreadable.sum())
+                logger.warning("skipped %s: %s (%d of %d skipped so far)", name, error, count, len(self))
             return None
 
     def _item(self, index: int, image: Image.Image) -> dict:
-        return {"image": to_tensor(image), "label": self.source.label(index), "index": index}
+        return {"image": to_tensor(image), "index": index}
 
     def __getitem__(self, index: int) -> dict | None:
         image = self._read(index)

@@ -361,10 +361,13 @@ def write_latent_cache(
     files = [shard_file(writer.folder, number) for number in range(len(ranges))]
 
     # Latents.
+    def with_labels(batch: dict) -> dict:
+        return {**batch, "label": torch.tensor([images.label(index) for index in batch["index"].tolist()])}
+
     def write_shard(number: int, path: Path) -> None:
         part = Subset(images, ranges[number])
         loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
-        batches = (batch for batch in loader if batch is not None)
+        batches = (with_labels(batch) for batch in loader if batch is not None)
         save_file(_encode(dataset_class, tokenizer, batches, dtype), path)
 
     writer.write_missing(files, write_shard, "latents")

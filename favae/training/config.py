@@ -78,11 +78,11 @@ class RunConfig:
 
 @dataclass(config=STRICT)
 class ImageDataConfig:
-    path: str | None = None  # "photos", a folder, a .parquet file, or hf:NAME
-    split: str = "train"  # of photos and hub datasets
-    image_column: str = "image"
-    label_column: str = "label"
-    min_size: Count = 16  # a folder's images with a shorter side below this are skipped
+    path: str | None = None  # "photos", a folder, a .parquet or .tar file, or hf:NAME
+    split: str = "train"  # of photos, of hub datasets and of folders with splits in them
+    image_column: str = "auto"  # "image", or else the only column of images
+    label_column: str = "auto"  # "label", if there is such a column; "none": all images are of one class
+    min_size: Count = 16  # images with a shorter side below this are skipped
     crop: Literal["random", "center"] = "random"  # after scaling the shorter side to the resolution
     flip: bool = True
     num_images: Count | None = None  # what the recipe was written for: steps per epoch in a dry run without the data
@@ -200,8 +200,8 @@ class LatentDataConfig:
     text_encoder: str | None = None  # where the encoder of these embeddings is now; None: where it was
     images: str | None = None  # what the cache was made of, for loss.alignment
     split: str = "train"  # of `images`
-    image_column: str = "image"
-    label_column: str = "label"
+    image_column: str = "auto"
+    label_column: str = "auto"
     min_size: Count = 16
     num_images: Count | None = None  # what the recipe was written for: steps per epoch in a dry run without the cache
 

@@ -1,0 +1,382 @@
+"""One picture and one set of pictures mean the same, whatever they are stored in."""
+
+import io
+import logging
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+
+from favae.data import decoding
+from favae.data.decoding import TRANSPOSITIONS, UnusableImage, image_extensions, read_image, upright_size
+from favae.data.folders import FolderSource
+from favae.data.images import ImageDataset, skip_missing
+from favae.data.sources import open_source
+from favae.errors import ConfigError, DataError
+from favae.eval.image_sets import SampleFolder, open_samples
+
+SIZE = (24, 20)
+ORIENTATION = 0x112
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def smooth(mode: str = "RGB") -> Image.Image:
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return small.resize(SIZE, Image.Resampling.BICUBIC).convert(mode)
+
+
+def turned(image: Image.Image, orientation: int, format: str) -> bytes:
+    """A file that stores an image as a camera does that was held in another way."""
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)
+    stored = image.transpose(TRANSPOSITIONS[inverse]) if inverse in TRANSPOSITIONS else image
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return encoded(stored, format, exif=exif)
+
+
+def png(depth: int, color: int, rows: np.ndarray, key: tuple[int, ...]) -> bytes:
+    """A PNG file of raw rows with a transparent color (tRNS), which Pillow does not write for all depths."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = rows.shape[:2]
+    if depth == 16:
+        raw = [row.astype(">u2").tobytes() for row in rows]
+    elif depth == 8:
+        raw = [row.astype(np.uint8).tobytes() for row in rows]
+    else:
+        bits = (rows[..., None] >> np.arange(depth - 1, -1, -1)) & 1
+        raw = [np.packbits(row.reshape(-1).astype(np.uint8)).tobytes() for row in bits]
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row for row in raw))
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", header),
+            chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)),
+            chunk(b"IDAT", body),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+def odd_pictures() -> dict[str, tuple[bytes, np.ndarray | None]]:
+    """Files, and the RGB pixels that they mean (within 2 levels for JPEG and 16 bits)."""
+    upright = np.array(smooth())
+    pictures = {}
+    for orientation in range(1, 9):
+        for format, ending in (("PNG", "png"), ("TIFF", "tif"), ("WEBP", "webp"), ("JPEG", "jpg")):
+            exact = None if format in ("WEBP", "JPEG") else upright
+            pictures[f"{format}{orientation}.{ending}"] = (turned(smooth(), orientation, format), exact)
+    rgba = smooth("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize(SIZE))
+    over_white = np.array(Image.alpha_composite(Image.new("RGBA", SIZE, "white"), rgba).convert("RGB"))
+    pictures["rgba.png"] = (encoded(rgba), over_white)
+    pictures["la.png"] = (encoded(rgba.convert("LA")), None)
+    pictures["cmyk.jpg"] = (encoded(smooth("CMYK"), "JPEG"), None)
+    palette = smooth().quantize(8)
+    key = palette.getpixel((0, 0))
+    expected = np.array(palette.convert("RGB"))
+    expected[np.array(palette) == key] = 255
+    pictures["palette.png"] = (encoded(palette, transparency=key), expected)
+    for depth in (1, 2, 4, 8, 16):
+        top = 2**depth - 1
+        rows = np.random.default_rng(depth).integers(0, top + 1, SIZE[::-1])
+        rows[:4] = rows[0, 0]
+        gray = np.round(rows * (255 / top))
+        gray[rows == rows[0, 0]] = 255
+        gray = np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+        pictures[f"gray{depth}.png"] = (png(depth, 0, rows, (int(rows[0, 0]),)), gray)
+    for depth in (8, 16):
+        rows = upright.astype(np.int64) * (257 if depth == 16 else 1)
+        white = upright.copy()
+        white[(upright == upright[0, 0]).all(axis=2)] = 255
+        pictures[f"rgb{depth}.png"] = (png(depth, 2, rows, tuple(rows[0, 0].tolist())), white)
+    pictures["plain16.png"] = (encoded(Image.fromarray(np.array(smooth("L"), dtype=np.uint16) * 257)), None)
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return odd_pictures()
+
+
+def test_a_picture_means_the_same_in_every_source(tmp_path, pictures):
+    names = sorted(pictures)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(pictures[name][0])
+    rows = [{"bytes": pictures[name][0], "path": None} for name in names]
+    table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "set.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    sources = [open_source(str(tmp_path / name)) for name in ("folder", "set.parquet", "saved")]
+    assert [Path(sources[0].name(i)).name for i in range(len(sources[0]))] == names
+    for i, name in enumerate(names):
+        first, *others = [source.read(i) for source in sources]
+        assert first.size == SIZE == upright_size(folder / name), name
+        for other in others:
+            assert np.array_equal(np.array(first), np.array(other)), name
+        expected = pictures[name][1]
+        if expected is not None:
+            assert np.array_equal(np.array(first), expected), name
+        elif name[:4] in ("JPEG", "WEBP"):
+            assert np.abs(np.array(first).astype(int) - np.array(smooth())).mean() < 12, name
+    assert SampleFolder(folder).size == SIZE[::-1]
+
+
+def test_shards_are_read_in_their_splits(tmp_path):
+    images = [smooth(), ImageOps.mirror(smooth())]
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(image), "path": None} for image in images], "label": ["b", "a"]}
+    ).cast_column("image", datasets.Image())
+    for split in ("train", "test"):
+        for number in range(2):
+            path = tmp_path / f"shards/data/{split}-{number:05}-of-00002.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.to_parquet(path)
+    (tmp_path / "shards/README.md").write_text("notes")
+    source = open_source(str(tmp_path / "shards"))
+    assert len(source) == 4 and source.classes == ["a", "b"] and source.label(2) == 1
+    with pytest.raises(DataError, match="validation.*train.*test"):
+        open_source(str(tmp_path / "shards"), "validation")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "saved")
+    assert len(open_source(str(tmp_path / "saved"), "test")) == 1
+    with pytest.raises(DataError, match="no split 'validation', there are train, test"):
+        open_source(str(tmp_path / "saved"), "validation")
+
+    folder = tmp_path / "odd [1-2] names"
+    folder.mkdir()
+    table.to_parquet(folder / "set[0-9]*.parquet")
+    source = open_source(str(folder / "set[0-9]*.parquet"))
+    assert np.array_equal(np.array(source.read(1)), np.array(images[1]))
+    with pytest.raises(DataError, match=r"odd \[1-2\] names.*rename"):
+        open_source(str(folder))
+    table.select([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match="empty.parquet is empty"):
+        open_source(str(tmp_path / "empty.parquet"))
+
+
+def test_webdataset_shards(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        with tarfile.open(shards / f"{number:05}.tar", "w") as tar:
+            for i in range(2):
+                members = {"jpg": encoded(smooth(), "JPEG"), "txt": f"caption {i}".encode(), "cls": b"%d" % (7 - i)}
+                for ending, data in members.items():
+                    info = tarfile.TarInfo(f"{number}{i:05}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    for path, count in ((shards, 4), (shards / "00001.tar", 2)):
+        source = open_source(str(path))
+        assert len(source) == count and source.classes == ["6", "7"] and source.label(1) == 0
+        assert source.read(0).size == SIZE and source.captions(1) == ["caption 1"]
+
+
+def test_links_are_followed_and_end_at_loops(tmp_path, caplog):
+    real = write_images(tmp_path / "real", classes=3, per_class=2)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("class0", "class2"):
+        (linked / name).symlink_to(real / name)
+    (linked / "class1").mkdir()
+    (linked / "class1/0.png").symlink_to(real / "class1/0.png")
+    (linked / "class1/gone.png").symlink_to(real / "class1/gone.png")
+    (linked / "class1/loop").symlink_to(linked)
+    (linked / "itself").symlink_to("itself")
+    with caplog.at_level(logging.WARNING):
+        source = FolderSource(linked)
+    assert source.classes == ["class0", "class1", "class2"] and len(source) == 5
+    assert [source.label(i) for i in range(5)] == [0, 0, 1, 2, 2]
+    assert "2 links that lead nowhere" in caplog.text and "class1/gone.png" in caplog.text and "itself" in caplog.text
+    assert "1 links to a folder that they are in (class1/loop)" in caplog.text
+
+
+def test_nothing_in_a_folder_vanishes(tmp_path, caplog):
+    folder = write_images(tmp_path / "images", classes=2, per_class=2)
+    for name in (".ipynb_checkpoints", "class0/.cache"):
+        (folder / name).mkdir()
+        smooth().save(folder / name / "a.png")
+    (folder / "annotations").mkdir()
+    (folder / "class1/deep").mkdir()
+    for name, format in (("a.avif", "AVIF"), ("b.jfif", "JPEG"), ("c.jp2", "JPEG2000"), ("d.JPE", "JPEG")):
+        (folder / "class1/deep" / name).write_bytes(encoded(smooth(), format))
+    for name in ("class0/a.heic", "class0/b.heic", "notes", "class0/9.txt", "class0/0.txt"):
+        (folder / name).write_text("a caption")
+    (folder / "tiny").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / "tiny/a.png")
+    with caplog.at_level(logging.WARNING):
+        source = FolderSource(folder)
+    assert source.classes == ["class0", "class1", "tiny"] and len(source) == 8
+    for said in (
+        "2 names that begin with '.' (.ipynb_checkpoints, class0/.cache)",
+        "1 folders without an image (annotations)",
+        "3 files that are no images (2 .heic, 1 without an ending)",
+        "1 texts without an image of their name (class0/9.txt)",
+        "several depths below the class folders class1",
+        "classes without a usable image: tiny",
+    ):
+        assert said in caplog.text
+    assert {".avif", ".jfif", ".jp2", ".qoi"} <= image_extensions() and not {".eps", ".pdf"} & image_extensions()
+
+
+def test_splits_and_mixtures_are_no_classes(tmp_path):
+    images = write_images(tmp_path / "images", classes=2, per_class=1)
+    for splits in (["train"], ["train", "val"], ["train", "validation", "class0"]):
+        folder = tmp_path / "-".join(splits)
+        folder.mkdir()
+        for split in splits:
+            (folder / split).symlink_to(images)
+        with pytest.raises(DataError, match=f"splits train.*{splits[-1] if len(splits) == 2 else ''}.*none"):
+            open_source(str(folder))
+        assert len(open_source(str(folder), label_column="none")) == 2 * len(splits)
+    smooth().save(images / "a.png")
+    with pytest.raises(DataError, match=r"class0/ and a\.png"):
+        open_source(str(images))
+    with pytest.raises(DataError, match=r"class0/ and a\.png"):
+        open_samples(images)
+    assert open_source(str(images), label_column="none").classes == ["image"]
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(write_images(tmp_path / "images"))
+    with pytest.raises(DataError, match="empty"):
+        open_source(name)
+
+
+def test_files_that_are_no_set_are_refused_in_one_line(tmp_path):
+    for name in ("a.zip", "a.npy", "a.png", "a.tar.gz"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(DataError, match=rf"{name} is a file; .*unpack") as error:
+            open_source(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+    (tmp_path / "a.tar").write_text("no archive")
+    with pytest.raises(DataError, match="a.tar.* cannot be opened"):
+        open_source(str(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match="has no columns, so none is called 'breed'"):
+        open_source("photos", label_column="breed")
+
+
+def test_columns_that_hold_no_images(tmp_path):
+    image = {"bytes": encoded(smooth()), "path": None}
+    for values, said in (
+        ([["a"], ["b"]], "List of string"),
+        ([[image], [image]], "List of "),
+        ([3, 4], "int64"),
+        (["https://example.org/a.png"] * 2, "addresses.*download"),
+    ):
+        datasets.Dataset.from_dict({"image": values}).to_parquet(tmp_path / "set.parquet")
+        with pytest.raises(DataError, match=said):
+            open_source(str(tmp_path / "set.parquet"))
+    for bytes_column in ([encoded(smooth())] * 2, [image, {"bytes": None, "path": None}]):
+        datasets.Dataset.from_dict({"img": bytes_column}).to_parquet(tmp_path / "set.parquet")
+        assert open_source(str(tmp_path / "set.parquet"), image_column="img").read(0).size == SIZE
+    with pytest.raises(UnusableImage, match="no image in this row"):
+        open_source(str(tmp_path / "set.parquet"), image_column="img").read(1)
+    table = datasets.Dataset.from_dict({"img": [image]}).cast_column("img", datasets.Image())
+    table.to_parquet(tmp_path / "set.parquet")
+    assert open_source(str(tmp_path / "set.parquet")).read(0).size == SIZE  # the only column of images
+    with pytest.raises(UnusableImage, match="must have at least 32"):  # as in a folder
+        open_source(str(tmp_path / "set.parquet"), min_size=32).read(0)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[[1], [2]], [{"a": 1}, {"a": 2}], [1, None], [1.5, 2.5], [{"bytes": b"", "path": None}] * 2],
+    ids=["lists", "structs", "half null", "floats", "masks"],
+)
+def test_labels_that_are_no_classes_matter_to_those_who_ask(tmp_path, labels):
+    image = {"bytes": encoded(smooth()), "path": None}
+    table = datasets.Dataset.from_dict({"image": [image, image], "label": labels})
+    if isinstance(labels[0], dict) and "bytes" in labels[0]:
+        table = table.cast_column("label", datasets.Image())
+    table.to_parquet(tmp_path / "set.parquet")
+    file = str(tmp_path / "set.parquet")
+    assert ImageDataset(open_source(file), 16)[1]["image"].shape == (3, 16, 16)
+    with pytest.raises(DataError, match="label column 'label'.*'none'"):
+        open_source(file).label(0)
+    assert open_source(file, label_column="none").label(1) == 0
+
+
+def test_a_default_label_column_that_is_absent_is_said(tmp_path, caplog):
+    image = {"bytes": encoded(smooth()), "path": None}
+    datasets.Dataset.from_dict({"image": [image, image], "breed": ["b", "a"]}).to_parquet(tmp_path / "set.parquet")
+    file = str(tmp_path / "set.parquet")
+    with caplog.at_level(logging.WARNING):
+        assert open_source(file, label_column="none").classes == ["image"]
+        assert not caplog.text
+        assert open_source(file).classes == ["image"]
+    assert "no column 'label', only image, breed" in caplog.text
+    assert open_source(file, label_column="breed").classes == ["a", "b"]
+    with pytest.raises(DataError, match="no column 'bread', there are image, breed"):
+        open_source(file, label_column="bread")
+
+
+def test_whatever_a_decoder_raises_is_an_unusable_image(tmp_path, monkeypatch):
+    file = tmp_path / "a.tif"
+    file.write_bytes(encoded(smooth(), "TIFF"))
+    for error in (TypeError("a"), struct.error("b"), IndexError(), KeyError("c"), ZeroDivisionError(), MemoryError()):
+
+        def fail(image, error=error):
+            raise error
+
+        monkeypatch.setattr(decoding, "to_rgb", fail)
+        with pytest.raises(UnusableImage, match=str(error) or type(error).__name__):
+            read_image(file)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["TIFF", "PNG", "JPEG", "GIF", "WEBP", "BMP", "JPEG2000", "AVIF"])
+def test_damaged_files_are_images_or_unusable(format):
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(
+        turned(smooth(), 6, format) if format in ("TIFF", "PNG") else encoded(smooth(), format), np.uint8
+    )
+    for _ in range(60):
+        data = whole.copy()
+        places = rng.integers(0, min(len(data), 300), 4)
+        data[places] = rng.integers(0, 256, 4)
+        try:
+            assert read_image(io.BytesIO(data.tobytes())).mode == "RGB"
+        except UnusableImage as error:
+            assert "\n" not in str(error)
+
+
+def test_pixels_above_pillows_limit_can_be_allowed(tmp_path, monkeypatch):
+    smooth().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnusableImage, match=decoding.MAX_PIXELS_VARIABLE):
+        read_image(tmp_path / "a.png")
+    monkeypatch.setenv(decoding.MAX_PIXELS_VARIABLE, "1000")
+    assert read_image(tmp_path / "a.png").size == SIZE
+    monkeypatch.setenv(decoding.MAX_PIXELS_VARIABLE, "many")
+    with pytest.raises(ConfigError, match="many"):
+        read_image(tmp_path / "a.png")
+
+
+def test_skipped_images_are_counted_over_all_workers(tmp_path):
+    folder = write_images(tmp_path / "images", classes=2, per_class=6)
+    files = FolderSource(folder).files
+    for file in files[::3]:
+        file.write_bytes(file.read_bytes()[:200])
+    dataset = ImageDataset(open_source(str(folder)), 16)
+    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=skip_missing)
+    kept = [batch["index"].tolist() for _ in range(2) for batch in loader if batch is not None]
+    assert sum(map(len, kept)) == 16
+    assert dataset.unreadable.nonzero().flatten().tolist() == [0, 3, 6, 9]
