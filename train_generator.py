@@ -25,6 +25,7 @@ evaluation.jsonl every K steps, with the epochs that FID <= k took (EP_FID@k).
 """
 
 import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ from favae.data.latents import LatentsWithImages, MomentsDataset, TokenDataset, 
 from favae.data.sources import open_source
 from favae.data.text_embeddings import FOLDER as TEXT_EMBEDDINGS_FOLDER
 from favae.data.text_embeddings import TextEmbeddings
-from favae.errors import ConfigError, hint
+from favae.errors import ConfigError, NonFiniteError, hint
 from favae.eval.online import OnlineEvaluation
 from favae.foundation import FoundationModel
 from favae.models.class_conditional import num_classes
@@ -264,7 +265,11 @@ def save_samples(run: Run, pipeline: DiffusionPipeline, columns: int, **options:
     file.parent.mkdir(exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(run.config.seed)
-    images = pipeline(**options, output_type="np", generator=generator).images
+    try:
+        images = pipeline(**options, output_type="np", generator=generator).images
+    except NonFiniteError as error:  # training itself looks for such values
+        logging.getLogger(__name__).warning("step %d has no grid of samples: %s", run.step, error)
+        return
     save_image(torch.from_numpy(images).permute(0, 3, 1, 2), file, nrow=columns)
 
 

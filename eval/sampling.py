@@ -51,7 +51,7 @@ def sample_to_folder(
         settings: passed to the pipeline (`guidance_scale`, `num_inference_steps`, ...).
     Raises:
         DataError: if the folder holds other images, or samples of other settings, or the pipeline cannot be called so.
-        NonFiniteError: if an image is not finite; the images before it are kept.
+        NonFiniteError: if an image is not finite; the batches before it are kept.
     """
     folder, state = Path(folder), process_state()
 
@@ -76,11 +76,17 @@ def sample_to_folder(
     mine = batches[state.process_index :: state.num_processes]
     missing = [batch for batch in mine if not all(image_file(folder, i).exists() for i in batch)]
     pipeline.set_progress_bar_config(disable=True)
-    broken: list[int] = []
+    broken = ""
     for batch in tqdm(missing, desc="sampling", disable=not state.is_main_process):
-        images = _sample_batch(pipeline, batch, conditions, seed, settings)
-        broken = [i for i, image in zip(batch, images) if not torch.isfinite(image).all()]
+        try:
+            images = _sample_batch(pipeline, batch, conditions, seed, settings)
+        except NonFiniteError as error:
+            broken = str(error)
+        else:
+            if not torch.isfinite(images).all():  # pipelines of others do not look
+                broken = "its images are not finite; try float32, or check that tokenizer and generator match"
         if broken:
+            broken = f"samples {batch.start} to {batch[-1]}: {broken}"
             break
         for i, image in zip(batch, to_uint8(images * 2 - 1)):
             with atomic_path(image_file(folder, i)) as temporary:
@@ -88,10 +94,7 @@ def sample_to_folder(
 
     # All processes fail together.
     if not everyone(not broken):
-        which = (
-            f"sample {broken[0]} (and {len(broken) - 1} more of its batch)" if broken else "another process's sample"
-        )
-        raise NonFiniteError(f"{which} is not finite; try float32, or check that tokenizer and generator match")
+        raise NonFiniteError(broken or "another process's samples are not finite")
 
 
 def _sample_batch(

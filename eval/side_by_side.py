@@ -17,7 +17,7 @@ from favae.data.decoding import UnusableImage, read_image
 from favae.data.folders import FolderSource
 from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.distributed import process_state
-from favae.errors import DataError, ModelError
+from favae.errors import DataError, ModelError, NonFiniteError
 from favae.eval.figures import INK, MUTED, ZOOM, high_frequency_error, worst_windows
 from favae.eval.reconstruction import peak_signal_to_noise_ratio
 from favae.eval.results import number_duplicates
@@ -102,6 +102,7 @@ def compare_on_images(
     Raises:
         DataError: if an image cannot be read.
         ModelError: if a model cannot be opened, or takes no images of this size.
+        NonFiniteError: if a reconstruction is not finite.
     """
     device = process_state().device
     names = number_duplicates([name for name, _ in models])
@@ -129,6 +130,8 @@ def _reconstruct(vae: ModelMixin, image: Tensor, name: str) -> Tensor:
         ) from error
     if result.shape != image.shape:
         raise ModelError(f"{name} gives an image of {width} x {height} pixels back at another size")
+    if not torch.isfinite(result).all():
+        raise NonFiniteError(f"the reconstruction of {name} is not finite; try float32 weights, or another checkpoint")
     return result.clamp(-1, 1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from os import PathLike
 from pathlib import Path
 
 import yaml
@@ -17,7 +18,8 @@ TASK_BY_EVALUATION = {"reconstruction": "image-to-image", "generation": "uncondi
 class HubModelMixin(ModelMixin, ConfigMixin):
     """The first base of our models. They open with `AutoModel.from_pretrained(..., trust_remote_code=True)`.
 
-    A file of one line beside the weights imports the class from the installed package. No other code is executed.
+    `save_pretrained` writes a file of one line beside the weights, which imports the class from the installed package,
+    into every folder, so that a folder can be uploaded as it is. No other code is executed.
     The modules of models import `ModelMixin` themselves: pipelines of diffusers look for it there.
     """
 
@@ -27,16 +29,15 @@ class HubModelMixin(ModelMixin, ConfigMixin):
         return "AutoModel" if _is_exported(type(self)) else None
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict, **options):
+    def extract_init_dict(cls, config_dict: dict, **kwargs):
         """As in [`ConfigMixin`], which would warn of the entry `auto_map` that it wrote itself."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **options)
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *arguments, **options) -> None:
-        """As in [`ModelMixin`]."""
-        folder = Path(save_directory)
-        if is_main_process and _is_exported(type(self)) and not folder.is_file():  # `ModelMixin` reports a file
-            write_remote_code(type(self), folder)
-        super().save_pretrained(save_directory, is_main_process, *arguments, **options)
+    def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As in [`ConfigMixin`], and writes the file of one line. `save_pretrained` calls this."""
+        if _is_exported(type(self)) and not Path(save_directory).is_file():  # `ConfigMixin` reports a file
+            write_remote_code(type(self), Path(save_directory))
+        super().save_config(save_directory, push_to_hub, **kwargs)
 
     def push_to_hub(
         self,
@@ -75,13 +76,21 @@ class HubModelMixin(ModelMixin, ConfigMixin):
                 card.save(Path(folder) / "README.md")
             return super()._upload_folder(folder, repo_id, token, commit_message, create_pr, subfolder)
 
-    def _upload_folder(self, working_dir, repo_id: str, *arguments, **options):
+    def _upload_folder(
+        self,
+        working_dir: str | PathLike,
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ):
         """Called by `save_pretrained(push_to_hub=True)`, which has written the card that describes no model yet."""
         readme = Path(working_dir) / "README.md"
         card = ModelCard.load(readme)
         describe_model(card, self, repo_id, _read_recipe(self))
         card.save(readme)
-        return super()._upload_folder(working_dir, repo_id, *arguments, **options)
+        return super()._upload_folder(working_dir, repo_id, token, commit_message, create_pr, subfolder)
 
 
 def _is_exported(model_class: type) -> bool:

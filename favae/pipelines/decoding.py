@@ -1,8 +1,13 @@
-"""From normalized latents to images: what the pipelines share."""
+"""From tokens or normalized latents to images: what the pipelines share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
+
+from favae.errors import NonFiniteError
 
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -15,6 +20,8 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         latents: (B, C, h, w).
     Returns:
         Images (B, 3, H, W) around [-1, 1].
+    Raises:
+        NonFiniteError: as `decode_finite`.
     """
     config = vae.config
     if config.latents_mean is not None and config.latents_std is not None:
@@ -23,4 +30,43 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         latents = latents * std / config.scaling_factor + mean  # in SDXL's order
     else:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-    return vae.decode(latents.to(vae.dtype)).sample
+    return decode_finite(vae, latents)
+
+
+def decode_finite(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """Decodes latents or tokens, in float32 if the autoencoder's config says that float16 overflows (`force_upcast`).
+
+    Args:
+        latents: as `vae.decode` takes them; latents may have any floating dtype.
+    Returns:
+        Images (B, 3, H, W) around [-1, 1].
+    Raises:
+        NonFiniteError: if the latents or the images are not finite.
+    """
+    if not torch.isfinite(latents).all():
+        raise NonFiniteError("the generator's latents are not finite; run it in float32 or bfloat16")
+    with _upcast(vae):
+        dtype = vae.dtype
+        images = vae.decode(latents.to(dtype) if latents.is_floating_point() else latents).sample
+    if not torch.isfinite(images).all():
+        remedy = (
+            "run it in float32 or bfloat16, or set force_upcast=True in its config"
+            if dtype == torch.float16
+            else "it may not belong to this generator, or its weights are damaged"
+        )
+        raise NonFiniteError(f"the images of the {type(vae).__name__} are not finite in {dtype}; {remedy}")
+    return images
+
+
+@contextmanager
+def _upcast(vae: ModelMixin) -> Iterator[None]:
+    """Casts an autoencoder to float32 inside the block, if it needs that. Weights that others move stay as they are."""
+    moved = vae.device.type == "meta" or any(hasattr(part, "_diffusers_hook") for part in vae.modules())
+    if vae.dtype != torch.float16 or not vae.config.get("force_upcast") or moved:
+        yield
+        return
+    vae.to(dtype=torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype=torch.float16)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from favae.autoencoders import spatial_compression_ratio
 from favae.models import CATTransformerModel, VQModelFA
-from favae.pipelines.decoding import decode_latents
+from favae.pipelines.decoding import decode_finite, decode_latents
 from favae.text_encoder import encode_texts, text_limit, warn_of_cut
 
 
@@ -47,7 +47,7 @@ class CATPipeline(DiffusionPipeline):
         self.vae_scale_factor = 8 if vae is None else spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    def enable_sequential_cpu_offload(self, *arguments, **options):
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None):
         """Raises ValueError: `generate` uses parts of the transformer without the hooks that bring their weights."""
         raise ValueError("CATPipeline offloads whole models: enable_model_cpu_offload()")
 
@@ -72,7 +72,7 @@ class CATPipeline(DiffusionPipeline):
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens of the transformer -> images (B, 3, H, W) around [-1, 1]."""
         if isinstance(self.vae, VQModelFA):
-            return self.vae.decode(tokens).sample
+            return decode_finite(self.vae, tokens)
         return decode_latents(self.vae, tokens)
 
     @torch.no_grad()
@@ -113,6 +113,7 @@ class CATPipeline(DiffusionPipeline):
         Raises:
             ValueError: for both or neither of `prompt` and `prompt_embeds`, embeddings without a mask of their shape, a
                 wrong number of generators, or values that the transformer refuses.
+            NonFiniteError: if latents or images are not finite.
         """
         # 1. The text
         device, dtype = self._execution_device, self.transformer.dtype

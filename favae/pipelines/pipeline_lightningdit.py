@@ -106,6 +106,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a class index that the transformer does not have, guidance of a transformer that was never
                 trained without classes, an interval that does not rise, or a number of channels that it does not have.
+            NonFiniteError: if latents or images are not finite.
         """
         # 1. Classes and noise
         transformer, config = self.transformer, self.transformer.config

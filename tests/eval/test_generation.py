@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,6 +32,10 @@ from favae.eval.sampling import class_labels, class_names, sample_to_folder
 from favae.text_encoder import TextEncoder
 
 OFFLINE = ("--features", "efficientnet-lite0")
+TINY_DIT = partial(
+    DiTTransformer2DModel, num_attention_heads=2, attention_head_dim=8, in_channels=6, out_channels=6, num_layers=1,
+    sample_size=4, num_embeds_ada_norm=3, norm_num_groups=2,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -78,20 +83,19 @@ def test_labels_are_balanced_or_drawn(pipeline):
     assert 60 < drawn.count(1) < 140
 
 
-def test_samples_that_are_not_finite_are_named(pipeline, tmp_path):
+def test_samples_that_are_not_finite_are_named(pipeline, tiny_kl, tmp_path):
+    stock = DiTPipeline(TINY_DIT(), tiny_kl, DDPMScheduler())  # which does not look
     with torch.no_grad():
-        pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="sample 0 .* is not finite"):
-        sample_to_folder(pipeline, tmp_path / "out", 4, num_inference_steps=1, batch_size=4)
+        tiny_kl.decoder.conv_out.bias.fill_(torch.nan)
+    for pipe in (pipeline, stock):
+        settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "batch_size": 4}
+        with pytest.raises(NonFiniteError, match="samples 0 to 3: .*images .*are not finite"):
+            sample_to_folder(pipe, tmp_path / type(pipe).__name__, 4, **settings)
 
 
 def test_a_stock_dit_pipeline_is_sampled_too(tiny_kl, tmp_path):
     """Whatever the global generator's state, which DDPM draws from in each step."""
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=6, out_channels=6, num_layers=1, sample_size=4,
-        num_embeds_ada_norm=3, norm_num_groups=2,
-    )  # fmt: skip
-    pipeline = DiTPipeline(transformer, tiny_kl, DDPMScheduler())
+    pipeline = DiTPipeline(TINY_DIT(), tiny_kl, DDPMScheduler())
     for name in ("a", "b"):
         sample_to_folder(pipeline, tmp_path / name, 3, num_inference_steps=2, guidance_scale=1.0, batch_size=2)
         torch.rand(1)

@@ -32,6 +32,16 @@ def test_the_command_prints_psnr_and_writes_a_picture(models, tmp_path, capsys):
         assert picture.width > 3 * 256 and picture.height > 9 * 256  # three rows for each image, large enough to see
 
 
+def test_a_reconstruction_that_is_not_finite_is_one_line(tiny_kl, tmp_path):
+    with torch.no_grad():
+        tiny_kl.decoder.conv_out.bias.fill_(torch.inf)
+    tiny_kl.save_pretrained(tmp_path / "broken")
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    output = ("--output", tmp_path / "out.png")
+    message = command_error("reconstruct", tmp_path / "image.png", f"--model={tmp_path / 'broken'}", *output)
+    assert "the reconstruction of broken is not finite" in message and not (tmp_path / "out.png").exists()
+
+
 def test_reconstructions_are_those_of_the_model(models, tiny_kl, tmp_path):
     (file,) = find_images([write_images(tmp_path / "images", classes=1, per_class=1, size=(24, 20))])
     (found,) = compare_on_images([file], models)

@@ -116,6 +116,19 @@ def test_bad_calls_are_one_line(codes, options, message):
         codes(**options)
 
 
+def test_a_variant_is_one_of_all_models(codes, tmp_path):
+    codes.save_pretrained(tmp_path / "saved", variant="fp16")
+    weights = {file.parent.name: file.name for file in (tmp_path / "saved").rglob("*.safetensors")}
+    assert weights == {
+        "vae": "diffusion_pytorch_model.fp16.safetensors",
+        "transformer": "diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder": "model.fp16.safetensors",
+    }
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", variant="fp16")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(loaded, "a cat", generator=seeds(1)), sample(codes, "a cat", generator=seeds(1)))
+
+
 def test_without_text_encoder_and_autoencoder(codes, tmp_path):
     """The encoder of prompts, the transformer and the decoder of tokens may live in different places."""
     codes.save_pretrained(tmp_path)

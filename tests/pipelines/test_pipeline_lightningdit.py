@@ -7,6 +7,7 @@ from conftest import TINY_LIGHTNINGDIT
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
+from favae.errors import NonFiniteError
 
 NAMES = {0: "cat", 1: "dog", 2: "fish"}
 
@@ -87,6 +88,32 @@ def test_latent_statistics_are_undone(pipeline, tiny_favae):
     assert torch.allclose(pipeline.decode_latents(z), expected, atol=1e-6)
     pipeline.vae.register_to_config(latents_mean=None, latents_std=None, scaling_factor=0.5, shift_factor=0.25)
     assert torch.allclose(pipeline.decode_latents(z), tiny_favae.decode(z / 0.5 + 0.25).sample, atol=1e-6)
+
+
+@pytest.fixture
+def overflowing(pipeline):
+    """Half-precision weights whose images are finite in float32 alone: 600 times as large twice, then 1 / 360,000."""
+    with torch.no_grad():
+        layers = [torch.nn.Conv2d(6, 6, 1), torch.nn.Conv2d(6, 6, 1), torch.nn.Conv2d(6, 3, 1)]
+        pipeline.vae.decoder = torch.nn.Sequential(*layers, torch.nn.Upsample(scale_factor=4))
+        for layer, size in zip(layers, (600.0, 600.0, 1 / 360_000)):
+            torch.nn.init.dirac_(layer.weight)
+            layer.weight *= size
+    return pipeline.to(torch.float16)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision(overflowing):
+    options = {"latents": torch.randn(1, 6, 4, 4), "num_inference_steps": 2, "output_type": "pt"}
+    with pytest.raises(NonFiniteError, match="AutoencoderKLFA are not finite in torch.float16; .*force_upcast=True"):
+        overflowing([1], **options)
+    overflowing.vae.register_to_config(force_upcast=True)
+    images = overflowing([1], **options).images
+    assert images.isfinite().all() and images.std() > 0
+    assert {parameter.dtype for parameter in overflowing.vae.parameters()} == {torch.float16}  # as before
+    latents = overflowing([1], **{**options, "output_type": "latent"}).images
+    assert overflowing.decode_latents(latents).dtype == torch.float32
+    with pytest.raises(NonFiniteError, match="the generator's latents"):
+        overflowing.decode_latents(latents * torch.inf)
 
 
 def test_saved_and_loaded_by_diffusers(pipeline, tmp_path, caplog):
