@@ -1,5 +1,6 @@
 """Features of an image set: everything that metrics need, from one pass over the images."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from favae.distributed import process_state
 from favae.errors import DataError
 from favae.eval.features import FeatureExtractor, combined_digest, gather_rows, own_indices, pixel_digests
 from favae.eval.frechet import RunningStatistics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,6 +98,8 @@ def image_statistics(
     digests = gather_rows(torch.cat(digests), places, total)
     if not len(digests):
         raise DataError("none of the images can be read")
+    if len(digests) < total and process_state().is_main_process:
+        logger.warning("%s: %d of %d images cannot be read", description, total - len(digests), total)
     ranks, digest = rank[places[is_kept[places]]], combined_digest(digests)
     return [collector.finish(ranks, len(chosen), digest) for collector in collectors]
 

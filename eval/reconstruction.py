@@ -5,6 +5,7 @@ HL and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SS
 on 8 bits.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ from favae.eval.results import UINT8, number_duplicates, shown_metrics, write_re
 from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS
 from favae.wavelets import WaveletTransform2D
+
+logger = logging.getLogger(__name__)
 
 PER_IMAGE = ("Recon", "Low", "High", "PSNR", "SSIM", "MS-SSIM", "LPIPS")
 MS_SSIM_SIZE = 176  # the smallest at which its window of 11 fits into five scales
@@ -267,6 +270,11 @@ def evaluate_autoencoders(
         raise DataError(f"{levels} wavelet levels need a resolution that is a multiple of {2**levels}")
     loading = {"batch_size": batch_size, "num_workers": num_workers}
 
+    # The models, before hours are spent on the images.
+    opened, failures = _open_models(models, images.resolution)
+    if not opened:
+        return [], failures
+
     # What reconstructions are compared with.
     originals = references = image_statistics(
         CroppedImages(images), extractors, keep=0, description="originals", **loading
@@ -288,10 +296,9 @@ def evaluate_autoencoders(
     }
 
     # One model after the other. A failure of one leaves the others as they are.
-    rows, finished, failures = [], [], []
-    for name, path in models:
+    rows, finished = [], []
+    for name, path, vae, budget in opened:
         try:
-            vae, budget = _open_everywhere(path, images.resolution)
             result = evaluate_reconstruction(
                 vae, images, extractors, references, lpips=lpips, posterior=posterior, levels=levels, **loading
             )
@@ -309,6 +316,20 @@ def evaluate_autoencoders(
     if process_state().is_main_process and rows:
         save_figures(output, images, finished, posterior=posterior, num_examples=num_examples)
     return rows, failures
+
+
+def _open_models(
+    models: Sequence[tuple[str, str]], resolution: int
+) -> tuple[list[tuple[str, str, ModelMixin, Budget]], list[str]]:
+    """Name, path, model and budget of the autoencoders that can be opened, and what is wrong with the others."""
+    opened, failures = [], []
+    for name, path in models:
+        try:
+            opened.append((name, path, *_open_everywhere(path, resolution)))
+        except ModelError as error:
+            logger.warning("%s is left out: %s", name, error)  # at once, and at the end again
+            failures.append(f"{name}: {error}")
+    return opened, failures
 
 
 def _open_everywhere(path: str, resolution: int) -> tuple[ModelMixin, Budget]:

@@ -53,11 +53,11 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         DataError: if a path is missing, or a folder holds no image.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
+    for path in paths:
+        if Path(path).is_dir():
             files += FolderSource(path, min_size=1, labels=False).files
-        elif path.is_file():
-            files.append(path)
+        elif Path(path).is_file():
+            files.append(Path(path))
         else:
             raise DataError(f"{path}: no such file or folder")
     return files

@@ -62,9 +62,11 @@ def cache_latents(arguments: argparse.Namespace) -> None:
     state = process_state()
     if state.is_main_process:
         captions = f" with {manifest['captions']['count']:,} captions" if manifest["captions"] else ""
+        count, given = sum(manifest["counts"]), manifest["images"]
+        skipped = f"; {given - count:,} of {given:,} cannot be read" if count < given else ""
         print(
-            f"{sum(manifest['counts']):,} images{captions} and their mirror images in {arguments.output}, "
-            f"by {state.num_processes} process(es)"
+            f"{count:,} images{captions} and their mirror images in {arguments.output}, "
+            f"by {state.num_processes} process(es){skipped}"
         )
 
 

@@ -23,7 +23,7 @@ def add_commands(commands) -> None:
         help="put images and their reconstructions side by side in one picture",
         description=DESCRIPTION,
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders of them")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders of them")
     add_model_option(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
     parser.add_argument("--resolution", type=int, help="height and width of center crops (default: the whole image)")

@@ -43,6 +43,7 @@ class FolderSource:
     """
 
     def __init__(self, path: str | Path, min_size: int = 16, *, labels: bool = True):
+        check_name(path)
         self.path = Path(path)
         if not self.path.is_dir():
             raise DataError(f"{path}: no such folder")
@@ -130,6 +131,12 @@ class FolderSource:
             self._without_captions.add(index)
             logger.warning("no captions of %s: %s (%d so far)", self.name(index), error, len(self._without_captions))
             return []
+
+
+def check_name(path: str | Path) -> None:
+    """Raises `DataError` for a name that a shell variable without a value leaves: it would be the current folder."""
+    if not str(path).strip():
+        raise DataError("the name of the images is empty; '.' is the current folder")
 
 
 def _usable_size(file: Path, min_size: int) -> tuple[int, int]:

@@ -344,6 +344,7 @@ def write_latent_cache(
             can be read.
     """
     measure_budget(tokenizer, images.resolution)  # refuses a resolution that does not fit, before anything is written
+    classes = images.classes  # refuses labels that are no classes, likewise
     dataset_class: type[CachedDataset] = MomentsDataset
     if isinstance(tokenizer, VQModelFA):
         dataset_class, dtype = TokenDataset, torch.int32
@@ -387,7 +388,7 @@ def write_latent_cache(
     def summarize() -> dict:
         summary = _summarize(dataset_class, tokenizer, files)
         captions = summarize_captions(writer.folder, summary["counts"]) if captioned else None
-        return {"classes": images.classes, **summary, "captions": captions}
+        return {"classes": classes, **summary, "captions": captions}
 
     return writer.finish(summarize)
 

@@ -5,7 +5,7 @@ A source gives image i as an RGB `PIL.Image`, its class and its captions; `favae
 
 from pathlib import Path
 
-from favae.data.folders import FolderSource
+from favae.data.folders import FolderSource, check_name
 from favae.data.images import Source
 from favae.data.photos import PhotoSource
 from favae.data.tables import AUTO, NONE, HuggingFaceSource, is_table
@@ -34,8 +34,7 @@ def open_source(
     Raises:
         DataError: if there is nothing usable.
     """
-    if not path.strip():
-        raise DataError("the name of the images is empty; '.' is the current folder")
+    check_name(path)
     if is_table(path):
         return HuggingFaceSource(path, split, image_column, label_column, caption_column, min_size)
     for column in (image_column, label_column, caption_column):

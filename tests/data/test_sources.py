@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import command, command_error, write_images
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
@@ -18,9 +18,12 @@ from favae.data import decoding
 from favae.data.decoding import TRANSPOSITIONS, UnusableImage, image_extensions, read_image, upright_size
 from favae.data.folders import FolderSource
 from favae.data.images import ImageDataset, skip_missing
+from favae.data.latents import MomentsDataset, write_latent_cache
 from favae.data.sources import open_source
 from favae.errors import ConfigError, DataError
-from favae.eval.image_sets import SampleFolder, open_samples
+from favae.eval.extraction import image_statistics
+from favae.eval.image_sets import CroppedImages, SampleFolder, open_samples
+from favae.eval.side_by_side import find_images
 
 SIZE = (24, 20)
 ORIENTATION = 0x112
@@ -256,8 +259,9 @@ def test_splits_and_mixtures_are_no_classes(tmp_path):
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_name_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(write_images(tmp_path / "images"))
-    with pytest.raises(DataError, match="empty"):
-        open_source(name)
+    for open_images in (open_source, open_samples, lambda path: find_images([path])):
+        with pytest.raises(DataError, match="empty|no such"):
+            open_images(name)
 
 
 def test_files_that_are_no_set_are_refused_in_one_line(tmp_path):
@@ -380,3 +384,33 @@ def test_skipped_images_are_counted_over_all_workers(tmp_path):
     kept = [batch["index"].tolist() for _ in range(2) for batch in loader if batch is not None]
     assert sum(map(len, kept)) == 16
     assert dataset.unreadable.nonzero().flatten().tolist() == [0, 3, 6, 9]
+
+
+def test_a_caption_that_is_no_text_costs_its_image_alone(tmp_path, tiny_favae, caplog):
+    source = open_source(str(write_images(tmp_path / "images", classes=1, per_class=3)))
+    for i, text in enumerate((b"a cat", b"\xff\xfe\x00", b"a dog")):
+        source.files[i].with_suffix(".txt").write_bytes(text)
+    with caplog.at_level(logging.WARNING):
+        manifest = write_latent_cache(tiny_favae, ImageDataset(source, 16), tmp_path / "cache")
+    assert manifest["counts"] == [3] and manifest["captions"]["count"] == 2
+    assert manifest["captions"]["images_without"] == 1 and "1.txt" in caplog.text
+
+
+def test_labels_are_refused_before_a_cache_is_begun(tmp_path, tiny_favae):
+    image = {"bytes": encoded(smooth()), "path": None}
+    datasets.Dataset.from_dict({"image": [image, image], "label": [1, None]}).to_parquet(tmp_path / "set.parquet")
+    tiny_favae.save_pretrained(tmp_path / "tokenizer")
+    options = ("--tokenizer", tmp_path / "tokenizer", "--resolution", 16, "--output", tmp_path / "cache")
+    words = ("cache-latents", "--data", tmp_path / "set.parquet", *options)
+    assert "'label'" in command_error(*words) and not (tmp_path / "cache").exists()
+    command(*words, "--label-column", "none")
+    assert MomentsDataset(tmp_path / "cache").classes == ["image"]
+
+
+def test_a_loader_is_started_once(tmp_path, monkeypatch):
+    started = []
+    begin = DataLoader.__iter__
+    monkeypatch.setattr(DataLoader, "__iter__", lambda loader: started.append(loader) or begin(loader))
+    images = ImageDataset(open_source(str(write_images(tmp_path / "images"))), 16)
+    image_statistics(CroppedImages(images), [], keep=0)
+    assert len(started) == 1

@@ -242,3 +242,16 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, capsys):
             assert {name: b[part][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
 
     assert "5 wavelet levels" in command_error("evaluate", "reconstruction", models[0], *options, "--levels", "5")
+
+
+def test_models_are_opened_before_images_are_measured(tmp_path, monkeypatch):
+    from favae.eval import reconstruction
+
+    def fail(*_, **__):
+        raise AssertionError("images were measured")
+
+    monkeypatch.setattr(reconstruction, "image_statistics", fail)
+    folder = write_images(tmp_path / "images", classes=1, per_class=2)
+    options = ("--data", folder, "--resolution", 16, "--features", "efficientnet-lite0", "--output", tmp_path / "out")
+    assert "mistyped" in command_error("evaluate", "reconstruction", "--model", tmp_path / "mistyped", *options)
+    assert not (tmp_path / "out").exists()
