@@ -1,5 +1,6 @@
 """Checkpoints of other programs to folders that `from_pretrained` opens, and back."""
 
+import logging
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
@@ -9,6 +10,8 @@ from favae.adapters.single_file import FORMATS, from_single_file, to_single_file
 from favae.autoencoders import load_autoencoder
 from favae.errors import CheckpointError
 from favae.files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 TIMESTEP_SHIFT = 0.3  # s in all configs that LightningDiT ships; diffusers' schedulers call 1 / s their shift
 
@@ -48,6 +51,8 @@ def convert_to_pipeline(file: str | Path, folder: str | Path, *, vae: str) -> No
     transformer = from_single_file(file, "lightningdit")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / TIMESTEP_SHIFT)
     autoencoder = load_autoencoder(vae)
+    if autoencoder.config.get("latents_mean") is None:
+        logger.warning("%s has no latents_mean, which LightningDiT normalizes by; --latents-stats writes it", vae)
     try:
         pipeline = LightningDiTPipeline(transformer=transformer, vae=autoencoder, scheduler=scheduler)
     except (ValueError, AttributeError) as error:

@@ -4,6 +4,8 @@ Down and up levels are `down.i` and `up.i`, both counted from the image, with li
 one head and 1x1 convolutions as projections. Norms are GroupNorm(32, eps 1e-6), which the tensors do not tell.
 """
 
+import logging
+import math
 import re
 from collections.abc import Mapping
 
@@ -20,6 +22,8 @@ from favae.adapters.checkpoints import (
     tensors_to_original,
 )
 from favae.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 # What only training needs: losses with their networks, VA-VAE's foundation model and projection, running averages, and
 # the wavelet of its two-branch fork.
@@ -49,20 +53,23 @@ LDM_NAMES = (
 
 
 def autoencoder_kl_from_ldm(
-    state: Mapping[str, Tensor], scaling_factor: float = 1.0
+    state: Mapping[str, Tensor], scaling_factor: float | None = None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """An autoencoder of LDM, VA-VAE or MAR as an [`AutoencoderKL`], with attention at the same levels.
 
     Args:
         state: `encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`, alone or as the `first_stage_model.*` of a
             latent diffusion model. What only training needs is left out.
-        scaling_factor: for the config. VA-VAE has 1 and latent statistics, MAR 0.2325, Stable Diffusion 0.18215.
+        scaling_factor: for the config. VA-VAE has 1 and latent statistics, MAR 0.2325, Stable Diffusion 0.18215. None
+            takes the `scale_factor` of a latent diffusion model, or 1 if the state has none.
     Returns:
         The config and the state dict. `sample_size`, which the tensors do not tell, is 256.
     Raises:
         CheckpointError: if names are missing or not of this layout, or shapes do not fit.
     Source: Rombach et al., CVPR 2022; Yao et al., CVPR 2025 (VA-VAE); Li et al., NeurIPS 2024 (MAR).
     """
+    if scaling_factor is None:
+        scaling_factor = own_scaling_factor(state)
     state = autoencoder_tensors(state)
     config = config_from_ldm(state)
     config |= {
@@ -93,6 +100,47 @@ def autoencoder_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if inner:
         state = {name.removeprefix(AUTOENCODER_PREFIX): tensor for name, tensor in inner.items()}
     return drop_prefixes(state, TRAINING_PREFIXES)
+
+
+def own_scaling_factor(state: Mapping[str, Tensor]) -> float:
+    """The `scale_factor` that a latent diffusion model measured on its first batch; 1 without one.
+
+    A model that was given a constant, as Stable Diffusion, does not store it, which is logged.
+
+    Raises:
+        CheckpointError: if it is not a positive number.
+    """
+    factor = state.get("scale_factor")
+    if factor is None:
+        if any(name.startswith(AUTOENCODER_PREFIX) for name in state):
+            logger.warning("the latent diffusion model does not say its scaling factor, and gets 1; check its config")
+        return 1.0
+    if factor.numel() != 1 or not 0 < factor.item() < math.inf:
+        raise CheckpointError("scale_factor is not a positive number")
+    return float(factor)
+
+
+def check_attention(state: Mapping[str, Tensor], *, of_mar: bool) -> None:
+    """Tells MAR's autoencoder from VA-VAE's and LDM's, whose other tensors have the same names.
+
+    The levels of MAR's decoder have no attention and those of its encoder have; in LDM's code both have or neither.
+
+    Args:
+        state: in LDM's names.
+    Raises:
+        CheckpointError: if it is not MAR's, `of_mar`, or is MAR's.
+    """
+    sides = {name.split(".")[0] for name in state if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", name)}
+    is_mar = sides == {"encoder"}
+    if of_mar and not is_mar:
+        raise CheckpointError(
+            "its decoder has attention in its levels, or its encoder has not, unlike MAR's; VA-VAE's and LDM's are of "
+            "the format vavae"
+        )
+    if is_mar and not of_mar:
+        raise CheckpointError(
+            "its encoder has attention in its levels and its decoder has not, as MAR's: the format mar"
+        )
 
 
 def config_from_ldm(state: Mapping[str, Tensor]) -> dict[str, object]:

@@ -13,7 +13,12 @@ from torch import Tensor
 from favae import LightningDiTTransformer2DModel, VQModelFA
 from favae.adapters.checkpoints import CONTAINERS, read_checkpoint
 from favae.adapters.favae_vq import vq_model_fa_from_favae_vq
-from favae.adapters.ldm import autoencoder_kl_from_ldm, ldm_from_autoencoder_kl
+from favae.adapters.ldm import (
+    autoencoder_kl_from_ldm,
+    autoencoder_tensors,
+    check_attention,
+    ldm_from_autoencoder_kl,
+)
 from favae.adapters.lightningdit import lightningdit_from_transformer, transformer_from_lightningdit
 from favae.adapters.taming import taming_from_vq_model, vq_model_from_taming
 from favae.errors import CheckpointError
@@ -39,8 +44,21 @@ class Layout:
     written_containers: tuple[str, ...] = ("state_dict",)
 
 
+def _autoencoder_from(
+    state: Mapping[str, Tensor], *, of_mar: bool, scaling_factor: float | None = None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    check_attention(autoencoder_tensors(state), of_mar=of_mar)
+    return autoencoder_kl_from_ldm(state, scaling_factor)
+
+
+def _autoencoder_to(config: Mapping, state: Mapping[str, Tensor], *, of_mar: bool) -> dict[str, Tensor]:
+    converted = ldm_from_autoencoder_kl(config, state)
+    check_attention(converted, of_mar=of_mar)
+    return converted
+
+
 FORMATS = {
-    "vavae": Layout(AutoencoderKL, autoencoder_kl_from_ldm, ldm_from_autoencoder_kl),
+    "vavae": Layout(AutoencoderKL, partial(_autoencoder_from, of_mar=False), partial(_autoencoder_to, of_mar=False)),
     "lightningdit": Layout(
         LightningDiTTransformer2DModel,
         transformer_from_lightningdit,
@@ -50,8 +68,8 @@ FORMATS = {
     ),
     "mar": Layout(
         AutoencoderKL,
-        partial(autoencoder_kl_from_ldm, scaling_factor=0.2325),
-        ldm_from_autoencoder_kl,
+        partial(_autoencoder_from, of_mar=True, scaling_factor=0.2325),
+        partial(_autoencoder_to, of_mar=True),
         containers=("model", "state_dict"),
         written_containers=("model",),
     ),
@@ -69,8 +87,9 @@ def from_single_file(
         path: .safetensors, or what `torch.save` wrote; nothing in it is executed.
         format: "vavae" (VA-VAE, and LDM's autoencoders), "lightningdit" (its moving average, if the file has one),
             "mar" (KL-16), "taming-vq" or "favae-vq".
-        latents_stats: a statistics file of LightningDiT for an `AutoencoderKL`; see `read_latent_statistics`.
-        scaling_factor: of an autoencoder, in place of the format's own.
+        latents_stats: a statistics file of LightningDiT for an `AutoencoderKL`; see `read_latent_statistics`. They are
+            of latents that nothing scales, so the scaling factor is 1 with them.
+        scaling_factor: of an autoencoder, in place of the file's own, the format's own, or that 1.
     Returns:
         A model in evaluation mode, in the file's dtype: an `AutoencoderKL`, a `LightningDiTTransformer2DModel`, an
         `AutoencoderKL`, a `VQModel` or a `VQModelFA`.
@@ -89,10 +108,10 @@ def from_single_file(
         config, state = layout.convert(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not a {format} checkpoint: {error}") from error
+    if latents_stats is not None:
+        config |= {"scaling_factor": 1.0, **read_latent_statistics(latents_stats, config["latent_channels"])}
     if scaling_factor is not None:
         config["scaling_factor"] = scaling_factor
-    if latents_stats is not None:
-        config |= read_latent_statistics(latents_stats, config["latent_channels"])
     model = layout.model_class.from_config(config)
     model.load_state_dict(state, assign=True)
     return model.eval()

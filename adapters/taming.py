@@ -6,7 +6,7 @@ from diffusers import VQModel
 from torch import Tensor
 
 from favae.adapters.checkpoints import required_tensor, state_shapes, tensors_from_original
-from favae.adapters.ldm import autoencoder_tensors, config_from_ldm, ldm_locations, to_ldm
+from favae.adapters.ldm import autoencoder_tensors, config_from_ldm, ldm_locations, own_scaling_factor, to_ldm
 from favae.errors import CheckpointError
 
 
@@ -23,12 +23,13 @@ def vq_model_from_taming(state: Mapping[str, Tensor]) -> tuple[dict[str, object]
             fit.
     Source: Esser et al., CVPR 2021.
     """
+    scaling_factor = own_scaling_factor(state)
     state = autoencoder_tensors(state)
     if "quantize.embed.weight" in state:
         raise CheckpointError("has quantize.embed.weight of a Gumbel quantizer; VQModel takes the nearest entry")
     config = config_from_ldm(state)
     entries, dimension = required_tensor(state, "quantize.embedding.weight", 2).shape
-    config |= {"num_vq_embeddings": entries, "vq_embed_dim": dimension, "scaling_factor": 1.0}
+    config |= {"num_vq_embeddings": entries, "vq_embed_dim": dimension, "scaling_factor": scaling_factor}
     shapes = state_shapes(VQModel, config)
     return config, tensors_from_original(state, ldm_locations(shapes, config), shapes)
 

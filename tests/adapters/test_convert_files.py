@@ -102,6 +102,47 @@ def test_files_that_are_no_checkpoints(tmp_path, vavae):
 # Models
 
 
+@pytest.mark.parametrize("format, other, up", [("vavae", "mar", (2,)), ("mar", "vavae", ())])
+def test_vavae_and_mar_are_told_apart(format, other, up, tmp_path):
+    """Both have the same names, and different scaling factors."""
+    state = LatentDiffusionAutoencoder(up=up).state_dict()
+    torch.save({"model": state}, tmp_path / "file.pt")
+    vae = from_single_file(tmp_path / "file.pt", format)
+    with pytest.raises(CheckpointError, match=rf"file\.pt is not a {other} checkpoint: .*format {format}"):
+        from_single_file(tmp_path / "file.pt", other)
+    with pytest.raises(CheckpointError, match=f"format {format}"):
+        to_single_file(vae, tmp_path / "out.pt", other)
+    to_single_file(vae, tmp_path / "out.pt", format)
+    assert state.keys() == read_checkpoint(tmp_path / "out.pt").keys()
+
+
+def test_no_attention_in_any_level_is_not_mar(tmp_path):  # but Stable Diffusion
+    torch.save({"model": LatentDiffusionAutoencoder(down=(), up=()).state_dict()}, tmp_path / "sd.pt")
+    assert from_single_file(tmp_path / "sd.pt", "vavae").config.scaling_factor == 1
+    with pytest.raises(CheckpointError, match="format vavae"):
+        from_single_file(tmp_path / "sd.pt", "mar")
+
+
+def test_a_latent_diffusion_model_s_own_scaling_factor_is_kept(tmp_path, caplog):
+    def opened(format: str, state: dict, **more: torch.Tensor) -> float:
+        torch.save({f"first_stage_model.{name}": tensor for name, tensor in state.items()} | more, tmp_path / "ldm.pt")
+        return from_single_file(tmp_path / "ldm.pt", format).config.scaling_factor
+
+    kl, vq, own = LatentDiffusionAutoencoder().state_dict(), VQGAN().state_dict(), torch.tensor(0.75)
+    assert opened("vavae", kl, scale_factor=own) == opened("taming-vq", vq, scale_factor=own[None]) == 0.75
+    assert from_single_file(tmp_path / "ldm.pt", "taming-vq", scaling_factor=0.5).config.scaling_factor == 0.5
+    assert not caplog.records
+    for wrong in (torch.nan, 0.0, [1.0, 2.0]):
+        with pytest.raises(CheckpointError, match="scale_factor is not a positive number"):
+            opened("vavae", kl, scale_factor=torch.tensor(wrong))
+    assert opened("vavae", kl) == 1 and "does not say its scaling factor" in caplog.text
+
+    # Statistics are of latents that nothing scales.
+    torch.save({"mean": MEAN, "std": STD}, tmp_path / "stats.pt")
+    torch.save(LatentDiffusionAutoencoder(up=()).state_dict(), tmp_path / "mar.pt")
+    assert from_single_file(tmp_path / "mar.pt", "mar", tmp_path / "stats.pt").config.scaling_factor == 1
+
+
 @torch.no_grad()
 def test_from_single_file_opens_every_format(tmp_path, vavae, lightningdit):
     vae = from_single_file(vavae, "vavae")
