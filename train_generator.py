@@ -40,7 +40,8 @@ from favae.adapters.pipelines import fold_latent_statistics
 from favae.autoencoders import spatial_compression_ratio
 from favae.data.captions import first_captions
 from favae.data.images import ImageDataset
-from favae.data.latents import LatentsWithImages, MomentsDataset, TokenDataset, load_tokenizer, open_latents
+from favae.data.latents import MomentsDataset, TokenDataset, load_tokenizer, open_latents
+from favae.data.latents_with_images import LatentsWithImages
 from favae.data.sources import open_source
 from favae.data.text_embeddings import FOLDER as TEXT_EMBEDDINGS_FOLDER
 from favae.data.text_embeddings import TextEmbeddings
@@ -249,7 +250,7 @@ def sampling_options(config: GeneratorConfig, dataset: MomentsDataset | TokenDat
         labels = [i % num_classes_shown for i in range(sampling.num_images)]
         steps = sampling.num_inference_steps
         return {"columns": min(num_classes_shown, 8), "class_labels": labels, "num_inference_steps": steps}
-    prompts = sampling.prompts or first_captions(dataset.folder, dataset.manifest["counts"], sampling.num_images)
+    prompts = sampling.prompts or first_captions(dataset.folder, dataset.manifest, sampling.num_images)
     prompts = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
     options = {"columns": 8, "prompt": prompts, "temperature": sampling.temperature}
     if isinstance(dataset, TokenDataset):

@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     from favae.eval.features import FeatureExtractor
 
 
-def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str) -> None:
+def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str, required: bool = True) -> None:
     """Adds the options that name a set of images.
 
     Args:
         name: the option that takes the images, such as "--data".
         split: the default of `--split`.
+        required: whether it must be given.
     """
     group = parser.add_argument_group("images")
     group.add_argument(
-        name, dest="data", required=True, help="photos[:SPLIT], a folder, a .parquet or .tar file, or hf:NAME"
+        name,
+        dest="data",
+        required=required,
+        help="photos[:SPLIT], a folder, a .parquet or .tar file, or hf:NAME",
     )
     group.add_argument("--split", default=split, help=f"of data sets that have several (default: {split})")
     group.add_argument(

@@ -19,6 +19,7 @@ COMMANDS = (
     ("train-generator",),
     ("cache-latents",),
     ("embed-captions",),
+    ("verify",),
     ("reconstruct",),
     ("evaluate",),
     ("evaluate", "reconstruction"),

@@ -1,4 +1,4 @@
-"""`favae cache-latents` and `favae embed-captions`: what a generator is trained on, written once."""
+"""`favae cache-latents`, `embed-captions` and `verify`: what a generator is trained on, written once."""
 
 import argparse
 from pathlib import Path
@@ -40,6 +40,17 @@ def add_commands(commands) -> None:
     parser.add_argument("--max-length", type=int, help="tokens per caption (default: the most the encoder takes)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+
+    parser = add_command(
+        commands,
+        "verify",
+        verify,
+        help="tell whether a cache is as it was written",
+        description="Compare all bytes of a cache of latents, its captions and its text embeddings with the checksums\n"
+        "in their manifests, and with --data those of the images with what the latents were made of.",
+    )
+    parser.add_argument("folder", type=Path, help="a finished cache of latents, or of text embeddings")
+    add_data_options(parser, "--data", split="train", required=False)
 
 
 def cache_latents(arguments: argparse.Namespace) -> None:
@@ -93,3 +104,9 @@ def embed_captions(arguments: argparse.Namespace) -> None:
             f"{arguments.output or arguments.latents / FOLDER}, {manifest['images_without']:,} images without, "
             f"by {state.num_processes} process(es)"
         )
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    from favae.data.verification import verify_cache
+
+    print(verify_cache(arguments.folder, open_data(arguments) if arguments.data is not None else None))

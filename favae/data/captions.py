@@ -5,8 +5,11 @@ Such a file is a list with an entry for each image of the shard, in its order: t
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from favae.data.sharded_cache import FILL_THE_GAP
 from favae.errors import CacheError, DataError
@@ -35,22 +38,51 @@ def captions_file(folder: Path, number: int) -> Path:
     return folder / f"captions-{number:05}.json"
 
 
-def read_captions(folder: Path, number: int, count: int) -> list[list[str]]:
+def read_captions(
+    folder: Path, number: int, count: int, checksums: Mapping[str, int] = MappingProxyType({})
+) -> list[list[str]]:
     """The captions of the `count` images of a shard of a latent cache.
 
+    Args:
+        checksums: those of the manifest, once there is one.
     Raises:
-        CacheError: if the file is missing, damaged or of another number of images.
+        CacheError: if the file is missing, damaged, of another number of images, or not as it was written.
     """
     path = captions_file(folder, number)
     try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        captions = json.loads(content)
     except FileNotFoundError:
         raise CacheError(f"{path} is missing; {FILL_THE_GAP}") from None
     except ValueError as error:
         raise CacheError(f"{path} is damaged ({error}); delete it and {FILL_THE_GAP}") from error
     if len(captions) != count:
         raise CacheError(f"{path} is of {len(captions)} images, its shard of {count}; delete it and {FILL_THE_GAP}")
+    if path.name in checksums and zlib.crc32(content) != checksums[path.name]:
+        raise CacheError(f"{path} is not as it was written; delete it and {FILL_THE_GAP}")
     return captions
+
+
+def check_captions(
+    files: Sequence[Path], numbers: Iterable[int], captions_of: Callable[[int], list[list[str]]]
+) -> None:
+    """Compares captions that are written already with those that the images have now.
+
+    Args:
+        files: one for each shard.
+        numbers: of those to compare.
+        captions_of: the captions of the images of a shard, by its number.
+    Raises:
+        CacheError: if they differ, or a file is damaged.
+    """
+    for number in numbers:
+        if files[number].exists():
+            now = captions_of(number)
+            if read_captions(files[number].parent, number, len(now)) != now:
+                raise CacheError(
+                    f"{files[number]} holds other captions than the images have now; delete {files[number].parent}/"
+                    "captions-*.json and write the cache again, which keeps the latents"
+                )
 
 
 def summarize_captions(folder: Path, counts: Sequence[int]) -> dict | None:
@@ -68,15 +100,18 @@ def summarize_captions(folder: Path, counts: Sequence[int]) -> dict | None:
     return {"count": total, "images_without": without, "hash": digest.hexdigest()} if total else None
 
 
-def first_captions(folder: Path, counts: Sequence[int], limit: int) -> list[str]:
+def first_captions(folder: Path, manifest: Mapping[str, Any], limit: int) -> list[str]:
     """The first caption of each of the first `limit` images of a latent cache that have one.
 
     Args:
-        counts: images of each shard.
+        manifest: of the cache.
+    Raises:
+        CacheError: see `read_captions`.
     """
     found: list[str] = []
-    for number, count in enumerate(counts):
-        found += [captions[0] for captions in read_captions(folder, number, count) if captions]
+    for number, count in enumerate(manifest["counts"]):
+        captions = read_captions(folder, number, count, manifest.get("checksums", {}))
+        found += [texts[0] for texts in captions if texts]
         if len(found) >= limit:
             break
     return found[:limit]

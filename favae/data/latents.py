@@ -4,39 +4,56 @@ A sharded cache (`favae.data.sharded_cache`). A shard holds, for n images in two
 
     mean, logvar (n, 2, C, h, w)    moments of the posterior, not a sample of it: normalization and noise stay open
     labels (n,), indices (n,)       class of each image, and its index in the data set
+    checksums (n,)                  CRC-32 of the bytes that the image was stored in
 
 or, if the tokenizer has a codebook, in place of the moments
 
     tokens (n, 2, h, w[, Q])        int32, for Q codebooks in a row
 
 The manifest holds counts, classes, the tokenizer's hash, and mean and standard deviation of each latent channel over
-all latents, or the size of the codebook.
+all latents, or the size of the codebook. `images.json.gz` is the record of the images (`favae.data.image_record`).
 If the images have captions, `captions-NNNNN.json` is beside each shard. Captions that come later are added, and deleted
 files of captions are written anew, without encoding an image again.
 """
 
 import json
+import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import ModelMixin
+from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from favae.autoencoders import load_autoencoder, measure_budget
-from favae.data.captions import captions_file, summarize_captions
+from favae.data.captions import captions_file, check_captions, summarize_captions
+from favae.data.image_record import RECORD_FILE, ImageRecord, WithChecksums, check_images
 from favae.data.images import ImageDataset, skip_missing
-from favae.data.sharded_cache import FILL_THE_GAP, CacheWriter, ShardedCache, open_shard, read_manifest, shard_file
+from favae.data.sharded_cache import (
+    FILL_THE_GAP,
+    CacheWriter,
+    Manifest,
+    ShardedCache,
+    all_finite,
+    check_manifest,
+    open_shard,
+    read_manifest,
+    shard_file,
+)
 from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import CacheError
 from favae.hashing import hash_model
 from favae.models import VQModelFA
+
+logger = logging.getLogger(__name__)
 
 CONTENTS = "latent cache"
 STATISTICS_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
@@ -68,6 +85,33 @@ def tokenizer_hash(tokenizer: ModelMixin) -> str:
 # Reading
 
 
+class LatentManifest(Manifest):
+    """What the manifest of every latent cache must have."""
+
+    classes: list[str]
+    latent_shape: list[PositiveInt]
+    tokenizer: str
+    stores: Literal["moments", "tokens"]
+
+
+class MomentsManifest(LatentManifest):
+    """Mean and standard deviation of each channel, in what float32 can hold: a generator divides by the latter."""
+
+    latents_mean: list[FiniteFloat]
+    latents_std: list[Annotated[FiniteFloat, Field(ge=torch.finfo(torch.float32).tiny)]]
+
+    @model_validator(mode="after")
+    def one_for_each_channel(self) -> "MomentsManifest":
+        for statistics in (self.latents_mean, self.latents_std):
+            if len(statistics) != self.latent_shape[0]:
+                raise ValueError(f"latents have {self.latent_shape[0]} channels, statistics {len(statistics)}")
+        return self
+
+
+class TokenManifest(LatentManifest):
+    codebook_size: PositiveInt
+
+
 class CachedDataset(ShardedCache):
     """Base class of the two data sets that a latent cache can be, `MomentsDataset` and `TokenDataset`.
 
@@ -96,8 +140,8 @@ class CachedDataset(ShardedCache):
 
     @staticmethod
     @abstractmethod
-    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[Tensor, ...]:
-        """The columns' values for images (B, 3, H, W) in [-1, 1]."""
+    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The columns' values for images (B, 3, H, W) in [-1, 1], and what must be finite for them to mean anything."""
 
     @staticmethod
     @abstractmethod
@@ -128,7 +172,8 @@ class CachedDataset(ShardedCache):
         return order, views, rng.integers(1 << 31, size=len(self))
 
     def read(self, indices: np.ndarray, views: np.ndarray, choices: np.ndarray | None = None) -> dict[str, Tensor]:
-        """
+        """Reads a batch.
+
         Args:
             indices: (B,), of images.
             views: (B,), 0 for the image and 1 for its mirror image.
@@ -138,10 +183,13 @@ class CachedDataset(ShardedCache):
             float32 and text_mask (B, L) bool, as `TextEmbeddings.read` gives them. On the CPU.
         Raises:
             IndexError: if there is no image with such an index.
+            CacheError: if latents are not finite.
         """
         places = self.locate(indices)
         rows = [(shard, 2 * row + view) for (shard, row), view in zip(places, np.asarray(views).tolist())]
         batch = {name: torch.stack([shard[name][row] for shard, row in rows]) for name in self.columns}
+        for values in batch.values():
+            self.check_finite(values, indices)
         batch["label"] = torch.stack([shard["labels"][row] for shard, row in places])
         if self.text_embeddings is not None:
             choices = np.zeros(len(places), np.int64) if choices is None else choices
@@ -163,6 +211,7 @@ class MomentsDataset(CachedDataset):
         latent_shape: (C, h, w). mean, std: (C, 1, 1), of the latents of both views of all images.
     """
 
+    schema = MomentsManifest
     columns = ("mean", "logvar")
 
     def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
@@ -171,22 +220,39 @@ class MomentsDataset(CachedDataset):
         self.std = torch.tensor(self.manifest["latents_std"]).view(-1, 1, 1)
 
     @staticmethod
-    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[Tensor, ...]:
+    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         posterior = tokenizer.encode(images).latent_dist
-        return posterior.mean, posterior.logvar
+        return (posterior.mean, posterior.logvar), posterior.parameters
 
     @staticmethod
     def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
-        """Mean and std of each channel over samples of all posteriors: Var z = Var mean + E exp(logvar), in float64."""
-        sums, total = torch.zeros((), dtype=torch.float64), 0  # of mean, mean^2 and variance, for each channel
+        """Mean and std of each channel over samples of all posteriors: Var z = Var mean + E exp(logvar), in float64.
+
+        Var mean is that within the shards and that between their means. A channel that is constant gets a std of 1.
+
+        Raises:
+            CacheError: if a shard has numbers that are not finite.
+        """
+        shards = []  # number of latents; mean, variance of the mean and mean of the variance of each channel
         for file in files:
             with open_shard(file) as shard:
-                mean, logvar = shard.get_tensor("mean").double(), shard.get_tensor("logvar").double()
+                mean, logvar = shard.get_tensor("mean"), shard.get_tensor("logvar")
+            if not (all_finite(mean) and all_finite(logvar)):
+                raise CacheError(f"{file} has numbers that are not finite; delete it and {FILL_THE_GAP}")
             others = (0, 1, 3, 4)  # all dimensions but the channels
-            sums = sums + torch.stack([mean.sum(others), mean.square().sum(others), logvar.exp().sum(others)])
-            total += mean.numel() // mean.shape[2]
-        mean, mean_of_squares, variance = sums / total
-        std = (mean_of_squares - mean.square() + variance).sqrt()
+            within, center = torch.var_mean(mean.double(), others, correction=0)
+            shards.append((mean.numel() // mean.shape[2], center, within, logvar.double().exp().mean(others)))
+        weights = torch.tensor([count for count, *_ in shards], dtype=torch.float64)
+        centers, within, noise = (torch.stack(values) for values in list(zip(*shards))[1:])
+        weights = (weights / weights.sum()).view(-1, 1)
+        mean = (weights * centers).sum(0)
+        std = (weights * (within + (centers - mean).square() + noise)).sum(0).sqrt()
+
+        constant = std <= torch.finfo(torch.float32).eps * mean.abs()
+        if constant.any():
+            channels = constant.nonzero().flatten().tolist()
+            logger.warning("channels %s of the latents are constant: they are not normalized", channels)
+        std = std.masked_fill(constant, 1.0)
         return {"stores": "moments", "latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
     def sample(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
@@ -204,6 +270,7 @@ class TokenDataset(CachedDataset):
         latent_shape: (h, w) or (h, w, Q). codebook_size: entries of each codebook.
     """
 
+    schema = TokenManifest
     columns = ("tokens",)
 
     def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
@@ -211,8 +278,9 @@ class TokenDataset(CachedDataset):
         self.codebook_size: int = self.manifest["codebook_size"]
 
     @staticmethod
-    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[Tensor, ...]:
-        return (tokenizer.quantize(tokenizer.encode(images).latents).indices,)
+    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        latents = tokenizer.encode(images).latents
+        return (tokenizer.quantize(latents).indices,), latents
 
     @staticmethod
     def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
@@ -255,58 +323,13 @@ def open_latents(
         CacheError: if the cache is of another tokenizer, or for the reasons that `CachedDataset` names.
     """
     manifest = read_manifest(folder, CONTENTS)
+    check_manifest(Path(folder), manifest, LatentManifest)
     if tokenizer is not None and tokenizer_hash(tokenizer) != manifest["tokenizer"]:
         raise CacheError(
             f"{folder} was made by another tokenizer; take the one that made it, or write a cache into another folder"
         )
     dataset = TokenDataset if manifest["stores"] == "tokens" else MomentsDataset
     return dataset(folder, flip=flip, text_embeddings=text_embeddings)
-
-
-class LatentsWithImages:
-    """A latent cache whose batches also have image (B, 3, H, W) in [-1, 1], in the same view as the latent.
-
-    Args:
-        dataset: the latents.
-        images: that the cache was made of, at the same resolution.
-
-    Raises:
-        CacheError: if there is another number of images than the cache was made of.
-    """
-
-    def __init__(self, dataset: MomentsDataset | TokenDataset, images: ImageDataset):
-        if len(images) != dataset.manifest["images"]:
-            raise CacheError(
-                f"{dataset.folder} was made of {dataset.manifest['images']} images, but {len(images)} were given"
-            )
-        self.dataset, self.images = dataset, images
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        return self.dataset.epoch(rng)
-
-    def read(self, indices: np.ndarray, views: np.ndarray, choices: np.ndarray | None = None) -> dict[str, Tensor]:
-        """As the data set's `read`, with the images.
-
-        Raises:
-            CacheError: if an image cannot be read any more.
-        """
-        images = torch.stack([self._image(index) for index in self.dataset.image_indices(indices)])
-        mirrored = torch.from_numpy(np.asarray(views, bool)).view(-1, 1, 1, 1)
-        batch = self.dataset.read(indices, views, choices)
-        return batch | {"image": torch.where(mirrored, images.flip(-1), images)}
-
-    def training_batch(self, entries: Sequence[np.ndarray], seeds: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        return self.read(*entries)
-
-    def _image(self, index: int) -> Tensor:
-        item = self.images[index]
-        if item is None:
-            name = self.images.source.name(index)
-            raise CacheError(f"{name} cannot be read, but could be when {self.dataset.folder} was written")
-        return item["image"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,7 +354,7 @@ def write_latent_cache(
         tokenizer: one that `load_tokenizer` would open.
         images: read through the center crop; unreadable ones are left out.
         output: a new folder, or one that the same call began.
-        data_name: a name of the images, for the manifest.
+        data_name: a name of the images, for the manifest; the record of the images tells whether they are the same.
         batch_size: images that are encoded at a time.
         shard_size: images per shard.
         dtype: of the stored moments; tokens are int32.
@@ -340,8 +363,8 @@ def write_latent_cache(
         The manifest.
     Raises:
         ModelError: if the tokenizer cannot take images of this resolution.
-        CacheError: if the folder holds a cache of another tokenizer, data set, resolution or dtype, or if not one image
-            can be read.
+        CacheError: if the folder holds a cache of another tokenizer, resolution or dtype, or of other images or
+            captions; if not one image can be read; or if latents are not finite or overflow in `dtype`.
     """
     measure_budget(tokenizer, images.resolution)  # refuses a resolution that does not fit, before anything is written
     classes = images.classes  # refuses labels that are no classes, likewise
@@ -356,33 +379,44 @@ def write_latent_cache(
         "shard_size": shard_size,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    writer = CacheWriter(output, plan, CONTENTS)
+    writer = CacheWriter(output, plan, CONTENTS, names=["data"])
     tokenizer = tokenizer.to(writer.state.device).eval()
     ranges = [range(first, min(first + shard_size, len(images))) for first in range(0, len(images), shard_size)]
     files = [shard_file(writer.folder, number) for number in range(len(ranges))]
+
+    # The record of the images. A cache that is older than records cannot get one: nobody knows what it was made of.
+    record = writer.folder / RECORD_FILE
+    if record.exists() or not any(file.exists() for file in files):
+        writer.write_missing([record], lambda _, path: ImageRecord.of(images.source).write(path), "images")
+    elif writer.state.is_main_process:
+        logger.warning("%s has no record of its images; the images given are taken for the same", writer.folder)
+    check_images(writer.folder, files, images.source)
 
     # Latents.
     def with_labels(batch: dict) -> dict:
         return {**batch, "label": torch.tensor([images.label(index) for index in batch["index"].tolist()])}
 
     def write_shard(number: int, path: Path) -> None:
-        part = Subset(images, ranges[number])
+        part = Subset(WithChecksums(images), ranges[number])
         loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
         batches = (with_labels(batch) for batch in loader if batch is not None)
-        save_file(_encode(dataset_class, tokenizer, batches, dtype), path)
+        save_file(_encode(dataset_class, tokenizer, batches, dtype, images.source.name), path)
 
     writer.write_missing(files, write_shard, "latents")
 
     # Captions, also those of latents that an earlier call wrote.
-    def write_captions(number: int, path: Path) -> None:
+    def captions_of(number: int) -> list[list[str]]:
         with open_shard(files[number]) as shard:
             indices = shard.get_tensor("indices").tolist() if dataset_class.count(shard, files[number]) else []
-        path.write_text(json.dumps([images.captions(index) for index in indices]), encoding="utf-8")
+        return [images.captions(index) for index in indices]
 
     captioned = images.source.has_captions
     if captioned:
         paths = [captions_file(writer.folder, number) for number in range(len(files))]
-        writer.write_missing(paths, write_captions, "captions")
+        check_captions(paths, writer.own(paths), captions_of)
+        writer.write_missing(
+            paths, lambda number, path: path.write_text(json.dumps(captions_of(number)), encoding="utf-8"), "captions"
+        )
 
     # The manifest.
     def summarize() -> dict:
@@ -394,18 +428,44 @@ def write_latent_cache(
 
 
 def _encode(
-    dataset_class: type[CachedDataset], tokenizer: ModelMixin, batches: Iterable[dict], dtype: torch.dtype
+    dataset_class: type[CachedDataset],
+    tokenizer: ModelMixin,
+    batches: Iterable[dict],
+    dtype: torch.dtype,
+    name: Callable[[int], str],
 ) -> dict[str, Tensor]:
-    """The tensors of a shard: both views of all images in the batches."""
-    columns: dict[str, list[Tensor]] = {name: [] for name in (*dataset_class.columns, "labels", "indices")}
+    """The tensors of a shard: both views of all images in the batches. `name` gives an image's, for messages."""
+    columns: dict[str, list[Tensor]] = {key: [] for key in (*dataset_class.columns, "labels", "indices", "checksums")}
     for batch in batches:
         image = batch["image"].to(tokenizer.device, tokenizer.dtype)
-        views = [dataset_class.encode(tokenizer, view) for view in (image, image.flip(-1))]
-        for name, *both in zip(dataset_class.columns, *views):
-            columns[name].append(torch.stack(both, dim=1).to("cpu", dtype))
+        views = []
+        for view in (image, image.flip(-1)):
+            values, exact = dataset_class.encode(tokenizer, view)
+            stored = [value.to("cpu", dtype) for value in values]
+            if not (all_finite(exact) and all(map(all_finite, stored))):
+                _refuse(exact, stored, batch["index"].tolist(), name)
+            views.append(stored)
+        for key, *both in zip(dataset_class.columns, *views):
+            columns[key].append(torch.stack(both, dim=1))
         columns["labels"].append(batch["label"])
         columns["indices"].append(batch["index"])
-    return {name: torch.cat(values).contiguous() for name, values in columns.items() if values}
+        columns["checksums"].append(batch["checksum"])
+    return {key: torch.cat(values).contiguous() for key, values in columns.items() if values}
+
+
+def _refuse(exact: Tensor, stored: Sequence[Tensor], indices: Sequence[int], name: Callable[[int], str]) -> None:
+    """Raises `CacheError` for the first image of a batch whose latents are not finite, or not in the stored dtype."""
+    for row, index in enumerate(indices):
+        if not all_finite(exact[row]):
+            help = "another autoencoder" if exact.dtype == torch.float32 else "its weights in float32"
+            raise CacheError(
+                f"{name(index)}: the autoencoder gives latents that are not finite in {exact.dtype}; try {help}"
+            )
+        if not all(all_finite(value[row]) for value in stored):
+            largest = exact[row].float().abs().max()
+            raise CacheError(
+                f"{name(index)}: latents of up to {largest:.3g} overflow in {stored[0].dtype}; float32 holds them"
+            )
 
 
 def _summarize(dataset_class: type[CachedDataset], tokenizer: ModelMixin, files: Sequence[Path]) -> dict:

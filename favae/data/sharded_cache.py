@@ -4,14 +4,21 @@ A folder holds `plan.json` (all that determines its content), `shard-NNNNN.safet
 repeats the plan and says how many images each shard is about ("counts"). The manifest is written last: without it, the
 folder is unfinished.
 Every file is either complete or absent, so a killed command goes on with the missing files when it is run again.
+
+The manifest also has checksums (CRC-32): "checksums" of all bytes of each file, which `favae verify` compares;
+"quick_checksums" of the little of each shard that is read whenever a cache is opened; "manifest_checksum" of itself.
 """
 
 import json
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -19,10 +26,12 @@ from tqdm import tqdm
 from favae.distributed import process_state
 from favae.errors import CacheError
 from favae.files import atomic_path, write_text
+from favae.hashing import checksum
 
 PLAN_FILE = "plan.json"
 MANIFEST_FILE = "manifest.json"
 FILL_THE_GAP = "write the cache again, which fills the gap"  # the end of messages
+KEEP_THE_REST = "write the cache again, which keeps the shards"
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -39,12 +48,83 @@ def open_shard(path: Path) -> safe_open:
         raise CacheError(f"{path} is damaged ({error}); delete it and {FILL_THE_GAP}") from error
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite. Much faster than `isfinite` of each."""
+    return not values.numel() or all(bool(extreme.isfinite()) for extreme in values.aminmax())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The manifest
+
+
+class Manifest(BaseModel):
+    """What the manifest of any sharded cache must have. Caches that are older than checksums have none."""
+
+    counts: list[NonNegativeInt]
+    checksums: dict[str, int] = {}
+    quick_checksums: list[int] | None = None
+
+
+ManifestSchema = TypeVar("ManifestSchema", bound=Manifest)
+
+
 def read_manifest(folder: str | Path, contents: str) -> dict:
-    """Raises `CacheError` if the folder is not finished; `contents` says what it should hold, for the message."""
+    """Raises `CacheError` if the folder is not finished, or the manifest is damaged; `contents` is for the message."""
     file = Path(folder) / MANIFEST_FILE
     if not file.is_file():
         raise CacheError(f"{folder} holds no finished {contents}")
-    return json.loads(file.read_text())
+    manifest = _read_json(file)
+    if "manifest_checksum" in manifest and manifest.pop("manifest_checksum") != _checksum_of(manifest):
+        raise CacheError(f"{file} is not as it was written; delete it and {KEEP_THE_REST}")
+    return manifest
+
+
+def check_manifest(folder: Path, manifest: dict, schema: type[ManifestSchema]) -> ManifestSchema:
+    """The manifest as its schema has it. Raises `CacheError` if a key is missing or has an impossible value."""
+    try:
+        return schema.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CacheError(f"{folder / MANIFEST_FILE}: {key}: {first['msg']}; delete it and {KEEP_THE_REST}") from error
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    write_text(folder / MANIFEST_FILE, json.dumps({**manifest, "manifest_checksum": _checksum_of(manifest)}, indent=1))
+
+
+def _checksum_of(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except ValueError as error:
+        raise CacheError(f"{file} is damaged ({error}); delete it and {KEEP_THE_REST}") from error
+    return content
+
+
+def quick_checksum(shard: safe_open) -> int:
+    """CRC-32 of what tells a shard from others without reading all of it.
+
+    This is the name, dtype and shape of each tensor, those with one dimension (labels, indices, lengths), and the first
+    row of the others.
+    """
+    value = 0
+    for name in sorted(shard.keys()):
+        part = shard.get_slice(name)
+        shape = part.get_shape()
+        values = part[:1] if len(shape) > 1 and shape[0] else part[:]
+        value = zlib.crc32(f"{name} {part.get_dtype()} {shape}".encode(), value)
+        value = zlib.crc32(values.contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
 
 
 class CacheWriter:
@@ -54,35 +134,50 @@ class CacheWriter:
         folder: new, empty, or begun with the same plan.
         plan: all that determines what is written, as JSON can hold it.
         contents: what the folder holds, for messages.
+        names: keys of the plan that only name something, such as a path. Another name alone is not another plan.
 
     Raises:
         CacheError: if the folder was begun with another plan, or holds something else. Nothing is written then.
     """
 
-    def __init__(self, folder: str | Path, plan: dict, contents: str):
+    def __init__(self, folder: str | Path, plan: dict, contents: str, names: Collection[str] = ()):
         self.folder, self.plan, self.contents = Path(folder), plan, contents
         self.state = process_state()
+        self._files: list[Path] = []  # that belong to the cache
+        self._checksums: dict[str, int] = {}  # of files that an earlier call finished, and
+        self._quick_checksums: dict[str, int] = {}
         if self.state.is_main_process:
             self._begin()
         self.state.wait_for_everyone()
-        self._compare_plans()
+        self._compare_plans(names)
 
     def _begin(self) -> None:
-        """Leaves the plan in the folder, unless a plan is there already."""
+        """Leaves the plan in the folder, unless a plan is there already, and sees what an earlier call finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        finished = (self.folder / MANIFEST_FILE).exists()
         if not (self.folder / PLAN_FILE).exists():
-            if any(not path.name.startswith(".writing-") for path in self.folder.iterdir()):
+            if not finished and any(not path.name.startswith(".") for path in self.folder.iterdir()):
                 raise CacheError(f"{self.folder} is not empty and not a {self.contents}; choose another folder")
-            write_text(self.folder / PLAN_FILE, json.dumps(self.plan, indent=1))
+            plan = read_manifest(self.folder, self.contents) if finished else self.plan
+            write_text(self.folder / PLAN_FILE, json.dumps({key: plan.get(key) for key in self.plan}, indent=1))
+        if finished:
+            known = check_manifest(self.folder, read_manifest(self.folder, self.contents), Manifest)
+            quick = {shard_file(self.folder, number).name: v for number, v in enumerate(known.quick_checksums or [])}
+            for kept, checksums in ((self._checksums, known.checksums), (self._quick_checksums, quick)):
+                kept |= {name: value for name, value in checksums.items() if (self.folder / name).exists()}
 
-    def _compare_plans(self) -> None:
-        begun = json.loads((self.folder / PLAN_FILE).read_text())
+    def _compare_plans(self, names: Collection[str]) -> None:
+        begun = _read_json(self.folder / PLAN_FILE)
         changed = [key for key, value in self.plan.items() if begun.get(key) != value]
-        if changed:
+        if set(changed) - set(names):
             raise CacheError(
                 f"{self.folder} holds a {self.contents} made with another {', '.join(changed)}; delete it or choose "
                 "another folder"
             )
+
+    def own(self, files: Sequence[Path]) -> list[int]:
+        """The numbers of the files that this process writes, of those that are shared between all processes."""
+        return list(range(self.state.process_index, len(files), self.state.num_processes))
 
     def write_missing(self, files: Sequence[Path], write: Callable[[int, Path], None], description: str) -> None:
         """Writes those of the files that do not exist; each process writes its share, by the file's number.
@@ -92,24 +187,68 @@ class CacheWriter:
             write: called with a file's number and the temporary path where its content belongs.
             description: of the progress bar, which the main process shows.
         """
-        processes, own = self.state.num_processes, self.state.process_index
-        missing = [number for number, file in enumerate(files) if number % processes == own and not file.exists()]
+        missing = [number for number in self.own(files) if not files[number].exists()]
         hide = not missing or not self.state.is_main_process
-        for number in tqdm(missing, desc=description, unit="shard", disable=hide):
+        for number in tqdm(missing, desc=description, unit="file", disable=hide):
             with atomic_path(files[number]) as temporary:
                 write(number, temporary)
+        self._files += files
         self.state.wait_for_everyone()
 
     def finish(self, summarize: Callable[[], dict]) -> dict:
         """Writes the manifest, plan and summary together, and returns it.
 
+        Files that an earlier call finished keep the checksums that they had then.
+
         Args:
             summarize: gives "counts" and whatever else belongs to the manifest; called by the main process alone.
         """
         if self.state.is_main_process:
-            write_text(self.folder / MANIFEST_FILE, json.dumps({**self.plan, **summarize()}, indent=1))
+            manifest = {**self.plan, **summarize()}
+            missing = [file for file in self._files if file.name not in self._checksums]
+            for file in tqdm(missing, desc="checksums", unit="file", disable=not missing):
+                self._checksums[file.name] = checksum(file)
+            shards = [file for file in self._files if file.suffix == ".safetensors"]
+            for file in shards:
+                if file.name not in self._quick_checksums:
+                    with open_shard(file) as shard:
+                        self._quick_checksums[file.name] = quick_checksum(shard)
+            manifest["checksums"] = {file.name: self._checksums[file.name] for file in self._files}
+            manifest["quick_checksums"] = [self._quick_checksums[file.name] for file in shards]
+            _write_manifest(self.folder, manifest)
         self.state.wait_for_everyone()
         return read_manifest(self.folder, self.contents)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def find_damage(folder: Path, contents: str) -> Iterator[str]:
+    """Reads all bytes of a finished cache, and gives a few words for each file that is not as it was written.
+
+    In caches that are older than checksums, it finds shards that cannot be read or have numbers that are not finite.
+
+    Raises:
+        CacheError: if the folder is not finished, or its manifest is damaged.
+    """
+    manifest = check_manifest(folder, read_manifest(folder, contents), Manifest)
+    names = list(manifest.checksums) or [shard_file(folder, number).name for number in range(len(manifest.counts))]
+    for name in tqdm(names, desc=str(folder), unit="file"):
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif manifest.checksums:
+            if checksum(path) != manifest.checksums[name]:
+                yield f"{path} is not as it was written"
+        else:
+            try:
+                with open_shard(path) as shard:
+                    finite = all(all_finite(shard.get_tensor(key)) for key in shard.keys())  # noqa: SIM118
+                if not finite:
+                    yield f"{path} has numbers that are not finite"
+            except CacheError:
+                yield f"{path} is damaged"
 
 
 class ShardedCache(ABC):
@@ -119,23 +258,28 @@ class ShardedCache(ABC):
         folder: of the cache.
 
     Attributes:
-        manifest: what manifest.json holds.
+        manifest: what manifest.json holds. files: the shards.
 
     Raises:
         CacheError: if the folder is not finished, or a shard is missing, damaged or of another length.
     """
 
     contents: str  # what the folder holds, for messages
+    schema: type[Manifest]  # what its manifest must have
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder, self.contents)
+        quick_checksums = check_manifest(self.folder, self.manifest, self.schema).quick_checksums
+        self.files = [shard_file(self.folder, number) for number in range(len(self.manifest["counts"]))]
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._ends = np.cumsum(self.manifest["counts"])
-        for number, count in enumerate(self.manifest["counts"]):
-            path = shard_file(self.folder, number)
+        for number, (path, count) in enumerate(zip(self.files, self.manifest["counts"])):
             with open_shard(path) as shard:
                 found = self.count(shard, path)
+                as_written = quick_checksums is None or quick_checksums[number] == quick_checksum(shard)
+            if not as_written:
+                raise CacheError(f"{path} is not as it was written, or of another cache; delete it and {FILL_THE_GAP}")
             if found != count:
                 raise CacheError(f"{path} holds {found} images where the manifest says {count}; delete {self.folder}")
 
@@ -161,13 +305,24 @@ class ShardedCache(ABC):
         indices = np.asarray(indices)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices must be in 0 ... {len(self) - 1}")
-        numbers = np.searchsorted(self._ends, indices, side="right")
+        numbers = self._numbers(indices)
         rows = indices - self._ends[numbers] + np.asarray(self.manifest["counts"])[numbers]
         return [(self._shard(number), row) for number, row in zip(numbers.tolist(), rows.tolist())]
 
+    def _numbers(self, indices: np.ndarray) -> np.ndarray:
+        """The number of each image's shard."""
+        return np.searchsorted(self._ends, indices, side="right")
+
+    def check_finite(self, values: Tensor, indices: np.ndarray) -> None:
+        """Raises `CacheError`, which names a shard, if values (B, ...) of these images are not finite."""
+        if not all_finite(values):
+            row = next(row for row, value in enumerate(values) if not all_finite(value))
+            path = self.files[int(self._numbers(np.asarray(indices)[row]))]
+            raise CacheError(f"{path} has numbers that are not finite; delete it and {FILL_THE_GAP}")
+
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._shards:
-            path = shard_file(self.folder, number)
+            path = self.files[number]
             with open_shard(path) as shard:
                 self._shards[number] = self.load(shard, path)
         return self._shards[number]

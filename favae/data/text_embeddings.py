@@ -15,12 +15,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from favae.data.captions import read_captions
-from favae.data.sharded_cache import FILL_THE_GAP, CacheWriter, ShardedCache, open_shard, read_manifest, shard_file
+from favae.data.sharded_cache import (
+    FILL_THE_GAP,
+    CacheWriter,
+    Manifest,
+    ShardedCache,
+    all_finite,
+    open_shard,
+    read_manifest,
+    shard_file,
+)
 from favae.errors import CacheError
 
 if TYPE_CHECKING:
@@ -70,12 +80,12 @@ def write_text_embeddings(
         "dtype": str(dtype).removeprefix("torch."),
         "captions": cache["captions"]["hash"],
     }
-    writer = CacheWriter(output, plan, CONTENTS)
+    writer = CacheWriter(output, plan, CONTENTS, names=["encoder"])
     encoder = encoder.to(writer.state.device)
     files = [shard_file(output, number) for number in range(len(cache["counts"]))]
 
     def write_shard(number: int, path: Path) -> None:
-        captions = read_captions(latents, number, cache["counts"][number])
+        captions = read_captions(latents, number, cache["counts"][number], cache.get("checksums", {}))
         save_file(_encode(encoder, captions, batch_size, dtype), path)
 
     writer.write_missing(files, write_shard, "text embeddings")
@@ -94,10 +104,12 @@ def _encode(
     for first in range(0, len(different), batch_size):
         batch = different[first : first + batch_size]
         embeddings, mask = encoder.encode(batch)
-        embeddings = embeddings.to("cpu", dtype)
-        if not torch.isfinite(embeddings).all():
-            raise CacheError(f"embeddings by '{encoder.name}' overflow in {dtype}; float32 holds them")
-        for text, row, length in zip(batch, embeddings, mask.sum(1).tolist()):
+        stored = embeddings.to("cpu", dtype)
+        for text, exact, row, length in zip(batch, embeddings, stored, mask.sum(1).tolist()):
+            if not all_finite(exact):
+                raise CacheError(f"'{encoder.name}' gives embeddings of {text!r} that are not finite")
+            if not all_finite(row):
+                raise CacheError(f"embeddings of {text!r} by '{encoder.name}' overflow in {dtype}; float32 holds them")
             encoded[text] = row[:length].clone()  # a view would keep the padding in memory
 
     # All captions are padded to the longest of the shard.
@@ -136,6 +148,14 @@ def _read_tensors(shard: safe_open, path: Path) -> dict[str, Tensor]:
 # Reading
 
 
+class TextManifest(Manifest):
+    encoder: str
+    hash: str
+    dim: PositiveInt
+    max_length: PositiveInt
+    captions: str
+
+
 class TextEmbeddings(ShardedCache):
     """The text embeddings that `write_text_embeddings` wrote, read in batches with one caption for each image.
 
@@ -151,6 +171,7 @@ class TextEmbeddings(ShardedCache):
     """
 
     contents = CONTENTS
+    schema = TextManifest
 
     def __init__(self, folder: str | Path):
         super().__init__(folder)
@@ -185,6 +206,7 @@ class TextEmbeddings(ShardedCache):
             The mask of an image without captions is False everywhere.
         Raises:
             IndexError: if there is no image with such an index.
+            CacheError: if embeddings are not finite.
         """
         places = zip(self.locate(indices), np.asarray(choices).tolist())
         found = [self._choose(shard, row, choice) for (shard, row), choice in places]
@@ -193,6 +215,7 @@ class TextEmbeddings(ShardedCache):
         for k, caption in enumerate(found):
             embeddings[k, : len(caption)] = caption
             mask[k, : len(caption)] = True
+        self.check_finite(embeddings, indices)
         return embeddings, mask
 
     def _choose(self, shard: dict[str, Tensor], row: int, choice: int) -> Tensor:

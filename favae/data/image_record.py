@@ -1,0 +1,160 @@
+"""Which images a latent cache was made of: a record of their names, sizes, times and classes, and what is compared.
+
+The record is `images.json.gz` in the folder of the cache. It holds five lists in JSON, with an entry for each image of
+the set in its order, but for the last: "names", "sizes" and "times" (see `ImageIdentity`), "labels" and "classes". A
+shard has the CRC-32 of the bytes that each of its images was stored in ("checksums").
+
+Names, sizes and classes must agree. Times may differ, because copies have other ones: of the images whose time differs,
+at most `MAX_READ` are read, and their checksums must agree.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+from safetensors import safe_open
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from favae.data.images import READ_ERRORS, ImageDataset, Source
+from favae.data.sharded_cache import open_shard
+from favae.errors import CacheError
+
+RECORD_FILE = "images.json.gz"
+MAX_READ = 1000
+
+
+@dataclass
+class ImageRecord:
+    """What is known about all images of a set without decoding them."""
+
+    names: list[str]
+    sizes: list[int]
+    times: list[int]
+    labels: list[int]
+    classes: list[str]
+
+    @classmethod
+    def of(cls, source: Source) -> "ImageRecord":
+        identities = [source.identity(index) for index in range(len(source))]
+        names, sizes, times = map(list, zip(*identities)) if identities else ([], [], [])
+        return cls(names, sizes, times, [source.label(index) for index in range(len(source))], list(source.classes))
+
+    @classmethod
+    def read(cls, folder: Path) -> "ImageRecord | None":
+        """The record in the folder of a cache; None in a cache that is older than records.
+
+        Raises:
+            CacheError: if it is damaged.
+        """
+        file = folder / RECORD_FILE
+        if not file.is_file():
+            return None
+        try:
+            return TypeAdapter(cls).validate_json(gzip.decompress(file.read_bytes()))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise CacheError(
+                f"{file} is damaged; delete it if you are sure that the images are those that {folder} was made of"
+            ) from error
+
+    def write(self, file: Path) -> None:
+        # Without the time of writing, so that the same images have the same file.
+        file.write_bytes(gzip.compress(json.dumps(asdict(self)).encode(), mtime=0))
+
+    def difference(self, other: "ImageRecord") -> str | None:
+        """The first thing in which another record differs from this one, apart from times, in words."""
+        for index, (name, now) in enumerate(zip(self.names, other.names)):
+            if name != now:
+                return f"image {index} was {name} and is {now}"
+        if len(self.names) != len(other.names):
+            return f"there were {len(self.names):,} images and are {len(other.names):,}"
+        for name, size, now in zip(self.names, self.sizes, other.sizes):
+            if size != now:
+                return f"{name} had {size:,} bytes and has {now:,}"
+        if self.classes != other.classes:
+            return f"the classes were {_some(self.classes)} and are {_some(other.classes)}"
+        for name, label, now in zip(self.names, self.labels, other.labels):
+            if label != now:
+                return f"{name} was of class {self.classes[label]} and is of class {self.classes[now]}"
+        return None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
+
+
+class WithChecksums(Dataset):
+    """Items of an `ImageDataset` that also have "checksum", the CRC-32 of the bytes that the image is stored in."""
+
+    def __init__(self, images: ImageDataset):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict | None:
+        item = self.images[index]
+        return item and {**item, "checksum": self.images.source.checksum(index)}
+
+
+def check_images(folder: Path, shards: Iterable[Path], source: Source, *, read_all: bool = False) -> None:
+    """Compares images with those that a latent cache was made of, if it has a record of them.
+
+    Args:
+        folder: of the cache, finished or not.
+        shards: its files; those that are not written yet are left out.
+        source: the images.
+        read_all: compares the bytes of every image, and not only of some whose time differs.
+    Raises:
+        CacheError: if they are other images, or the record is damaged, or all should be read and there is no record.
+    """
+    record = ImageRecord.read(folder)
+    if record is None:
+        if read_all:
+            raise CacheError(f"{folder} has no record of its images, because it is older than records")
+        return
+    now = ImageRecord.of(source)
+    difference = record.difference(now)
+    if difference is not None:
+        raise _refusal(folder, difference)
+    to_read = np.arange(len(now.names)) if read_all else np.flatnonzero(np.array(record.times) != np.array(now.times))
+    if not read_all and len(to_read) > MAX_READ:
+        to_read = to_read[np.linspace(0, len(to_read) - 1, MAX_READ).astype(int)]
+    checksums = stored_checksums(shards) if len(to_read) else {}
+    for index in tqdm(to_read.tolist(), desc="images", disable=not read_all):
+        if index in checksums and _checksum(source, index) != checksums[index]:
+            raise _refusal(folder, f"{now.names[index]} has as many bytes as before, but others")
+
+
+def _refusal(folder: Path, difference: str) -> CacheError:
+    return CacheError(
+        f"{folder} was made of other images: {difference}; give the same images with the same options, or choose "
+        "another folder"
+    )
+
+
+def _checksum(source: Source, index: int) -> int | None:
+    try:
+        return source.checksum(index)
+    except READ_ERRORS:
+        return None
+
+
+def stored_checksums(shards: Iterable[Path]) -> dict[int, int]:
+    """The checksum of each image that was encoded, by its index in the set."""
+    found: dict[int, int] = {}
+    for path in shards:
+        if path.exists():
+            with open_shard(path) as shard:
+                if has_checksums(shard):
+                    found |= zip(shard.get_tensor("indices").tolist(), shard.get_tensor("checksums").tolist())
+    return found
+
+
+def has_checksums(shard: safe_open) -> bool:
+    return "checksums" in shard.keys()  # noqa: SIM118
