@@ -68,9 +68,9 @@ class ImageRecord:
 
     def difference(self, other: "ImageRecord") -> str | None:
         """The first thing in which another record differs from this one, apart from times, in words."""
-        for index, (name, now) in enumerate(zip(self.names, other.names)):
-            if name != now:
-                return f"image {index} was {name} and is {now}"
+        for index, (name, new_name) in enumerate(zip(self.names, other.names)):
+            if name != new_name:
+                return f"image {index} was {name} and is {new_name}"
         if len(self.names) != len(other.names):
             return f"there were {len(self.names):,} images and are {len(other.names):,}"
         for name, size, now in zip(self.names, self.sizes, other.sizes):
@@ -102,12 +102,15 @@ class WithChecksums(Dataset):
         return item and {**item, "checksum": self.images.source.checksum(index)}
 
 
-def check_images(folder: Path, shards: Iterable[Path], source: Source, *, read_all: bool = False) -> None:
-    """Compares images with those that a latent cache was made of, if it has a record of them.
+def check_images(
+    folder: Path, shards: Iterable[Path], count: int | None, source: Source, *, read_all: bool = False
+) -> None:
+    """Compares images with those that a latent cache was made of; of a cache without a record, it knows the number.
 
     Args:
         folder: of the cache, finished or not.
         shards: its files; those that are not written yet are left out.
+        count: the number of images, as the plan or the manifest has it.
         source: the images.
         read_all: compares the bytes of every image, and not only of some whose time differs.
     Raises:
@@ -117,6 +120,8 @@ def check_images(folder: Path, shards: Iterable[Path], source: Source, *, read_a
     if record is None:
         if read_all:
             raise CacheError(f"{folder} has no record of its images, because it is older than records")
+        if len(source) != count:
+            raise _refusal(folder, f"there were {count} images and are {len(source)}")
         return
     now = ImageRecord.of(source)
     difference = record.difference(now)

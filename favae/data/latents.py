@@ -379,7 +379,7 @@ def write_latent_cache(
         "shard_size": shard_size,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    writer = CacheWriter(output, plan, CONTENTS, names=["data"])
+    writer = CacheWriter(output, plan, CONTENTS, names=["data", "images"])
     tokenizer = tokenizer.to(writer.state.device).eval()
     ranges = [range(first, min(first + shard_size, len(images))) for first in range(0, len(images), shard_size)]
     files = [shard_file(writer.folder, number) for number in range(len(ranges))]
@@ -390,7 +390,7 @@ def write_latent_cache(
         writer.write_missing([record], lambda _, path: ImageRecord.of(images.source).write(path), "images")
     elif writer.state.is_main_process:
         logger.warning("%s has no record of its images; the images given are taken for the same", writer.folder)
-    check_images(writer.folder, files, images.source)
+    check_images(writer.folder, files, writer.begun.get("images"), images.source)
 
     # Latents.
     def with_labels(batch: dict) -> dict:

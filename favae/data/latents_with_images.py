@@ -20,16 +20,11 @@ class LatentsWithImages:
         images: that the cache was made of, at the same resolution.
 
     Raises:
-        CacheError: if they are not the images that the cache was made of, as `check_images` compares them. Of a cache
-            that is older than its record, their number alone is known.
+        CacheError: if they are not the images that the cache was made of, as `check_images` compares them.
     """
 
     def __init__(self, dataset: MomentsDataset | TokenDataset, images: ImageDataset):
-        if len(images) != dataset.manifest["images"]:
-            raise CacheError(
-                f"{dataset.folder} was made of {dataset.manifest['images']} images, but {len(images)} were given"
-            )
-        check_images(dataset.folder, dataset.files, images.source)
+        check_images(dataset.folder, dataset.files, dataset.manifest.get("images"), images.source)
         self.dataset, self.images = dataset, images
 
     def __len__(self) -> int:

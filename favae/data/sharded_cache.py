@@ -134,7 +134,10 @@ class CacheWriter:
         folder: new, empty, or begun with the same plan.
         plan: all that determines what is written, as JSON can hold it.
         contents: what the folder holds, for messages.
-        names: keys of the plan that only name something, such as a path. Another name alone is not another plan.
+        names: keys of the plan that only describe something, such as a path. Another value is not another plan.
+
+    Attributes:
+        begun: the plan that the folder was begun with.
 
     Raises:
         CacheError: if the folder was begun with another plan, or holds something else. Nothing is written then.
@@ -167,8 +170,8 @@ class CacheWriter:
                 kept |= {name: value for name, value in checksums.items() if (self.folder / name).exists()}
 
     def _compare_plans(self, names: Collection[str]) -> None:
-        begun = _read_json(self.folder / PLAN_FILE)
-        changed = [key for key, value in self.plan.items() if begun.get(key) != value]
+        self.begun = _read_json(self.folder / PLAN_FILE)
+        changed = [key for key, value in self.plan.items() if self.begun.get(key) != value]
         if set(changed) - set(names):
             raise CacheError(
                 f"{self.folder} holds a {self.contents} made with another {', '.join(changed)}; delete it or choose "
@@ -179,7 +182,7 @@ class CacheWriter:
         """The numbers of the files that this process writes, of those that are shared between all processes."""
         return list(range(self.state.process_index, len(files), self.state.num_processes))
 
-    def write_missing(self, files: Sequence[Path], write: Callable[[int, Path], None], description: str) -> None:
+    def write_missing(self, files: Sequence[Path], write: Callable[[int, Path], object], description: str) -> None:
         """Writes those of the files that do not exist; each process writes its share, by the file's number.
 
         Args:

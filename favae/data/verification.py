@@ -31,7 +31,7 @@ def verify_cache(folder: Path, source: Source | None = None) -> str:
         _find_damage(folder, *texts)
         latents = open_latents(folder, text_embeddings=TextEmbeddings(*texts) if texts else None)
         if source is not None:
-            check_images(folder, latents.files, source, read_all=True)
+            check_images(folder, latents.files, manifest.get("images"), source, read_all=True)
         images, inside = len(latents), ", with text embeddings" if texts else ""
     how = "as it was written" if "checksums" in manifest else "readable and finite (it is older than checksums)"
     return f"{folder} is {how}: {images:,} images{inside}"
