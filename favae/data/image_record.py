@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from favae.data.images import READ_ERRORS, ImageDataset, Source
+from favae.data.decoding import UnusableImage
+from favae.data.images import ImageDataset, Source
 from favae.data.sharded_cache import open_shard
 from favae.errors import CacheError
 
@@ -88,8 +89,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
 
 
-class WithChecksums(Dataset):
-    """Items of an `ImageDataset` that also have "checksum", the CRC-32 of the bytes that the image is stored in."""
+class RecordedImages(Dataset):
+    """Items of an `ImageDataset` that also have "label", and "checksum", of the bytes that store the image."""
 
     def __init__(self, images: ImageDataset):
         self.images = images
@@ -99,7 +100,8 @@ class WithChecksums(Dataset):
 
     def __getitem__(self, index: int) -> dict | None:
         item = self.images[index]
-        return item and {**item, "checksum": self.images.source.checksum(index)}
+        source = self.images.source
+        return item and {**item, "label": source.label(index), "checksum": source.checksum(index)}
 
 
 def check_images(
@@ -146,7 +148,7 @@ def _refusal(folder: Path, difference: str) -> CacheError:
 def _checksum(source: Source, index: int) -> int | None:
     try:
         return source.checksum(index)
-    except READ_ERRORS:
+    except (UnusableImage, OSError):
         return None
 
 

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Subset
 
 from favae.autoencoders import load_autoencoder, measure_budget
 from favae.data.captions import captions_file, check_captions, summarize_captions
-from favae.data.image_record import RECORD_FILE, ImageRecord, WithChecksums, check_images
+from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sharded_cache import (
     FILL_THE_GAP,
@@ -393,13 +393,10 @@ def write_latent_cache(
     check_images(writer.folder, files, writer.begun.get("images"), images.source)
 
     # Latents.
-    def with_labels(batch: dict) -> dict:
-        return {**batch, "label": torch.tensor([images.label(index) for index in batch["index"].tolist()])}
-
     def write_shard(number: int, path: Path) -> None:
-        part = Subset(WithChecksums(images), ranges[number])
+        part = Subset(RecordedImages(images), ranges[number])
         loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
-        batches = (with_labels(batch) for batch in loader if batch is not None)
+        batches = (batch for batch in loader if batch is not None)
         save_file(_encode(dataset_class, tokenizer, batches, dtype, images.source.name), path)
 
     writer.write_missing(files, write_shard, "latents")

@@ -14,7 +14,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from favae.distributed import process_state
+from favae.distributed import main_process_does, process_state
 from favae.errors import CacheError
-from favae.files import atomic_path, write_text
+from favae.files import atomic_path, lock_folder, write_text
 from favae.hashing import checksum
 
 PLAN_FILE = "plan.json"
@@ -141,6 +141,7 @@ class CacheWriter:
 
     Raises:
         CacheError: if the folder was begun with another plan, or holds something else. Nothing is written then.
+        FolderInUse: if another command is writing it.
     """
 
     def __init__(self, folder: str | Path, plan: dict, contents: str, names: Collection[str] = ()):
@@ -149,18 +150,18 @@ class CacheWriter:
         self._files: list[Path] = []  # that belong to the cache
         self._checksums: dict[str, int] = {}  # of files that an earlier call finished, and
         self._quick_checksums: dict[str, int] = {}
-        if self.state.is_main_process:
-            self._begin()
-        self.state.wait_for_everyone()
+        self._lock: TextIO | None = None  # of the main process, until the cache is finished
+        main_process_does(self._begin)
         self._compare_plans(names)
 
     def _begin(self) -> None:
         """Leaves the plan in the folder, unless a plan is there already, and sees what an earlier call finished."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        finished = (self.folder / MANIFEST_FILE).exists()
-        if not (self.folder / PLAN_FILE).exists():
-            if not finished and any(not path.name.startswith(".") for path in self.folder.iterdir()):
-                raise CacheError(f"{self.folder} is not empty and not a {self.contents}; choose another folder")
+        finished, begun = (self.folder / MANIFEST_FILE).exists(), (self.folder / PLAN_FILE).exists()
+        others = any(not path.name.startswith(".") for path in self.folder.glob("*"))
+        if others and not finished and not begun:
+            raise CacheError(f"{self.folder} is not empty and not a {self.contents}; choose another folder")
+        self._lock = lock_folder(self.folder)
+        if not begun:
             plan = read_manifest(self.folder, self.contents) if finished else self.plan
             write_text(self.folder / PLAN_FILE, json.dumps({key: plan.get(key) for key in self.plan}, indent=1))
         if finished:
@@ -219,6 +220,8 @@ class CacheWriter:
             manifest["checksums"] = {file.name: self._checksums[file.name] for file in self._files}
             manifest["quick_checksums"] = [self._quick_checksums[file.name] for file in shards]
             _write_manifest(self.folder, manifest)
+        if self._lock is not None:
+            self._lock.close()
         self.state.wait_for_everyone()
         return read_manifest(self.folder, self.contents)
 

@@ -1,13 +1,16 @@
 """What caches of latents and of text embeddings share: plans, shares of processes, and what a kill leaves behind."""
 
 import json
+import multiprocessing
+import os
 import types
 
 import pytest
 
 from favae.data import sharded_cache
 from favae.data.sharded_cache import CacheWriter, read_manifest
-from favae.errors import CacheError
+from favae.errors import CacheError, FolderInUse
+from favae.files import lock_folder
 
 
 def act_as_process(monkeypatch, index: int, count: int) -> None:
@@ -29,6 +32,10 @@ def write(folder, **plan) -> list[int]:
     return numbers
 
 
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
 def test_processes_share_the_files_and_a_continued_run_writes_what_is_missing(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     for index, numbers in ((0, [0, 2, 4]), (1, [1, 3])):
@@ -36,10 +43,10 @@ def test_processes_share_the_files_and_a_continued_run_writes_what_is_missing(tm
         assert write(folder, size=5) == numbers
     assert [(folder / f"file-{k}").read_text() for k in range(5)] == list("01234")
     (folder / "file-3").unlink()
-    (folder / ".writing-file-3").write_text("torn")  # what a killed process leaves
+    (folder / ".writing-1-elsewhere-file-3").write_text("torn")  # what a killed process of another host leaves
     act_as_process(monkeypatch, 0, 1)
     assert write(folder, size=5) == [3]
-    assert sorted(path.name for path in folder.iterdir()) == [*(f"file-{k}" for k in range(5)), "plan.json"]
+    assert names(folder) == [*(f"file-{k}" for k in range(5)), "plan.json"]
 
 
 def test_a_file_that_fails_is_not_there_and_the_manifest_comes_last(tmp_path):
@@ -52,7 +59,7 @@ def test_a_file_that_fails_is_not_there_and_the_manifest_comes_last(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         writer.write_missing([folder / "file"], fail, "files")
-    assert [path.name for path in folder.iterdir()] == ["plan.json"]
+    assert names(folder) == ["plan.json"]
     with pytest.raises(CacheError, match="no finished test cache"):
         read_manifest(folder, "test cache")
     manifest = writer.finish(lambda: {"counts": [1]})
@@ -69,3 +76,10 @@ def test_another_plan_and_other_files_are_refused(tmp_path):
     with pytest.raises(CacheError, match="not a test cache"):
         write(tmp_path / "other", size=5)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_two_commands_do_not_write_one_cache(tmp_path):
+    write(tmp_path / "cache", size=5)
+    with lock_folder(tmp_path / "cache"), multiprocessing.get_context("fork").Pool(1) as other:
+        with pytest.raises(FolderInUse, match=f"process {os.getpid()} "):
+            other.apply(write, [tmp_path / "cache"], {"size": 5})
