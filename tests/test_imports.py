@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # A module imports modules of its own layer and of those before it.
 LAYERS = (
-    ("signals", "errors", "files", "hashing", "precision", "distributed", "wavelets"),
+    ("signals", "errors", "files", "hashing", "precision", "distributed", "ranges", "wavelets"),
     ("models", "losses", "autoencoders", "foundation", "text_encoder"),
     ("data", "pipelines"),
     ("training",),

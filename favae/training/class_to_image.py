@@ -17,8 +17,9 @@ from favae.losses.denoising import denoising_loss
 from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
 from favae.models.class_conditional import num_classes, time_scale
 from favae.precision import no_autocast
+from favae.ranges import Count, Step, Text, Weight
 from favae.training.sharding import blocks_of
-from favae.training.validation import STRICT, Count, Step, Weight
+from favae.training.validation import STRICT
 
 # The noise schedule of ADM and DiT; `DiTPipeline`'s schedulers have it too.
 DIFFUSION_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -29,8 +30,8 @@ class RepresentationAlignmentConfig:
     """Hidden states pulled towards a teacher's features (REPA), through a 3 x 3 convolution (iREPA)."""
 
     weight: Weight = 0.0  # 0.5 as published
-    backbone: str = "vit_base_patch14_dinov2.lvd142m"  # any timm model, or "efficientnet-lite0"
-    weights: str | None = None  # a local file for the backbone
+    backbone: Text = "vit_base_patch14_dinov2.lvd142m"  # any timm model, or "efficientnet-lite0"
+    weights: Text | None = None  # a local file for the backbone
     layer: Count = 8  # the block whose output is aligned: 8 of 28 as published, 4 of 12
     stop_step: Step | None = None  # from which it is left out (HASTE, arXiv 2505.16792); None: never
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from favae.errors import ConfigError
+from favae.ranges import Count, Decay, Positive, Probability, Seed, Share, Step, Text, Weight
 from favae.training.class_to_image import GeneratorLossConfig
 from favae.training.models import (
     FROM_AUTOENCODER_KL,
@@ -19,8 +19,9 @@ from favae.training.models import (
     check_model,
     find_model_class,
 )
+from favae.training.recipes import merge, read_settings
 from favae.training.tokenizer_losses import TokenizerLossConfig
-from favae.training.validation import STRICT, Count, Positive, Probability, Step, Weight, validate
+from favae.training.validation import STRICT, validate
 from favae.wavelets import WaveletTransform2D
 
 # Both trainings -------------------------------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ class TrainConfig:
     batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
     learning_rate: Positive = 1e-4
-    betas: Annotated[list[Probability], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.95])
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: Weight = 0.0
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -42,12 +43,9 @@ class TrainConfig:
     lr_warmup_steps: Step = 0
     lr_num_cycles: Count = 1  # of cosine_with_restarts
     max_grad_norm: Positive | None = None
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no average is kept
+    ema_decay: Decay = 0.0  # 0: no average is kept
     ema_warmup: bool = True  # the decay is at most t / (9 + t) in step t; false: constant, as in most published code
-    # Unquoted, "no" is false to YAML.
-    mixed_precision: Annotated[
-        Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
-    ] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False  # each block with torch.compile
     shard: bool = False  # parameters, optimizer and EMA divided among the processes (FSDP)
@@ -66,9 +64,9 @@ class TrainConfig:
 
 @dataclass(config=STRICT)
 class RunConfig:
-    output: str | None = None  # run folder; None: runs/<name of the recipe>
-    seed: int = 0
-    resume: str = "auto"  # "auto": continue from the newest complete checkpoint; "never"; or a checkpoint's folder
+    output: Text | None = None  # run folder; None: runs/<name of the recipe>
+    seed: Seed = 0
+    resume: Text = "auto"  # "auto": continue from the newest complete checkpoint; "never"; or a checkpoint's folder
     model: dict[str, Any] = field(default_factory=dict)  # name, and the arguments of its constructor
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -78,10 +76,10 @@ class RunConfig:
 
 @dataclass(config=STRICT)
 class ImageDataConfig:
-    path: str | None = None  # "photos", a folder, a .parquet or .tar file, or hf:NAME
-    split: str = "train"  # of photos, of hub datasets and of folders with splits in them
-    image_column: str = "auto"  # "image", or else the only column of images
-    label_column: str = "auto"  # "label", if there is such a column; "none": all images are of one class
+    path: Text | None = None  # "photos", a folder, a .parquet or .tar file, or hf:NAME
+    split: Text = "train"  # of photos, of hub datasets and of folders with splits in them
+    image_column: Text = "auto"  # "image", or else the only column of images
+    label_column: Text = "auto"  # "label", if there is such a column; "none": all images are of one class
     min_size: Count = 16  # images with a shorter side below this are skipped
     crop: Literal["random", "center"] = "random"  # after scaling the shorter side to the resolution
     flip: bool = True
@@ -91,7 +89,7 @@ class ImageDataConfig:
 @dataclass(config=STRICT)
 class TokenizerTrainConfig(TrainConfig):
     resolution: Count = 256
-    betas: Annotated[list[Probability], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.5, 0.9])
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.5, 0.9])
     discriminator_learning_rate: Positive | None = None  # None: the same as learning_rate
     channels_last: bool = False  # memory format of images and convolutions
 
@@ -128,7 +126,8 @@ class TokenizerConfig(RunConfig):
             last_start, last_loss = stages[-1]
             if stage.start_step <= last_start:
                 raise ConfigError(f"stages[{i}].start_step must be above {last_start}, got {stage.start_step}")
-            loss = validate(TokenizerLossConfig, _merge(dataclasses.asdict(last_loss), stage.loss), f"stages[{i}].loss")
+            changed = merge(dataclasses.asdict(last_loss), stage.loss, f"stages[{i}].loss")
+            loss = validate(TokenizerLossConfig, changed, f"stages[{i}].loss")
             for key, value in self.loss.fixed_settings.items():
                 if loss.fixed_settings[key] != value:
                     raise ConfigError(f"stages[{i}]: loss.{key} holds for the whole run; set it in loss")
@@ -193,22 +192,22 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
 
 @dataclass(config=STRICT)
 class LatentDataConfig:
-    latents: str | None = None  # a cache written by `favae cache-latents`
-    tokenizer: str | None = None  # the autoencoder that wrote it: a folder or hub name
+    latents: Text | None = None  # a cache written by `favae cache-latents`
+    tokenizer: Text | None = None  # the autoencoder that wrote it: a folder or hub name
     flip: bool = True
-    text_embeddings: str | None = None  # written by `favae embed-captions`; None: the folder in that of the latents
-    text_encoder: str | None = None  # where the encoder of these embeddings is now; None: where it was
-    images: str | None = None  # what the cache was made of, for loss.alignment
-    split: str = "train"  # of `images`
-    image_column: str = "auto"
-    label_column: str = "auto"
+    text_embeddings: Text | None = None  # written by `favae embed-captions`; None: the folder in that of the latents
+    text_encoder: Text | None = None  # where the encoder of these embeddings is now; None: where it was
+    images: Text | None = None  # what the cache was made of, for loss.alignment
+    split: Text = "train"  # of `images`
+    image_column: Text = "auto"
+    label_column: Text = "auto"
     min_size: Count = 16
     num_images: Count | None = None  # what the recipe was written for: steps per epoch in a dry run without the cache
 
 
 @dataclass(config=STRICT)
 class GeneratorTrainConfig(TrainConfig):
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    ema_decay: Decay = 0.9999
     learning_rate: Positive = 2e-4
     optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": for the matrices of the blocks, AdamW for the rest
 
@@ -218,7 +217,7 @@ class GuidanceConfig:
     """Classifier-free guidance, as LightningDiTPipeline takes it; a CATTransformerModel and a DiTPipeline take the
     scale alone."""
 
-    guidance_scale: float = 1.0
+    guidance_scale: Weight = 1.0
     guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)] | None = None  # None: all times
     guidance_channels: Count | None = None  # the first so many latent channels, published 3; None: all
 
@@ -234,14 +233,16 @@ class GuidanceConfig:
 class SamplingConfig(GuidanceConfig):
     """Of the sample grids, and of the scheduler that is saved with the pipeline."""
 
-    guidance_scale: float = 4.0
+    guidance_scale: Weight = 4.0
     num_inference_steps: Count = 50
     shift: Positive = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
     num_images: Count = 16
-    prompts: list[str] | None = None  # of the sample grids, with texts; None: captions of the first images
+    prompts: Annotated[list[str], Field(min_length=1)] | None = (
+        None  # of the sample grids, with texts; None: captions of the first images
+    )
     temperature: Weight = 1.0  # with texts, as the next two
     top_k: Count | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Share | None = None
 
 
 @dataclass(config=STRICT)
@@ -249,9 +250,9 @@ class EvaluationConfig(GuidanceConfig):
     """Metrics during training, of the EMA weights; see eval/online.py."""
 
     every: Step = 0  # steps; 0: never
-    reference: str | None = None  # a file of `favae reference-statistics`, an .npz, or images
-    features: str = "inception"  # or "dinov2", "efficientnet-lite0", any timm model
-    weights: str | None = None  # a local file for `features`
+    reference: Text | None = None  # a file of `favae reference-statistics`, an .npz, or images
+    features: Text = "inception"  # or "dinov2", "efficientnet-lite0", any timm model
+    weights: Text | None = None  # a local file for `features`
     num_images: Count = 10_000  # fewer than a published FID's 50,000, and so higher than one
     num_inference_steps: Count = 50
     batch_size: Count = 32
@@ -345,26 +346,10 @@ def load_config(schema: type[Config], file: str | Path, overrides: list[str] | t
     Raises:
         ConfigError: for a missing file, an unknown key, a wrong type or an impossible value.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"'{override}' is not of the form key=value")
-    try:
-        recipe, changes = OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} {' '.join(overrides)}: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, DictConfig):
-        raise ConfigError(f"{file}: expected a mapping of settings")
-    config = validate(schema, _merge(recipe, changes))
+    settings, texts = read_settings(file, overrides)
+    config = validate(schema, settings, texts=texts)
     config.output = config.output or f"runs/{Path(file).stem}"
     return config
-
-
-def _merge(settings: Any, changes: Any) -> dict[str, Any]:
-    merged = OmegaConf.to_container(OmegaConf.merge(settings, changes), resolve=True)
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,6 +1,7 @@
 """The `model:` section of a recipe: which classes there are, what they take, and building one."""
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,8 +71,18 @@ def build_model(settings: dict[str, Any]) -> ModelMixin:
     build, arguments = _arguments(settings)
     try:
         return build(**arguments)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model: {error}") from error
+    except (ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
+        raise ConfigError(_naming_keys(error, build)) from error
+
+
+def _naming_keys(error: Exception, build: Callable) -> str:
+    """The message of a constructor, with model.KEY for each argument that it names."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    for torch_name, name in {"num_channels": "block_out_channels", "num_groups": "norm_num_groups"}.items():
+        message = re.sub(rf"\b{torch_name}\b", name, message)
+    names = sorted(signature_schema(getattr(build, "__init__", build)).model_fields, key=len, reverse=True)
+    named = re.sub(rf"(?<![\w.])({'|'.join(names)})(?!\w)", r"model.\1", message)
+    return named if named.startswith("model.") else f"model: {named}"
 
 
 def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dict[str, Any]]:
@@ -80,6 +91,7 @@ def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dic
     given = {key: value for key, value in settings.items() if key != "name"}
     if FROM_AUTOENCODER_KL not in given:
         checked = validate(signature_schema(model_class.__init__), given, "model")
+        _check_sizes(vars(checked))
         return model_class, {key: getattr(checked, key) for key in given}
 
     source = given.pop(FROM_AUTOENCODER_KL)
@@ -96,6 +108,19 @@ def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dic
     checked = validate(schema, given, "model")
     options = {key: getattr(checked, key) for key in given}
     return lambda **arguments: build(_open_autoencoder_kl(source), **arguments), options
+
+
+def _check_sizes(arguments: dict[str, Any]) -> None:
+    """Raises ConfigError for lists of other lengths than they must have, which diffusers' models cut off in silence."""
+    lengths = {
+        **dict.fromkeys(("down_block_types", "up_block_types"), len(arguments.get("block_out_channels", ()))),
+        **dict.fromkeys(("latents_mean", "latents_std"), arguments.get("latent_channels")),
+    }
+    for key, length in lengths.items():
+        values = arguments.get(key)
+        if values is not None and len(values) != length:
+            of = "block_out_channels" if key.endswith("types") else "latent_channels"
+            raise ConfigError(f"model.{key} must have as many entries as model.{of}, {length}, got {len(values)}")
 
 
 def _open_autoencoder_kl(source: PretrainedSource) -> AutoencoderKL:

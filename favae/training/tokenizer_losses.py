@@ -9,7 +9,8 @@ from pydantic.dataclasses import dataclass
 from favae.errors import ConfigError
 from favae.losses.frequency import DynamicSpectrumLoss, SpectrumLoss
 from favae.losses.stft import STFTLoss
-from favae.training.validation import STRICT, Count, Positive, Probability, Step, Weight
+from favae.ranges import Count, Halvings, Positive, Probability, Step, Text, Weight
+from favae.training.validation import STRICT
 
 
 @dataclass(config=STRICT)
@@ -44,8 +45,8 @@ class BandConfig:
     weights: Annotated[list[Weight], Field(min_length=4, max_length=4)] = field(
         default_factory=lambda: [1.0, 1.0, 1.0, 1.0]  # of LL, LH, HL, HH
     )
-    levels: Count = 1
-    wavelet: str = "haar"
+    levels: Halvings = 1
+    wavelet: Text = "haar"
 
 
 @dataclass(config=STRICT)
@@ -64,10 +65,10 @@ class STFTConfig:
 @dataclass(config=STRICT)
 class AlignmentConfig:
     weight: Weight = 0.0
-    backbone: str = "vit_large_patch14_dinov2.lvd142m"  # any timm model, or efficientnet-lite0 (no network needed)
-    weights: str | None = None  # a local file for the backbone
-    distmat_margin: float = 0.25
-    cosine_margin: float = 0.5
+    backbone: Text = "vit_large_patch14_dinov2.lvd142m"  # any timm model, or efficientnet-lite0 (no network needed)
+    weights: Text | None = None  # a local file for the backbone
+    distmat_margin: Weight = 0.25
+    cosine_margin: Weight = 0.5
     adaptive: bool = True  # scale to the gradient of the reconstruction at the encoder's last layer
 
 
@@ -76,7 +77,7 @@ class AdversarialConfig:
     weight: Weight = 0.0
     start_step: Step = 5_000
     channels: Count = 64
-    num_layers: Count = 3  # of stride 2; patches of 70 pixels
+    num_layers: Halvings = 3  # of stride 2; patches of 70 pixels
     adaptive: bool = True  # scale to the gradient of the reconstruction at the decoder's last layer
     max_weight: Weight = 10.0  # the most that the adaptive factor may be
 
@@ -88,7 +89,7 @@ class TokenizerLossConfig:
     kl: Weight = 1e-6  # for models with a posterior
     commitment: Weight = 1.0  # for models with a codebook
     perceptual: Weight = 0.0  # LPIPS on VGG16
-    perceptual_weights: str | None = None  # a local file with torchvision's VGG16
+    perceptual_weights: Text | None = None  # a local file with torchvision's VGG16
     focal_frequency: FocalFrequencyConfig = field(default_factory=FocalFrequencyConfig)
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
     band: BandConfig = field(default_factory=BandConfig)

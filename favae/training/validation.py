@@ -2,31 +2,50 @@
 
 import inspect
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from copy import copy
 from functools import cache
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, create_model
 
 from favae.errors import ConfigError
+from favae.ranges import Decay, Depth, Positive, Size, Text
 
-STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=())
 
-# Numbers with a range, for the dataclasses of settings. What is an error says so with the key in front.
-Count = Annotated[int, Field(ge=1)]
-Step = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
+# Arguments of models that have no range of their own.
+RANGES_BY_NAME: dict[str, Any] = {
+    "layers_per_block": Depth,
+    "num_layers": Depth,
+    "head_layers": Depth,
+    "num_quantizers": Depth,
+    "mlp_ratio": Annotated[float, Field(ge=0.25, le=64)],
+    "scaling_factor": Positive,
+    "latents_std": tuple[Positive, ...] | None,
+    "dropout": Decay,
+    "norm_eps": Positive,
+    "wavelet": Text,
+    "down_block_types": tuple[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ...],
+    "up_block_types": tuple[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"], ...],
+    "act_fn": Literal["swish", "silu", "mish", "gelu", "relu"],
+    "activation_fn": Literal["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"],
+}
 
 Settings = TypeVar("Settings")
 
 
-def validate(schema: type[Settings], settings: dict[str, Any], prefix: str = "") -> Settings:
+def validate(
+    schema: type[Settings], settings: dict[str, Any], prefix: str = "", texts: Mapping[tuple, str] | None = None
+) -> Settings:
     """Builds a dataclass or pydantic model from plain data: dicts, lists, numbers, strings, booleans and None.
 
     Args:
         prefix: where the settings stand, such as "model", for the message.
+        texts: what was typed for some of the values, by their places. It counts where the schema wants a text and
+            YAML made something else of it: a folder named 007, train.mixed_precision=no.
     Raises:
         ConfigError: for the first mistake: an unknown key, a wrong type or a value out of range.
     """
@@ -34,7 +53,20 @@ def validate(schema: type[Settings], settings: dict[str, Any], prefix: str = "")
         # As JSON, because a list may then stand for a tuple and an integer for a float, and nothing else is converted.
         return TypeAdapter(schema).validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError(_message(schema, error.errors()[0], prefix)) from error
+        first = error.errors()[0]
+        text = (texts or {}).get(first["loc"])
+        if first["type"] in ("string_type", "literal_error") and text is not None and first["input"] != text:
+            return validate(schema, _replaced(settings, first["loc"], text), prefix, texts)
+        raise ConfigError(_message(schema, first, prefix)) from error
+
+
+def _replaced(settings: Any, path: tuple[str | int, ...], value: str) -> Any:
+    """A copy of nested settings with another value in one place."""
+    if not path:
+        return value
+    copied = copy(settings)
+    copied[path[0]] = _replaced(settings[path[0]], path[1:], value)
+    return copied
 
 
 def _message(schema: type, error: Any, prefix: str) -> str:
@@ -45,12 +77,10 @@ def _message(schema: type, error: Any, prefix: str) -> str:
         return f"unknown key {key}; {section} takes {', '.join(_keys(schema, path[:-1]))}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
-    expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be").rstrip(".")
-    return (
-        f"{key}: {expected}, got {error['input']!r}"
-        if "must be" not in expected
-        else (f"{key} {expected}, got {error['input']!r}")
-    )
+    expected = re.sub(r"^(Value error, |\w+ should (?=be|have))", "", error["msg"]).rstrip(".")
+    expected = expected.replace("valid array", "list")
+    separator = " must " if expected.startswith(("be ", "have ")) else ": "
+    return f"{key}{separator}{expected}, got {error['input']!r}"
 
 
 def _keys(schema: Any, path: list[str]) -> list[str]:
@@ -65,21 +95,26 @@ def _keys(schema: Any, path: list[str]) -> list[str]:
 def signature_schema(function: Callable, skip: tuple[str, ...] = ()) -> type[BaseModel]:
     """A pydantic model with a field for each parameter of a constructor or function, of the annotated type.
 
-    diffusers annotates tuples of any length as tuples of one element (`tuple[int]`), which is allowed for.
+    diffusers annotates tuples of any length as tuples of one element (`tuple[int]`), which is allowed for, and gives no
+    ranges. Integers there are sizes and numbers of things: without a range of their own they are at least 1, and so are
+    the lengths of tuples. Other arguments without a range have that of their name, see `RANGES_BY_NAME`.
     """
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in ("self", *skip) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        annotation = _any_length(hints.get(name, Any))
+        annotation = _with_ranges(RANGES_BY_NAME.get(name, hints.get(name, Any)))
         fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     return create_model(function.__qualname__, __config__=STRICT, **fields)
 
 
-def _any_length(annotation: Any) -> Any:
-    if get_origin(annotation) is tuple and len(get_args(annotation)) == 1:
-        return tuple[get_args(annotation)[0], ...]  # type: ignore[misc]
-    if type(None) in get_args(annotation):
-        return Union[tuple(_any_length(choice) for choice in get_args(annotation))]  # noqa: UP007
+def _with_ranges(annotation: Any) -> Any:
+    choices = get_args(annotation)
+    if annotation in (int, PositiveInt):
+        return Size
+    if get_origin(annotation) in (Union, UnionType):
+        return Union[tuple(_with_ranges(choice) for choice in choices)]  # noqa: UP007
+    if get_origin(annotation) is tuple and (len(choices) == 1 or choices[1] is ...):
+        return Annotated[tuple[_with_ranges(choices[0]), ...], Field(min_length=1)]  # type: ignore[misc]
     return annotation

@@ -1,4 +1,5 @@
 import importlib
+import re
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def recipe(tmp_path):
         ("stages=[{start_step: 5, loss: {alignment: {backbone: x}}}]", "loss.alignment.backbone holds for the whole"),
         # the command line itself
         ("steps", "'steps' is not of the form key=value"),
-        ("train.betas=[0.9", r"train.betas=\[0.9"),
+        ("train.betas=[0.9", r"train.betas must be a list, got '\[0.9"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(recipe, override, named):
@@ -149,7 +150,7 @@ def test_command_line_errors_are_one_line(tmp_path):
         (["train.stepz=1"], "unknown key train.stepz"),
         ([output], "nowhere: no such folder"),
         ([output, "data.path=photos", "train.resolution=18"], "train.resolution must be a multiple of 4"),
-        ([output, "data.path=photos", "model.latent_channels=2"], "model: high_latent_channels"),
+        ([output, "data.path=photos", "model.latent_channels=2"], "model.high_latent_channels"),
         ([output, "data.path=photos", "resume=/not/there", "--dry-run"], "resume: /not/there"),
         ([output, "data.path=photos", "loss.alignment.weight=1"], "loss.alignment.weights=FILE"),
     ):
@@ -243,3 +244,40 @@ def test_mistakes_in_a_generators_recipe(tmp_path, model, override, named):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ConfigError, match=named):
         load_config(GeneratorConfig, tmp_path / "recipe.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    "override, path",
+    [
+        ("data.path=007", "007"),
+        ("data.path='007'", "007"),
+        ("data.path=no", "no"),
+        ("data.path=1e3", "1e3"),
+        ("data.path=~", "~"),
+        ("data.path=#1", "#1"),
+        ("data.path=a #b", "a #b"),
+        ("data.path=[x", "[x"),
+        ("data.path=[x]", "[x]"),
+        ("data.path={x}", "{x}"),
+        ("data.path=*x", "*x"),
+        ("data={path: 007}", "007"),
+        ("data.path=null", None),
+    ],
+)
+def test_a_path_is_the_text_that_was_typed(recipe, override, path):
+    assert load_config(TokenizerConfig, recipe, [override]).data.path == path
+
+
+def test_texts_of_a_recipe_are_as_typed(recipe, tmp_path):
+    typed = recipe.read_text().replace("path: photos", "path: 007, split: no, label_column: 1.0")
+    (tmp_path / "typed.yaml").write_text(typed.replace("train: {", "train: {mixed_precision: no, "))
+    config = load_config(TokenizerConfig, tmp_path / "typed.yaml")
+    assert (config.data.path, config.data.split, config.data.label_column) == ("007", "no", "1.0")
+    assert config.train.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("override", ["data.path=", "=3", "train..steps=3", "model=[]", "train=[1]", "data.path=${x}"])
+def test_overrides_that_fit_nowhere(recipe, override):
+    with pytest.raises(ConfigError, match=re.escape(override)) as error:
+        load_config(TokenizerConfig, recipe, [override])
+    assert "\n" not in str(error.value)
