@@ -80,6 +80,6 @@ def test_another_plan_and_other_files_are_refused(tmp_path):
 
 def test_two_commands_do_not_write_one_cache(tmp_path):
     write(tmp_path / "cache", size=5)
-    with lock_folder(tmp_path / "cache"), multiprocessing.get_context("fork").Pool(1) as other:
-        with pytest.raises(FolderInUse, match=f"process {os.getpid()} "):
-            other.apply(write, [tmp_path / "cache"], {"size": 5})
+    other = multiprocessing.get_context("fork").Pool(1)
+    with lock_folder(tmp_path / "cache"), other, pytest.raises(FolderInUse, match=f"process {os.getpid()} "):
+        other.apply(write, [tmp_path / "cache"], {"size": 5})
