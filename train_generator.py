@@ -32,7 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
 from torch import nn
 from torchvision.utils import save_image
 
@@ -48,7 +55,7 @@ from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import ConfigError, NonFiniteError, hint
 from favae.eval.online import OnlineEvaluation
 from favae.foundation import FoundationModel
-from favae.models.class_conditional import num_classes
+from favae.models.class_conditional import initialize_dit, num_classes
 from favae.pipelines import LightningDiTPipeline
 from favae.training.class_to_image import DIFFUSION_SCHEDULE, ClassToImageModule
 from favae.training.command_line import run_script
@@ -80,6 +87,8 @@ def train(config: GeneratorConfig) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset = open_cache(config, tokenizer)
     transformer = build_model(config.model)
+    if isinstance(transformer, DiTTransformer2DModel):
+        initialize_dit(transformer)
     check_shapes(config, transformer, dataset)
     pipeline = build_pipeline(config, transformer, tokenizer, dataset).to(run.device)
     with accelerator.main_process_first():  # one process downloads, the others find it

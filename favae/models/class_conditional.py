@@ -1,6 +1,9 @@
-"""What our LightningDiT and diffusers' DiT call differently, for code that trains or samples either of them."""
+"""What our LightningDiT and diffusers' DiT do differently, for code that trains or samples either of them."""
 
 from diffusers import DiTTransformer2DModel, ModelMixin
+from torch import nn
+
+from favae.models.lightningdit_transformer_2d import xavier_uniform_of_rows
 
 
 def num_classes(transformer: ModelMixin) -> int:
@@ -12,3 +15,28 @@ def num_classes(transformer: ModelMixin) -> int:
 def time_scale(transformer: ModelMixin) -> float:
     """The factor from times in [0, 1] to the `timestep` of the transformer: DiT embeds 0 to 1,000."""
     return 1000.0 if isinstance(transformer, DiTTransformer2DModel) else 1.0
+
+
+def initialize_dit(transformer: DiTTransformer2DModel) -> None:
+    """Gives diffusers' DiT the weights that DiT starts with, where diffusers leaves torch's defaults.
+
+    Every block starts as the identity and the output as zero (adaLN-Zero). Queries, keys and values are rows of one
+    matrix, as published.
+
+    Source: Peebles and Xie, ICCV 2023 (arXiv 2212.09748), and its code.
+    """
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    patches = transformer.pos_embed.proj
+    nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+    nn.init.zeros_(patches.bias)
+    for block in transformer.transformer_blocks:
+        xavier_uniform_of_rows(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        time, label = block.norm1.emb.timestep_embedder, block.norm1.emb.class_embedder
+        for weight in (time.linear_1.weight, time.linear_2.weight, label.embedding_table.weight):
+            nn.init.normal_(weight, std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    for layer in (transformer.proj_out_1, transformer.proj_out_2):
+        nn.init.zeros_(layer.weight)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
 from favae import LightningDiTTransformer2DModel
 from favae.eval.sampling import class_names
+from favae.models.class_conditional import initialize_dit
 from favae.training.class_to_image import ClassToImageModule, GeneratorLossConfig
 
 TINY_DIT = {
@@ -53,6 +54,26 @@ def test_the_class_is_dropped_once_for_all_blocks_of_a_dit():
     *_, times, seen = recorded(module, torch.zeros(4000, 6, 4, 4), label=1)
     assert 0.08 < (seen == 3).float().mean() < 0.12 and set(seen.tolist()) == {1, 3}
     assert times.min() + times.max() > 100 and times.max() <= 1000
+
+
+@torch.no_grad()
+def test_a_new_dit_starts_as_dit_does():
+    """With LightningDiT's distributions where both have the same layers: diffusers leaves torch's defaults."""
+    size = {"num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 6, "patch_size": 1}
+    dit = DiTTransformer2DModel(sample_size=4, num_embeds_ada_norm=50, **size)
+    other = LightningDiTTransformer2DModel(sample_size=4, num_classes=50, **size)
+    initialize_dit(dit)
+    assert not dit(torch.randn(1, 6, 4, 4), torch.ones(1), torch.ones(1, dtype=torch.long)).sample.any()
+    block, theirs = dit.transformer_blocks[0], other.blocks[0]
+    assert not block.norm1.linear.weight.any()
+    pairs = [(getattr(block.attn1, name), getattr(theirs.attn, name)) for name in ("to_q", "to_k", "to_v")]
+    pairs += [(block.attn1.to_out[0], theirs.attn.to_out), (dit.pos_embed.proj, other.patch_embed.proj)]
+    pairs += [(block.norm1.emb.class_embedder.embedding_table, other.class_embedding.embedding_table)]
+    pairs += [(block.norm1.emb.timestep_embedder.linear_1, other.time_embedding.linear_1)]
+    for ours, published in pairs:
+        assert ours.weight.std().item() == pytest.approx(published.weight.std().item(), rel=0.05)
+    biases = [parameter for name, parameter in dit.named_parameters() if name.endswith("bias")]
+    assert biases and not any(bias.any() for bias in biases)
 
 
 def test_lightningdit_drops_its_labels_itself():
@@ -132,6 +153,10 @@ def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels
         model["num_embeds_ada_norm"] = 1000
     settings = {**yaml.safe_load(recipe.read_text()), "model": model, "loss": {"objective": objective}}
     recipe.write_text(yaml.safe_dump(settings))
+    start = "train.learning_rate=1e-9"
+    train("train_generator", recipe, f"output={tiny_cache / 'start'}", start, "train.steps=1", "train.sample_every=0")
+    first = DiffusionPipeline.from_pretrained(tiny_cache / "start/final").transformer
+    assert first.transformer_blocks[0].norm1.linear.weight.abs().max() < 1e-6  # as `initialize_dit` leaves it
     for steps in (4, 6):  # the second resumes
         train("train_generator", recipe, f"output={tiny_cache / 'run'}", f"train.steps={steps}")
     assert (tiny_cache / "run/samples/step-0000006.png").exists()
