@@ -51,6 +51,13 @@ torch-fidelity. Metrics of other features have other names. Precision, recall an
 as ADM's evaluator does."""
 
 
+# Options without a default, which say nothing about images that exist.
+SAMPLING_OPTIONS = (
+    "prompts", "guidance_interval", "guidance_channels", "shift", "num_inference_steps", "temperature", "top_k",
+    "top_p",
+)  # fmt: skip
+
+
 def add_commands(commands) -> None:
     evaluate = commands.add_parser("evaluate", help="measure autoencoders or generators")
     tasks = evaluate.add_subparsers(required=True, metavar="reconstruction | generation")
@@ -215,6 +222,9 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
             trust_remote_code=arguments.trust_remote_code,
         )
     else:
+        given = [name for name in SAMPLING_OPTIONS if getattr(arguments, name) is not None]
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is for --pipeline, not for images that exist")
         samples = given_samples(arguments.samples)
     rows = evaluate_samples(
         samples,

@@ -275,6 +275,7 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):
 
     nowhere = ("--samples", tmp_path / "nowhere", "--reference", images, *OFFLINE, "--output", tmp_path / "x")
     assert "nowhere" in command_error("evaluate", "generation", *nowhere)
+    assert "--guidance-channels" in command_error("evaluate", "generation", *nowhere, "--guidance-channels", 3)
 
 
 def test_the_published_guidance_can_be_asked_for_and_is_in_the_protocol(pipeline, tmp_path):
