@@ -76,9 +76,11 @@ def image_statistics(
     rank = is_kept.cumsum(0) - 1
 
     # This process's images.
-    collectors = [_Collector(extractor, images.size, logits) for extractor in extractors]
+    own = own_indices(total)
+    num_kept = int(is_kept[own.start :: own.step].sum())
+    collectors = [_Collector(extractor, images.size, num_kept, logits) for extractor in extractors]
     loader = DataLoader(
-        Subset(images, own_indices(total)),
+        Subset(images, own),
         batch_size,
         num_workers=num_workers,
         collate_fn=skip_missing,
@@ -108,14 +110,20 @@ class _Collector:
     """One extractor's features of the images of one process.
 
     Args:
-        size: height and width of the images. logits: whether they are kept.
+        size: height and width of the images.
+        num_kept: for how many images, at most, features are kept. logits: whether logits are, too.
     """
 
-    def __init__(self, extractor: FeatureExtractor, size: tuple[int, int], logits: bool):
+    def __init__(self, extractor: FeatureExtractor, size: tuple[int, int], num_kept: int, logits: bool):
         self.extractor = extractor
         empty = extractor(torch.zeros(1, 3, *size, dtype=torch.uint8))  # for the shapes: a process may read no image
         kept = ("features", "logits") if logits else ("features",)
-        self.rows = {name: [empty[name][:0].cpu()] for name in kept if name in empty}
+        self.rows = {
+            name: torch.empty(num_kept, *empty[name].shape[1:], dtype=empty[name].dtype)
+            for name in kept
+            if name in empty
+        }
+        self.num_rows = 0  # that are filled
         self.statistics = {
             name: RunningStatistics(empty[name].shape[1]) for name in ("features", "spatial") if name in empty
         }
@@ -125,8 +133,10 @@ class _Collector:
         found = {name: values.cpu() for name, values in self.extractor(images).items()}
         for name, statistics in self.statistics.items():
             statistics.update(found[name].numpy())
+        filled = self.num_rows + int(is_kept.sum())
         for name, rows in self.rows.items():
-            rows.append(found[name][is_kept])
+            rows[self.num_rows : filled] = found[name][is_kept]
+        self.num_rows = filled
 
     def finish(self, ranks: Tensor, kept: int, digest: str) -> ImageStatistics:
         """The statistics of all processes' images.
@@ -135,7 +145,7 @@ class _Collector:
             ranks: the places of this process's kept images among the `kept` of all processes.
             digest: of the images' pixels.
         """
-        rows = {name: gather_rows(torch.cat(parts), ranks, kept).numpy() for name, parts in self.rows.items()}
+        rows = {name: gather_rows(own[: self.num_rows], ranks, kept).numpy() for name, own in self.rows.items()}
         statistics = {name: sum_over_processes(entry) for name, entry in self.statistics.items()}
         count = statistics["features"].count
         moments = {name: entry.finish() for name, entry in statistics.items() if count > 1}

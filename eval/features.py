@@ -134,6 +134,8 @@ def gather_rows(rows: Tensor, indices: Tensor, total: int) -> Tensor:
     Returns:
         (at most total, ...).
     """
+    if process_state().num_processes == 1 and bool((indices.diff() > 0).all()):
+        return rows.cpu()  # without a copy: features of 50,000 images take 400 MB
     device = process_state().device
     indices = indices.to(device)
     everything = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype, device=device)

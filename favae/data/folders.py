@@ -64,7 +64,7 @@ class FolderSource:
         ignored = scan.ignored_text()
         if not self.files:
             found = f"{len(scan.images)} image files found, {skipped} skipped" + (f"; {ignored}" if ignored else "")
-            raise DataError(f"{path}: no usable image ({found})")
+            raise DataError(f"{path}: no usable image ({found}); archives must be unpacked")
         if ignored:
             logger.warning("%s: left out %s", path, ignored)
 

@@ -10,7 +10,7 @@ from favae.data.sources import open_source
 from favae.errors import MissingWeights
 from favae.eval import features as module
 from favae.eval.extraction import image_statistics
-from favae.eval.features import FeatureExtractor, image_generator, metric_name
+from favae.eval.features import FeatureExtractor, gather_rows, image_generator, metric_name
 from favae.eval.frechet import feature_statistics
 from favae.eval.image_sets import CroppedImages
 
@@ -109,3 +109,9 @@ def test_statistics_of_a_set_keep_its_order_and_digest(extractor, tmp_path):
     (rest,) = image_statistics(images, [extractor], batch_size=5)
     assert rest.count == 11 and rest.hash != whole.hash
     assert np.allclose(rest.features, np.delete(whole.features, 5, axis=0), atol=1e-4)
+
+
+def test_rows_of_one_process_are_not_copied():
+    rows = torch.rand(3, 2)
+    assert gather_rows(rows, torch.tensor([0, 2, 3]), 5).data_ptr() == rows.data_ptr()  # images 1 and 4: unreadable
+    assert torch.equal(gather_rows(rows, torch.tensor([2, 0, 3]), 5), rows[[1, 0, 2]])
