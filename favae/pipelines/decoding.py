@@ -65,8 +65,8 @@ def _upcast(vae: ModelMixin) -> Iterator[None]:
     if vae.dtype != torch.float16 or not vae.config.get("force_upcast") or moved:
         yield
         return
-    vae.to(dtype=torch.float32)
+    vae.float()
     try:
         yield
     finally:
-        vae.to(dtype=torch.float16)
+        vae.half()
