@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from favae.errors import NonFiniteError
 from favae.models.cat_block import CATBlock, LayerCache
 from favae.models.hub import HubModelMixin
 from favae.models.token_heads import DEFAULT_STEPS, CategoricalHead, FlowHead, TorchGenerators, VelocityMLP
@@ -315,6 +316,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         Raises:
             ValueError: for values out of range, arguments of the other head, or guidance of a model that was never
                 trained without text.
+            NonFiniteError: if hidden states are not finite. Indices alone would not show it: the first would be taken.
         """
         batch, is_guided = len(encoder_hidden_states), guidance_scale != 1
         if is_guided and self.config.text_dropout_prob == 0:
@@ -332,15 +334,21 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         cache = self.start(encoder_hidden_states, encoder_attention_mask)
 
         # 2. One token after the other, in both halves the same
-        tokens, previous = [], None
+        tokens, finite, previous = [], [], None
         for position in range(self.num_tokens):
             hidden = self.step(previous, cache)  # (B or 2B, D)
+            finite.append(torch.isfinite(hidden).all())
             token = self.token_head.sample(hidden, guidance_scale=guidance_scale, generator=generator, **options)
             tokens.append(token)
             previous = self.token_head.embed(token.unsqueeze(1)).squeeze(1)
             previous = torch.cat([previous, previous]) if is_guided else previous
             if callback is not None:
                 callback(position)
+        if not torch.stack(finite).all():  # not in the loop, because whoever looks waits for the accelerator
+            raise NonFiniteError(
+                f"hidden states of the transformer are not finite in {self.dtype}; run it in float32 or bfloat16, or "
+                "check its weights"
+            )
         return self.token_head.to_grid(torch.stack(tokens, dim=1), self.config.sample_size)
 
     def _sampling_options(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from favae import CATTransformerModel
+from favae.errors import NonFiniteError
 from favae.models.cat_block import RelativePosition
 from favae.models.token_heads import CategoricalHead, FlowHead, guide, sample_categories
 
@@ -432,3 +433,16 @@ def test_codes_and_latents_keep_their_places():
     head = FlowHead(4, 8, 8, 1)
     assert torch.equal(head.to_sequence(latents)[:, 5], latents[:, :, 1, 2])
     assert torch.equal(head.to_grid(head.to_sequence(latents), 3), latents)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("broken", ["norm_out.bias", "row_position", "token_head"])
+def test_hidden_states_that_are_not_finite_are_an_error(head, broken):
+    """Indices would not show it."""
+    model = tiny(**HEADS[head])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(broken):
+                parameter.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="float32"):
+        model.generate(torch.randn(2, 3, 6), **few_steps(model))
