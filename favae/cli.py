@@ -7,11 +7,14 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 """
 
 import argparse
+import io
 import logging
 import os
+from contextlib import nullcontext, redirect_stderr
 
 from favae.commands import caches, conversion, evaluation, reconstruction, results, training
 from favae.errors import exit_on_error
+from favae.files import check_output
 
 DESCRIPTION = """Autoencoders for latent image generation: train them, measure them, train generators on their latents.
 
@@ -28,18 +31,21 @@ def main(argv: list[str] | None = None) -> None:
         argv: the words after `favae`; None takes those of the process.
     """
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not arguments.passes_on:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    first = int(os.environ.get("RANK", 0)) == 0
+    with nullcontext() if first else redirect_stderr(io.StringIO()):  # all processes have the same words
+        arguments, rest = parser.parse_known_args(argv)
+        if rest and not arguments.passes_on:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
 
-    first = int(os.environ.get("RANK", 0)) == 0
     level = logging.WARNING if first else logging.ERROR  # a warning of every process would be the same one
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     if arguments.passes_on:  # the training scripts end on their errors by themselves
         arguments.run(arguments)
         return
     with exit_on_error(arguments.after_interrupt):
+        if getattr(arguments, "output", None) is not None:
+            check_output(arguments.output, arguments.output_kind, "--output")
         arguments.run(arguments)
 
 

@@ -8,13 +8,31 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from favae.errors import ConfigError, hint
+from favae.ranges import Count, Step, Text, in_range
 
 if TYPE_CHECKING:
     from favae.data.images import Source
     from favae.eval.features import FeatureExtractor
+
+
+text = in_range(Text)
+
+
+def path(given: str) -> Path:
+    """A path; none is empty, which would stand for the current folder."""
+    return Path(text(given))
+
+
+def add_output_option(
+    parser: argparse.ArgumentParser, kind: Literal["folder", "file"], *, required: bool = True, **settings: Any
+) -> None:
+    """Adds `--output`, whose place is looked at before the command begins."""
+    settings = {"help": f"a {kind}", **settings}
+    parser.add_argument("--output", type=Path, required=required, **settings)
+    parser.set_defaults(output_kind=kind)
 
 
 def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str, required: bool = True) -> None:
@@ -46,7 +64,9 @@ def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str, 
         default="auto",
         help="likewise, of strings or lists of them (default: caption, if there is one); none: no captions",
     )
-    group.add_argument("--min-size", type=int, default=16, help="skip images whose shorter side has fewer pixels")
+    group.add_argument(
+        "--min-size", type=in_range(Count), default=16, help="skip images whose shorter side has fewer pixels"
+    )
 
 
 def open_data(arguments: argparse.Namespace) -> Source:
@@ -84,20 +104,22 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def named_model(text: str) -> tuple[str, str]:
+def named_model(given: str) -> tuple[str, str]:
     """NAME=PATH, or PATH alone: the name is then its last part, or of a run's final/ the run's."""
-    name, separator, path = text.partition("=")
+    name, separator, path = given.partition("=")
     if separator:
-        return name, path
-    folder = Path(text)
-    return (folder.parent.name if folder.name == "final" else folder.name), text
+        return text(name), text(path)
+    folder = Path(text(given))
+    return (folder.parent.name if folder.name == "final" else folder.name), given
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Adds how images are read in batches."""
     group = parser.add_argument_group("loading")
-    group.add_argument("--batch-size", type=int, default=32, help="(default: 32)")
-    group.add_argument("--num-workers", type=int, default=0, help="worker processes that read images (default: 0)")
+    group.add_argument("--batch-size", type=in_range(Count), default=32, help="(default: 32)")
+    group.add_argument(
+        "--num-workers", type=in_range(Step), default=0, help="worker processes that read images (default: 0)"
+    )
 
 
 def add_feature_options(parser: argparse.ArgumentParser) -> None:

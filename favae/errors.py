@@ -2,15 +2,23 @@
 
 import errno
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from favae.signals import Terminated, end_with_launcher, sigterm_raises
+
+FAULTS_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
 
 class FavaeError(RuntimeError):
     """Base class of errors the user can fix. The message is one line that names what is wrong and what would help."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(_without_traceback(str(message)))
 
 
 class ConfigError(FavaeError):
@@ -65,11 +73,27 @@ def one_line(error: Exception) -> str:
     """The line of an error's message that a command prints."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    # A worker of a DataLoader puts its own traceback before the message.
-    return lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    lines = [line for line in _without_traceback(str(error)).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _without_traceback(message: str) -> str:
+    """The message alone, before which a worker of a DataLoader puts its own traceback and the class of the error."""
+    if not message.startswith("Caught "):
+        return message
+    return re.sub(r"^[\w.]+: ", "", message.rstrip().splitlines()[-1])
+
+
+def end_with(error: Exception) -> NoReturn:
+    """Ends the process with the line of an error, and exit code 1.
+
+    Processes that a launcher has started mostly meet the same error. The first prints it at once and ends, whereupon
+    the launcher ends the others; an error that only another one has is printed by that one, a little later.
+    """
+    if int(os.environ.get("RANK", 0)) and "TORCHELASTIC_RUN_ID" in os.environ:
+        with suppress(KeyboardInterrupt):
+            time.sleep(3 + int(os.environ.get("LOCAL_RANK", 0)) / 2)  # seconds
+    sys.exit(f"error: {one_line(error)}")
 
 
 @contextmanager
@@ -78,7 +102,8 @@ def exit_on_error(
 ) -> Iterator[None]:
     """Ends the process as every command does when something goes wrong inside the block.
 
-    An error the user can fix is one line, "error: ...", and exit code 1; so is a full disk, whatever was being written.
+    An error the user can fix is one line, "error: ...", and exit code 1; so is a disk that is full or cannot be
+    written, whatever was being written, and a worker of a DataLoader that was killed.
     Ctrl-C is exit code 130, and SIGTERM 143, in one line as well.
 
     Args:
@@ -90,11 +115,15 @@ def exit_on_error(
         with sigterm_raises():
             yield
     except errors as error:
-        sys.exit(f"error: {one_line(error)}")
+        end_with(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FAULTS_OF_A_DISK:
             raise
-        sys.exit(f"error: {one_line(error)}")
+        end_with(error)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # it was killed, mostly for want of memory
+            raise
+        end_with(DataError(f"{one_line(error)} Fewer workers (num_workers) need less memory."))
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:  # of the processes that torchrun started, one is enough
             print(f"interrupted{error}: {after_interrupt}", file=sys.stderr)

@@ -10,11 +10,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import psutil
 
-from favae.errors import DataError, DiskFull, FavaeError, FolderInUse
+from favae.errors import ConfigError, DataError, DiskFull, FavaeError, FolderInUse
 
 try:
     import fcntl
@@ -46,6 +46,29 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         replace(temporary, final)
+
+
+def check_output(path: str | Path, kind: Literal["folder", "file"], name: str) -> None:
+    """Looks whether a file or folder can be written, before anything that takes time.
+
+    Args:
+        path: need not exist, nor do its parents.
+        name: of the option or setting that it was given by.
+    Raises:
+        ConfigError: if something of the other kind is there, or its place cannot be written to.
+    """
+    path = Path(path)
+    try:
+        found = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
+    except OSError as error:
+        raise ConfigError(f"{name}: {path} cannot be written ({error.strerror})") from error
+    if found == path and kind == "file" and path.is_dir():
+        raise ConfigError(f"{name}: {path} is a folder; it takes the name of a file")
+    place = found.absolute().parent if found == path and kind == "file" else found
+    if not place.is_dir():
+        raise ConfigError(f"{name}: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name}: {place} cannot be written to")
 
 
 def temporary_path(final: Path) -> Path:

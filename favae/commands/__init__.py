@@ -2,6 +2,9 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+
+from favae.cli_options import path, text
 
 __all__ = ["add_command"]
 
@@ -33,5 +36,7 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **settings,
     )
+    parser.register("type", None, text)  # of options without a type: no text is empty
+    parser.register("type", Path, path)
     parser.set_defaults(run=run, after_interrupt=after_interrupt, passes_on=False)
     return parser

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from favae.cli_options import add_data_options, add_loading_options, data_name, open_data
+from favae.cli_options import add_data_options, add_loading_options, add_output_option, data_name, open_data
 from favae.commands import add_command
 from favae.errors import hint
+from favae.ranges import Count, Pixels, in_range
 
 
 def add_commands(commands) -> None:
@@ -19,9 +20,11 @@ def add_commands(commands) -> None:
         after_interrupt="the same command continues with the shards that are missing",
     )
     parser.add_argument("--tokenizer", required=True, help="a saved autoencoder: a folder or a hub name")
-    parser.add_argument("--resolution", type=int, required=True, help="height and width of the center crops")
-    parser.add_argument("--output", type=Path, required=True, help="a folder")
-    parser.add_argument("--shard-size", type=int, default=4096, help="images per file (default: 4096)")
+    parser.add_argument(
+        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
+    )
+    add_output_option(parser, "folder")
+    parser.add_argument("--shard-size", type=in_range(Count), default=4096, help="images per file (default: 4096)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     add_data_options(parser, "--data", split="train")
     add_loading_options(parser)
@@ -36,9 +39,12 @@ def add_commands(commands) -> None:
     )
     parser.add_argument("--latents", type=Path, required=True, help="a finished cache of latents with captions")
     parser.add_argument("--encoder", required=True, help="minilm, or a folder or hub name that transformers opens")
-    parser.add_argument("--output", type=Path, help="a folder (default: text_embeddings in the folder of the latents)")
-    parser.add_argument("--max-length", type=int, help="tokens per caption (default: the most the encoder takes)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    default = "a folder (default: text_embeddings in the folder of the latents)"
+    add_output_option(parser, "folder", required=False, help=default)
+    parser.add_argument(
+        "--max-length", type=in_range(Count), help="tokens per caption (default: the most the encoder takes)"
+    )
+    parser.add_argument("--batch-size", type=in_range(Count), default=64)
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
 
     parser = add_command(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from favae.commands import add_command
 from favae.errors import ConfigError
+from favae.files import check_output
+from favae.ranges import Positive, in_range
 
 DESCRIPTION = """Convert checkpoints of other programs to folders that from_pretrained opens, and back.
 
@@ -28,13 +30,16 @@ def add_commands(commands) -> None:
     parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help="the layout of the file")
     parser.add_argument("--reverse", action="store_true", help="from the folder SRC to the .pt or .safetensors DST")
     parser.add_argument("--latents-stats", type=Path, metavar="FILE", help="LightningDiT's latents_stats.pt (vavae)")
-    parser.add_argument("--scaling-factor", type=float, help="of an autoencoder, in place of the format's own")
+    parser.add_argument(
+        "--scaling-factor", type=in_range(Positive), help="of an autoencoder, in place of the format's own"
+    )
     parser.add_argument("--vae", metavar="FOLDER", help="makes a pipeline of a lightningdit and this autoencoder")
 
 
 def convert(arguments: argparse.Namespace) -> None:
     from favae.adapters.convert import convert_to_file, convert_to_folder, convert_to_pipeline
 
+    check_output(arguments.destination, "file" if arguments.reverse else "folder", "DST")
     options = {"latents_stats": arguments.latents_stats, "scaling_factor": arguments.scaling_factor}
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if arguments.reverse:

@@ -12,12 +12,14 @@ from favae.cli_options import (
     add_feature_options,
     add_loading_options,
     add_model_option,
+    add_output_option,
     data_name,
     open_data,
     open_extractors,
 )
 from favae.commands import add_command
 from favae.errors import ConfigError, DataError, ModelError, hint
+from favae.ranges import Count, Halvings, Pixels, Positive, Probability, Seed, Share, Weight, in_range
 
 if TYPE_CHECKING:
     from favae.losses.perceptual import LPIPS
@@ -76,8 +78,10 @@ def _add_reconstruction(tasks) -> None:
         after_interrupt="results.json holds the models that were finished; the same command measures all of them again",
     )
     add_model_option(parser)
-    parser.add_argument("--resolution", type=int, required=True, help="height and width of the center crops")
-    parser.add_argument("--output", type=Path, required=True, help="a folder")
+    parser.add_argument(
+        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
+    )
+    add_output_option(parser, "folder")
     parser.add_argument("--reference", help="statistics for rFID (.safetensors or .npz) instead of the same images")
     parser.add_argument(
         "--lpips-weights",
@@ -85,8 +89,10 @@ def _add_reconstruction(tasks) -> None:
         help="weights of VGG16: a file, or 'download'; without this option LPIPS is computed if they are cached",
     )
     parser.add_argument("--posterior", choices=["mode", "sample"], default="mode")
-    parser.add_argument("--levels", type=int, default=3, help="wavelet levels for the errors per band (default: 3)")
-    parser.add_argument("--examples", type=int, default=8, help="images in comparison.png (default: 8)")
+    parser.add_argument(
+        "--levels", type=in_range(Halvings), default=3, help="wavelet levels for the errors per band (default: 3)"
+    )
+    parser.add_argument("--examples", type=in_range(Count), default=8, help="images in comparison.png (default: 8)")
     add_data_options(parser, "--data", split="validation")
     add_feature_options(parser)
     add_loading_options(parser)
@@ -104,25 +110,36 @@ def _add_generation(tasks) -> None:
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--pipeline", help="a saved pipeline to sample: a folder or a hub name")
     images.add_argument("--samples", help="images that exist: a folder, or an .npz file (arr_0)")
-    parser.add_argument("--output", type=Path, required=True, help="a folder")
+    add_output_option(parser, "folder")
     parser.add_argument("--write-npz", action="store_true", help="write the samples for ADM's evaluator too, shuffled")
     group = parser.add_argument_group("sampling, with --pipeline")
-    group.add_argument("--num-images", type=int, default=50_000)
+    group.add_argument("--num-images", type=in_range(Count), default=50_000)
     group.add_argument("--labels", choices=["balanced", "random"], default="balanced")
     group.add_argument("--prompts", type=Path, help="a text file with a prompt per line, for text-to-image pipelines")
-    group.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0], help="1 is without guidance")
     group.add_argument(
-        "--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="times with guidance; 1 is data"
+        "--guidance-scale", type=in_range(Weight), nargs="+", default=[1.0], help="1 is without guidance"
     )
     group.add_argument(
-        "--guidance-channels", type=int, metavar="N", help="guide the first N latent channels alone, published 3"
+        "--guidance-interval",
+        type=in_range(Probability),
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="times with guidance; 1 is data",
     )
-    group.add_argument("--shift", type=float, help="of the scheduler (default: the pipeline's)")
-    group.add_argument("--num-inference-steps", type=int, help="(default: 50; 25 per token for CAT's flow head)")
-    group.add_argument("--seed", type=int, nargs="+", default=[0])
-    group.add_argument("--temperature", type=float, help="of autoregressive pipelines, as the next two")
-    group.add_argument("--top-k", type=int)
-    group.add_argument("--top-p", type=float)
+    group.add_argument(
+        "--guidance-channels",
+        type=in_range(Count),
+        metavar="N",
+        help="guide the first N latent channels alone, published 3",
+    )
+    group.add_argument("--shift", type=in_range(Positive), help="of the scheduler (default: the pipeline's)")
+    group.add_argument(
+        "--num-inference-steps", type=in_range(Count), help="(default: 50; 25 per token for CAT's flow head)"
+    )
+    group.add_argument("--seed", type=in_range(Seed), nargs="+", default=[0])
+    group.add_argument("--temperature", type=in_range(Weight), help="of autoregressive pipelines, as the next two")
+    group.add_argument("--top-k", type=in_range(Count))
+    group.add_argument("--top-p", type=in_range(Share))
     group.add_argument("--trust-remote-code", action="store_true", help="run the code in the pipeline's hub repository")
     add_data_options(parser, "--reference", split="train")
     add_feature_options(parser)
@@ -136,8 +153,10 @@ def _add_reference_statistics(commands) -> None:
         reference_statistics,
         help="write the statistics of real images once, for evaluate generation --reference",
     )
-    parser.add_argument("--resolution", type=int, required=True, help="height and width of the center crops")
-    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file")
+    parser.add_argument(
+        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
+    )
+    add_output_option(parser, "file", help="a .safetensors file")
     add_data_options(parser, "--data", split="train")
     add_feature_options(parser)
     add_loading_options(parser)

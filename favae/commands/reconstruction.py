@@ -1,10 +1,10 @@
 """`favae reconstruct`: a few images through one or more autoencoders."""
 
 import argparse
-from pathlib import Path
 
-from favae.cli_options import add_model_option
+from favae.cli_options import add_model_option, add_output_option
 from favae.commands import add_command
+from favae.ranges import Pixels, in_range
 
 DESCRIPTION = """Reconstruct images by one or more autoencoders, and put them side by side.
 
@@ -25,8 +25,10 @@ def add_commands(commands) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders of them")
     add_model_option(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
-    parser.add_argument("--resolution", type=int, help="height and width of center crops (default: the whole image)")
+    add_output_option(parser, "file", metavar="FILE.png")
+    parser.add_argument(
+        "--resolution", type=in_range(Pixels), help="height and width of center crops (default: the whole image)"
+    )
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from favae.errors import ConfigError
-from favae.ranges import Count, Decay, Positive, Probability, Seed, Share, Step, Text, Weight
+from favae.ranges import Count, Decay, Pixels, Positive, Probability, Seed, Share, Step, Text, Weight
 from favae.training.class_to_image import GeneratorLossConfig
 from favae.training.models import (
     FROM_AUTOENCODER_KL,
@@ -88,7 +88,7 @@ class ImageDataConfig:
 
 @dataclass(config=STRICT)
 class TokenizerTrainConfig(TrainConfig):
-    resolution: Count = 256
+    resolution: Pixels = 256
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.5, 0.9])
     discriminator_learning_rate: Positive | None = None  # None: the same as learning_rate
     channels_last: bool = False  # memory format of images and convolutions

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, create_model
 
 from favae.errors import ConfigError
-from favae.ranges import Decay, Depth, Positive, Size, Text
+from favae.ranges import Decay, Depth, Positive, Size, Text, describe
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -77,10 +76,7 @@ def _message(schema: type, error: Any, prefix: str) -> str:
         return f"unknown key {key}; {section} takes {', '.join(_keys(schema, path[:-1]))}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
-    expected = re.sub(r"^(Value error, |\w+ should (?=be|have))", "", error["msg"]).rstrip(".")
-    expected = expected.replace("valid array", "list")
-    separator = " must " if expected.startswith(("be ", "have ")) else ": "
-    return f"{key}{separator}{expected}, got {error['input']!r}"
+    return f"{key}{describe(error)}"
 
 
 def _keys(schema: Any, path: list[str]) -> list[str]:
