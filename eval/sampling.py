@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from favae.data.images import to_uint8
-from favae.data.latents import tokenizer_hash
 from favae.distributed import process_state
 from favae.errors import DataError, NonFiniteError
 from favae.eval.features import everyone, image_generator
@@ -172,10 +171,18 @@ def _check_call(
 
 
 def pipeline_hash(pipeline: DiffusionPipeline) -> str:
-    """SHA-256 of the weights of all its models, and of the configurations of those that are diffusers'."""
+    """SHA-256 of the weights of all its models, and of the configurations of those that are diffusers'.
+
+    The statistics of latents belong to them, because pipelines apply these.
+    """
     models = [model for _, model in sorted(pipeline.components.items()) if isinstance(model, nn.Module)]
-    hashes = [tokenizer_hash(model) if isinstance(model, ModelMixin) else hash_model(model) for model in models]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return hashlib.sha256("".join(hash_model(model, _settings(model)) for model in models).encode()).hexdigest()
+
+
+def _settings(model: nn.Module) -> list | None:
+    if not isinstance(model, ModelMixin):
+        return None
+    return [type(model).__name__, {key: value for key, value in model.config.items() if not key.startswith("_")}]
 
 
 def _check_plan(folder: Path, plan: dict) -> None:

@@ -50,7 +50,9 @@ def open_shard(path: Path) -> safe_open:
 
 def all_finite(values: Tensor) -> bool:
     """Whether no number is NaN or infinite. Much faster than `isfinite` of each."""
-    return not values.numel() or all(bool(extreme.isfinite()) for extreme in values.aminmax())
+    if bool(values.sum().isfinite()):  # it is not, if one of the numbers is not; but it may overflow, too
+        return True
+    return all(bool(extreme.isfinite()) for extreme in values.aminmax())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import os
 import types
 
 import pytest
+import torch
 
 from favae.data import sharded_cache
-from favae.data.sharded_cache import CacheWriter, read_manifest
+from favae.data.sharded_cache import CacheWriter, all_finite, read_manifest
 from favae.errors import CacheError, FolderInUse
 from favae.files import lock_folder
 
@@ -83,3 +84,11 @@ def test_two_commands_do_not_write_one_cache(tmp_path):
     other = multiprocessing.get_context("fork").Pool(1)
     with lock_folder(tmp_path / "cache"), other, pytest.raises(FolderInUse, match=f"process {os.getpid()} "):
         other.apply(write, [tmp_path / "cache"], {"size": 5})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite_is_about_the_numbers_and_not_their_sum(dtype):
+    largest = torch.finfo(dtype).max
+    assert all_finite(torch.full((3, 5), largest, dtype=dtype)) and all_finite(torch.zeros(0, 3, dtype=dtype))
+    for wrong in ([torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]):
+        assert not all_finite(torch.tensor([1.0, *wrong, -largest], dtype=dtype))

@@ -2,6 +2,7 @@ import json
 import logging
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +166,12 @@ def test_another_encoder_is_refused(encoder, cache, tmp_path):
     with pytest.raises(CacheError, match="not empty and not a folder of text embeddings"):
         write_text_embeddings(encoder, cache, tmp_path / "other")
     assert {path.name: path.read_bytes() for path in (cache / "text_embeddings").iterdir()} == before
+
+
+def test_an_encoder_is_the_same_by_any_path(encoder, cache, monkeypatch):
+    monkeypatch.chdir(Path(encoder.name).parent)
+    write_text_embeddings(TextEncoder("bert"), cache, dtype=torch.float32)
+    assert TextEmbeddings(cache / "text_embeddings").encoder == "bert"
 
 
 @pytest.mark.parametrize("keep", [10, 200])

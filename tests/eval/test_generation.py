@@ -75,6 +75,15 @@ def test_sampling_goes_on_after_a_kill_without_changing_an_image(pipeline, tmp_p
         sample_to_folder(pipeline, tmp_path / "killed", 10, **settings)
 
 
+def test_samples_of_other_statistics_are_other_samples(pipeline, tmp_path):
+    """The weights are the same, and the images are not."""
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    sample_to_folder(pipeline, tmp_path / "samples", 1, **settings)
+    pipeline.vae.register_to_config(latents_mean=[0.5] * 6, latents_std=[2.0] * 6, scaling_factor=1.0)
+    with pytest.raises(DataError, match="samples of another pipeline"):
+        sample_to_folder(pipeline, tmp_path / "samples", 1, **settings)
+
+
 def test_labels_are_balanced_or_drawn(pipeline):
     assert class_names(pipeline) == ["ant", "bee", "cat"]
     assert class_labels(7, 3, "balanced", 0) == [0, 1, 2, 0, 1, 2, 0]
