@@ -11,8 +11,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from favae.data.sharded_cache import FILL_THE_GAP
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from favae.data.sharded_cache import FILL_THE_GAP, Manifest
 from favae.errors import CacheError, DataError
+
+
+class CaptionSummary(BaseModel):
+    """What the manifest of a latent cache says about its captions."""
+
+    count: int
+    images_without: int
+    hash: str
+
+
+class CaptionedManifest(Manifest):
+    captions: CaptionSummary | None = None
 
 
 def clean_captions(captions: Iterable[str]) -> list[str]:
@@ -51,11 +65,12 @@ def read_captions(
     path = captions_file(folder, number)
     try:
         content = path.read_bytes()
-        captions = json.loads(content)
+        captions = TypeAdapter(list[list[str]]).validate_json(content)
     except FileNotFoundError:
         raise CacheError(f"{path} is missing; {FILL_THE_GAP}") from None
-    except ValueError as error:
-        raise CacheError(f"{path} is damaged ({error}); delete it and {FILL_THE_GAP}") from error
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise CacheError(f"{path} is damaged ({why}); delete it and {FILL_THE_GAP}") from error
     if len(captions) != count:
         raise CacheError(f"{path} is of {len(captions)} images, its shard of {count}; delete it and {FILL_THE_GAP}")
     if path.name in checksums and zlib.crc32(content) != checksums[path.name]:

@@ -34,19 +34,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from favae.autoencoders import load_autoencoder, measure_budget
-from favae.data.captions import captions_file, check_captions, summarize_captions
+from favae.data.captions import CaptionedManifest, captions_file, check_captions, summarize_captions
 from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sharded_cache import (
     FILL_THE_GAP,
+    FLOATS,
     CacheWriter,
-    Manifest,
     ShardedCache,
     all_finite,
     check_manifest,
     open_shard,
     read_manifest,
     shard_file,
+    tensor_shapes,
 )
 from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import CacheError
@@ -85,7 +86,7 @@ def tokenizer_hash(tokenizer: ModelMixin) -> str:
 # Reading
 
 
-class LatentManifest(Manifest):
+class LatentManifest(CaptionedManifest):
     """What the manifest of every latent cache must have."""
 
     classes: list[str]
@@ -129,6 +130,7 @@ class CachedDataset(ShardedCache):
 
     contents = CONTENTS
     columns: tuple[str, ...]  # the tensors that hold the latents
+    dtypes: tuple[str, ...]  # that these may have
 
     def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
         super().__init__(folder)
@@ -148,15 +150,30 @@ class CachedDataset(ShardedCache):
     def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
         """What the manifest says about the latents in these shards; each of them holds at least one image."""
 
-    @staticmethod
-    def count(shard: safe_open, path: Path) -> int:
-        # A shard of images that all were unreadable is empty.
-        return shard.get_slice("labels").get_shape()[0] if "labels" in shard.keys() else 0  # noqa: SIM118
+    @classmethod
+    def count(cls, shard: safe_open, path: Path) -> int:
+        if not shard.keys():  # all of its images were unreadable
+            return 0
+        latents = dict.fromkeys(cls.columns, cls.dtypes)
+        shapes = tensor_shapes(shard, path, {"labels": ["I64"], "indices": ["I64"], **latents})
+        count = (*shapes["labels"], 0)[0]
+        if shapes["labels"] != shapes["indices"] or any(shapes[name][:2] != [count, 2] for name in cls.columns):
+            raise CacheError(f"{path} has tensors of different lengths; delete it and {FILL_THE_GAP}")
+        return count
 
     def load(self, shard: safe_open, path: Path) -> dict[str, Tensor]:
-        """The columns with views and images in one dimension: row 2k + v is view v of image k."""
+        """The columns with views and images in one dimension: row 2k + v is view v of image k.
+
+        Raises:
+            CacheError: if there are latents of another shape, or labels without a class.
+        """
         latents = {name: shard.get_tensor(name).flatten(0, 1) for name in self.columns}
-        return latents | {name: shard.get_tensor(name) for name in ("labels", "indices")}
+        labels, indices = shard.get_tensor("labels"), shard.get_tensor("indices")
+        if any(values.shape[1:] != self.latent_shape for values in latents.values()):
+            raise CacheError(f"{path} has latents of another shape; delete it and {FILL_THE_GAP}")
+        if not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+            raise CacheError(f"{path} has labels without a class; delete it and {FILL_THE_GAP}")
+        return {**latents, "labels": labels, "indices": indices}
 
     def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """What `read` takes, for all images in random order.
@@ -213,6 +230,7 @@ class MomentsDataset(CachedDataset):
 
     schema = MomentsManifest
     columns = ("mean", "logvar")
+    dtypes = FLOATS
 
     def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
         super().__init__(folder, flip=flip, text_embeddings=text_embeddings)
@@ -272,6 +290,7 @@ class TokenDataset(CachedDataset):
 
     schema = TokenManifest
     columns = ("tokens",)
+    dtypes = ("I32",)
 
     def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
         super().__init__(folder, flip=flip, text_embeddings=text_embeddings)

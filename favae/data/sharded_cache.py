@@ -12,7 +12,7 @@ The manifest also has checksums (CRC-32): "checksums" of all bytes of each file,
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -32,6 +32,7 @@ PLAN_FILE = "plan.json"
 MANIFEST_FILE = "manifest.json"
 FILL_THE_GAP = "write the cache again, which fills the gap"  # the end of messages
 KEEP_THE_REST = "write the cache again, which keeps the shards"
+FLOATS = ("F32", "F16", "BF16")
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -46,6 +47,21 @@ def open_shard(path: Path) -> safe_open:
         raise CacheError(f"{path} is missing; {FILL_THE_GAP}") from None
     except SafetensorError as error:
         raise CacheError(f"{path} is damaged ({error}); delete it and {FILL_THE_GAP}") from error
+
+
+def tensor_shapes(shard: safe_open, path: Path, dtypes: Mapping[str, Collection[str]]) -> dict[str, list[int]]:
+    """The shapes of tensors that a shard must have.
+
+    Args:
+        dtypes: by the tensor's name, those that it may have, in the words of safetensors.
+    Raises:
+        CacheError: if a tensor is missing or of another dtype.
+    """
+    found = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+    wrong = [name for name, allowed in dtypes.items() if name not in found or found[name].get_dtype() not in allowed]
+    if wrong:
+        raise CacheError(f"{path} is no such shard, without proper {', '.join(wrong)}; delete it and {FILL_THE_GAP}")
+    return {name: found[name].get_shape() for name in dtypes}
 
 
 def all_finite(values: Tensor) -> bool:
@@ -294,7 +310,7 @@ class ShardedCache(ABC):
     @staticmethod
     @abstractmethod
     def count(shard: safe_open, path: Path) -> int:
-        """How many images an open shard is about."""
+        """How many images an open shard is about. Raises `CacheError` if it is not a shard of such a cache."""
 
     @abstractmethod
     def load(self, shard: safe_open, path: Path) -> dict[str, Tensor]:

@@ -20,16 +20,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from favae.data.captions import read_captions
+from favae.data.captions import CaptionedManifest, read_captions
 from favae.data.sharded_cache import (
     FILL_THE_GAP,
+    FLOATS,
     CacheWriter,
     Manifest,
     ShardedCache,
     all_finite,
+    check_manifest,
     open_shard,
     read_manifest,
     shard_file,
+    tensor_shapes,
 )
 from favae.errors import CacheError
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 FOLDER = "text_embeddings"
 CONTENTS = "folder of text embeddings"
-TENSOR_NAMES = ("embeddings", "lengths", "offsets")
+DTYPES = {"embeddings": FLOATS, "lengths": ["I64"], "offsets": ["I64"]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,7 +73,8 @@ def write_text_embeddings(
     latents = Path(latents)
     output = latents / FOLDER if output is None else Path(output)
     cache = read_manifest(latents, "latent cache")
-    if not cache["captions"]:
+    captions = check_manifest(latents, cache, CaptionedManifest).captions
+    if captions is None:
         raise CacheError(f"{latents} has no captions; captions that come later are added by writing the cache again")
     plan = {
         "encoder": encoder.name,
@@ -78,7 +82,7 @@ def write_text_embeddings(
         "dim": encoder.dim,
         "max_length": encoder.max_length,
         "dtype": str(dtype).removeprefix("torch."),
-        "captions": cache["captions"]["hash"],
+        "captions": captions.hash,
     }
     writer = CacheWriter(output, plan, CONTENTS, names=["encoder"])
     encoder = encoder.to(writer.state.device)
@@ -139,9 +143,16 @@ def _summarize(files: list[Path]) -> dict:
 
 
 def _read_tensors(shard: safe_open, path: Path) -> dict[str, Tensor]:
-    if set(shard.keys()) != set(TENSOR_NAMES):
-        raise CacheError(f"{path} is no shard of text embeddings; delete it and {FILL_THE_GAP}")
-    return {name: shard.get_tensor(name) for name in TENSOR_NAMES}
+    """Raises `CacheError` if it is not a shard of text embeddings, or lengths or offsets are impossible."""
+    captions, length, _ = (*tensor_shapes(shard, path, DTYPES)["embeddings"], 0, 0, 0)[:3]
+    tensors = {name: shard.get_tensor(name) for name in DTYPES}
+    lengths, offsets = tensors["lengths"], tensors["offsets"]
+    if lengths.shape == (captions,) and offsets.ndim == 1 and len(offsets) > 0:
+        within = not captions or 0 <= int(lengths.min()) <= int(lengths.max()) <= length
+        ends = (int(offsets[0]), int(offsets[-1])) == (0, captions)
+        if within and ends and bool((offsets.diff() >= 0).all()):
+            return tensors
+    raise CacheError(f"{path} has lengths or offsets of other captions; delete it and {FILL_THE_GAP}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +200,7 @@ class TextEmbeddings(ShardedCache):
 
     def check_captions(self, latents: ShardedCache) -> None:
         """Raises `CacheError` unless these are the embeddings of the captions of this latent cache."""
-        captions = latents.manifest["captions"] or {}
+        captions = latents.manifest.get("captions") or {}
         if self.manifest["counts"] != latents.manifest["counts"] or self.manifest["captions"] != captions.get("hash"):
             raise CacheError(
                 f"{self.folder} was made of other captions than those of {latents.folder}; delete it and write the "

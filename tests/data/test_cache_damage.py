@@ -159,6 +159,40 @@ def test_impossible_manifests_of_older_caches_are_refused(changes, message, cach
         open_latents(cache)
 
 
+def first(values):
+    return values[:1].clone()
+
+
+@pytest.mark.parametrize(
+    "file, changes, message",
+    [
+        ("shard-00001", {"mean": None}, "proper mean"),
+        ("shard-00001", {"indices": torch.Tensor.float}, "proper indices"),
+        ("shard-00001", {"logvar": torch.Tensor.int}, "proper logvar"),
+        ("shard-00001", {"labels": first}, "different lengths"),
+        ("shard-00001", {"mean": first}, "different lengths"),
+        ("shard-00001", {"mean": lambda mean: mean[:, :, :3].clone()}, "another shape"),
+        ("shard-00001", {"labels": lambda labels: labels + 2}, "labels without a class"),
+        ("text_embeddings/shard-00001", {"lengths": None}, "proper lengths"),
+        ("text_embeddings/shard-00001", {"lengths": lambda lengths: lengths + 90}, "lengths or offsets"),
+        ("text_embeddings/shard-00001", {"embeddings": first}, "lengths or offsets"),
+        ("text_embeddings/shard-00001", {"offsets": lambda offsets: offsets.flip(0)}, "lengths or offsets"),
+    ],
+)
+def test_impossible_shards_of_older_caches_are_refused(file, changes, message, cache):
+    make_older(cache)
+    path = cache / f"{file}.safetensors"
+    tensors = load_file(path)
+    for name, function in changes.items():
+        value = tensors.pop(name)
+        if function is not None:
+            tensors[name] = function(value)
+    save_file(tensors, path)
+    with pytest.raises(CacheError, match=f"{file}.* {message}"):
+        latents = open_latents(cache, text_embeddings=TextEmbeddings(cache / "text_embeddings"))
+        latents.read(np.arange(12), np.zeros(12, np.int64))
+
+
 def test_numbers_that_are_not_finite_are_refused_when_they_are_read(written, cache, tmp_path):
     change(cache / "shard-00001.safetensors", logvar=with_nan)
     change(cache / "text_embeddings/shard-00002.safetensors", embeddings=with_nan)

@@ -183,7 +183,7 @@ def test_truncated_shard(encoder, cache, keep):
     with pytest.raises(CacheError, match="shard-00001.safetensors is damaged"):
         write_text_embeddings(encoder, cache, dtype=torch.float32)
     shard.write_bytes((cache / "shard-00001.safetensors").read_bytes())
-    with pytest.raises(CacheError, match="shard-00001.safetensors is no shard of text embeddings"):
+    with pytest.raises(CacheError, match="shard-00001.safetensors is no such shard, without proper embeddings"):
         TextEmbeddings(cache / "text_embeddings")
     shard.write_bytes((cache / "text_embeddings/shard-00000.safetensors").read_bytes())
     with pytest.raises(CacheError, match="shard-00001.safetensors is not as it was written"):
