@@ -54,6 +54,7 @@ from favae.data.text_embeddings import FOLDER as TEXT_EMBEDDINGS_FOLDER
 from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import ConfigError, NonFiniteError, hint
 from favae.eval.online import OnlineEvaluation
+from favae.files import atomic_path
 from favae.foundation import FoundationModel
 from favae.models.class_conditional import initialize_dit, num_classes
 from favae.pipelines import LightningDiTPipeline
@@ -272,7 +273,6 @@ def save_samples(run: Run, pipeline: DiffusionPipeline, columns: int, **options:
     if not run.is_main:
         return
     file = run.folder / "samples" / f"step-{run.step:07}.png"
-    file.parent.mkdir(exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(run.config.seed)
     try:
@@ -280,7 +280,8 @@ def save_samples(run: Run, pipeline: DiffusionPipeline, columns: int, **options:
     except NonFiniteError as error:  # training itself looks for such values
         logging.getLogger(__name__).warning("step %d has no grid of samples: %s", run.step, error)
         return
-    save_image(torch.from_numpy(images).permute(0, 3, 1, 2), file, nrow=columns)
+    with atomic_path(file) as temporary:
+        save_image(torch.from_numpy(images).permute(0, 3, 1, 2), temporary, nrow=columns)
 
 
 def dry_run(config: GeneratorConfig, num_processes: int) -> None:

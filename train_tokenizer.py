@@ -20,6 +20,7 @@ from favae.autoencoders import spatial_compression_ratio
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
 from favae.errors import ConfigError, hint
+from favae.files import atomic_path
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS
@@ -166,10 +167,10 @@ def save_preview(run: Run, vae: ModelMixin, images: torch.Tensor) -> None:
     if not run.is_main:
         return
     file = run.folder / "samples" / f"step-{run.step:07}.png"
-    file.parent.mkdir(exist_ok=True)
     reconstruction = vae.eval()(images.to(vae.device)).sample.cpu()
     rows = torch.cat([images, reconstruction]).clamp(-1, 1)
-    save_image(rows, file, nrow=len(images), normalize=True, value_range=(-1, 1))
+    with atomic_path(file) as temporary:
+        save_image(rows, temporary, nrow=len(images), normalize=True, value_range=(-1, 1))
 
 
 def dry_run(config: TokenizerConfig, num_processes: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from favae.data.images import to_uint8
+from favae.files import atomic_path
 
 INK, MUTED = "#1a1a1a", "#777777"
 SAMPLE_ROWS, SAMPLE_COLUMNS = 16, 8  # at most, in save_samples
@@ -110,8 +111,7 @@ def save_spectra(path: Path, original: Tensor, reconstructions: dict[str, Tensor
     _tidy(left)
     _tidy(right)
     left.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def save_latents(path: Path, spectra: dict[str, Tensor], means: dict[str, Tensor], stds: dict[str, Tensor]) -> None:
@@ -130,8 +130,7 @@ def save_latents(path: Path, spectra: dict[str, Tensor], means: dict[str, Tensor
         axis.set(title=f"{name}: mean and std", xlabel="latent channel")
     for axis in axes:
         _tidy(axis)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def save_samples(path: Path, images: Dataset, classes: Sequence[str] | None) -> None:
@@ -173,5 +172,10 @@ def _save_images(figure, axes, path: Path) -> None:
         for spine in axis.spines.values():
             spine.set_visible(False)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)

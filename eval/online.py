@@ -17,7 +17,7 @@ from favae.eval.image_sets import SampleFolder
 from favae.eval.references import Reference
 from favae.eval.results import finite
 from favae.eval.sampling import sample_to_folder
-from favae.files import write_text
+from favae.files import read_json_lines, write_text
 from favae.training.config import EvaluationConfig
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,8 @@ class OnlineEvaluation:
         }
 
     def records(self) -> list[dict]:
-        """The lines so far. The last line of a killed run may be torn and is left out."""
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The lines so far."""
+        return read_json_lines(self.log) if self.log.exists() else []
 
     def __call__(self, pipeline: DiffusionPipeline, step: int, epoch: float) -> dict[str, float | None]:
         """Measures the pipeline.

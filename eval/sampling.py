@@ -3,7 +3,8 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from favae.data.images import to_uint8
-from favae.distributed import process_state
+from favae.distributed import main_process_does, process_state
 from favae.errors import DataError, NonFiniteError
 from favae.eval.features import everyone, image_generator
-from favae.files import atomic_path, write_text
+from favae.files import atomic_path, is_unwritten, lock_folder, read_json, write_text
 from favae.hashing import hash_model
 
 SETTINGS_FILE = "settings.json"
@@ -49,6 +50,7 @@ def sample_to_folder(
         prompts: of a text-to-image pipeline; taken in turn.
         settings: passed to the pipeline (`guidance_scale`, `num_inference_steps`, ...).
     Raises:
+        FolderInUse: if another process is writing there.
         DataError: if the folder holds other images, or samples of other settings, or the pipeline cannot be called so.
         NonFiniteError: if an image is not finite; the batches before it are kept.
     """
@@ -68,31 +70,32 @@ def sample_to_folder(
         plan["prompts"] = hash_prompts(prompts)
     scheduler = getattr(pipeline, "scheduler", None)
     plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and dict(scheduler.config), **settings}
-    _check_plan(folder, json.loads(json.dumps(plan, default=str)))
 
     # This process's batches of which an image is missing.
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[state.process_index :: state.num_processes]
-    missing = [batch for batch in mine if not all(image_file(folder, i).exists() for i in batch)]
     pipeline.set_progress_bar_config(disable=True)
     broken = ""
-    for batch in tqdm(missing, desc="sampling", disable=not state.is_main_process):
-        try:
-            images = _sample_batch(pipeline, batch, conditions, seed, settings)
-        except NonFiniteError as error:
-            broken = str(error)
-        else:
-            if not torch.isfinite(images).all():  # pipelines of others do not look
-                broken = "its images are not finite; try float32, or check that tokenizer and generator match"
-        if broken:
-            broken = f"samples {batch.start} to {batch[-1]}: {broken}"
-            break
-        for i, image in zip(batch, to_uint8(images * 2 - 1)):
-            with atomic_path(image_file(folder, i)) as temporary:
-                Image.fromarray(image.numpy()).save(temporary, format="PNG", compress_level=1)
+    with _writing_samples(folder, json.loads(json.dumps(plan, default=str))):
+        missing = [batch for batch in mine if not all(image_file(folder, i).exists() for i in batch)]
+        for batch in tqdm(missing, desc="sampling", disable=not state.is_main_process):
+            try:
+                images = _sample_batch(pipeline, batch, conditions, seed, settings)
+            except NonFiniteError as error:
+                broken = str(error)
+            else:
+                if not torch.isfinite(images).all():  # pipelines of others do not look
+                    broken = "its images are not finite; try float32, or check that tokenizer and generator match"
+            if broken:
+                broken = f"samples {batch.start} to {batch[-1]}: {broken}"
+                break
+            for i, image in zip(batch, to_uint8(images * 2 - 1)):
+                with atomic_path(image_file(folder, i)) as temporary:
+                    Image.fromarray(image.numpy()).save(temporary, format="PNG", compress_level=1)
+        all_whole = everyone(not broken)
 
     # All processes fail together.
-    if not everyone(not broken):
+    if not all_whole:
         raise NonFiniteError(broken or "another process's samples are not finite")
 
 
@@ -185,20 +188,31 @@ def _settings(model: nn.Module) -> list | None:
     return [type(model).__name__, {key: value for key, value in model.config.items() if not key.startswith("_")}]
 
 
-def _check_plan(folder: Path, plan: dict) -> None:
-    """Raises `DataError` if the folder holds samples of another plan, or something else; writes the plan if not."""
-    file, state = folder / SETTINGS_FILE, process_state()
-    if not file.is_file() and folder.is_dir() and any(folder.iterdir()):
-        raise DataError(f"{folder} holds something other than samples; choose another folder")
-    if file.is_file():
-        old = json.loads(file.read_text())
+@contextmanager
+def _writing_samples(folder: Path, plan: dict) -> Iterator[None]:
+    """Locks the folder for the block, in which the plan is there.
+
+    Raises:
+        DataError: if the folder holds samples of another plan, or something else. Nothing is written then.
+        FolderInUse: if another process is writing there.
+    """
+    file, locks = folder / SETTINGS_FILE, []
+
+    def begin() -> None:
+        if not file.is_file() and folder.is_dir() and not is_unwritten(folder):
+            raise DataError(f"{folder} holds something other than samples; choose another folder")
+        old = read_json(file) if file.is_file() else plan
         changed = [key for key in sorted(set(old) | set(plan)) if old.get(key) != plan.get(key)]
         if changed:
             raise DataError(
                 f"{folder} holds samples of another {', '.join(changed)}; delete it, or choose another folder"
             )
-    state.wait_for_everyone()  # nobody writes before everybody has looked
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        locks.append(lock_folder(folder))
         write_text(file, json.dumps(plan, indent=1))
-    state.wait_for_everyone()
+
+    main_process_does(begin)
+    try:
+        yield
+    finally:
+        for lock in locks:
+            lock.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 import psutil
+from tqdm import tqdm
 
 from favae.errors import ConfigError, DataError, DiskFull, FavaeError, FolderInUse
 
@@ -81,20 +82,17 @@ def removed_on_error(temporary: Path, final: Path) -> Iterator[None]:
     """Removes what the block has written at a temporary path if the block raises.
 
     Raises:
-        DiskFull: if the block fails for want of space. The message says how much of `final` there was.
+        DiskFull: if the block fails for want of space. The message names `final`.
     """
     try:
         yield
     except BaseException as error:
-        full, written = _is_disk_full(error, temporary.parent), _size(temporary)
+        full = _is_disk_full(error, temporary.parent)
         remove(temporary)
         if not full:
             raise
-        free = shutil.disk_usage(temporary.parent).free
-        raise DiskFull(
-            f"{final} was not written, because the disk is full: it needs more than {written / 1e6:.1f} MB, and "
-            f"{free / 1e6:.1f} MB are free"
-        ) from error
+        free = tqdm.format_sizeof(shutil.disk_usage(temporary.parent).free, "B")
+        raise DiskFull(f"the disk is full: {final} needs more than the {free} that are free") from error
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
@@ -107,10 +105,36 @@ def _is_disk_full(error: BaseException, folder: Path) -> bool:
     return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < NOTHING_FREE
 
 
+def append_text(file: Path, text: str) -> None:
+    """Adds to the end of a UTF-8 text file. Raises `DiskFull` if it cannot."""
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        if not _is_disk_full(error, file.parent):
+            raise
+        raise DiskFull(f"the disk is full: {file} cannot be continued") from error
+
+
 def write_text(final: str | Path, text: str) -> None:
     """Writes a UTF-8 text file by way of `atomic_path`."""
     with atomic_path(final) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path) -> dict:
+    """The object that a JSON file holds.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is damaged")
+    return content
 
 
 def read_json_lines(file: Path) -> list[dict]:
@@ -164,12 +188,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
 def lock_folder(folder: Path) -> TextIO:
     """Makes this process the only one that writes into a folder, which is created, until the result is closed.
 
@@ -191,12 +209,18 @@ def lock_folder(folder: Path) -> TextIO:
             raise FolderInUse(f"{folder} is being written by {file.read().strip() or 'another process'}") from None
         except OSError:
             pass
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with suppress(OSError):  # on a full disk, what is written next says so
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     for path in folder.glob(f"{UNFINISHED}*"):
         remove(path)
     return file
+
+
+def is_unwritten(folder: Path) -> bool:
+    """Whether a folder holds nothing but the lock and the unfinished files of a killed process."""
+    return all(path.name == LOCK_FILE or path.name.startswith(UNFINISHED) for path in folder.iterdir())
 
 
 @functools.cache

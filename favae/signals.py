@@ -72,10 +72,14 @@ def exception_of(number: int) -> type[KeyboardInterrupt]:
     return Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def ignore_signals(worker: int = 0) -> None:
-    """For worker processes, which end with the process that started them and not before it."""
+def end_quietly_on_signals(worker: int = 0) -> None:
+    """For worker processes, which the process that started them ends.
+
+    Ctrl-C reaches the whole group of processes, and that one still needs its workers. SIGTERM ends them as if they were
+    done: multiprocessing uses it, too, and waits for them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def end_with_launcher() -> None:

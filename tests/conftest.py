@@ -167,7 +167,7 @@ def tiny_cache(tmp_path, image_folder, tiny_favae):
 def run(*command: str | Path, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a script or `-m module` of the project as a user would, on one thread per process."""
     result = subprocess.run(
-        _launched(command, processes), cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300
+        _launched(command, processes), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
@@ -235,10 +235,10 @@ def refusal(script: str, *arguments: str | Path) -> str:
 
 
 def kill_when(appears: Path, *command: str | Path, processes: int = 1) -> None:
-    """Starts a script and kills all its processes, without warning, as soon as a path is there."""
+    """Starts a script and kills it, or torchrun alone, without warning, as soon as a path is there."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
-        _launched(command, processes), cwd=ROOT, env=_environment(), start_new_session=True, **quiet
+        _launched(command, processes), cwd=ROOT, env=environment(), start_new_session=True, **quiet
     )
     try:
         deadline = time.monotonic() + 180
@@ -246,12 +246,11 @@ def kill_when(appears: Path, *command: str | Path, processes: int = 1) -> None:
             assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
             time.sleep(0.001)
     finally:
-        # torchrun's workers first: they have sessions of their own, and would go on without it.
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            member.kill()
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        family[0].kill()  # torchrun's workers, which have sessions of their own, end with it
         process.wait()
-        psutil.wait_procs(family, timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
 
 
 def _launched(command: tuple, processes: int) -> list[str]:
@@ -264,5 +263,6 @@ def _launched(command: tuple, processes: int) -> list[str]:
     return [*launcher, *map(str, command)]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """That of a user's process, on one thread, without a network."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

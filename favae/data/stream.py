@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from favae.signals import ignore_signals
+from favae.signals import end_quietly_on_signals
 
 
 class StreamedDataset(Protocol):
@@ -83,7 +83,7 @@ class TrainingStream(Dataset):
             batch_size=None,  # each index is a range of positions, and each item is a batch
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=end_quietly_on_signals,
             generator=torch.Generator(),  # without it, an iterator draws from the generator that training resumes with
             pin_memory=torch.cuda.is_available(),
         )

@@ -17,12 +17,20 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
 
-from favae.errors import CheckpointError, FavaeError, one_line
+from favae.errors import CheckpointError, DiskFull, FavaeError, one_line
 from favae.files import UNFINISHED, remove, removed_on_error, replace, sync
 from favae.hashing import checksum
 from favae.training.optimization import Ema
-from favae.training.sharding import is_sharded, load_full_state, load_local_state, local_state, save_full_state
+from favae.training.sharding import (
+    is_sharded,
+    load_full_state,
+    load_local_state,
+    local_shards,
+    local_state,
+    save_full_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +129,14 @@ class Checkpointer:
             DiskFull: the older checkpoints are as they were.
         """
         final, temporary = self.folder / f"step-{step}", self.folder / f"{UNFINISHED}step-{step}"
-        with removed_on_error(temporary, final):
-            self._write(temporary, step, state)
+        try:
+            with removed_on_error(temporary, final):
+                self._write(temporary, step, state)
+        except DiskFull as error:
+            complete = find_checkpoints(self.folder)
+            last = f"the last complete one is {complete[-1][1]}" if complete else "there is no complete one yet"
+            size = tqdm.format_sizeof(self._size(), "B")
+            raise DiskFull(f"{error}; a checkpoint takes about {size}; {last}") from error
         if self.accelerator.is_main_process:
             replace(temporary, final)
             self._prune()
@@ -160,6 +174,19 @@ class Checkpointer:
             }
             (folder / STATE_FILE).write_text(json.dumps({**state, "checksum": checksum_of_state(state)}))
             sync(folder)
+
+    def _size(self) -> int:
+        """Bytes of the tensors in a checkpoint, as far as this process holds them."""
+        tensors = [tensor for part in self.parts.values() for tensor in local_shards(part)]
+        tensors += [] if self.ema.average is None else self.ema.average.shadow_params
+        tensors += [
+            value
+            for optimizer in self.optimizers
+            for state in local_state(optimizer)["state"].values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def _optimizer_file(self, folder: Path) -> Path:
         return folder / f"optimizers-{self.accelerator.process_index if self.sharded else 0}.pt"

@@ -1,5 +1,6 @@
 """The folder of a training run: settings, logs and checkpoints, and whether it can be continued."""
 
+import itertools
 import json
 import logging
 import signal
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from favae.data.stream import StreamedDataset, TrainingStream
 from favae.distributed import LONGEST_WAIT, main_process_does, on_cpu
 from favae.errors import CheckpointError, ConfigError, NonFiniteError
-from favae.files import atomic_path, lock_folder, read_json_lines, write_text
+from favae.files import append_text, atomic_path, lock_folder, read_json_lines, write_text
 from favae.signals import DeferredSignals, exception_of
 from favae.training.checkpoints import (
     STATE_FILE,
@@ -246,14 +247,25 @@ class Run:
         )
         self._signals.start()
         try:
-            for micro_batch, batch in enumerate(loader):
+            batches = iter(loader)
+            for micro_batch in itertools.count():
                 if micro_batch % self.train.gradient_accumulation_steps == 0:
                     self._end_if_interrupted()
-                if self.step >= until:
-                    return
+                    if self.step >= until:
+                        return
+                batch = self._next_batch(batches)
                 yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         finally:
             self._signals.stop()
+
+    def _next_batch(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        try:
+            return next(batches)
+        except RuntimeError:
+            if self._signals.received is None:
+                raise
+            # The workers that read have been told to end as well.
+            raise exception_of(self._signals.received) from None
 
     def _end_if_interrupted(self) -> None:
         """All processes end together, whichever of them the signal has reached."""
@@ -264,6 +276,7 @@ class Run:
         if self.step > self._last_checkpoint and not self._skipped_in_a_row:
             self.save_checkpoint()
         self._signals.stop()
+        self._bar.close()
         raise exception_of(self._signals.received or signal.SIGTERM)(f" at step {self.step}")
 
     def end_step(self, logs: dict[str, Tensor], finite: bool) -> None:
@@ -310,8 +323,7 @@ class Run:
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
         record |= {"skipped": self.skipped, "seconds": round(self._seconds, 2)}
         if self.is_main:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.step, **record}) + "\n")
+            append_text(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **record}) + "\n")
         if self.train.tracker:
             self.accelerator.log(record, step=self.step)
         self._sums, self._count = {}, 0
