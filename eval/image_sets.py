@@ -45,11 +45,15 @@ class SampleFolder(Dataset):
     """The image files below a folder, in the order of their paths. Nothing is cropped or resized.
 
     Raises:
-        DataError: if there is none, or they differ in size.
+        DataError: if there is none, or they differ in size, or in how many folders they are in.
     """
 
     def __init__(self, path: str | Path):
-        self.source = FolderSource(path, min_size=1)
+        self.source = FolderSource(path, min_size=1, labels=False)
+        by_depth = {len(file.parts): file for file in self.source.files}
+        if len(by_depth) > 1:
+            first, second, *_ = by_depth.values()
+            raise DataError(f"{path} has samples at several depths, such as {first} and {second}; name one folder")
         # Only what is no square has another size when it is turned upright.
         sizes = (
             upright_size(file) if width != height else (width, height)

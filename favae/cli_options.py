@@ -74,7 +74,7 @@ def open_data(arguments: argparse.Namespace) -> Source:
     from favae.data.sources import open_source
     from favae.data.tables import is_table
 
-    columns = "--image-column, --label-column and --caption-column name the columns that are read"
+    columns = "--split, --image-column, --label-column and --caption-column say what is read"
     with hint(columns) if is_table(arguments.data) else nullcontext():
         return open_source(
             arguments.data,
@@ -88,8 +88,10 @@ def open_data(arguments: argparse.Namespace) -> Source:
 
 def data_name(arguments: argparse.Namespace) -> str:
     """One string for what the options of `add_data_options` name, for results."""
+    from favae.data.tables import has_splits
+
     path = arguments.data
-    return f"{path}:{arguments.split}" if path == "photos" or path.startswith("hf:") else path
+    return f"{path}:{arguments.split}" if path == "photos" or has_splits(path) else path
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from favae.errors import ConfigError
 
@@ -86,6 +86,8 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
         raise
     except Image.DecompressionBombError as error:
         raise UnusableImage(f"{error} Set {MAX_PIXELS_VARIABLE} in the environment to allow more pixels.") from error
+    except UnidentifiedImageError as error:
+        raise UnusableImage("not an image, or of a format that is not read") from error
     except Exception as error:
         raise UnusableImage(str(error) or type(error).__name__) from error
 

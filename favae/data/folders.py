@@ -46,7 +46,7 @@ class FolderSource:
         check_name(path)
         self.path = Path(path)
         if not self.path.is_dir():
-            raise DataError(f"{path}: no such folder")
+            raise DataError(f"{path} is a file, not a folder" if self.path.exists() else f"{path}: no such folder")
         scan = FolderScan(self.path)
 
         # Files whose headers can be read.

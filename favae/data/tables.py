@@ -223,6 +223,11 @@ def is_table(path: str) -> bool:
     return path.startswith(HUB) or Path(path).suffix in SHARDS
 
 
+def has_splits(path: str) -> bool:
+    """Whether what is at this path may have several splits."""
+    return path.startswith(HUB) or (Path(path).is_dir() and is_table(path))
+
+
 def _is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (SAVED_SET, SAVED_SPLITS))
 
