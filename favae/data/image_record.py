@@ -65,7 +65,7 @@ class ImageRecord:
 
     def write(self, file: Path) -> None:
         # Without the time of writing, so that the same images have the same file.
-        file.write_bytes(gzip.compress(json.dumps(asdict(self)).encode(), mtime=0))
+        file.write_bytes(gzip.compress(json.dumps(asdict(self)).encode(), compresslevel=4, mtime=0))
 
     def difference(self, other: "ImageRecord") -> str | None:
         """The first thing in which another record differs from this one, apart from times, in words."""
