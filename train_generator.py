@@ -91,6 +91,7 @@ def train(config: GeneratorConfig) -> None:
     if isinstance(transformer, DiTTransformer2DModel):
         initialize_dit(transformer)
     check_shapes(config, transformer, dataset)
+    with_images = LatentsWithImages(dataset, open_images(config, dataset)) if alignment.weight else None
     pipeline = build_pipeline(config, transformer, tokenizer, dataset).to(run.device)
     with accelerator.main_process_first():  # one process downloads, the others find it
         module = build_training_module(config, transformer)
@@ -118,8 +119,7 @@ def train(config: GeneratorConfig) -> None:
 
     # Images are read as long as hidden states are aligned with their features, and latents alone from then on.
     batches = run.batches(dataset)
-    if alignment.weight:
-        with_images = LatentsWithImages(dataset, open_images(config, dataset))
+    if with_images is not None:
         batches = itertools.chain(run.batches(with_images, until=alignment.stop_step), batches)
 
     for batch in batches:

@@ -126,7 +126,8 @@ def _match_transparent_color(image: Image.Image) -> None:
 
     Pixels of 2 and 4 bits become 8 bits. So do colors of 16 bits, after which neighbors of the color are transparent.
     """
-    color, stored = image.info.get("transparency"), image.tile[0].args if getattr(image, "tile", None) else None
+    color, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    stored = tiles[0].args if tiles else None
     if isinstance(color, int) and stored in ("L;2", "L;4"):
         image.info["transparency"] = color * {"L;2": 85, "L;4": 17}[stored]
     elif isinstance(color, tuple) and stored == "RGB;16B":

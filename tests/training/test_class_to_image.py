@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 import yaml
-from conftest import TINY_LIGHTNINGDIT, tiny_generator_recipe, train
+from conftest import TINY_LIGHTNINGDIT, refusal, tiny_generator_recipe, train
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
 from favae import LightningDiTTransformer2DModel
@@ -139,6 +139,11 @@ def test_alignment_stops_at_its_step(tiny_cache):
     recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
     alignment = "loss.alignment={weight: 0.5, layer: 2, backbone: efficientnet-lite0, stop_step: 4}"
     images = f"data.images={tiny_cache / 'images'}"
+    missing = f"data.images={tiny_cache / 'mistyped'}"
+    assert "mistyped: no such folder" in refusal(
+        "train_generator", recipe, f"output={tiny_cache / 'r'}", alignment, missing
+    )
+    assert not (tiny_cache / "r").exists()  # it was found before anything was begun
     train("train_generator", recipe, f"output={tiny_cache / 'run'}", alignment, images)
     records = [json.loads(line) for line in (tiny_cache / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "alignment" in record] == [1, 2, 3, 4]
