@@ -4,9 +4,9 @@ import errno
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from favae.signals import Terminated, end_with_launcher, sigterm_raises
@@ -85,15 +85,29 @@ def _without_traceback(message: str) -> str:
 
 
 def end_with(error: Exception) -> NoReturn:
-    """Ends the process with the line of an error, and exit code 1.
+    """Ends the process with the line of an error and exit code 1; without the line if another process has printed one.
 
-    Processes that a launcher has started mostly meet the same error. The first prints it at once and ends, whereupon
-    the launcher ends the others; an error that only another one has is printed by that one, a little later.
+    Processes that a launcher has started mostly meet the same error, or fail because one of them has ended.
     """
-    if int(os.environ.get("RANK", 0)) and "TORCHELASTIC_RUN_ID" in os.environ:
-        with suppress(KeyboardInterrupt):
-            time.sleep(3 + int(os.environ.get("LOCAL_RANK", 0)) / 2)  # seconds
-    sys.exit(f"error: {one_line(error)}")
+    sys.exit(f"error: {one_line(error)}" if _claim_error() else 1)
+
+
+def _claim_error() -> bool:
+    """Whether this process is the first to fail of those that one launcher has started on this machine."""
+    file = _file_of_first_error()
+    try:
+        file and file.open("x").close()
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _file_of_first_error() -> Path | None:
+    """A file in the folder that torchrun and accelerate make for each start of these processes."""
+    own_folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own_folder).parent.parent / "favae-error" if own_folder else None
 
 
 @contextmanager
@@ -116,14 +130,15 @@ def exit_on_error(
             yield
     except errors as error:
         end_with(error)
-    except OSError as error:
-        if error.errno not in FAULTS_OF_A_DISK:
-            raise
-        end_with(error)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # it was killed, mostly for want of memory
-            raise
-        end_with(DataError(f"{one_line(error)} Fewer workers (num_workers) need less memory."))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FAULTS_OF_A_DISK:
+            end_with(error)
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # mostly for want of memory
+            end_with(DataError(f"{one_line(error).rstrip('. ')}; fewer workers (num_workers) need less memory"))
+        first_error = _file_of_first_error()
+        if first_error is not None and first_error.exists():
+            sys.exit(1)  # mostly the connection to a process that has ended and has said why
+        raise
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:  # of the processes that torchrun started, one is enough
             print(f"interrupted{error}: {after_interrupt}", file=sys.stderr)
