@@ -144,6 +144,7 @@ def test_refused_when_it_is_opened(damage, name, written, cache):
         ({"latents_std": [1.0] * 5 + [float("nan")]}, "latents_std.5"),
         ({"latents_std": [1e-50] * 6}, "latents_std.0"),
         ({"latents_mean": [float("inf")] * 6}, "latents_mean.0"),
+        ({"latents_mean": [1e300] * 6}, "latents_mean.0"),
         ({"latents_mean": None}, "latents_mean"),
         ({"latents_std": [1.0] * 4}, "6 channels"),
         ({"latent_shape": "large"}, "latent_shape"),
