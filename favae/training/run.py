@@ -24,7 +24,7 @@ from tqdm import tqdm
 from favae.data.stream import StreamedDataset, TrainingStream
 from favae.distributed import LONGEST_WAIT, main_process_does, on_cpu
 from favae.errors import CheckpointError, ConfigError, NonFiniteError
-from favae.files import append_text, atomic_path, lock_folder, read_json_lines, write_text
+from favae.files import append_text, atomic_path, lock_folder, read_json_lines, sync, write_text
 from favae.signals import DeferredSignals, exception_of
 from favae.training.checkpoints import (
     STATE_FILE,
@@ -155,6 +155,7 @@ class Run:
             ],
         )
         self.step = self.skipped = 0
+        self._log_file = self.folder / "metrics.jsonl"
         self._signals = DeferredSignals()
         self._checkpoint_owed = False
         self._seconds = 0.0
@@ -222,10 +223,9 @@ class Run:
 
     def _drop_metrics_after(self, step: int) -> None:
         """What a killed run logged after its last checkpoint will be logged again."""
-        file = self.folder / "metrics.jsonl"
-        if file.exists():
-            kept = [record for record in read_json_lines(file) if record["step"] <= step]
-            write_text(file, "".join(f"{json.dumps(record)}\n" for record in kept))
+        if self._log_file.exists():
+            kept = [record for record in read_json_lines(self._log_file) if record["step"] <= step]
+            write_text(self._log_file, "".join(f"{json.dumps(record)}\n" for record in kept))
 
     def batches(self, dataset: StreamedDataset, until: int | None = None) -> Iterator[dict[str, Tensor]]:
         """This process's micro-batches, on its device, from the current step to step `until` or the last one.
@@ -323,7 +323,7 @@ class Run:
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
         record |= {"skipped": self.skipped, "seconds": round(self._seconds, 2)}
         if self.is_main:
-            append_text(self.folder / "metrics.jsonl", json.dumps({"step": self.step, **record}) + "\n")
+            append_text(self._log_file, json.dumps({"step": self.step, **record}) + "\n")
         if self.train.tracker:
             self.accelerator.log(record, step=self.step)
         self._sums, self._count = {}, 0
@@ -346,6 +346,8 @@ class Run:
         self._seconds = time.perf_counter() - self._started
         self.checkpointer.save(self.step, {"seconds": self._seconds, "skipped": self.skipped})
         self._last_checkpoint, self._checkpoint_owed = self.step, False
+        if self.is_main and self._log_file.exists():
+            sync(self._log_file)
 
     def finish(self, save: Callable[[Path], object]) -> None:
         """Writes final/ with `save(folder)` on the main process, complete or not at all, and closes the logs."""
