@@ -57,7 +57,7 @@ class FolderSource:
                 self.sizes.append(_usable_size(file, min_size))
                 self.files.append(file)
             except UnusableImage as error:
-                logger.warning("skipped %s: %s", file, error)
+                logger.warning("skipped %s: %s", printable(str(file)), error)
         skipped = len(scan.images) - len(self.files)
         if skipped:
             logger.warning("skipped %d of %d images in %s", skipped, len(scan.images), path)
@@ -94,7 +94,7 @@ class FolderSource:
             logger.warning("%s: images at several depths below the class folders %s", self.path, shown(uneven))
         index = {name: i for i, name in enumerate(classes)}
         first = len(self.path.parts)
-        self.classes, self._labels = classes, [index[file.parts[first]] for file in self.files]
+        self.classes, self._labels = list(map(printable, classes)), [index[file.parts[first]] for file in self.files]
         empty = set(range(len(classes))) - set(self._labels)
         if empty:
             logger.warning("%s: classes without a usable image: %s", self.path, shown([classes[i] for i in empty]))
@@ -106,12 +106,12 @@ class FolderSource:
         return self._labels[index]
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return printable(str(self.files[index]))
 
     def identity(self, index: int) -> ImageIdentity:
         file = self.files[index]
         stat = file.stat()
-        return ImageIdentity(file.relative_to(self.path).as_posix(), stat.st_size, stat.st_mtime_ns)
+        return ImageIdentity(printable(file.relative_to(self.path).as_posix()), stat.st_size, stat.st_mtime_ns)
 
     def checksum(self, index: int) -> int:
         return zlib.crc32(self.files[index].read_bytes())
@@ -232,6 +232,11 @@ def _sorted_entries(folder: Path) -> Iterator[os.DirEntry]:
         yield from sorted(entries, key=lambda entry: entry.name)
 
 
+def printable(name: str) -> str:
+    """The name of a file as text that any file or terminal takes: names need not be UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def shown(names: Sequence[str]) -> str:
     """Some names, in a message that counts them."""
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+    return ", ".join(map(printable, names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")

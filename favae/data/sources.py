@@ -3,6 +3,7 @@
 A source gives image i as an RGB `PIL.Image`, its class and its captions; `favae.data.images` makes tensors of images.
 """
 
+import logging
 from pathlib import Path
 
 from favae.data.folders import FolderSource, check_name
@@ -10,6 +11,10 @@ from favae.data.images import Source
 from favae.data.photos import PhotoSource
 from favae.data.tables import AUTO, NONE, HuggingFaceSource, is_table
 from favae.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+PHOTOS = "photos"
 
 
 def open_source(
@@ -35,12 +40,15 @@ def open_source(
         DataError: if there is nothing usable.
     """
     check_name(path)
-    if is_table(path):
+    is_built_in = path == PHOTOS or path.startswith(f"{PHOTOS}:")
+    if not is_built_in and is_table(path):
         return HuggingFaceSource(path, split, image_column, label_column, caption_column, min_size)
     for column in (image_column, label_column, caption_column):
         if column not in (AUTO, NONE):
             raise DataError(f"{path} has no columns, so none is called '{column}'; leave the column at 'auto'")
-    if path == "photos" or path.startswith("photos:"):
+    if is_built_in:
+        if Path(PHOTOS).is_dir():
+            logger.warning("%s: the photographs that are built in are taken; ./%s is the folder", path, PHOTOS)
         return PhotoSource(path.partition(":")[2] or split)
     if Path(path).is_file():
         raise DataError(

@@ -252,7 +252,7 @@ def _open_dataset(path: str, split: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # of files that are damaged, of another format, or of another structure
-        if "corresponds to no data" in str(error):
+        if "corresponds to no data" in str(error) or "at least one table" in str(error):
             raise DataError(f"{path} is empty") from error
         lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]
         raise DataError(f"{path} ({split}) cannot be opened: {lines[0]}") from error

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import struct
 import tarfile
 import zlib
@@ -273,6 +274,9 @@ def test_files_that_are_no_set_are_refused_in_one_line(tmp_path):
     (tmp_path / "a.tar").write_text("no archive")
     with pytest.raises(DataError, match="a.tar.* cannot be opened"):
         open_source(str(tmp_path / "a.tar"))
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    with pytest.raises(DataError, match="empty.tar is empty"):
+        open_source(str(tmp_path / "empty.tar"))
     with pytest.raises(DataError, match="has no columns, so none is called 'breed'"):
         open_source("photos", label_column="breed")
 
@@ -414,3 +418,23 @@ def test_a_loader_is_started_once(tmp_path, monkeypatch):
     images = ImageDataset(open_source(str(write_images(tmp_path / "images"))), 16)
     image_statistics(CroppedImages(images), [], keep=0)
     assert len(started) == 1
+
+
+def test_names_that_are_not_utf8(tmp_path, tiny_favae):
+    folder = os.fsencode(tmp_path / "images") + b"/caf\xe9"
+    os.makedirs(folder)
+    for name in (b"a.png", b"\xe9.png"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(encoded(smooth()))
+    images = ImageDataset(open_source(str(tmp_path / "images")), 16)
+    assert images.classes == [r"caf\xe9"]
+    for _ in range(2):  # the second finds the same images
+        assert write_latent_cache(tiny_favae, images, tmp_path / "cache")["counts"] == [2]
+    images.source.name(1).encode()
+
+
+def test_photos_are_the_built_in_ones(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos")
+    assert len(open_source("photos")) == 1024 and "./photos is the folder" in caplog.text
+    assert len(open_source("./photos")) == 12
