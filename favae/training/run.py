@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,8 +116,15 @@ def changed_settings(config: RunConfig, file: Path) -> list[str]:
             continue
         free = TRAIN_KEYS_FREE_TO_CHANGE if section == "train" else set()
         keys = sorted((set(before) | set(after)) - free)
-        changed += [f"{section}.{key}" for key in keys if before.get(key) != after.get(key)]
+        changed += [f"{section}.{key}" for key in keys if not same_value(before.get(key), after.get(key))]
     return changed
+
+
+def same_value(before: object, after: object) -> bool:
+    """Whether a setting is the same: by its value, or as another path of the same file or folder."""
+    if isinstance(before, str) and isinstance(after, str) and os.path.exists(before) and os.path.exists(after):
+        return os.path.samefile(before, after)
+    return before == after
 
 
 class Run:

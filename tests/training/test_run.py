@@ -107,7 +107,7 @@ def test_only_complete_checkpoints_are_found_in_order_of_steps(tmp_path):
     assert [step for step, _ in find_checkpoints(tmp_path)] == [9, 10]
 
 
-def test_changed_settings_are_named(tmp_path):
+def test_changed_settings_are_named(tmp_path, monkeypatch):
     recipe = tiny_tokenizer_recipe(tmp_path, "photos")
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(TokenizerConfig, recipe)))
 
@@ -116,6 +116,14 @@ def test_changed_settings_are_named(tmp_path):
 
     assert changed() == [] and changed("train.steps=99", "output=x", "train.log_every=7") == []
     assert changed("train.batch_size=3", "loss.kl=0.1", "seed=2") == ["loss.kl", "seed", "train.batch_size"]
+
+    # Another path of the same folder is the same setting.
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "others"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(TokenizerConfig, recipe, ["data.path=images"])))
+    assert changed(f"data.path={tmp_path}/images") == [] and changed("data.path=./images/") == []
+    assert changed("data.path=others") == changed("data.path=nowhere") == ["data.path"]
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
