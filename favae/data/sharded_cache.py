@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from favae.distributed import main_process_does, process_state
-from favae.errors import CacheError
-from favae.files import atomic_path, lock_folder, write_text
+from favae.errors import CacheError, DataError
+from favae.files import atomic_path, lock_folder, read_json, write_text
 from favae.hashing import checksum
 
 PLAN_FILE = "plan.json"
@@ -117,12 +117,9 @@ def _checksum_of(content: dict) -> int:
 
 def _read_json(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-    except ValueError as error:
-        raise CacheError(f"{file} is damaged ({error}); delete it and {KEEP_THE_REST}") from error
-    return content
+        return read_json(file)
+    except DataError as error:
+        raise CacheError(f"{error}; delete it and {KEEP_THE_REST}") from error
 
 
 def quick_checksum(shard: safe_open) -> int:

@@ -7,7 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FAVAE, TINY_VQ, command, command_error, make_tiny_kl, write_images
+from conftest import (
+    TINY_FAVAE,
+    TINY_VQ,
+    command,
+    command_error,
+    make_tiny_kl,
+    refusal,
+    tiny_generator_recipe,
+    write_images,
+)
 from safetensors.torch import load_file, save_file
 from tiny_text import save_bert
 
@@ -206,6 +215,18 @@ def test_numbers_that_are_not_finite_are_refused_when_they_are_read(written, cac
     (cache / "manifest.json").unlink()
     with pytest.raises(CacheError, match="shard-00001.*not finite"):
         write_latent_cache(make_tiny_kl(), ImageDataset(open_source(str(written / "images")), 16), cache, shard_size=5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_training_ends_well_on_them(workers, tiny_cache):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    words = (recipe, f"output={tiny_cache / 'run'}", f"train.num_workers={workers}")
+    shard = tiny_cache / "cache/shard-00000.safetensors"
+    change(shard, mean=with_nan)
+    assert f"{shard} has numbers that are not finite" in refusal("train_generator", *words)
+    edit(tiny_cache / "cache/manifest.json", latents_std=[0.0] * 6)
+    assert "manifest.json is not as it was written" in refusal("train_generator", *words)
+    assert not (tiny_cache / "run/final").exists()
 
 
 def test_older_caches_are_read_as_before_and_verified_as_far_as_possible(written, cache, capsys):
