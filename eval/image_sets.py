@@ -22,6 +22,7 @@ from favae.eval.results import UINT8
 from favae.files import atomic_path
 
 logger = logging.getLogger(__name__)
+logger.setLevel(logging.WARNING)  # in all processes: each skips other images
 
 IMAGES_KEY = "arr_0"  # in ADM's files
 

@@ -1,7 +1,7 @@
 """Images as tensors: crops, and a data set of a source's images in [-1, 1]."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,9 @@ from favae.data.decoding import UnusableImage
 from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
+logger.setLevel(logging.WARNING)  # in all processes: each skips other images
+
+MAX_ASPECT_RATIO = 8  # of images that are scaled as a whole
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -21,25 +24,47 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
     Source: the preprocessing of class-conditional ImageNet, Dhariwal and Nichol, 2021.
     """
-    image = shorter_side_to(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return _scaled_window(image, size, lambda room: room // 2)
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
     """Scales the shorter side to `size` and crops a window whose position is uniform."""
-    image = shorter_side_to(image, size)
-    left, top = int(rng.integers(image.width - size + 1)), int(rng.integers(image.height - size + 1))
-    return image.crop((left, top, left + size, top + size))
+    return _scaled_window(image, size, lambda room: int(rng.integers(room + 1)))
+
+
+def _scaled_window(image: Image.Image, size: int, place: Callable[[int], int]) -> Image.Image:
+    """A window of the scaled image.
+
+    Args:
+        place: gives the left or upper side of the window, of as many pixels as it can be moved.
+    """
+    image = _halved(image, size)
+    width, height = _scaled_size(image, size)
+    left, top = place(width - size), place(height - size)
+    if max(width, height) <= MAX_ASPECT_RATIO * size:
+        return shorter_side_to(image, size).crop((left, top, left + size, top + size))
+    # Of a strip, the window alone is scaled: 65,000 x 16 pixels would be a gigabyte otherwise.
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def shorter_side_to(image: Image.Image, size: int) -> Image.Image:
     """Scales the shorter side to `size` pixels: halved by a box filter while that is possible, then bicubic."""
+    image = _halved(image, size)
+    target = _scaled_size(image, size)
+    return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC)
+
+
+def _halved(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
+
+
+def _scaled_size(image: Image.Image, size: int) -> tuple[int, int]:
     scale = size / min(image.size)
-    target = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
-    return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC)
+    return max(size, round(image.width * scale)), max(size, round(image.height * scale))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image
 from favae.cli_options import add_data_options, open_data
 from favae.data.decoding import UnusableImage, to_rgb
 from favae.data.folders import FolderSource
-from favae.data.images import ImageDataset, center_crop, skip_missing, to_uint8
+from favae.data.images import ImageDataset, center_crop, random_crop, shorter_side_to, skip_missing, to_uint8
 from favae.data.photos import PhotoSource
 from favae.data.sources import open_source
 from favae.errors import DataError
@@ -81,6 +81,26 @@ def test_center_crop_scales_the_shorter_side():
     assert crop.size == (16, 16)
     assert np.array(crop)[:, 2:14, 0].min() > 200  # the red middle fills it
     assert center_crop(Image.new("RGB", (7, 9)), 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (3, 40), (67, 5), (160, 5)])
+def test_only_the_window_of_a_strip_is_scaled(shape, monkeypatch):
+    # No extremes, because Pillow clips between its two passes, whose order it chooses by the shape.
+    strip = Image.fromarray(np.random.default_rng(0).integers(90, 160, (*shape, 3), dtype=np.uint8))
+    whole = np.array(shorter_side_to(strip, 16)).astype(int)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **k: sizes.append(size) or resize(self, size, *a, **k)
+    )
+    top, left = ((side - 16) // 2 for side in whole.shape[:2])
+    crop = np.array(center_crop(strip, 16))
+    assert np.abs(crop - whole[top : top + 16, left : left + 16]).max() <= 2
+    for seed in range(8):
+        crop = np.array(random_crop(strip, 16, np.random.default_rng(seed)))
+        rng = np.random.default_rng(seed)
+        left, top = (int(rng.integers(side - 15)) for side in whole.shape[1::-1])
+        assert np.abs(crop - whole[top : top + 16, left : left + 16]).max() <= 2
+    assert set(sizes) == {(16, 16)}
 
 
 def test_tensors_and_bytes():
