@@ -44,7 +44,8 @@ class ImageRecord:
     def of(cls, source: Source) -> "ImageRecord":
         identities = [source.identity(index) for index in range(len(source))]
         names, sizes, times = map(list, zip(*identities)) if identities else ([], [], [])
-        return cls(names, sizes, times, [source.label(index) for index in range(len(source))], list(source.classes))
+        labels = [source.label(index) for index in range(len(source))]
+        return cls(as_text(names), sizes, times, labels, as_text(source.classes))
 
     @classmethod
     def read(cls, folder: Path) -> "ImageRecord | None":
@@ -83,6 +84,11 @@ class ImageRecord:
             if label != now:
                 return f"{name} was of class {self.classes[label]} and is of class {self.classes[now]}"
         return None
+
+
+def as_text(names: Iterable[str]) -> list[str]:
+    """Names of files that are not UTF-8 as text that can be stored and printed."""
+    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in names]
 
 
 def _some(names: list[str]) -> str:

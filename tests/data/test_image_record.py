@@ -97,6 +97,18 @@ def test_the_same_images_are_taken_by_any_path_and_from_copies(folder, monkeypat
         command(*words, "commanded", "--data", path)
 
 
+def test_names_may_be_any_bytes(folder):
+    odd = os.fsencode(folder / "images") + b"/\xff"
+    os.mkdir(odd)
+    shutil.copy(folder / "images/class0/0.bmp", odd + b"/\xfe\n.bmp")
+    for _ in range(2):
+        write(FolderSource(folder / "images"), folder / "odd")
+    assert open_latents(folder / "odd").classes[-1] == r"\xff"
+    shutil.rmtree(odd)
+    with pytest.raises(CacheError, match="there were 13 images and are 12"):
+        write(FolderSource(folder / "images"), folder / "odd")
+
+
 def test_few_of_many_images_are_read(folder, monkeypatch):
     """Of a copy, so that going on costs seconds; `favae verify` reads all."""
     read = []
