@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from favae.errors import CheckpointError
+from favae.files import READ_ERRORS
 
 CONTAINERS = ("state_dict", "model", "ema")  # keys under which training programs keep a network's tensors
-READ_ERRORS = (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
 
 
 def read_checkpoint(path: str | Path, containers: Sequence[str] = CONTAINERS) -> dict[str, Tensor]:
@@ -40,7 +39,7 @@ def read_checkpoint(path: str | Path, containers: Sequence[str] = CONTAINERS) ->
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *READ_ERRORS) as error:
+    except READ_ERRORS as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign is None:
             raise CheckpointError(f"{path} is damaged, or not a checkpoint") from error

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from favae.errors import DataError
-from favae.eval.results import format_metric, format_table, higher_is_better
+from favae.eval.results import format_metric, format_table, higher_is_better, read_results
 
 NAMES_IN_PROTOCOL = ("data_name", "reference_name")  # not compared: the hashes say whether they are the same
 GROUPED_BY = ("model", "guidance_scale")
@@ -23,13 +23,11 @@ def load_results(text: str) -> dict:
     if not colon or Path(text).exists():
         path, model = text, None
     try:
-        result = json.loads(Path(path).read_text())
-        found = {key: result[key] for key in ("task", "protocol")}
-        found["rows"] = [row for row in result["rows"] if model in (None, row["model"])]
+        result = read_results(Path(path))
     except OSError as error:
         raise DataError(f"{text}: {error.strerror}; expected FILE or FILE:MODEL with a results.json") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a results.json of favae evaluate ({error!r})") from error
+    found = {key: result[key] for key in ("task", "protocol")}
+    found["rows"] = [row for row in result["rows"] if model in (None, row["model"])]
     if not found["rows"]:
         names = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
         raise DataError(f"{path} has no model '{model}', only {names or 'none'}")

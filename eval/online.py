@@ -93,7 +93,7 @@ class OnlineEvaluation:
         """Adds a line to the log, and returns the epochs that were needed to reach each target."""
         records = [record for record in self.records() if record["step"] < step]  # a killed run may have been ahead
         record = finite({"step": step, "epoch": epoch, **metrics, "protocol": protocol})
-        comparable = [other for other in records if other["protocol"] == record["protocol"]]
+        comparable = [other for other in records if other.get("protocol") == record["protocol"]]
         reached = epochs_to_reach([*comparable, record], self.metric, TARGETS)
         lines = [json.dumps(line, allow_nan=False) for line in [*records, record | reached]]
         write_text(self.log, "".join(f"{line}\n" for line in lines))

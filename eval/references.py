@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from favae.data.images import ImageDataset, Source
@@ -19,7 +19,7 @@ from favae.errors import DataError
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import INCEPTION, FeatureExtractor
 from favae.eval.image_sets import IMAGES_KEY, CroppedImages, NpzImages, npz_names, read_npz
-from favae.files import atomic_path
+from favae.files import READ_ERRORS, atomic_path
 from favae.hashing import hash_file
 
 NUM_REFERENCE_FEATURES = 10_000  # images that precision, recall and KID use, as in ADM's evaluator
@@ -151,7 +151,9 @@ def load_statistics(path: str, extractors: Sequence[FeatureExtractor]) -> tuple[
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
+    except DataError:
+        raise
+    except READ_ERRORS as error:
         raise DataError(f"{path} is damaged ({error}); write it again") from error
 
     found = []

@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 from favae.errors import DataError
 from favae.eval.figures import INK, MUTED
 from favae.eval.reconstruction import table_row
-from favae.eval.results import shown_metrics
-from favae.files import write_text
+from favae.eval.results import read_results, shown_metrics
+from favae.files import read_json_lines, write_text
 
 COLORS = ("#1f5fa8", "#b5651d", "#3a7d44", "#7a4b94")  # of runs in a figure
 TERMS = ("reconstruction", "alignment", "kl", "adversarial", "discriminator", "velocity", "cosine")  # of losses shown
@@ -44,9 +44,9 @@ def write_report(folder: Path) -> Path:
     Raises:
         DataError: if there is nothing to show.
     """
-    logs = {file.parent.name: read_log(file) for file in sorted(folder.glob("*/metrics.jsonl"))}
+    logs = {file.parent.name: read_json_lines(file) for file in sorted(folder.glob("*/metrics.jsonl"))}
     logs = {name: records for name, records in logs.items() if records}
-    results = {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/results.json"))}
+    results = {file.parent.name: read_results(file) for file in sorted(folder.glob("*/results.json"))}
     if not logs and not results:
         raise DataError(f"{folder} holds neither training runs nor evaluations")
     reconstructions = {name: result for name, result in results.items() if result["task"] == "reconstruction"}
@@ -60,8 +60,14 @@ def write_report(folder: Path) -> Path:
     parts += [_pictures("Generated images", folder, generations, "samples*.png")]
 
     # Numbers.
-    parts += [_reconstruction_section(name, result, logs) for name, result in reconstructions.items()]
-    parts += [_generation_section(name, result, logs) for name, result in generations.items()]
+    for evaluations, section in ((reconstructions, _reconstruction_section), (generations, _generation_section)):
+        for name, result in evaluations.items():
+            try:
+                parts.append(section(name, result, logs))
+            except (KeyError, TypeError, IndexError) as error:
+                raise DataError(
+                    f"{folder / name / 'results.json'} is damaged, or of another version ({error!r})"
+                ) from error
 
     # What lies behind them.
     parts += [_pictures("Power and error per frequency", folder, reconstructions, "spectra.png")]
@@ -78,11 +84,6 @@ def write_report(folder: Path) -> Path:
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
-
-
-def read_log(file: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; the last one of a run that goes on may be torn and is left out."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
 
 
 def verdict(ours: dict, baseline: dict) -> str:

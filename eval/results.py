@@ -8,10 +8,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from favae.distributed import process_state
-from favae.files import write_text
+from favae.errors import DataError
+from favae.files import read_json, write_text
+from favae.ranges import describe
 
 UINT8 = "round((x + 1) * 127.5)"
 PACKAGES = ("torch", "diffusers", "timm", "torch-fidelity", "favae")
@@ -38,6 +42,36 @@ def write_results(
         "rows": rows,
     }
     write_text(folder / "results.json", json.dumps(finite(result), indent=1, allow_nan=False))
+
+
+class Row(BaseModel):
+    model: str
+    metrics: dict[str, float | None]
+
+
+class Results(BaseModel):
+    """What all results.json have in common."""
+
+    task: Literal["reconstruction", "generation"]
+    protocol: dict[str, Any]
+    rows: list[Row]
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """What `write_results` has written.
+
+    Raises:
+        DataError: if the file is damaged, or another one.
+    """
+    found = read_json(file)
+    try:
+        Results.model_validate(found)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DataError(
+            f"{file} is not a results.json of favae evaluate: {key}{describe(error.errors()[0])}"
+        ) from error
+    return found
 
 
 def finite(value):

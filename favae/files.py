@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 import psutil
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from favae.errors import ConfigError, DataError, DiskFull, FavaeError, FolderInUse
@@ -22,6 +24,18 @@ try:
 except ImportError:  # Windows: folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
+# What torch, safetensors and their users raise for a file that is damaged or holds something else.
+READ_ERRORS = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
 UNFINISHED = ".writing-"  # the names of what is being written begin so; a process and its host follow
 LOCK_FILE = ".lock"
 # Some libraries lose the number of the error. PyTorch loses its text, too; then only the disk itself can tell.
@@ -138,7 +152,8 @@ def read_json(file: Path) -> dict:
 
 
 def read_json_lines(file: Path) -> list[dict]:
-    """The records of a file with one JSON object per line. A last line that a killed process has torn is left out.
+    """The records of a log, one JSON object with a "step" per line. A last line that a killed process has torn is left
+    out.
 
     Raises:
         DataError: if another line is damaged.
@@ -147,10 +162,13 @@ def read_json_lines(file: Path) -> list[dict]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise DataError(f"{file}: line {number} is damaged; delete it, or the file") from None
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif number < len(lines):
+            raise DataError(f"{file}: line {number} is damaged; delete it, or the file")
     return records
 
 

@@ -1,5 +1,6 @@
 """Frozen vision models as feature maps: teachers that latents are aligned to, and features that evaluation compares."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from favae.errors import MissingWeights
+from favae.files import READ_ERRORS
 
 OFFLINE_BACKBONE = "efficientnet-lite0"
 
@@ -128,6 +130,21 @@ def _timm_model(name: str, weights: str | None) -> nn.Module:
             raise MissingWeights(f"weights of '{name}': no such file: {weights}")
         options["pretrained_cfg_overlay"] = {"file": weights}
     try:
-        return timm.create_model(name, **options)
-    except (OSError, RuntimeError) as error:
-        raise MissingWeights(f"the weights of '{name}' could not be loaded ({type(error).__name__})") from error
+        model = timm.create_model(name, **options)
+    except READ_ERRORS as error:
+        file = "" if weights is None else f" from {weights}"
+        raise MissingWeights(f"the weights of '{name}' could not be loaded{file} ({type(error).__name__})") from error
+    if weights is not None and _has_random_weights(model, lambda: timm.create_model(name, **options)):
+        raise MissingWeights(f"{weights} does not hold the weights of '{name}', or not all of them")
+    return model
+
+
+def _has_random_weights(model: nn.Module, create_again: Callable[[], nn.Module]) -> bool:
+    """Whether timm has left weights as they were initialized, because the file has none of their names.
+
+    Weights that come from a file are the same in each model that is created.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        other = create_again()
+    return any(not torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters()))

@@ -5,6 +5,7 @@ from skimage import data
 
 from favae.errors import MissingWeights
 from favae.foundation import FoundationModel
+from favae.losses.perceptual import LPIPS
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,12 @@ def test_without_a_hub_the_error_names_the_model(monkeypatch):
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(MissingWeights, match="vit_large_patch14_dinov2.lvd142m"):
         FoundationModel("vit_large_patch14_dinov2.lvd142m")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", {"other": torch.zeros(2)}, [1]])
+@pytest.mark.parametrize("opened", [lambda file: FoundationModel("resnet18", file), LPIPS], ids=["timm", "lpips"])
+def test_a_file_without_the_weights_is_refused(opened, content, tmp_path):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(MissingWeights, match="weights.pth"):
+        opened(str(file))

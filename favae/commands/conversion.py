@@ -5,7 +5,6 @@ from pathlib import Path
 
 from favae.commands import add_command
 from favae.errors import ConfigError
-from favae.files import check_output
 from favae.ranges import Positive, in_range
 
 DESCRIPTION = """Convert checkpoints of other programs to folders that from_pretrained opens, and back.
@@ -39,7 +38,6 @@ def add_commands(commands) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     from favae.adapters.convert import convert_to_file, convert_to_folder, convert_to_pipeline
 
-    check_output(arguments.destination, "file" if arguments.reverse else "folder", "DST")
     options = {"latents_stats": arguments.latents_stats, "scaling_factor": arguments.scaling_factor}
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if arguments.reverse:

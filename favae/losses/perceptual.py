@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from favae.errors import MissingWeights
+from favae.files import READ_ERRORS
 from favae.precision import no_autocast
 
 VGG16_FILE = "vgg16-397923af.pth"  # torchvision's name
@@ -45,7 +46,10 @@ class LPIPS(nn.Module):
                 f"({type(error).__name__})"
             ) from error
         if weights is not None:
-            self._load_vgg16(torch.load(weights, map_location="cpu", weights_only=True))
+            try:
+                self._load_vgg16(torch.load(weights, map_location="cpu", weights_only=True))
+            except READ_ERRORS as error:
+                raise MissingWeights(f"weights of LPIPS: {weights} is damaged, or not torchvision's VGG16") from error
         self.requires_grad_(False)
         super().train(False)
 

@@ -22,7 +22,6 @@ from favae.training.models import (
 from favae.training.recipes import merge, read_settings
 from favae.training.tokenizer_losses import TokenizerLossConfig
 from favae.training.validation import STRICT, validate
-from favae.wavelets import WaveletTransform2D
 
 # Both trainings -------------------------------------------------------------------------------------------------------
 
@@ -179,12 +178,18 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
         raise ConfigError(f"loss.stft.window must be at most train.resolution = {resolution}, got {loss.stft.window}")
     if loss.band.weight and resolution % 2**loss.band.levels:
         raise ConfigError(f"loss.band.levels={loss.band.levels} does not fit train.resolution = {resolution}")
-    try:  # what the losses' own constructors refuse
-        loss.stft.build()
-        loss.spectrum.build(levels=1)
-        WaveletTransform2D(loss.band.wavelet)
-    except ValueError as error:
-        raise ConfigError(f"loss: {error}") from error
+    builders = {"stft": loss.stft.build, "spectrum": lambda: loss.spectrum.build(levels=1), "band": loss.band.build}
+    for name, build in builders.items():
+        try:  # what the losses' own constructors refuse
+            build()
+        except ValueError as error:
+            raise ConfigError(f"loss.{name}: {error}") from error
+    smallest, taps = resolution // 2 ** (loss.band.levels - 1), loss.band.build().length
+    if loss.band.weight and smallest < taps:
+        raise ConfigError(
+            f"loss.band.wavelet={loss.band.wavelet} has filters of {taps} pixels, and the smallest band that is split "
+            f"with loss.band.levels={loss.band.levels} and train.resolution={resolution} has {smallest}"
+        )
 
 
 # Generators -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from favae.losses.frequency import DynamicSpectrumLoss, SpectrumLoss
 from favae.losses.stft import STFTLoss
 from favae.ranges import Count, Halvings, Positive, Probability, Step, Text, Weight
 from favae.training.validation import STRICT
+from favae.wavelets import WaveletTransform2D
 
 
 @dataclass(config=STRICT)
@@ -47,6 +48,10 @@ class BandConfig:
     )
     levels: Halvings = 1
     wavelet: Text = "haar"
+
+    def build(self) -> WaveletTransform2D:
+        """Raises ValueError for a wavelet that there is not."""
+        return WaveletTransform2D(self.wavelet)
 
 
 @dataclass(config=STRICT)

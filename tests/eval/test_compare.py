@@ -74,3 +74,28 @@ def test_files_that_are_no_results(tmp_path):
     for name in ("x.json", "none.json"):
         with pytest.raises(DataError, match=name):
             load_results(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "5", "{}", '{"task": "reconstruction", "protocol": {}, "rows": [{"model": "a", "metrics": 1}]}'],
+)
+def test_a_damaged_file_is_named(content, tmp_path):
+    whole = result(tmp_path, "a", [row("x", 1.0, 1.0)])
+    (tmp_path / "run").mkdir()
+    damaged = tmp_path / "run" / "results.json"
+    damaged.write_text(content)
+    assert str(damaged) in command_error("compare", whole, damaged)
+    assert str(damaged) in command_error("report", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lines, bad", [('{"step": 1}\n{"st', None), ('{"step": 1}\n{"st\n{"step": 3}', 2), ("5\n{}", 1)]
+)
+def test_a_torn_last_line_of_a_log_is_left_out(lines, bad, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(lines)
+    if bad is None:
+        command("report", tmp_path)
+    else:
+        assert f"metrics.jsonl: line {bad} is damaged" in command_error("report", tmp_path)

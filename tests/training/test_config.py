@@ -60,7 +60,7 @@ def recipe(tmp_path):
         ("loss.spectrum.kernel_size=4", "kernel_size"),
         ("loss.stft.stride=0", "loss.stft.stride"),
         ("loss.stft.window=5", "window"),
-        ("loss.band.wavelet=hair", "hair"),
+        ("loss.band.wavelet=hair", "loss.band.*hair"),
         # settings that do not go together
         ("loss.adversarial.num_layers=3", "train.resolution must be at least 24 for loss.adversarial.num_layers"),
         ("train.mixed_precision=fp16", "train.mixed_precision=fp16 .*use bf16"),
@@ -68,6 +68,8 @@ def recipe(tmp_path):
         ("loss.spectrum.weight=1", "loss.spectrum.weight needs a VQModelFA"),
         ("loss.reconstruction=none", "loss.reconstruction=none .*loss.adversarial"),
         ("loss.stft={weight: 1, window: 32}", "loss.stft.window .*train.resolution = 16, got 32"),
+        ("loss.band={weight: 1, wavelet: db10}", "loss.band.wavelet=db10 .*20 .*train.resolution=16"),
+        ("loss.band={weight: 1, levels: 3, wavelet: db4}", "loss.band.wavelet=db4 .*loss.band.levels=3"),
         ("loss.band={weight: 1, levels: 5}", "loss.band.levels=5 .*train.resolution = 16"),
         ("model.from_autoencoder_kl=somewhere", "unknown key model.from_autoencoder_kl"),
         # stages
