@@ -32,6 +32,7 @@ class FolderSource:
         path: of the folder.
         min_size: pixels that the shorter side of an image must have.
         labels: whether the first folder level is the class; without, all images are of one.
+        captions: whether captions are read.
 
     Attributes:
         files: those that are used. sizes: width and height of each as it is stored, before it is turned upright.
@@ -42,7 +43,7 @@ class FolderSource:
             if these folders are the splits of a data set.
     """
 
-    def __init__(self, path: str | Path, min_size: int = 16, *, labels: bool = True):
+    def __init__(self, path: str | Path, min_size: int = 16, *, labels: bool = True, captions: bool = True):
         check_name(path)
         self.path = Path(path)
         if not self.path.is_dir():
@@ -71,6 +72,7 @@ class FolderSource:
         self.classes, self._labels = ["image"], [0] * len(self.files)
         if labels:
             self._read_labels(scan)
+        self._reads_captions = captions
         self._without_captions: set[int] = set()
 
     def _read_labels(self, scan: "FolderScan") -> None:
@@ -78,10 +80,11 @@ class FolderSource:
         classes = sorted(scan.depths)
         if not classes:
             return
-        if scan.top_level:
+        loose = next((file.name for file in self.files if file.parent == self.path), None)
+        if loose is not None:
             raise DataError(
-                f"{self.path}: some images are in class folders and some are not, such as "
-                f"{classes[0]}/ and {scan.top_level.name}; {NO_LABELS}"
+                f"{self.path}: some images are in class folders and some are not, such as {printable(classes[0])}/ and "
+                f"{printable(loose)}; {NO_LABELS}"
             )
         names = {name.lower() for name in classes}
         if names <= SPLITS or (names & {"train", "training"} and len(names & SPLITS) > 1):
@@ -121,10 +124,12 @@ class FolderSource:
 
     @property
     def has_captions(self) -> bool:
-        return any(file.with_suffix(".txt").is_file() for file in self.files)
+        return self._reads_captions and any(file.with_suffix(".txt").is_file() for file in self.files)
 
     def captions(self, index: int) -> list[str]:
         """None, with a warning, if the file with the captions is not UTF-8."""
+        if not self._reads_captions:
+            return []
         try:
             return read_caption_lines(self.files[index].with_suffix(".txt"))
         except DataError as error:
@@ -156,7 +161,6 @@ class FolderScan:
 
     Attributes:
         images: files that are called images, sorted.
-        top_level: an image that is in no folder below this one, or None.
         depths: the numbers of folders above images, by the first of these folders.
         suffixes: how often other files end in what.
     """
@@ -164,7 +168,6 @@ class FolderScan:
     def __init__(self, path: Path):
         self.path = path
         self.images: list[Path] = []
-        self.top_level: Path | None = None
         self.depths: defaultdict[str, set[int]] = defaultdict(set)
         self.suffixes: Counter[str] = Counter()
         self._ignored: defaultdict[str, list[str]] = defaultdict(list)  # names, by what is wrong with them
@@ -219,8 +222,6 @@ class FolderScan:
         self.images.append(file)
         if parts:
             self.depths[parts[0]].add(len(parts))
-        else:
-            self.top_level = file
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

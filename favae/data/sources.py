@@ -32,8 +32,8 @@ def open_source(
         path: "photos" for those built in, a folder of images, or what `HuggingFaceSource` opens. ":SPLIT" may follow
             "photos", in place of `split`.
         split: of "photos", of data sets on the hub, and of folders with splits in them.
-        image_column, label_column, caption_column: names of columns, or "auto"; the latter two may be "none". See
-            `HuggingFaceSource`. Sources without columns refuse other names.
+        image_column, label_column, caption_column: names of columns, or "auto"; the latter two may be "none", also of
+            folders. See `HuggingFaceSource`. Sources without columns refuse names of columns.
         min_size: of images that are not built in, see `FolderSource`.
 
     Raises:
@@ -43,8 +43,8 @@ def open_source(
     is_built_in = path == PHOTOS or path.startswith(f"{PHOTOS}:")
     if not is_built_in and is_table(path):
         return HuggingFaceSource(path, split, image_column, label_column, caption_column, min_size)
-    for column in (image_column, label_column, caption_column):
-        if column not in (AUTO, NONE):
+    for column, own in ((image_column, "image"), (label_column, "label"), (caption_column, "caption")):
+        if column not in (AUTO, own) and (is_built_in or column != NONE):
             raise DataError(f"{path} has no columns, so none is called '{column}'; leave the column at 'auto'")
     if is_built_in:
         if Path(PHOTOS).is_dir():
@@ -55,4 +55,4 @@ def open_source(
             f"{path} is a file; sets of images are folders (unpack archives), .parquet files, webdataset's .tar files, "
             "folders that `save_to_disk` wrote, or hf:NAME"
         )
-    return FolderSource(path, min_size, labels=label_column != NONE)
+    return FolderSource(path, min_size, labels=label_column != NONE, captions=caption_column != NONE)

@@ -279,6 +279,7 @@ def test_files_that_are_no_set_are_refused_in_one_line(tmp_path):
         open_source(str(tmp_path / "empty.tar"))
     with pytest.raises(DataError, match="has no columns, so none is called 'breed'"):
         open_source("photos", label_column="breed")
+    assert open_source("photos", label_column="label").classes == open_source("photos").classes
 
 
 def test_columns_that_hold_no_images(tmp_path):
@@ -397,6 +398,8 @@ def test_a_caption_that_is_no_text_costs_its_image_alone(tmp_path, tiny_favae, c
     with caplog.at_level(logging.WARNING):
         manifest = write_latent_cache(tiny_favae, ImageDataset(source, 16), tmp_path / "cache")
     assert manifest["counts"] == [3] and manifest["captions"]["count"] == 2
+    without = open_source(str(tmp_path / "images"), caption_column="none")
+    assert not without.has_captions and without.captions(0) == []
     assert manifest["captions"]["images_without"] == 1 and "1.txt" in caplog.text
 
 
