@@ -56,6 +56,14 @@ class CachedDataset(ShardedCache):
         if text_embeddings is not None:
             text_embeddings.check_captions(self)
 
+    @property
+    def about(self) -> dict:
+        """What the latents and texts are of: the same for a cache that was written again from the same images."""
+        about = {key: self.manifest.get(key) for key in ("tokenizer", "images", "resolution", "classes")}
+        if self.text_embeddings is not None:
+            about |= {"text_encoder": self.text_embeddings.hash, "captions": self.text_embeddings.manifest["captions"]}
+        return about
+
     @staticmethod
     @abstractmethod
     def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -196,6 +196,7 @@ class Run:
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         schedules: list[LRScheduler],
+        data: dict | None = None,
     ) -> None:
         """Restores the checkpoint there is, or seeds each process for itself; then opens the logs.
 
@@ -203,7 +204,11 @@ class Run:
             parts: the trained modules by name, not wrapped: what a checkpoint holds.
             model: as `prepare` gave it.
             optimizers, schedules: all of them; the log shows the first one's learning rate.
+            data: what the run is trained on, as JSON holds it.
+        Raises:
+            ConfigError: if the run goes on in its own folder and was trained on other data.
         """
+        self._data = data
         self.schedules = schedules
         limit = self.train.checkpoints_total_limit
         self.checkpointer = Checkpointer(
@@ -213,6 +218,7 @@ class Run:
         set_seed(self.config.seed, device_specific=True)
         if self.checkpoint is not None:
             state = self.checkpointer.load(self.checkpoint)
+            self._compare_data(state.get("data"))
             self.step, self._seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         self._last_checkpoint = self.step
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
@@ -221,6 +227,16 @@ class Run:
             self.accelerator.init_trackers(self.folder.name)
         self._started = time.perf_counter() - self._seconds
         self._bar = tqdm(total=self.train.steps, initial=self.step, disable=not self.is_main, desc=self.folder.name)
+
+    def _compare_data(self, before: dict | None) -> None:
+        if before is None or self.config.resume != "auto":
+            return
+        changed = [key for key, value in before.items() if value != (self._data or {}).get(key)]
+        if changed:
+            raise ConfigError(
+                f"{self.folder} holds a run on data with another {', '.join(changed)}; choose another output, or "
+                f"continue from its last checkpoint elsewhere with resume={self.checkpoint} output=..."
+            )
 
     def _prepare_folder(self) -> None:
         self._lock = lock_folder(self.folder)
@@ -352,7 +368,7 @@ class Run:
 
     def save_checkpoint(self) -> None:
         self._seconds = time.perf_counter() - self._started
-        self.checkpointer.save(self.step, {"seconds": self._seconds, "skipped": self.skipped})
+        self.checkpointer.save(self.step, {"seconds": self._seconds, "skipped": self.skipped, "data": self._data})
         self._last_checkpoint, self._checkpoint_owed = self.step, False
         if self.is_main and self._log_file.exists():
             sync(self._log_file)

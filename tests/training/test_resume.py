@@ -1,11 +1,16 @@
 """Trainings that are killed and run again, alone and in pairs."""
 
 import json
+import shutil
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import kill_when, refusal, run, tiny_generator_recipe, tiny_tokenizer_recipe, train, write_images
+
+from favae.data.images import ImageDataset
+from favae.data.latents import load_tokenizer, write_latent_cache
+from favae.data.sources import open_source
 
 
 def weights(folder) -> dict[str, bytes]:
@@ -46,6 +51,26 @@ def test_killed_generator_training_ends_with_the_same_weights(tiny_cache):
     kill_when(killed / "checkpoints/step-4", "train_generator.py", recipe, f"output={killed}", *more)
     train("train_generator", recipe, f"output={killed}", *more)
     assert weights(tiny_cache / "whole/final") == weights(killed / "final")
+
+
+def test_a_run_does_not_go_on_with_latents_of_another_tokenizer(tiny_cache):
+    """Which stand under the same paths. A cache that was written again is the same."""
+    cache, source = tiny_cache / "cache", open_source(str(tiny_cache / "images"))
+    words = (tiny_generator_recipe(tiny_cache, cache, tiny_cache / "tokenizer"), f"output={tiny_cache / 'run'}")
+    train("train_generator", *words, "train.steps=2")
+    tokenizer = load_tokenizer(str(tiny_cache / "tokenizer"))
+    for bias in (0.0, 1.0):
+        tokenizer.quant_conv.bias.data += bias
+        tokenizer.save_pretrained(tiny_cache / "tokenizer")
+        shutil.rmtree(cache)
+        write_latent_cache(tokenizer, ImageDataset(source, 16), cache, shard_size=5)
+        if not bias:
+            train("train_generator", *words, "train.steps=4")
+    before = weights(tiny_cache / "run")
+    assert "another tokenizer; choose another output" in refusal("train_generator", *words)
+    assert weights(tiny_cache / "run") == before
+    elsewhere = (f"resume={tiny_cache / 'run/checkpoints/step-4'}", f"output={tiny_cache / 'elsewhere'}")
+    train("train_generator", words[0], *elsewhere, "train.steps=5")
 
 
 def test_a_generator_refuses_what_does_not_fit(tiny_cache):
