@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import TINY_CAT, tiny_tokenizer_recipe
 from torch import nn
 
@@ -82,6 +83,7 @@ class Training:
 
 @pytest.fixture
 def training(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would find it
     recipe = tiny_tokenizer_recipe(tmp_path, "photos")
     return Training(load_config(TokenizerConfig, recipe, [f"output={tmp_path / 'run'}", "train.max_skipped_steps=2"]))
 
