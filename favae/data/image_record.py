@@ -45,7 +45,7 @@ class ImageRecord:
         identities = [source.identity(index) for index in range(len(source))]
         names, sizes, times = map(list, zip(*identities)) if identities else ([], [], [])
         labels = [source.label(index) for index in range(len(source))]
-        return cls(as_text(names), sizes, times, labels, as_text(source.classes))
+        return cls(names, sizes, times, labels, list(source.classes))
 
     @classmethod
     def read(cls, folder: Path) -> "ImageRecord | None":
@@ -84,11 +84,6 @@ class ImageRecord:
             if label != now:
                 return f"{name} was of class {self.classes[label]} and is of class {self.classes[now]}"
         return None
-
-
-def as_text(names: Iterable[str]) -> list[str]:
-    """Names of files that are not UTF-8 as text that can be stored and printed."""
-    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in names]
 
 
 def _some(names: list[str]) -> str:

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Subset
 from favae.autoencoders import load_autoencoder, measure_budget
 from favae.data.cached_dataset import CONTENTS, CachedDataset, LatentManifest
 from favae.data.captions import captions_file, check_captions, summarize_captions
-from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, as_text, check_images
+from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sharded_cache import (
     FILL_THE_GAP,
@@ -267,7 +267,8 @@ def write_latent_cache(
             captions; if not one image can be read; or if latents are not finite or overflow in `dtype`.
     """
     measure_budget(tokenizer, images.resolution)  # refuses a resolution that does not fit, before anything is written
-    classes = as_text(images.classes)  # refuses labels that are no classes, likewise
+    classes = images.classes  # refuses labels that are no classes, likewise
+    captioned = images.source.has_captions  # refuses what is no text
     dataset_class: type[CachedDataset] = MomentsDataset
     if isinstance(tokenizer, VQModelFA):
         dataset_class, dtype = TokenDataset, torch.int32
@@ -307,7 +308,6 @@ def write_latent_cache(
             indices = shard.get_tensor("indices").tolist() if dataset_class.count(shard, files[number]) else []
         return [images.captions(index) for index in indices]
 
-    captioned = images.source.has_captions
     if captioned:
         paths = [captions_file(writer.folder, number) for number in range(len(files))]
         check_captions(paths, writer.own(paths), captions_of)

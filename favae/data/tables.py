@@ -31,7 +31,7 @@ BYTES_TYPES = ("binary", "large_binary")
 
 
 class HuggingFaceSource:
-    """The rows of a table. Columns that are not named are never read.
+    """The rows of a table. Columns that are not named are never read, labels and captions only if they are asked for.
 
     Args:
         path: "hf:NAME" of the hub, a folder that `save_to_disk` wrote, a .parquet or .tar file, or a folder of them.
@@ -62,14 +62,10 @@ class HuggingFaceSource:
         self.label_column = self._find_column(label_column, LABEL_COLUMNS)
         self._labels_are_expected = label_column != NONE
         self.caption_column = self._find_column(caption_column, CAPTION_COLUMNS)
-        self.has_captions = self.caption_column is not None
 
         # Columns are read one without the others. Images are decoded here, as everywhere, and not by `datasets`.
         column = self.image_column
         self._stored = self.data.select_columns(column).cast_column(column, datasets.Image(decode=False))
-        self._captions = self.data.select_columns(self.caption_column) if self.has_captions else None
-        if self._captions is not None:
-            self._check_captions(self._captions.features[self.caption_column])
         first = self._stored[0][column]
         if first is not None and first["bytes"] is None and "://" in (first["path"] or ""):
             raise DataError(
@@ -107,13 +103,23 @@ class HuggingFaceSource:
             )
         return name
 
-    def _check_captions(self, feature: Any) -> None:
+    @property
+    def has_captions(self) -> bool:
+        return self._captions is not None
+
+    @cached_property
+    def _captions(self) -> Any:
+        """The column of captions alone, or None if there is none. Raises `DataError` if it does not hold texts."""
+        if self.caption_column is None:
+            return None
+        feature = self.data.features[self.caption_column]
         inner = getattr(feature, "feature", feature)  # of a list
         if getattr(inner, "dtype", None) not in (*TEXT_TYPES, "null"):
             raise DataError(
                 f"{self.path}: values of the caption column '{self.caption_column}' must be strings or lists of "
                 f"strings, not {_type_name(feature)}; the caption column 'none' reads no captions"
             )
+        return self.data.select_columns(self.caption_column)
 
     @property
     def classes(self) -> list[str]:

@@ -208,7 +208,7 @@ def test_captions_of_columns(tmp_path):
     without = open_source(str(tmp_path / "without.parquet"))
     assert captions(without) == [[], [], []] and not without.has_captions
     with pytest.raises(DataError, match=r"'views' must be strings or lists of strings, not int64"):
-        open_source(file, caption_column="views")
+        open_source(file, caption_column="views").captions(0)
     parser = argparse.ArgumentParser()
     add_data_options(parser, "--data", split="train")
     arguments = parser.parse_args(["--data", file, "--caption-column", "text"])

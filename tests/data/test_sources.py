@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import struct
 import tarfile
 import zlib
@@ -323,6 +322,16 @@ def test_labels_that_are_no_classes_matter_to_those_who_ask(tmp_path, labels):
     assert open_source(file, label_column="none").label(1) == 0
 
 
+def test_captions_that_are_no_texts_matter_to_those_who_ask(tmp_path):
+    image = {"bytes": encoded(smooth()), "path": None}
+    datasets.Dataset.from_dict({"image": [image], "caption": [{"raw": "a"}]}).to_parquet(tmp_path / "set.parquet")
+    file = str(tmp_path / "set.parquet")
+    assert ImageDataset(open_source(file), 16)[0] is not None
+    with pytest.raises(DataError, match="'caption' must be strings.*struct of raw.*'none'"):
+        open_source(file).has_captions  # noqa: B018
+    assert not open_source(file, caption_column="none").has_captions
+
+
 def test_a_default_label_column_that_is_absent_is_said(tmp_path, caplog):
     image = {"bytes": encoded(smooth()), "path": None}
     datasets.Dataset.from_dict({"image": [image, image], "breed": ["b", "a"]}).to_parquet(tmp_path / "set.parquet")
@@ -421,19 +430,6 @@ def test_a_loader_is_started_once(tmp_path, monkeypatch):
     images = ImageDataset(open_source(str(write_images(tmp_path / "images"))), 16)
     image_statistics(CroppedImages(images), [], keep=0)
     assert len(started) == 1
-
-
-def test_names_that_are_not_utf8(tmp_path, tiny_favae):
-    folder = os.fsencode(tmp_path / "images") + b"/caf\xe9"
-    os.makedirs(folder)
-    for name in (b"a.png", b"\xe9.png"):
-        with open(folder + b"/" + name, "wb") as file:
-            file.write(encoded(smooth()))
-    images = ImageDataset(open_source(str(tmp_path / "images")), 16)
-    assert images.classes == [r"caf\xe9"]
-    for _ in range(2):  # the second finds the same images
-        assert write_latent_cache(tiny_favae, images, tmp_path / "cache")["counts"] == [2]
-    images.source.name(1).encode()
 
 
 def test_photos_are_the_built_in_ones(tmp_path, monkeypatch, caplog):
