@@ -244,7 +244,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
     _, keys, position, has_gauss, gauss = np.random.get_state()
     states = {
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
