@@ -114,11 +114,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise UnusableImage("floating-point pixels of unknown range")
     if image.mode.startswith("I"):  # 16-bit grayscale is opened as "I;16" or as "I"
-        return _from_integers(image)
-    if image.has_transparency_data:
+        image = _from_integers(image)
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # what it says about orientation and transparency is done
+    return image
 
 
 def _match_transparent_color(image: Image.Image) -> None:
@@ -140,4 +142,4 @@ def _from_integers(image: Image.Image) -> Image.Image:
         raise UnusableImage(f"integer pixels from {values.min()} to {values.max()}; at most 16 bits are supported")
     gray = (values / 257).round().astype(np.uint8)
     gray[values == image.info.get("transparency", -1)] = 255
-    return Image.fromarray(gray).convert("RGB")
+    return Image.fromarray(gray)
