@@ -32,6 +32,7 @@ from favae.training.optimization import Ema, clip_gradients, create_optimizers, 
 from favae.training.run import Run, find_checkpoint_to_resume
 from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
 from favae.training.tokenizer_module import TokenizerTrainingModule
+from favae.wavelets import WaveletBands
 
 
 def train(config: TokenizerConfig) -> None:
@@ -131,11 +132,18 @@ def open_data(config: TokenizerConfig) -> ImageDataset:
 def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
     """Raises ConfigError if the training resolution does not suit the autoencoder."""
     vae, resolution = build_model(config.model), config.train.resolution
-    ratio = spatial_compression_ratio(vae)
+    ratio, side = spatial_compression_ratio(vae), resolution
     if any(losses.scale_equivariance for _, losses in config.loss_stages):
-        ratio *= 2  # the half-size latent must be one too
+        ratio, side = ratio * 2, side // 2  # the half-size latent must be one too
     if resolution % ratio:
         raise ConfigError(f"train.resolution must be a multiple of {ratio} for this model and loss, got {resolution}")
+    for bands in (module for module in vae.modules() if isinstance(module, WaveletBands)):
+        smallest, taps = side // 2 ** (bands.levels - 1), bands.transform.length
+        if smallest < taps:
+            raise ConfigError(
+                f"model.wavelet={bands.transform.wavelet} has filters of {taps} pixels, and at train.resolution="
+                f"{resolution} the smallest band that it splits has {smallest}"
+            )
     return vae
 
 

@@ -1,4 +1,4 @@
-"""Ranges of numbers as types, for settings, models and options alike. No number is NaN or infinite."""
+"""Ranges of numbers as types, for settings, models and options alike. No number is NaN or too large."""
 
 import argparse
 import re
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+LARGEST_NUMBER = 1e30  # float32 can hold it
 LARGEST_INTEGER = 2**31 - 1  # what numpy's seeds and the sizes of tensors allow
 
 Count = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
@@ -16,8 +17,11 @@ Pixels = Annotated[int, Field(ge=1, le=2**16)]  # along a side of an image
 Size = Annotated[int, Field(ge=1, le=2**24)]  # of a layer
 Depth = Annotated[int, Field(ge=1, le=1024)]  # of a network, in layers
 Halvings = Annotated[int, Field(ge=1, le=16)]  # how often the side of an image is halved
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=LARGEST_NUMBER, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST_NUMBER, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]  # of learning
+Shift = Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)]  # of the times of a flow
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # of a moving average
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]

@@ -1,11 +1,14 @@
 """The command line as a whole: its help costs nothing, and what goes wrong is one line and an exit code."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from conftest import ROOT, command, command_error, tiny_tokenizer_recipe
 
 from favae import cli
@@ -117,3 +120,81 @@ def test_every_command_has_a_parser():
         with pytest.raises(SystemExit) as error:
             parser.parse_args([*words, "--help"])
         assert error.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (("--resolution", "-32"), "--resolution: must be greater than or equal to 1, got '-32'"),
+        (("--batch-size", "0"), "--batch-size: must be"),
+        (("--num-workers", "-1"), "--num-workers: must be"),
+        (("--tokenizer", ""), "--tokenizer: must have at least 1 character"),
+        (("--output", ""), "--output: must have at least 1 character"),
+    ],
+)
+def test_an_impossible_value_is_exit_code_2(options, named, capsys):
+    words = ["cache-latents", "--tokenizer", "x", "--resolution", "16", "--output", "y", "--data", "photos", *options]
+    with pytest.raises(SystemExit) as error:
+        command(*words)
+    assert error.value.code == 2 and named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "link", "x" * 300, "/dev/null/x"])
+def test_an_output_that_cannot_be_is_refused_before_anything_is_opened(place, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    words = ("--tokenizer", "no-such-model", "--resolution", 16, "--data", "no-such-data")
+    assert "--output" in command_error("cache-latents", *words, "--output", tmp_path / place)
+    recipe = tiny_tokenizer_recipe(tmp_path, "photos")
+    assert "output: " in command_error("train-tokenizer", recipe, f"output={tmp_path / place}", "--dry-run")
+    words = ("--model", "no-such-model", "--output", tmp_path)
+    assert "is a folder" in command_error("reconstruct", "no-such-image", *words)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_of_processes_that_fail_together_the_first_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))  # as torchrun sets it
+
+    def fail(error):
+        def run(arguments):
+            raise error
+
+        monkeypatch.setattr(caches, "embed_captions", run)
+        with pytest.raises(SystemExit) as ended:
+            command("embed-captions", "--latents", "x", "--encoder", "y")
+        return ended.value.code
+
+    with pytest.raises(KeyError):
+        fail(KeyError("a bug keeps its traceback"))
+    assert fail(DataError("not good")) == "error: not good"
+    assert fail(DataError("not good")) == 1
+    assert fail(RuntimeError("Connection closed by peer")) == 1  # what the end of another process looks like
+
+
+class Broken(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        if isinstance(self.error, Exception):
+            raise self.error
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (DataError("not good"), "error: not good"),
+        (ValueError("not a number"), "error: not a number"),
+        (None, "num_workers"),
+    ],
+)
+def test_an_error_in_a_worker_is_one_line(error, message, monkeypatch):
+    def read(arguments):
+        list(torch.utils.data.DataLoader(Broken(error), num_workers=1))
+
+    monkeypatch.setattr(caches, "embed_captions", read)
+    assert message in command_error("embed-captions", "--latents", "x", "--encoder", "y")

@@ -19,7 +19,7 @@ from favae.cli_options import (
 )
 from favae.commands import add_command
 from favae.errors import ConfigError, DataError, ModelError, hint
-from favae.ranges import Count, Halvings, Pixels, Positive, Probability, Seed, Share, Weight, in_range
+from favae.ranges import Count, Halvings, Pixels, Probability, Seed, Share, Shift, Weight, in_range
 
 if TYPE_CHECKING:
     from favae.losses.perceptual import LPIPS
@@ -132,7 +132,7 @@ def _add_generation(tasks) -> None:
         metavar="N",
         help="guide the first N latent channels alone, published 3",
     )
-    group.add_argument("--shift", type=in_range(Positive), help="of the scheduler (default: the pipeline's)")
+    group.add_argument("--shift", type=in_range(Shift), help="of the scheduler (default: the pipeline's)")
     group.add_argument(
         "--num-inference-steps", type=in_range(Count), help="(default: 50; 25 per token for CAT's flow head)"
     )

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from favae.errors import ConfigError
-from favae.ranges import Count, Decay, Pixels, Positive, Probability, Seed, Share, Step, Text, Weight
+from favae.ranges import Count, Decay, Pixels, Positive, Probability, Rate, Seed, Share, Shift, Step, Text, Weight
 from favae.training.class_to_image import GeneratorLossConfig
 from favae.training.models import (
     FROM_AUTOENCODER_KL,
@@ -33,7 +33,7 @@ class TrainConfig:
     steps: Count = 100_000
     batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
-    learning_rate: Positive = 1e-4
+    learning_rate: Rate = 1e-4
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: Weight = 0.0
     lr_scheduler: Literal[
@@ -89,7 +89,7 @@ class ImageDataConfig:
 class TokenizerTrainConfig(TrainConfig):
     resolution: Pixels = 256
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.5, 0.9])
-    discriminator_learning_rate: Positive | None = None  # None: the same as learning_rate
+    discriminator_learning_rate: Rate | None = None  # None: the same as learning_rate
     channels_last: bool = False  # memory format of images and convolutions
 
 
@@ -110,6 +110,9 @@ class TokenizerConfig(RunConfig):
 
     def __post_init__(self):
         check_model(self.model, TOKENIZERS)
+        for key in ("in_channels", "out_channels"):
+            if self.model.get(key, 3) != 3:
+                raise ConfigError(f"model.{key} must be 3, because images are RGB, got {self.model[key]}")
         for _, loss in self.loss_stages:
             check_loss(loss, self)
 
@@ -213,7 +216,7 @@ class LatentDataConfig:
 @dataclass(config=STRICT)
 class GeneratorTrainConfig(TrainConfig):
     ema_decay: Decay = 0.9999
-    learning_rate: Positive = 2e-4
+    learning_rate: Rate = 2e-4
     optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": for the matrices of the blocks, AdamW for the rest
 
 
@@ -240,7 +243,7 @@ class SamplingConfig(GuidanceConfig):
 
     guidance_scale: Weight = 4.0
     num_inference_steps: Count = 50
-    shift: Positive = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
+    shift: Shift = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
     num_images: Count = 16
     prompts: Annotated[list[str], Field(min_length=1)] | None = (
         None  # of the sample grids, with texts; None: captions of the first images

@@ -8,10 +8,20 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 
 from favae.errors import ConfigError
-from favae.ranges import Decay, Depth, Positive, Size, Text, describe
+from favae.ranges import Decay, Depth, Number, Positive, Size, Text, Weight, describe
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -27,11 +37,20 @@ RANGES_BY_NAME: dict[str, Any] = {
     "dropout": Decay,
     "norm_eps": Positive,
     "wavelet": Text,
+    "norm_type": Text,
     "down_block_types": tuple[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ...],
     "up_block_types": tuple[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"], ...],
     "act_fn": Literal["swish", "silu", "mish", "gelu", "relu"],
     "activation_fn": Literal["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"],
 }
+
+RANGES_BY_TYPE: tuple[tuple[Any, Any], ...] = (
+    (int, Size),
+    (PositiveInt, Size),
+    (float, Number),
+    (PositiveFloat, Positive),
+    (NonNegativeFloat, Weight),
+)
 
 Settings = TypeVar("Settings")
 
@@ -107,8 +126,9 @@ def signature_schema(function: Callable, skip: tuple[str, ...] = ()) -> type[Bas
 
 def _with_ranges(annotation: Any) -> Any:
     choices = get_args(annotation)
-    if annotation in (int, PositiveInt):
-        return Size
+    for plain, ranged in RANGES_BY_TYPE:
+        if annotation == plain:
+            return ranged
     if get_origin(annotation) in (Union, UnionType):
         return Union[tuple(_with_ranges(choice) for choice in choices)]  # noqa: UP007
     if get_origin(annotation) is tuple and (len(choices) == 1 or choices[1] is ...):

@@ -152,6 +152,7 @@ def test_command_line_errors_are_one_line(tmp_path):
         (["train.stepz=1"], "unknown key train.stepz"),
         ([output], "nowhere: no such folder"),
         ([output, "data.path=photos", "train.resolution=18"], "train.resolution must be a multiple of 4"),
+        ([output, "data.path=photos", "model.wavelet=db10"], "model.wavelet=db10"),
         ([output, "data.path=photos", "model.latent_channels=2"], "model.high_latent_channels"),
         ([output, "data.path=photos", "resume=/not/there", "--dry-run"], "resume: /not/there"),
         ([output, "data.path=photos", "loss.alignment.weight=1"], "loss.alignment.weights=FILE"),
