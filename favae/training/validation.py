@@ -119,7 +119,8 @@ def signature_schema(function: Callable, skip: tuple[str, ...] = ()) -> type[Bas
     for name, parameter in inspect.signature(function).parameters.items():
         if name in ("self", *skip) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        annotation = _with_ranges(RANGES_BY_NAME.get(name, hints.get(name, Any)))
+        declared = hints.get(name, Any)
+        annotation = declared if declared is bool else _with_ranges(RANGES_BY_NAME.get(name, declared))
         fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     return create_model(function.__qualname__, __config__=STRICT, **fields)
 
