@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from favae.errors import ConfigError, hint
-from favae.ranges import Count, Step, Text, in_range
+from favae.ranges import Count, Text, Workers, in_range
 
 if TYPE_CHECKING:
     from favae.data.images import Source
@@ -120,7 +120,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
     group.add_argument("--batch-size", type=in_range(Count), default=32, help="(default: 32)")
     group.add_argument(
-        "--num-workers", type=in_range(Step), default=0, help="worker processes that read images (default: 0)"
+        "--num-workers", type=in_range(Workers), default=0, help="worker processes that read images (default: 0)"
     )
 
 

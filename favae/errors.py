@@ -96,7 +96,8 @@ def _claim_error() -> bool:
     """Whether this process is the first to fail of those that one launcher has started on this machine."""
     file = _file_of_first_error()
     try:
-        file and file.open("x").close()
+        if file is not None:
+            file.open("x").close()
     except FileExistsError:
         return False
     except OSError:

@@ -16,6 +16,7 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 Pixels = Annotated[int, Field(ge=1, le=2**16)]  # along a side of an image
 Size = Annotated[int, Field(ge=1, le=2**24)]  # of a layer
 Depth = Annotated[int, Field(ge=1, le=1024)]  # of a network, in layers
+Workers = Annotated[int, Field(ge=0, le=1024)]  # processes that read
 Halvings = Annotated[int, Field(ge=1, le=16)]  # how often the side of an image is halved
 Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=LARGEST_NUMBER, allow_inf_nan=False)]
@@ -35,7 +36,7 @@ def describe(error: Any) -> str:
         error: one of `ValidationError.errors()`.
     """
     expected = re.sub(r"^(Value error, |\w+ should (?=be|have))", "", error["msg"]).rstrip(".")
-    expected = expected.replace("valid array", "list")
+    expected = expected.replace("valid array", "list").replace("an object", "a mapping")
     separator = " must " if expected.startswith(("be ", "have ")) else ": "
     return f"{separator}{expected}, got {error['input']!r}"
 

@@ -10,7 +10,21 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from favae.errors import ConfigError
-from favae.ranges import Count, Decay, Pixels, Positive, Probability, Rate, Seed, Share, Shift, Step, Text, Weight
+from favae.ranges import (
+    Count,
+    Decay,
+    Pixels,
+    Positive,
+    Probability,
+    Rate,
+    Seed,
+    Share,
+    Shift,
+    Step,
+    Text,
+    Weight,
+    Workers,
+)
 from favae.training.class_to_image import GeneratorLossConfig
 from favae.training.models import (
     FROM_AUTOENCODER_KL,
@@ -48,7 +62,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     compile: bool = False  # each block with torch.compile
     shard: bool = False  # parameters, optimizer and EMA divided among the processes (FSDP)
-    num_workers: Step = 4
+    num_workers: Workers = 4
     log_every: Count = 100
     sample_every: Step = 5_000  # 0: never
     checkpoint_every: Count = 5_000

@@ -73,8 +73,8 @@ def _read_override(override: str) -> tuple[dict[str, Any], Texts]:
     if is_plain and (isinstance(value, str) or value is None and text.lower() != "null"):
         value = text  # with what would be a comment, and ~ as it is
     texts = {(*path, *inner): typed for inner, typed in _texts(node)}
-    changes = value
-    for part in reversed(path):
+    changes = {path[-1]: value}
+    for part in reversed(path[:-1]):
         changes = {part: changes}
     return changes, texts | {path: text}
 

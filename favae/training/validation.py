@@ -101,7 +101,9 @@ def _message(schema: type, error: Any, prefix: str) -> str:
 def _keys(schema: Any, path: list[str]) -> list[str]:
     """The keys of the section that `path` leads to."""
     for name in path:
-        hint = get_type_hints(schema).get(name, Any) if not name.isdigit() else (get_args(schema) or (Any,))[0]
+        if name.isdigit():  # an entry of a list, whose type the step before has found
+            continue
+        hint = get_type_hints(schema).get(name, Any)
         schema = next((choice for choice in (hint, *get_args(hint)) if isinstance(choice, type)), Any)
     return list(getattr(schema, "model_fields", None) or getattr(schema, "__dataclass_fields__", {}))
 

@@ -74,6 +74,7 @@ def recipe(tmp_path):
         ("model.from_autoencoder_kl=somewhere", "unknown key model.from_autoencoder_kl"),
         # stages
         ("stages=[{start_step: 5}, {start_step: 5}]", r"stages\[1\].start_step must be above 5, got 5"),
+        ("stages=[{start: 5}]", "unknown key stages.0.start; stages.0 takes start_step, loss"),
         ("stages=[{start_step: 5, loss: {kl2: 1}}]", r"unknown key stages\[0\].loss.kl2"),
         ("stages=[{start_step: 5, loss: {kl: -1}}]", r"stages\[0\].loss.kl "),
         ("stages=[{start_step: 5, loss: {spectrum: {sigma: 2}}}]", "loss.spectrum.sigma holds for the whole run"),
