@@ -132,6 +132,8 @@ def open_data(config: TokenizerConfig) -> ImageDataset:
 def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
     """Raises ConfigError if the training resolution does not suit the autoencoder."""
     vae, resolution = build_model(config.model), config.train.resolution
+    if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
+        raise ConfigError(f"model.name: a {type(vae).__name__} is no autoencoder, it has no encode and decode")
     ratio, side = spatial_compression_ratio(vae), resolution
     if any(losses.scale_equivariance for _, losses in config.loss_stages):
         ratio, side = ratio * 2, side // 2  # the half-size latent must be one too

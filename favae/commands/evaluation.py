@@ -219,6 +219,8 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
     from favae.eval.references import Reference
     from favae.eval.results import format_table, shown_metrics
 
+    if arguments.guidance_interval is not None and arguments.guidance_interval[0] > arguments.guidance_interval[1]:
+        raise ConfigError(f"--guidance-interval must rise, got {' '.join(map(str, arguments.guidance_interval))}")
     extractors = open_extractors(arguments)
     reference = Reference(arguments.data, extractors, lambda: open_data(arguments))
     if arguments.pipeline:

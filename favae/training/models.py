@@ -40,12 +40,15 @@ def find_model_class(name: str) -> type[ModelMixin]:
         ConfigError: if there is no such class.
     """
     module, _, attribute = name.rpartition(".")
-    if not module:
+    if "." not in name:
         return getattr(favae, name, None) or getattr(diffusers, name)
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.name: {name} cannot be imported ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, ModelMixin)):
+        raise ConfigError(f"model.name: {name} is no class of models of diffusers (a subclass of ModelMixin)")
+    return found
 
 
 def check_model(settings: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -72,16 +75,16 @@ def build_model(settings: dict[str, Any]) -> ModelMixin:
     try:
         return build(**arguments)
     except (ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
-        raise ConfigError(_naming_keys(error, build)) from error
+        raise ConfigError(_naming_keys(error, build, arguments)) from error
 
 
-def _naming_keys(error: Exception, build: Callable) -> str:
+def _naming_keys(error: Exception, build: Callable, arguments: dict[str, Any]) -> str:
     """The message of a constructor, with model.KEY for each argument that it names."""
     message = " ".join(str(error).split()) or type(error).__name__
     for torch_name, name in {"num_channels": "block_out_channels", "num_groups": "norm_num_groups"}.items():
         message = re.sub(rf"\b{torch_name}\b", name, message)
-    names = sorted(signature_schema(getattr(build, "__init__", build)).model_fields, key=len, reverse=True)
-    named = re.sub(rf"(?<![\w.])({'|'.join(names)})(?!\w)", r"model.\1", message)
+    names = {*arguments, *(signature_schema(build.__init__).model_fields if isinstance(build, type) else ())}
+    named = re.sub(r"(?<![\w.])\w+", lambda word: f"model.{word[0]}" if word[0] in names else word[0], message)
     return named if named.startswith("model.") else f"model: {named}"
 
 

@@ -42,6 +42,9 @@ def recipe(tmp_path):
         # one of several words
         ("model.name=VAE", "model.name .*AutoencoderKLFA, .*VAE"),
         ("model.name=no_package.VAE", "model.name: no_package.VAE"),
+        ("model.name=.VAE", "model.name: .VAE"),
+        ("model.name=os.path.join", "model.name: os.path.join is no class"),
+        ("model.name=torch.nn.Linear", "model.name: torch.nn.Linear is no class"),
         ("train.mixed_precision=fp8", "train.mixed_precision .*'no', 'fp16' or 'bf16'.*'fp8'"),
         ("train.lr_scheduler=sine", "train.lr_scheduler .*'cosine'.*'sine'"),
         ("loss.reconstruction=l3", "loss.reconstruction .*'l1', 'l2' or 'none'.*'l3'"),
