@@ -105,6 +105,12 @@ def _claim_error() -> bool:
     return True
 
 
+def _another_has_failed() -> bool:
+    """Whether a process of the same launcher has ended with an error, and has said why."""
+    file = _file_of_first_error()
+    return file is not None and file.exists()
+
+
 def _file_of_first_error() -> Path | None:
     """A file in the folder that torchrun and accelerate make for each start of these processes."""
     own_folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -136,11 +142,11 @@ def exit_on_error(
             end_with(error)
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # mostly for want of memory
             end_with(DataError(f"{one_line(error).rstrip('. ')}; fewer workers (num_workers) need less memory"))
-        first_error = _file_of_first_error()
-        if first_error is not None and first_error.exists():
-            sys.exit(1)  # mostly the connection to a process that has ended and has said why
+        if _another_has_failed():
+            sys.exit(1)  # mostly the connection to that process was lost
         raise
     except KeyboardInterrupt as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # of the processes that torchrun started, one is enough
+        # Of the processes that torchrun started, one is enough, and none when it ends all for an error.
+        if int(os.environ.get("RANK", 0)) == 0 and not _another_has_failed():
             print(f"interrupted{error}: {after_interrupt}", file=sys.stderr)
         sys.exit(143 if isinstance(error, Terminated) else 130)
