@@ -114,7 +114,14 @@ def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dic
 
 
 def _check_sizes(arguments: dict[str, Any]) -> None:
-    """Raises ConfigError for lists of other lengths than they must have, which diffusers' models cut off in silence."""
+    """Raises ConfigError for sizes that do not fit together, which diffusers' models cut off or find in the first step.
+
+    Args:
+        arguments: of the constructor, all of them.
+    """
+    size, patch = arguments.get("sample_size"), arguments.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int) and size % patch:
+        raise ConfigError(f"model.sample_size = {size} must be a multiple of model.patch_size = {patch}")
     lengths = {
         **dict.fromkeys(("down_block_types", "up_block_types"), len(arguments.get("block_out_channels", ()))),
         **dict.fromkeys(("latents_mean", "latents_std"), arguments.get("latent_channels")),

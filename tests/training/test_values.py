@@ -109,6 +109,7 @@ def test_all_models_are_looked_at():
         ("AutoencoderKLFA", "in_channels", 1),
         ("AutoencoderKLFA", "wavelet", "word"),
         ("DiTTransformer2DModel", "norm_type", "word"),
+        ("DiTTransformer2DModel", "patch_size", 3),
         ("VQModelFA", "block_out_channels", [8, 8, 15]),
         ("LightningDiTTransformer2DModel", "patch_size", 3),
         ("LightningDiTTransformer2DModel", "num_layers", 0),
