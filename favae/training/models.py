@@ -1,6 +1,7 @@
 """The `model:` section of a recipe: which classes there are, what they take, and building one."""
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def _naming_keys(error: Exception, build: Callable, arguments: dict[str, Any]) -
     message = " ".join(str(error).split()) or type(error).__name__
     for torch_name, name in {"num_channels": "block_out_channels", "num_groups": "norm_num_groups"}.items():
         message = re.sub(rf"\b{torch_name}\b", name, message)
-    names = {*arguments, *(signature_schema(build.__init__).model_fields if isinstance(build, type) else ())}
+    names = {*arguments, *inspect.signature(build).parameters}
     named = re.sub(r"(?<![\w.])\w+", lambda word: f"model.{word[0]}" if word[0] in names else word[0], message)
     return named if named.startswith("model.") else f"model: {named}"
 
@@ -110,7 +111,7 @@ def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dic
         raise ConfigError(f"unknown key model.{FROM_AUTOENCODER_KL}: a {settings['name']} has an encoder of its own")
     checked = validate(schema, given, "model")
     options = {key: getattr(checked, key) for key in given}
-    return lambda **arguments: build(_open_autoencoder_kl(source), **arguments), options
+    return lambda **keys: build(_open_autoencoder_kl(source), **keys), options
 
 
 def _check_sizes(arguments: dict[str, Any]) -> None:
