@@ -135,7 +135,7 @@ def check_attention(state: Mapping[str, Tensor], *, of_mar: bool) -> None:
     if of_mar and not is_mar:
         raise CheckpointError(
             "its decoder has attention in its levels, or its encoder has not, unlike MAR's; VA-VAE's and LDM's are of "
-            "the format vavae"
+            "the format ldm"
         )
     if is_mar and not of_mar:
         raise CheckpointError(

@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, VQModel
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, ModelMixin, VQModel
 from safetensors.torch import save_file
 from torch import Tensor
 
 from favae import LightningDiTTransformer2DModel, VQModelFA
 from favae.adapters.checkpoints import CONTAINERS, read_checkpoint
 from favae.adapters.favae_vq import vq_model_fa_from_favae_vq
+from favae.adapters.flux2 import flux2_from_original, original_from_flux2
 from favae.adapters.ldm import (
     autoencoder_kl_from_ldm,
     autoencoder_tensors,
@@ -58,7 +59,8 @@ def _autoencoder_to(config: Mapping, state: Mapping[str, Tensor], *, of_mar: boo
 
 
 FORMATS = {
-    "vavae": Layout(AutoencoderKL, partial(_autoencoder_from, of_mar=False), partial(_autoencoder_to, of_mar=False)),
+    "ldm": Layout(AutoencoderKL, partial(_autoencoder_from, of_mar=False), partial(_autoencoder_to, of_mar=False)),
+    "flux2": Layout(AutoencoderKLFlux2, flux2_from_original, original_from_flux2),
     "lightningdit": Layout(
         LightningDiTTransformer2DModel,
         transformer_from_lightningdit,
@@ -85,14 +87,14 @@ def from_single_file(
 
     Args:
         path: .safetensors, or what `torch.save` wrote; nothing in it is executed.
-        format: "vavae" (VA-VAE, and LDM's autoencoders), "lightningdit" (its moving average, if the file has one),
-            "mar" (KL-16), "taming-vq" or "favae-vq".
+        format: "ldm" (LDM's autoencoders, Stable Diffusion's, VA-VAE), "flux2", "lightningdit" (its moving average, if
+            the file has one), "mar" (KL-16), "taming-vq" or "favae-vq".
         latents_stats: a statistics file of LightningDiT for an `AutoencoderKL`; see `read_latent_statistics`. They are
             of latents that nothing scales, so the scaling factor is 1 with them.
         scaling_factor: of an autoencoder, in place of the file's own, the format's own, or that 1.
     Returns:
-        A model in evaluation mode, in the file's dtype: an `AutoencoderKL`, a `LightningDiTTransformer2DModel`, an
-        `AutoencoderKL`, a `VQModel` or a `VQModelFA`.
+        A model in evaluation mode, in the file's dtype: an `AutoencoderKL`, an `AutoencoderKLFlux2`, a
+        `LightningDiTTransformer2DModel`, an `AutoencoderKL`, a `VQModel` or a `VQModelFA`.
     Raises:
         CheckpointError: if the file cannot be read, has another layout, or the other arguments do not fit.
     """
@@ -130,7 +132,10 @@ def to_single_file(model: ModelMixin, path: str | Path, format: str) -> None:
     if layout.revert is None:
         raise CheckpointError(f"there is no way back to {format}")
     if type(model) is not layout.model_class:
-        raise CheckpointError(f"{format} is written from a {layout.model_class.__name__}, not a {type(model).__name__}")
+        raise CheckpointError(
+            f"the format {format} has no place for the networks of this {type(model).__name__}: it is written from a "
+            f"stock {layout.model_class.__name__}"
+        )
     if path.suffix not in (".safetensors", ".pt"):
         raise CheckpointError(f"{path}: the file must end in .safetensors or .pt")
     state = layout.revert(model.config, model.state_dict())

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from favae.errors import ModelError
 from favae.models import VQModelFA
+from favae.models.hub import silent_about_previews
 from favae.models.sizes import compression_ratio
 
 
@@ -43,7 +44,8 @@ def load_autoencoder(path: str) -> ModelMixin:
         model_class = getattr(favae, name, None) or getattr(diffusers, name)
         if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
             raise ModelError(f"{path}: a {name} is not an autoencoder")
-        return model_class.from_pretrained(path, **options).eval()
+        with silent_about_previews():
+            return model_class.from_pretrained(path, **options).eval()
     except NameError as error:  # AutoencoderRAE uses names of transformers that it could not import
         raise ModelError(f"{path}: a {name} needs the package transformers ({error})") from error
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from conftest import ROOT, command, command_error, tiny_tokenizer_recipe
 from favae import cli
 from favae.adapters.single_file import FORMATS
 from favae.commands import caches
-from favae.commands.conversion import FORMAT_NAMES
+from favae.commands.conversion import EXPORT_FORMAT_NAMES, FORMAT_NAMES
 from favae.errors import DataError
 
 COMMANDS = (
@@ -29,7 +29,9 @@ COMMANDS = (
     ("evaluate", "generation"),
     ("reference-statistics",),
     ("compare",),
+    ("preview",),
     ("convert",),
+    ("export",),
     ("report",),
 )
 
@@ -112,6 +114,8 @@ def test_training_scripts_get_their_words(tmp_path, image_folder, capsys):
 
 def test_formats_are_those_that_can_be_converted():
     assert set(FORMAT_NAMES) == set(FORMATS)
+    writable = {name for name, layout in FORMATS.items() if layout.revert is not None}
+    assert set(EXPORT_FORMAT_NAMES) == writable | {"onnx"}
 
 
 def test_every_command_has_a_parser():

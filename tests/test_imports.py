@@ -10,7 +10,7 @@ from conftest import ROOT
 # A module imports modules of its own layer and of those before it.
 LAYERS = (
     ("signals", "errors", "files", "hashing", "precision", "distributed", "ranges", "wavelets"),
-    ("models", "losses", "autoencoders", "foundation", "text_encoder"),
+    ("models", "losses", "autoencoders", "normalization", "foundation", "text_encoder"),
     ("data", "pipelines"),
     ("training",),
     ("cli", "cli_options", "commands", "__main__"),

@@ -1,4 +1,4 @@
-"""`favae convert`: checkpoints of other programs."""
+"""`favae convert` and `favae export`: models of other programs here, and ours in theirs."""
 
 import argparse
 from pathlib import Path
@@ -7,13 +7,25 @@ from favae.commands import add_command
 from favae.errors import ConfigError
 from favae.ranges import Positive, in_range
 
-DESCRIPTION = """Convert checkpoints of other programs to folders that from_pretrained opens, and back.
+CONVERT = """Convert checkpoints of other programs to folders that from_pretrained opens.
 
-    favae convert vavae.pt vavae --format vavae --latents-stats latents_stats.pt
+    favae convert vavae.pt vavae --format ldm --latents-stats latents_stats.pt
     favae convert lightningdit.pt pipeline --format lightningdit --vae vavae
-    favae convert vavae vavae.pt --format vavae --reverse"""
 
-FORMAT_NAMES = ("vavae", "lightningdit", "mar", "taming-vq", "favae-vq")  # the keys of adapters' FORMATS
+ldm: autoencoders of Stable Diffusion, VA-VAE, and others of latent diffusion; flux2: FLUX.2's. favae export is the way
+back."""
+
+EXPORT = """Export a model to another program.
+
+    favae export vae vae.safetensors --format ldm         ComfyUI, A1111, Forge, VA-VAE's code (a .pt file)
+    favae export vae vae.safetensors --format flux2       FLUX.2's layout, with the batch norm of the latents
+    favae export vae onnx --format onnx                   folders vae_encoder and vae_decoder, as optimum's
+
+ldm and flux2 hold stock networks (AutoencoderKL, AutoencoderKLFlux2), onnx holds any. The others are the formats of
+favae convert."""
+
+FORMAT_NAMES = ("ldm", "flux2", "lightningdit", "mar", "taming-vq", "favae-vq")  # the keys of adapters' FORMATS
+EXPORT_FORMAT_NAMES = ("ldm", "flux2", "onnx", "lightningdit", "mar", "taming-vq")
 
 
 def add_commands(commands) -> None:
@@ -21,32 +33,46 @@ def add_commands(commands) -> None:
         commands,
         "convert",
         convert,
-        help="convert checkpoints of other programs to diffusers folders, and back",
-        description=DESCRIPTION,
+        help="convert checkpoints of other programs to diffusers folders",
+        description=CONVERT,
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="a .pt, .ckpt, .pth or .safetensors file")
     parser.add_argument("destination", type=Path, metavar="DST", help="a new folder")
     parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help="the layout of the file")
-    parser.add_argument("--reverse", action="store_true", help="from the folder SRC to the .pt or .safetensors DST")
-    parser.add_argument("--latents-stats", type=Path, metavar="FILE", help="LightningDiT's latents_stats.pt (vavae)")
+    parser.add_argument("--latents-stats", type=Path, metavar="FILE", help="LightningDiT's latents_stats.pt (VA-VAE)")
     parser.add_argument(
         "--scaling-factor", type=in_range(Positive), help="of an autoencoder, in place of the format's own"
     )
     parser.add_argument("--vae", metavar="FOLDER", help="makes a pipeline of a lightningdit and this autoencoder")
 
+    parser = add_command(
+        commands,
+        "export",
+        export,
+        help="write a model as a file of ComfyUI, A1111, FLUX.2's or VA-VAE's code, or as ONNX",
+        description=EXPORT,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a saved model or pipeline: a folder or a hub name")
+    parser.add_argument(
+        "destination", type=Path, metavar="OUT", help="a new .safetensors or .pt file; for onnx, a new folder"
+    )
+    parser.add_argument("--format", choices=EXPORT_FORMAT_NAMES, required=True, help="the layout to write")
+
 
 def convert(arguments: argparse.Namespace) -> None:
-    from favae.adapters.convert import convert_to_file, convert_to_folder, convert_to_pipeline
+    from favae.adapters.convert import convert_to_folder, convert_to_pipeline
 
     options = {"latents_stats": arguments.latents_stats, "scaling_factor": arguments.scaling_factor}
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-    if arguments.reverse:
-        if given or arguments.vae:
-            raise ConfigError(f"{(given or ['--vae'])[0]} cannot be combined with --reverse")
-        convert_to_file(arguments.source, arguments.destination, format=arguments.format)
-    elif arguments.vae:
+    if arguments.vae:
         if given or arguments.format != "lightningdit":
             raise ConfigError("--vae makes a pipeline of a lightningdit, whose autoencoder has its own statistics")
         convert_to_pipeline(arguments.source, arguments.destination, vae=arguments.vae)
     else:
         convert_to_folder(arguments.source, arguments.destination, format=arguments.format, **options)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from favae.adapters import export as adapters_export
+
+    adapters_export.export(arguments.model, arguments.destination, format=arguments.format)

@@ -6,6 +6,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from favae.models.hub import LATENT_RGB_KEYS
 from favae.models.sizes import check_image_size, check_widths, compression_ratio
 from favae.models.tiling import FullTilesAutoencoderKL
 from favae.models.wavelet_networks import WaveletDecoder
@@ -133,13 +134,16 @@ class AsymmetricAutoencoderKLFA(FullTilesAutoencoderKL):
         """
         if type(vae) is not AutoencoderKL:
             raise ValueError(f"from_autoencoder_kl takes a stock AutoencoderKL, got {type(vae).__name__}")
+        config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+        previews = {name: config.pop(name) for name in LATENT_RGB_KEYS if name in config}  # of the same latents
         model = cls(
-            **{name: value for name, value in vae.config.items() if not name.startswith("_")},
+            **config,
             low_block_out_channels=low_block_out_channels,
             high_block_out_channels=high_block_out_channels,
             wavelet=wavelet,
             wavelet_levels=wavelet_levels,
         )
+        model.register_to_config(**previews)
         model.encoder.load_state_dict(vae.encoder.state_dict())
         for name in ("quant_conv", "post_quant_conv"):
             if getattr(vae, name) is not None:

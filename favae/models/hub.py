@@ -1,7 +1,10 @@
 """What a model of ours needs on the Hub: a line of code that finds its class, and a card that says what it is."""
 
 import json
+import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -11,7 +14,16 @@ from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_
 from huggingface_hub import EvalResult, ModelCard, create_repo
 
 SECTION_START, SECTION_END = "<!-- favae -->", "<!-- end of favae -->"
-LATENT_STATISTICS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+# Settings for previews of latents; see `favae.adapters.latent_previews`. No class takes them as arguments.
+LATENT_RGB_KEYS = ("latent_rgb_factors", "latent_rgb_factors_bias")
+LATENT_STATISTICS = (
+    "latent_channels",
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+    *LATENT_RGB_KEYS,
+)
 TASK_BY_EVALUATION = {"reconstruction": "image-to-image", "generation": "unconditional-image-generation"}
 
 
@@ -30,8 +42,23 @@ class HubModelMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs):
-        """As in [`ConfigMixin`], which would warn of the entry `auto_map` that it wrote itself."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+        """As in [`ConfigMixin`], which would warn of the entry `auto_map` that it wrote itself, and of previews."""
+        silent = {"auto_map", *LATENT_RGB_KEYS}
+        arguments, unused, hidden = super().extract_init_dict(
+            {k: v for k, v in config_dict.items() if k not in silent}, **kwargs
+        )
+        return arguments, unused, hidden | {k: config_dict[k] for k in LATENT_RGB_KEYS if k in config_dict}
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs):
+        """Refuses what [`AutoencoderKL`] would try: no file of another program holds networks of ours.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"no single-file layout holds a {cls.__name__}: open its folder by {cls.__name__}.from_pretrained"
+        )
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """As in [`ConfigMixin`], and writes the file of one line. `save_pretrained` calls this."""
@@ -106,6 +133,24 @@ def write_remote_code(exported_class: type, folder: Path) -> Path:
     file = folder / f"{exported_class.__module__.rpartition('.')[2]}.py"
     file.write_text(f"from favae import {exported_class.__name__}  # noqa: F401\n", encoding="utf-8")
     return file
+
+
+@contextmanager
+def silent_about_previews() -> Iterator[None]:
+    """Inside the block, diffusers does not warn that its own classes know nothing of `LATENT_RGB_KEYS`.
+
+    They keep these settings all the same.
+    """
+    logger = logging.getLogger("diffusers.configuration_utils")
+
+    def is_about_others(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(f"The config attributes {{'{LATENT_RGB_KEYS[0]}'")
+
+    logger.addFilter(is_about_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_about_others)
 
 
 def describe_model(
