@@ -16,7 +16,8 @@ import torch
 from diffusers import ModelMixin
 from torchvision.utils import save_image
 
-from favae.autoencoders import spatial_compression_ratio
+from favae.autoencoders import image_channels, spatial_compression_ratio
+from favae.channels import in_color
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
 from favae.errors import ConfigError, hint
@@ -43,6 +44,7 @@ def train(config: TokenizerConfig) -> None:
     # Data, the autoencoder and its losses. Whatever is missing is reported here, before anything is written.
     dataset = open_data(config)
     vae = build_tokenizer(config)
+    dataset = dataset.with_channels(image_channels(vae))
     with accelerator.main_process_first():  # one process downloads, the others find it
         module = build_training_module(config, vae)
     blocks = blocks_of(vae)
@@ -130,10 +132,11 @@ def open_data(config: TokenizerConfig) -> ImageDataset:
 
 
 def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
-    """Raises ConfigError if the training resolution does not suit the autoencoder."""
+    """Raises ConfigError or ModelError if the images or their size do not suit the autoencoder."""
     vae, resolution = build_model(config.model), config.train.resolution
     if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ConfigError(f"model.name: a {type(vae).__name__} is no autoencoder, it has no encode and decode")
+    image_channels(vae)  # refuses numbers that mean nothing
     ratio, side = spatial_compression_ratio(vae), resolution
     if any(losses.scale_equivariance for _, losses in config.loss_stages):
         ratio, side = ratio * 2, side // 2  # the half-size latent must be one too
@@ -178,7 +181,7 @@ def save_preview(run: Run, vae: ModelMixin, images: torch.Tensor) -> None:
         return
     file = run.folder / "samples" / f"step-{run.step:07}.png"
     reconstruction = vae.eval()(images.to(vae.device)).sample.cpu()
-    rows = torch.cat([images, reconstruction]).clamp(-1, 1)
+    rows = in_color(torch.cat([images, reconstruction]).clamp(-1, 1))
     with atomic_path(file) as temporary:
         save_image(rows, temporary, nrow=len(images), normalize=True, value_range=(-1, 1))
 

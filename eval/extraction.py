@@ -59,7 +59,7 @@ def image_statistics(
     """Reads a set of images once, by all processes together. Every process returns the same.
 
     Args:
-        images: items {"image": uint8 (3, H, W), "index": int}, or None for one that cannot be read; with `size`.
+        images: items {"image": uint8 (C, H, W), "index": int}, or None for one that cannot be read; with `size`.
         keep: for how many images the features themselves are returned: always the same ones, chosen at random; None
             stands for all.
         logits: whether the logits of these images are returned too.
@@ -129,7 +129,7 @@ class _Collector:
         }
 
     def add(self, images: Tensor, is_kept: Tensor) -> None:
-        """Adds a batch: uint8 (B, 3, H, W), and (B,) bool, whether the features of an image are kept."""
+        """Adds a batch: uint8 (B, C, H, W), and (B,) bool, whether the features of an image are kept."""
         found = {name: values.cpu() for name, values in self.extractor(images).items()}
         for name, statistics in self.statistics.items():
             statistics.update(found[name].numpy())

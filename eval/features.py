@@ -8,6 +8,8 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
+from favae.channels import in_color
+from favae.data.images import to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, MissingWeights
 from favae.foundation import FoundationModel
@@ -22,10 +24,10 @@ DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # timm's; its position embedd
 
 
 class FeatureExtractor:
-    """uint8 images (B, 3, H, W) -> {"features": (B, D)} and, where there are any, "logits" (B, K) and "spatial" (B, S).
+    """uint8 images (B, C, H, W) -> {"features": (B, D)} and, where there are any, "logits" (B, K) and "spatial" (B, S).
 
-    Everything is float32. "spatial" are the first 7 channels of Inception's mixed_6/conv, position by position
-    (17 x 17 x 7 = 2,023), as in ADM's sFID.
+    Images are seen `in_color`; what comes out is float32. "spatial" are the first 7 channels of Inception's
+    mixed_6/conv, position by position (17 x 17 x 7 = 2,023), as in ADM's sFID.
 
     Args:
         name: "inception" (the network of FID, in torch-fidelity's port), "dinov2" (ViT-L/14), "efficientnet-lite0"
@@ -53,6 +55,8 @@ class FeatureExtractor:
         if images.dtype != torch.uint8:
             raise TypeError(f"expected uint8 images, got {images.dtype}")
         images = images.to(process_state().device)
+        if images.shape[1] != 3:
+            images = to_uint8(in_color(images.float() / 127.5 - 1))
         with torch.backends.cudnn.flags(allow_tf32=False):
             if self.name == INCEPTION:
                 return self._inception_features(images)
@@ -153,7 +157,7 @@ def everyone(ok: bool) -> bool:
 
 
 def pixel_digests(images: Tensor) -> Tensor:
-    """A 64-bit hash of each image's pixels: uint8 (B, 3, H, W) -> int64 (B,)."""
+    """A 64-bit hash of each image's pixels: uint8 (B, C, H, W) -> int64 (B,)."""
     digests = [hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images.cpu()]
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from favae.channels import in_color
 from favae.data.images import to_uint8
 from favae.files import atomic_path
 
@@ -47,7 +48,7 @@ def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Te
     it in the original.
 
     Args:
-        originals, reconstructions: (N, 3, H, W) in [-1, 1].
+        originals, reconstructions: (N, C, H, W) in [-1, 1], shown `in_color`; errors are means over all channels.
         errors: (N,), written beside the rows.
     """
     difference = {name: images.clamp(-1, 1) - originals for name, images in reconstructions.items()}
@@ -76,7 +77,7 @@ def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Te
 
 
 def high_frequency_error(difference: Tensor) -> Tensor:
-    """(N, 3, H, W) -> (N, H, W): the squared error beyond what its 4 x 4 means explain."""
+    """(N, C, H, W) -> (N, H, W): the squared error beyond what its 4 x 4 means explain."""
     low = F.interpolate(F.avg_pool2d(difference, 4, ceil_mode=True), size=difference.shape[-2:], mode="bilinear")
     return (difference - low).square().mean(dim=1)
 
@@ -157,7 +158,7 @@ def save_samples(path: Path, images: Dataset, classes: Sequence[str] | None) -> 
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    return to_uint8(image).permute(1, 2, 0).numpy()
+    return to_uint8(in_color(image)).permute(1, 2, 0).numpy()
 
 
 def _tidy(axis) -> None:

@@ -1,6 +1,6 @@
 """Sets of 8-bit images to be measured: crops of a data source, folders of samples, .npz files.
 
-Items are {"image": uint8 (3, H, W), "index": int}, all of one size, or None for a file that cannot be decoded.
+Items are {"image": uint8 (C, H, W), "index": int}, all of one size, or None for a file that cannot be decoded.
 """
 
 import contextlib

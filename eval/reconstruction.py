@@ -23,7 +23,7 @@ from torchmetrics.functional.image import (
 )
 from tqdm import tqdm
 
-from favae.autoencoders import Budget, decode, encode, load_autoencoder, measure_budget
+from favae.autoencoders import Budget, decode, encode, image_channels, load_autoencoder, measure_budget
 from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
@@ -49,7 +49,7 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
     """The columns of `PER_IMAGE`, one row per image: (B, 7) float32, on the CPU; NaN for what cannot be measured.
 
     Args:
-        images, reconstructions: (B, 3, H, W), H and W even, images in [-1, 1].
+        images, reconstructions: (B, C, H, W), H and W even, images in [-1, 1]. LPIPS sees them `in_color`.
     """
     images, reconstructions = images.float(), reconstructions.float()
     low, high = WaveletTransform2D("haar").to(images.device)(reconstructions - images)
@@ -68,7 +68,7 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
 
 
 def peak_signal_to_noise_ratio(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """PSNR of each image in dB, on 8 bits, at most 100: (B, 3, H, W) twice, in [-1, 1] -> (B,), float32."""
+    """PSNR of each image in dB, on 8 bits, at most 100: (B, C, H, W) twice, in [-1, 1] -> (B,), float32."""
     first, second = to_uint8(images).float() / 255, to_uint8(reconstructions).float() / 255
     return -10 * (first - second).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
@@ -79,7 +79,7 @@ def band_names(levels: int) -> list[str]:
 
 
 def band_errors(difference: Tensor, levels: int) -> Tensor:
-    """Mean squared Haar coefficients of an error in each band: (B, 3, H, W) -> (B, 3 levels + 1), on the CPU.
+    """Mean squared Haar coefficients of an error in each band: (B, C, H, W) -> (B, 3 levels + 1), on the CPU.
 
     Level 1 is the finest. Bands weighted by their size add up to Recon.
     """
@@ -129,7 +129,7 @@ class _Evaluator:
         """What is kept of a batch, one row per image, and the features of each extractor; on the CPU.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1], on the model's device.
+            images: (B, C, H, W) in [-1, 1], on the model's device.
             indices: (B,), which seed the samples of the posterior.
         """
         started = _now(images.device)
@@ -176,8 +176,9 @@ def evaluate_reconstruction(
     device = process_state().device
     evaluate = _Evaluator(vae.to(device).eval(), extractors, lpips, posterior, levels)
 
+    size = (images.resolution, images.resolution)
     # A warm-up, from which a process that reads no image at all learns the shapes.
-    empty, features = evaluate(torch.zeros(1, 3, images.resolution, images.resolution, device=device), torch.zeros(1))
+    empty, features = evaluate(torch.zeros(1, images.channels, *size, device=device), torch.zeros(1))
     evaluate.seconds.clear()
     columns = {name: [values[:0]] for name, values in empty.items()}
     statistics = [RunningStatistics(found.shape[1]) for found in features]
@@ -258,6 +259,7 @@ def evaluate_autoencoders(
 
     Args:
         models: (name, path) each; a path is a folder or a hub name, and a name that occurs twice stands for two seeds.
+        images: read in as many channels as the first model takes.
         output: a folder.
         data_name: what results call the images.
         reference: for rFID, opened with the same extractors; None compares with the same images.
@@ -274,6 +276,7 @@ def evaluate_autoencoders(
     opened, failures = _open_models(models, images.resolution)
     if not opened:
         return [], failures
+    images = images.with_channels(image_channels(opened[0][2]))
 
     # What reconstructions are compared with.
     originals = references = image_statistics(
@@ -325,11 +328,21 @@ def _open_models(
     opened, failures = [], []
     for name, path in models:
         try:
-            opened.append((name, path, *_open_everywhere(path, resolution)))
+            vae, budget = _open_everywhere(path, resolution)
+            for first, _, other, _ in opened[:1]:
+                check_same_channels("it", vae, first, other)
+            opened.append((name, path, vae, budget))
         except ModelError as error:
             logger.warning("%s is left out: %s", name, error)  # at once, and at the end again
             failures.append(f"{name}: {error}")
     return opened, failures
+
+
+def check_same_channels(name: str, vae: ModelMixin, first: str, other: ModelMixin) -> None:
+    """Raises `ModelError` if an autoencoder takes images of other channels than the first one; both have names."""
+    found, expected = image_channels(vae), image_channels(other)
+    if found != expected:
+        raise ModelError(f"{name} takes images of {found} channels, and {first} of {expected}; measure them apart")
 
 
 def _open_everywhere(path: str, resolution: int) -> tuple[ModelMixin, Budget]:

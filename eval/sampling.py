@@ -91,7 +91,7 @@ def sample_to_folder(
                 break
             for i, image in zip(batch, to_uint8(images * 2 - 1)):
                 with atomic_path(image_file(folder, i)) as temporary:
-                    Image.fromarray(image.numpy()).save(temporary, format="PNG", compress_level=1)
+                    Image.fromarray(image.squeeze(-1).numpy()).save(temporary, format="PNG", compress_level=1)
         all_whole = everyone(not broken)
 
     # All processes fail together.
@@ -102,7 +102,7 @@ def sample_to_folder(
 def _sample_batch(
     pipeline: DiffusionPipeline, batch: range, conditions: dict[str, list], seed: int, settings: dict
 ) -> Tensor:
-    """The images with these indices: (B, H, W, 3) in [0, 1], on the CPU."""
+    """The images with these indices: (B, H, W, C) in [0, 1], on the CPU."""
     condition = {name: [values[i] for i in batch] for name, values in conditions.items()}
     condition = condition or {"batch_size": len(batch)}
     generators = [image_generator(seed, i) for i in batch]

@@ -12,14 +12,15 @@ from diffusers import ModelMixin
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from favae.autoencoders import load_autoencoder, reconstruct, spatial_compression_ratio
+from favae.autoencoders import image_channels, load_autoencoder, reconstruct, spatial_compression_ratio
+from favae.channels import in_color
 from favae.data.decoding import UnusableImage, read_image
 from favae.data.folders import FolderSource
 from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError, NonFiniteError
 from favae.eval.figures import INK, MUTED, ZOOM, high_frequency_error, worst_windows
-from favae.eval.reconstruction import peak_signal_to_noise_ratio
+from favae.eval.reconstruction import check_same_channels, peak_signal_to_noise_ratio
 from favae.eval.results import number_duplicates
 from favae.files import atomic_path
 
@@ -34,7 +35,7 @@ class Comparison:
 
     Attributes:
         name: of the image's file.
-        original: (3, H, W) in [-1, 1]. reconstructions: of the same shape, clamped, by the model's name.
+        original: (C, H, W) in [-1, 1]. reconstructions: of the same shape, clamped, by the model's name.
         psnr: in dB, on 8 bits, by the model's name.
         note: how the image was changed before it was encoded; "" if it was not.
     """
@@ -63,19 +64,20 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def open_image(file: Path, ratio: int, resolution: int | None) -> tuple[Tensor, str]:
+def open_image(file: Path, ratio: int, resolution: int | None, channels: int = 3) -> tuple[Tensor, str]:
     """An image of a size that is a multiple of the compression ratio, and how it was changed.
 
     Args:
         ratio: pixels per latent along each side.
         resolution: height and width of the center crop; None keeps the size, but for at most ratio - 1 pixels.
+        channels: C, see `ImageDataset`.
     Returns:
-        (3, H, W) in [-1, 1], and a note, "" if the image is as it was.
+        (C, H, W) in [-1, 1], and a note, "" if the image is as it was.
     Raises:
         DataError: if the file is not an image, or smaller than the compression ratio.
     """
     try:
-        image = read_image(file)
+        image = read_image(file, channels)
     except UnusableImage as error:
         raise DataError(f"{file} cannot be read as an image ({error})") from error
     size = image.size
@@ -101,16 +103,19 @@ def compare_on_images(
         resolution: see `open_image`.
     Raises:
         DataError: if an image cannot be read.
-        ModelError: if a model cannot be opened, or takes no images of this size.
+        ModelError: if a model cannot be opened, takes images of other channels than another, or none of this size.
         NonFiniteError: if a reconstruction is not finite.
     """
     device = process_state().device
     names = number_duplicates([name for name, _ in models])
     opened = {name: load_autoencoder(path).to(device) for name, (_, path) in zip(names, models)}
     ratio = math.lcm(*(spatial_compression_ratio(vae) for vae in opened.values()))
+    first, other = next(iter(opened.items()))
+    for name, vae in opened.items():
+        check_same_channels(name, vae, first, other)
     comparisons = []
     for file in files:
-        original, note = open_image(file, ratio, resolution)
+        original, note = open_image(file, ratio, resolution, image_channels(other))
         reconstructions = {name: _reconstruct(vae, original, name).cpu() for name, vae in opened.items()}
         psnr = {
             name: float(peak_signal_to_noise_ratio(original[None], reconstruction[None]))
@@ -166,7 +171,8 @@ def _panel(comparison: Comparison) -> Image.Image:
     scale = _scale(width, height)
     size = (round(width * scale), round(height * scale))
     resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    pixels = {name: Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()) for name, image in images.items()}
+    shown = {name: to_uint8(in_color(image)).permute(1, 2, 0).numpy() for name, image in images.items()}
+    pixels = {name: Image.fromarray(values) for name, values in shown.items()}
     whole = {name: image.resize(size, resampling) for name, image in pixels.items()}
 
     # The window where the reconstructions together miss most of the high frequencies.

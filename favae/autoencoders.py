@@ -1,8 +1,9 @@
 """The same few functions for any diffusers autoencoder of images, whose outputs and value ranges differ.
 
 `encode` of `AutoencoderKL` and its relatives gives `latent_dist`, that of `AutoencoderTiny` and `VQModel` `latents`,
-that of `AutoencoderDC` and `AutoencoderRAE` `latent`. `AutoencoderRAE` works in [0, 1], the others in [-1, 1]. Scaling
-factors, shifts and latent statistics belong to generators: here `decode` takes what `encode` gives.
+that of `AutoencoderDC` and `AutoencoderRAE` `latent`. `AutoencoderRAE` works in [0, 1], the others in [-1, 1]. Those of
+videos that encode an image as one frame, such as `AutoencoderKLQwenImage` and `AutoencoderKLWan`, get and give that
+frame. Scaling factors, shifts and latent statistics belong to generators: here `decode` takes what `encode` gives.
 """
 
 import math
@@ -12,9 +13,10 @@ from typing import Literal
 import diffusers
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from favae.channels import MODES
 from favae.errors import ModelError
 from favae.models import VQModelFA
 from favae.models.hub import silent_about_previews
@@ -58,9 +60,11 @@ def spatial_compression_ratio(vae: ModelMixin) -> int:
     Raises:
         ModelError: if neither the autoencoder nor its config tells.
     """
+    config = vae.config
+    if "dim_mult" in config:  # Qwen-Image's and Wan's, whose own number does not follow their settings
+        return compression_ratio(len(config.dim_mult)) * (config.get("patch_size") or 1)
     if hasattr(vae, "spatial_compression_ratio"):
         return int(vae.spatial_compression_ratio)
-    config = vae.config
     for widths in ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels"):
         if widths in config:
             return compression_ratio(len(config[widths]))
@@ -69,6 +73,25 @@ def spatial_compression_ratio(vae: ModelMixin) -> int:
         patches = config.encoder_input_size // config.encoder_patch_size
         return (config.image_size or config.patch_size * patches) // patches
     raise ModelError(f"the spatial compression ratio of a {type(vae).__name__} is not known")
+
+
+def image_channels(vae: ModelMixin) -> int:
+    """Channels of the images that an autoencoder takes and gives back: 1 (gray), 3 (RGB) or 4 (RGBA).
+
+    Raises:
+        ModelError: if it takes others than it gives back, or none of these.
+    """
+    config = vae.config
+    taken = next((config[key] for key in ("in_channels", "input_channels", "num_channels") if key in config), 3)
+    given = config.get("out_channels", taken)
+    patch = (config.get("patch_size") or 1) ** 2 if isinstance(vae, diffusers.AutoencoderKLWan) else 1
+    if taken != given or taken // patch not in MODES:
+        gray, rgb, rgba = (patch * channels for channels in MODES)
+        raise ModelError(
+            f"this {type(vae).__name__} has in_channels={taken} and out_channels={given}; both must be {gray} for gray "
+            f"images, {rgb} for RGB or {rgba} for RGBA"
+        )
+    return taken // patch
 
 
 def encode(
@@ -80,22 +103,27 @@ def encode(
     """Encodes images to latents that `decode` takes.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1].
+        images: (B, C, H, W) in [-1, 1].
         posterior: "mode" (the mean) or "sample"; it does not matter for autoencoders without a posterior.
     Returns:
-        (B, C, h, w), in the autoencoder's dtype.
+        (B, C', h, w), in the autoencoder's dtype.
     """
     images = images.to(vae.dtype)
-    output = vae.encode((images + 1) / 2 if _unit_range(vae) else images)
+    images = (images + 1) / 2 if _unit_range(vae) else images
+    output = vae.encode(images.unsqueeze(2) if _takes_frames(vae) else images)
     if hasattr(output, "latent_dist"):
         distribution = output.latent_dist
-        return distribution.mode() if posterior == "mode" else distribution.sample(generator)
-    return output.latents if hasattr(output, "latents") else output.latent
+        latents = distribution.mode() if posterior == "mode" else distribution.sample(generator)
+    else:
+        latents = output.latents if hasattr(output, "latents") else output.latent
+    return latents.squeeze(2) if _takes_frames(vae) else latents
 
 
 def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
     """Decodes latents of `encode` to images around [-1, 1], unclamped, float32. Codebook models quantize them first."""
-    images = vae.decode(latents).sample.float()
+    frames = _takes_frames(vae)
+    images = vae.decode(latents.unsqueeze(2) if frames else latents).sample.float()
+    images = images.squeeze(2) if frames else images
     return images * 2 - 1 if _unit_range(vae) else images
 
 
@@ -105,13 +133,18 @@ def reconstruct(
     posterior: Literal["mode", "sample"] = "mode",
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
-    """Encodes and decodes (B, 3, H, W) in [-1, 1]; the result is not clamped, float32."""
+    """Encodes and decodes (B, C, H, W) in [-1, 1]; the result is not clamped, float32."""
     return decode(vae, encode(vae, images, posterior, generator))
 
 
 def _unit_range(vae: ModelMixin) -> bool:
     """Whether the autoencoder takes and gives images in [0, 1]."""
     return isinstance(vae, getattr(diffusers, "AutoencoderRAE", ()))
+
+
+def _takes_frames(vae: ModelMixin) -> bool:
+    """Whether the autoencoder takes and gives images with an axis of time, (B, C, T, H, W)."""
+    return "temperal_downsample" in vae.config or any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
 @dataclass
@@ -146,12 +179,9 @@ def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
     """Encodes and decodes one black image, and counts. It works on the meta device, too.
 
     Raises:
-        ModelError: if the autoencoder does not take RGB images of this size, or gives them back in another.
+        ModelError: if the autoencoder does not take images of this size, or gives them back in another.
     """
-    name, size = type(vae).__name__, (1, 3, resolution, resolution)
-    channels = vae.config.get("in_channels", 3)
-    if channels != 3:
-        raise ModelError(f"this {name} takes images of {channels} channels, not of 3")
+    name, size = type(vae).__name__, (1, image_channels(vae), resolution, resolution)
     latents, output, flops = _count_round_trip(vae, torch.zeros(size, device=vae.device, dtype=vae.dtype))
     if latents.ndim != 4:
         raise ModelError(f"this {name} has latents of shape {tuple(latents.shape)}, not (B, C, h, w) as images have")

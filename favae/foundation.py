@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from favae.channels import in_color
 from favae.errors import MissingWeights
 from favae.files import READ_ERRORS
 
@@ -66,14 +67,14 @@ class FoundationModel(nn.Module):
         return self
 
     def _normalize(self, images: Tensor) -> Tensor:
-        return ((images.float() + 1) / 2 - self.mean) / self.std
+        return ((in_color(images.float()) + 1) / 2 - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features on a grid.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: (B, C, H, W) in [-1, 1], seen `in_color`.
             grid: (h, w), the size of the grid, usually the latent's.
         Returns:
             (B, C, h, w), float32.
@@ -94,7 +95,7 @@ class FoundationModel(nn.Module):
         """Global features and class logits, for evaluation.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1]; resized to `size` x `size` (bicubic, antialiased).
+            images: (B, C, H, W) in [-1, 1], seen `in_color`; resized to `size` x `size` (bicubic, antialiased).
         Returns:
             Features (B, D) and logits (B, classes), float32. The logits are None without a classifier: only
             EfficientNet-Lite0 is loaded with its own.

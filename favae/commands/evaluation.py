@@ -31,8 +31,8 @@ RECONSTRUCTION = """Measure how well autoencoders reconstruct a set of images.
     favae evaluate reconstruction --model ours=runs/favae/final --model theirs=stabilityai/sd-vae-ft-mse \\
         --data IMAGES --resolution 256 --output runs/reconstruction
 
-Any autoencoder of diffusers for RGB images, and ours. A name given twice stands for two seeds of one model. Prints a
-table; writes results.json, comparison.png (the worst images first), spectra.png and latents.png.
+Any autoencoder of diffusers for images (gray, RGB or RGBA), and ours. A name given twice stands for two seeds of one
+model. Prints a table; writes results.json, comparison.png (the worst images first), spectra.png and latents.png.
 
 Recon, Low and High are mean squared errors in [-1, 1], unclamped, of the image, its Haar LL band, and the mean of LH,
 HL and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SSIM and MS-SSIM are means over images,

@@ -67,7 +67,7 @@ class CachedDataset(ShardedCache):
     @staticmethod
     @abstractmethod
     def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The columns' values for images (B, 3, H, W) in [-1, 1], and what must be finite for them to mean anything."""
+        """The columns' values for images (B, C, H, W) in [-1, 1], and what must be finite for them to mean anything."""
 
     @staticmethod
     @abstractmethod

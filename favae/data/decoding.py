@@ -1,4 +1,4 @@
-"""From a stored picture to RGB pixels: the one way, whatever the picture is stored in."""
+"""From a stored picture to pixels of 1, 3 or 4 channels: the one way, whatever the picture is stored in."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from favae.channels import MODES
 from favae.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -48,14 +49,14 @@ def image_extensions() -> frozenset[str]:
     return frozenset(end for end, name in Image.registered_extensions().items() if name not in NOT_OPENED)
 
 
-def read_image(file: str | Path | BinaryIO) -> Image.Image:
-    """The picture in a file, upright and in RGB; of several frames the first.
+def read_image(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
+    """The picture in a file, upright, with so many channels; of several frames the first.
 
     Raises:
-        UnusableImage: if it cannot be read, or for the reasons that `to_rgb` names.
+        UnusableImage: if it cannot be read, or for the reasons that `to_channels` names.
     """
     with _opened(file) as image:
-        return to_rgb(image)
+        return to_channels(image, channels)
 
 
 def stored_size(file: str | Path) -> tuple[int, int]:
@@ -100,9 +101,15 @@ def _orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns an image upright and converts it to RGB: grayscale of 8 or 16 bits, palettes and CMYK; what is transparent
-    is put over white.
+    """`to_channels` with three of them."""
+    return to_channels(image)
 
+
+def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
+    """Turns an image upright and converts it: grayscale of 8 or 16 bits, palettes and CMYK as well.
+
+    Args:
+        channels: 1 (gray), 3 (RGB) or 4 (RGBA). What is transparent is put over white, unless the opacity is kept.
     Raises:
         UnusableImage: if the range of pixel values is unknown (floating point, or integers of more than 16 bits).
     """
@@ -115,10 +122,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise UnusableImage("floating-point pixels of unknown range")
     if image.mode.startswith("I"):  # 16-bit grayscale is opened as "I;16" or as "I"
         image = _from_integers(image)
-    elif image.has_transparency_data:
+    if not image.has_transparency_data:
+        image = image.convert("RGB")
+    else:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+        if channels < 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels])
     image.info = {}  # what it says about orientation and transparency is done
     return image
 
@@ -141,5 +151,5 @@ def _from_integers(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise UnusableImage(f"integer pixels from {values.min()} to {values.max()}; at most 16 bits are supported")
     gray = (values / 257).round().astype(np.uint8)
-    gray[values == image.info.get("transparency", -1)] = 255
-    return Image.fromarray(gray)
+    opaque = values != image.info.get("transparency", -1)
+    return Image.merge("LA", (Image.fromarray(gray), Image.fromarray(opaque.astype(np.uint8) * 255)))

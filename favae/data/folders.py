@@ -119,8 +119,8 @@ class FolderSource:
     def checksum(self, index: int) -> int:
         return zlib.crc32(self.files[index].read_bytes())
 
-    def read(self, index: int) -> Image.Image:
-        return read_image(self.files[index])
+    def read(self, index: int, channels: int = 3) -> Image.Image:
+        return read_image(self.files[index], channels)
 
     @property
     def has_captions(self) -> bool:

@@ -1,5 +1,6 @@
 """Images as tensors: crops, and a data set of a source's images in [-1, 1]."""
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -68,8 +69,11 @@ def _scaled_size(image: Image.Image, size: int) -> tuple[int, int]:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) float32 in [-1, 1], of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    """(C, H, W) float32 in [-1, 1], of a gray, RGB or RGBA image. Colors that cannot be seen become white."""
+    pixels = np.array(image)
+    if image.mode == "RGBA":
+        pixels[pixels[..., 3] == 0, :3] = 255
+    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -120,8 +124,8 @@ class Source(Protocol):
         """CRC-32 of the bytes that store the image, or of its pixels if it is computed. Raises as `read` does."""
         ...
 
-    def read(self, index: int) -> Image.Image:
-        """The image, upright and in RGB. Raises `UnusableImage` if it cannot be read."""
+    def read(self, index: int, channels: int = 3) -> Image.Image:
+        """The image, upright, in gray (1 channel), RGB (3) or RGBA (4). Raises `UnusableImage` if it cannot be read."""
         ...
 
     def captions(self, index: int) -> list[str]:
@@ -132,7 +136,7 @@ class Source(Protocol):
 class ImageDataset(Dataset):
     """Images of a source as tensors.
 
-    `dataset[i]` is {"image": (3, R, R) in [-1, 1], "index": int} for the center crop, or None if the image cannot be
+    `dataset[i]` is {"image": (C, R, R) in [-1, 1], "index": int} for the center crop, or None if the image cannot be
     read; a warning names it, and `skip_missing` leaves it out of batches. Training reads random views.
 
     Args:
@@ -140,6 +144,7 @@ class ImageDataset(Dataset):
         resolution: height and width R of the tensors.
         crop: the window of a random view, once the shorter side is scaled to the resolution.
         flip: whether half of the random views are mirrored.
+        channels: C of the tensors: 1 is gray, 3 is RGB with what is transparent over white, 4 is RGBA.
 
     Attributes:
         unreadable: (len(source),) bool, which images could not be read so far, by this process and its DataLoader's
@@ -147,13 +152,26 @@ class ImageDataset(Dataset):
     """
 
     def __init__(
-        self, source: Source, resolution: int, *, crop: Literal["random", "center"] = "random", flip: bool = True
+        self,
+        source: Source,
+        resolution: int,
+        *,
+        crop: Literal["random", "center"] = "random",
+        flip: bool = True,
+        channels: int = 3,
     ):
         self.source = source
         self.resolution = resolution
         self.crop = crop
         self.flip = flip
+        self.channels = channels
         self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+
+    def with_channels(self, channels: int) -> "ImageDataset":
+        """The same images with another number of channels."""
+        other = copy.copy(self)
+        other.channels = channels
+        return other
 
     @property
     def classes(self) -> list[str]:
@@ -172,7 +190,7 @@ class ImageDataset(Dataset):
 
     def _read(self, index: int) -> Image.Image | None:
         try:
-            return self.source.read(index)
+            return self.source.read(index, self.channels)
         except UnusableImage as error:
             if not self.unreadable[index]:
                 self.unreadable[index] = True

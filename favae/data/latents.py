@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from favae.autoencoders import load_autoencoder, measure_budget
+from favae.autoencoders import image_channels, load_autoencoder, measure_budget
 from favae.data.cached_dataset import CONTENTS, CachedDataset, LatentManifest
 from favae.data.captions import captions_file, check_captions, summarize_captions
 from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
@@ -252,7 +252,7 @@ def write_latent_cache(
 
     Args:
         tokenizer: one that `load_tokenizer` would open.
-        images: read through the center crop; unreadable ones are left out.
+        images: read through the center crop, in as many channels as the tokenizer takes; unreadable ones are left out.
         output: a new folder, or one that the same call began.
         data_name: a name of the images, for the manifest; the record of the images tells whether they are the same.
         batch_size: images that are encoded at a time.
@@ -267,6 +267,7 @@ def write_latent_cache(
             captions; if not one image can be read; or if latents are not finite or overflow in `dtype`.
     """
     measure_budget(tokenizer, images.resolution)  # refuses a resolution that does not fit, before anything is written
+    images = images.with_channels(image_channels(tokenizer))
     classes = images.classes  # refuses labels that are no classes, likewise
     captioned = images.source.has_captions  # refuses what is no text
     dataset_class: type[CachedDataset] = MomentsDataset

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from favae.channels import MODES
 from favae.data.captions import clean_captions
 from favae.data.decoding import read_image
 from favae.data.images import ImageIdentity, shorter_side_to
@@ -92,13 +93,13 @@ class PhotoSource:
     def checksum(self, index: int) -> int:
         return zlib.crc32(self.read(index).tobytes())
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, channels: int = 3) -> Image.Image:
         region = self._regions[self.label(index)]
         rng = np.random.default_rng([index, list(self.NUM_CROPS_BY_SPLIT).index(self.split)])
         longest = min(region.size)
         side = round(64 * (longest / 64) ** rng.random())
         left, top = int(rng.integers(region.width - side + 1)), int(rng.integers(region.height - side + 1))
-        return region.crop((left, top, left + side, top + side))
+        return region.crop((left, top, left + side, top + side)).convert(MODES[channels])
 
     def captions(self, index: int) -> list[str]:
         return clean_captions([self.PHOTOS[self.classes[self.label(index)]][1]])

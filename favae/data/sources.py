@@ -1,6 +1,7 @@
 """Where images come from, by one name: a folder, a data set of the `datasets` library, or photographs in wheels.
 
-A source gives image i as an RGB `PIL.Image`, its class and its captions; `favae.data.images` makes tensors of images.
+A source gives image i as a `PIL.Image` (gray, RGB or RGBA), its class and its captions; `favae.data.images` makes
+tensors of images.
 """
 
 import logging

@@ -194,8 +194,8 @@ class HuggingFaceSource:
         except OSError as error:
             raise UnusableImage(str(error)) from error
 
-    def read(self, index: int) -> Image.Image:
-        image = read_image(io.BytesIO(self._bytes(index)))
+    def read(self, index: int, channels: int = 3) -> Image.Image:
+        image = read_image(io.BytesIO(self._bytes(index)), channels)
         check_size(image.size, self.min_size)
         return image
 

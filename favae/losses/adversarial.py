@@ -6,12 +6,13 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from favae.channels import in_color
+
 
 class PatchDiscriminator(ModelMixin, ConfigMixin):
     """Classifies overlapping patches, of 70 x 70 pixels with the defaults, as real or reconstructed.
 
     Args:
-        in_channels: channels of the image.
         channels: width of the first layer; each further layer doubles it, up to eight times this number.
         num_layers: number of layers of stride 2.
 
@@ -19,10 +20,10 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3):
+    def __init__(self, channels: int = 64, num_layers: int = 3):
         super().__init__()
         widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
-        layers = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, num_layers + 1):
             stride = 2 if i < num_layers else 1
             layers += [
@@ -38,8 +39,8 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> one logit per patch, (B, 1, h, w), higher for real ones."""
-        return self.layers(images)
+        """Images (B, C, H, W) in [-1, 1], seen `in_color` -> a logit per patch, (B, 1, h, w), higher for real ones."""
+        return self.layers(in_color(images))
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from favae.channels import in_color
 from favae.errors import MissingWeights
 from favae.files import READ_ERRORS
 from favae.precision import no_autocast
@@ -63,6 +64,6 @@ class LPIPS(nn.Module):
         return self
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Two batches of images (B, 3, H, W) around [-1, 1] -> distances (B,), float32."""
+        """Two batches of images (B, C, H, W) around [-1, 1], seen `in_color` -> distances (B,), float32."""
         with no_autocast(first.device):
-            return self.net(first.float(), second.float()).flatten()
+            return self.net(in_color(first.float()), in_color(second.float())).flatten()

@@ -124,9 +124,6 @@ class TokenizerConfig(RunConfig):
 
     def __post_init__(self):
         check_model(self.model, TOKENIZERS)
-        for key in ("in_channels", "out_channels"):
-            if self.model.get(key, 3) != 3:
-                raise ConfigError(f"model.{key} must be 3, because images are RGB, got {self.model[key]}")
         for _, loss in self.loss_stages:
             check_loss(loss, self)
 

@@ -24,7 +24,7 @@ from favae.training.tokenizer_losses import TokenizerLossConfig
 STATISTICS_WINDOW = 100  # batches that the codebook statistics look back on
 MAX_ALIGNMENT_FACTOR = 10.0  # the most that the adaptive factor of the alignment may be
 
-Discriminator = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, 1, h, w)
+Discriminator = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> logits (B, 1, h, w)
 Terms = dict[str, tuple[Tensor | float, Tensor]]  # by name, the weight and the value of a loss
 
 
@@ -32,10 +32,10 @@ class Autoencoding(NamedTuple):
     """What one pass through the autoencoder gives the losses.
 
     Attributes:
-        reconstruction: (B, 3, H, W).
-        target: (B, 3, H, W), what it should be: the images, or their low-pass version where high latents were dropped.
-        latents: (B, C, h, w), a sample of the posterior or codebook vectors.
-        moments: (B, 2C, h, w), mean and log-variance of the posterior; None for a codebook.
+        reconstruction: (B, C, H, W).
+        target: (B, C, H, W), what it should be: the images, or their low-pass version where high latents were dropped.
+        latents: (B, C', h, w), a sample of the posterior or codebook vectors.
+        moments: (B, 2C', h, w), mean and log-variance of the posterior; None for a codebook.
         terms: losses that need the inside of the model.
         statistics: scalars to log besides the losses.
     """
@@ -54,8 +54,9 @@ class TokenizerTrainingModule(nn.Module):
     L = reconstruction + w_s (1 - SSIM) + w_p LPIPS + frequency losses + w_kl KL + w_a a alignment + w_g g adversarial
 
     Losses of weight 0 are not computed; a and g are adaptive (see `adaptive_weight`) or 1. Everything is per element of
-    the image: reconstruction is the mean of |x - x'| or (x - x')^2, and KL is the sum over the latent divided by 3HW.
-    That is the published sum per image divided by 3HW throughout, so published weights keep their meaning.
+    the image: reconstruction is the mean of |x - x'| or (x - x')^2, and KL is the sum over the latent divided by CHW.
+    That is the published sum per image divided by CHW throughout, so published weights keep their meaning. Images are
+    gray, RGB or RGBA: LPIPS, alignment and the discriminator see them `in_color`, the other losses have all channels.
 
     Three losses change the forward pass itself:
 
@@ -123,12 +124,12 @@ class TokenizerTrainingModule(nn.Module):
         """One pass through the autoencoder and all losses of this step.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: (B, C, H, W) in [-1, 1].
             losses: of the stage that this step belongs to.
             discriminator: judges the reconstruction, and is not trained by it; None before it takes part.
         Returns:
             The total loss; each loss before weighting, with the adaptive factors and statistics, detached; the
-            reconstruction and what it should be, (B, 3, H, W) float32.
+            reconstruction and what it should be, (B, C, H, W) float32.
         """
         # 1. Through the autoencoder, in mixed precision if autocast is on.
         passed = self._autoencode(images, losses)

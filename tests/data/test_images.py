@@ -105,7 +105,7 @@ def test_only_the_window_of_a_strip_is_scaled(shape, monkeypatch):
 
 def test_tensors_and_bytes():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
-    source = type("S", (), {"__len__": lambda s: 1, "read": lambda s, i: image, "label": lambda s, i: 0})()
+    source = type("S", (), {"__len__": lambda s: 1, "read": lambda s, i, channels: image, "label": lambda s, i: 0})()
     tensor = ImageDataset(source, 16)[0]["image"]
     assert tensor.min() == -1 and tensor.max() == 1
     assert torch.equal(to_uint8(tensor), torch.from_numpy(np.array(image)).permute(2, 0, 1))

@@ -352,10 +352,10 @@ def test_whatever_a_decoder_raises_is_an_unusable_image(tmp_path, monkeypatch):
     file.write_bytes(encoded(smooth(), "TIFF"))
     for error in (TypeError("a"), struct.error("b"), IndexError(), KeyError("c"), ZeroDivisionError(), MemoryError()):
 
-        def fail(image, error=error):
+        def fail(image, channels, error=error):
             raise error
 
-        monkeypatch.setattr(decoding, "to_rgb", fail)
+        monkeypatch.setattr(decoding, "to_channels", fail)
         with pytest.raises(UnusableImage, match=str(error) or type(error).__name__):
             read_image(file)
 

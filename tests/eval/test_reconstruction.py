@@ -73,6 +73,8 @@ def autoencoders() -> dict[str, diffusers.ModelMixin]:
     tiny = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     tiny |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     pytest.importorskip("transformers", reason="AutoencoderRAE's encoders are from transformers")
+    frames = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    patches = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
     return {
         "AutoencoderKL": diffusers.AutoencoderKL(**common, latent_channels=4),
         "AsymmetricAutoencoderKL": diffusers.AsymmetricAutoencoderKL(
@@ -84,6 +86,9 @@ def autoencoders() -> dict[str, diffusers.ModelMixin]:
         ),
         "AutoencoderKLFlux2": diffusers.AutoencoderKLFlux2(**common, latent_channels=4),
         "AutoencoderTiny": diffusers.AutoencoderTiny(**tiny),
+        "AutoencoderKLQwenImage": diffusers.AutoencoderKLQwenImage(**frames),
+        "AutoencoderKLWan, as Wan 2.1's": diffusers.AutoencoderKLWan(**frames),
+        "AutoencoderKLWan, as Wan 2.2's": diffusers.AutoencoderKLWan(**frames, **patches),
         "AutoencoderDC": diffusers.AutoencoderDC(**dc),
         "AutoencoderRAE": diffusers.AutoencoderRAE(encoder_input_size=28, image_size=8, **rae),
         "VQModel": diffusers.VQModel(**common, num_vq_embeddings=16),
@@ -112,6 +117,18 @@ def test_every_class_of_autoencoder_reconstructs(tmp_path):
             assert budget.floats_per_image == latents[0].numel() and budget.tokens_per_image is None
 
 
+def test_an_image_is_one_frame():
+    for name, vae in autoencoders().items():
+        if name.startswith(("AutoencoderKLQwen", "AutoencoderKLWan")):
+            images = torch.rand(2, 3, 8, 8) * 2 - 1
+            with torch.no_grad():
+                latents = vae.eval().encode(images.unsqueeze(2)).latent_dist.mode()
+                assert torch.equal(encode(vae, images), latents[:, :, 0])
+                assert torch.equal(decode(vae, latents[:, :, 0]), vae.decode(latents).sample[:, :, 0])
+                draws = encode(vae, images, "sample", [torch.Generator().manual_seed(0) for _ in images])
+            assert draws.shape == (2, 4, *latents.shape[-2:])
+
+
 def test_value_ranges_are_the_adapters_business():
     """An RAE works in [0, 1]: asked directly in its range, it gives what the adapter gives."""
     rae = autoencoders()["AutoencoderRAE"].eval()
@@ -134,8 +151,9 @@ def test_posterior_and_pipelines(tiny_kl, tmp_path):
 
 
 def test_autoencoders_that_cannot_take_the_images(tiny_kl, tmp_path):
-    with pytest.raises(ModelError, match="takes images of 1 channels, not of 3"):
-        measure_budget(diffusers.AutoencoderKL(in_channels=1), 8)
+    for channels in ({"in_channels": 1}, {"in_channels": 2, "out_channels": 2}):
+        with pytest.raises(ModelError, match="both must be 1 for gray images, 3 for RGB or 4 for RGBA"):
+            measure_budget(diffusers.AutoencoderKL(**channels), 8)
     with pytest.raises(ModelError, match="18 px back at 16 px; the resolution must be a multiple of 4"):
         measure_budget(tiny_kl, 18)
     with pytest.raises(ModelError, match="4 px back at 8 px; the resolution must be 8"):
@@ -203,15 +221,14 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, capsys):
     torch.manual_seed(1)
     type(tiny_favae).from_config(tiny_favae.config).save_pretrained(tmp_path / "b")
     autoencoders()["AutoencoderTiny"].save_pretrained(tmp_path / "tiny")
-    diffusers.AutoencoderKL(in_channels=1, norm_num_groups=4, block_out_channels=(8,)).save_pretrained(
-        tmp_path / "grey"
-    )
-    named = (("ours", "a"), ("ours", "b"), ("grey", "grey"), ("taesd", "tiny"))
+    gray = {"in_channels": 1, "out_channels": 1}
+    diffusers.AutoencoderKL(**gray, norm_num_groups=4, block_out_channels=(8,)).save_pretrained(tmp_path / "gray")
+    named = (("ours", "a"), ("ours", "b"), ("gray", "gray"), ("taesd", "tiny"))
     models = [f"--model={name}={tmp_path / path}" for name, path in named]
     options = ("--data", folder, "--resolution", 16, "--features", "efficientnet-lite0", "--examples", 2)
     options += ("--output", tmp_path / "out")
     message = command_error("evaluate", "reconstruction", *models, *options)
-    assert message.startswith("error: grey: this AutoencoderKL takes images of 1 channels")
+    assert message.startswith("error: gray: it takes images of 1 channels, and ours of 3; measure them apart")
     printed = capsys.readouterr().out
     assert "rFD(efficientnet-lite0)" in printed and "FID" not in printed
     results = json.loads((tmp_path / "out/results.json").read_text())

@@ -106,7 +106,6 @@ def test_all_models_are_looked_at():
         ("AutoencoderKLFA", "norm_num_groups", 3),
         ("AutoencoderKLFA", "high_latent_channels", 6),
         ("AutoencoderKLFA", "latents_std", [1]),
-        ("AutoencoderKLFA", "in_channels", 1),
         ("AutoencoderKLFA", "wavelet", "word"),
         ("DiTTransformer2DModel", "norm_type", "word"),
         ("DiTTransformer2DModel", "patch_size", 3),
