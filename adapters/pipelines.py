@@ -1,125 +1,117 @@
 """Autoencoders in the pipelines of diffusers: putting in another one, and the normalization of the latents."""
 
 import copy
+import inspect
 import logging
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, ModularPipeline
+from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
-from favae.autoencoders import spatial_compression_ratio
+from favae.adapters.latent_normalization import LatentNormalization, read_normalization
+from favae.autoencoders import encode
+from favae.models.pipeline_autoencoders import PackedNormAutoencoder, SingleFrameAutoencoder
 
 __all__ = ["fold_latent_statistics", "swap_vae"]
 
 logger = logging.getLogger(__name__)
 
-# What pipelines apply to latents before they decode them besides `scaling_factor`, by the beginning of their names. The
-# longest beginning counts.
-LATENT_NORMALIZATION_BY_PIPELINE: dict[str, tuple[str, ...]] = {
-    "DiTPipeline": (),
-    "LightningDiTPipeline": ("shift_factor", "latents_mean", "latents_std"),
-    "StableDiffusion": (),
-    "StableDiffusionXL": ("latents_mean", "latents_std"),
-    "StableDiffusion3": ("shift_factor",),
-    "Flux": ("shift_factor",),
-    "PixArt": (),
-    "Lumina2": ("shift_factor",),
-    "Sana": (),
-}
-# The names of these begin alike, but they have other autoencoders, or do something else with their latents.
-UNSUPPORTED_PIPELINES = ("Flux2", "FluxFill", "StableDiffusionLDM3D", "SanaVideo", "SanaImageToVideo", "SanaWM")
-PIPELINES_WITH_RESOLUTION_BINS = ("PixArt", "Sana")
 NORMALIZATION_SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+FOLD = "fold_latent_statistics(vae) makes that unnecessary"
 
 
-def swap_vae(pipe: DiffusionPipeline, vae: AutoencoderKL) -> DiffusionPipeline:
+def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> DiffusionPipeline | ModularPipeline:
     """Puts another autoencoder into a pipeline and updates everything that the pipeline derived from the old one.
 
     The new autoencoder must have the old one's latent channels. If its compression ratio differs, the images change
-    their size and the latents keep theirs; PixArt and Sana must then be called with `use_resolution_binning=False`, and
-    a warning says so.
+    their size and the latents keep theirs; pipelines with resolution bins must then be called with
+    `use_resolution_binning=False`, and a warning says so.
 
     Images come out right only if the generator was trained on the new autoencoder's latents. An
     `AsymmetricAutoencoderKLFA` of the pipeline's own autoencoder has the same latents and takes over the old scaling
     and statistics. For any other encoder a warning says that the generator must be trained on its latents.
 
+    What the pipeline does with the scaling and the statistics is read from its source, see `read_normalization`.
+
     Args:
-        pipe: a pipeline of DiT, Stable Diffusion (text, image to image, inpainting), SDXL, SD3, Flux, PixArt, Lumina2,
-            Sana, or ours. It is changed in place. Offloading must be enabled afterwards.
-        vae: an `AutoencoderKL` or a subclass. It is moved to the old one's device and dtype.
+        pipe: a pipeline of images, or a modular one with its components loaded. It is changed in place. Offloading must
+            be enabled afterwards.
+        vae: an `AutoencoderKL`, an `AutoencoderTiny`, a subclass or one of ours, or what the pipeline has already. It
+            is moved to the old one's device and dtype. Pipelines of FLUX.2 (batch norm) and of Qwen-Image and Wan
+            (videos of one frame) get it inside a `PackedNormAutoencoder` or a `SingleFrameAutoencoder`.
     Returns:
-        The same pipeline. It can be saved and loaded, with two exceptions: Lumina2 assumes a ratio of 8, and Sana needs
-        a setting of its own autoencoder. Load these with their own autoencoders and swap again.
+        The same pipeline. It can be saved and loaded; a warning names those that compute a size from something else
+        than the autoencoder, and must be swapped again.
     Raises:
         ValueError: if the autoencoder cannot work in this pipeline; the message says why and what would help.
     """
-    name = type(pipe).__name__
-    _check_models(pipe, vae)
+    name, normalization = type(pipe).__name__, read_normalization(pipe)
+    _check_models(pipe, vae, normalization)
     old = pipe.vae
 
-    # 1. Normalization: that of the old autoencoder if the latents are the same, otherwise the new one's own.
-    same_encoder = isinstance(old, AutoencoderKL) and _same_weights(old.encoder, vae.encoder)
-    if same_encoder and _same_weights(old.quant_conv, vae.quant_conv):
-        vae.register_to_config(**{key: old.config[key] for key in NORMALIZATION_SETTINGS})
-    _check_normalization(name, vae)
-    if not (same_encoder and _same_normalized_moments(old, vae)):
-        logger.warning(
-            "the %s has another encoder than the pipeline's autoencoder: images come out right only if the generator "
-            "was trained on its latents; AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) keeps the old latents",
-            type(vae).__name__,
-        )
-
-    # 2. The autoencoder itself.
+    # 1. Device and dtype, and what of the old one's way to run is to be kept.
     if vae.dtype != old.dtype:  # casting warns even where it changes nothing
         vae.to(dtype=old.dtype)
     vae.to(device=old.device).eval()
-    vae.use_tiling, vae.use_slicing = getattr(old, "use_tiling", False), getattr(old, "use_slicing", False)
-    pipe.register_modules(vae=vae)
+    inside = getattr(old, "autoencoder", old)
+    vae.use_tiling, vae.use_slicing = getattr(inside, "use_tiling", False), getattr(inside, "use_slicing", False)
 
-    # 3. Everything that the pipeline has derived from the compression ratio.
-    if hasattr(pipe, "vae_scale_factor"):
-        _set_compression_ratio(pipe, spatial_compression_ratio(vae))
+    # 2. Normalization: that of the old autoencoder if the latents are the same, otherwise the new one's own.
+    latents, ratios = zip(*(_latents_of_noise(model, old.config.get("in_channels", 3)) for model in (old, vae)))
+    same = _nearly_equal(*latents, vae.dtype)
+    settings = _settings_for(name, normalization, old if same else vae)
+    known = same or _nearly_equal(*map(_normalized, (old, vae), latents), vae.dtype)
+    if not known or (not same and normalization.has_raw_conditions):
+        logger.warning(
+            "the %s has other latents than the pipeline's autoencoder: images come out right only if the generator was "
+            "trained on its latents; AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) keeps the old latents",
+            type(vae).__name__,
+        )
+    new = _with_interface(vae, old, settings, same, ratio=ratios[1])
+
+    # 3. The autoencoder itself, and everything that the pipeline has derived from the old one.
+    if isinstance(pipe, ModularPipeline):
+        pipe.update_components(vae=new)
+        components = {key: value for key, value in pipe.components.items() if _counts_pixels(key, value)}
+        pipe.update_components(**{key: _scaled(value, *ratios) for key, value in components.items()})
+    else:
+        derived = _derived_attributes(pipe)
+        pipe.register_modules(vae=new)
+        _update_derived_attributes(pipe, derived, *ratios)
     return pipe
 
 
-def _normalization_of(pipeline_name: str) -> tuple[str, ...] | None:
-    """What a pipeline applies besides the scaling factor; None for pipelines that are not supported."""
-    beginnings = [name for name in LATENT_NORMALIZATION_BY_PIPELINE if pipeline_name.startswith(name)]
-    if not beginnings or pipeline_name.startswith(UNSUPPORTED_PIPELINES):
-        return None
-    return LATENT_NORMALIZATION_BY_PIPELINE[max(beginnings, key=len)]
-
-
-def _check_models(pipe: DiffusionPipeline, vae: nn.Module) -> None:
+def _check_models(pipe: DiffusionPipeline, vae: nn.Module, normalization: LatentNormalization) -> None:
     """Raises ValueError if the pipeline's autoencoder cannot be replaced, or not by this one."""
     name, old = type(pipe).__name__, getattr(pipe, "vae", None)
-    if old is None or _normalization_of(name) is None:
-        supported = ", ".join(LATENT_NORMALIZATION_BY_PIPELINE)
-        raise ValueError(f"the autoencoder of a {name} cannot be swapped; supported are {supported}")
+    if old is None:
+        raise ValueError(f"this {name} has no autoencoder that could be swapped, which would be its component vae")
+    if not normalization.decoding:
+        raise ValueError(
+            f"the autoencoder of a {name} cannot be swapped: nothing in its source says how it normalizes latents; if "
+            "it holds other pipelines, swap theirs"
+        )
     if _is_offloaded(pipe):
         raise ValueError(f"this {name} is offloaded, cast or spread over devices; swap its autoencoder before that")
-    if not isinstance(vae, AutoencoderKL):
+    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, type(old))) and not _is_ours(vae):
         raise ValueError(f"a {name} takes an AutoencoderKL or a subclass, not a {type(vae).__name__}")
-    expected = {"latent_channels": None, "in_channels": 3, "out_channels": 3}
-    for key, default in expected.items():
-        if vae.config[key] != old.config.get(key, default):
+    for key, default in {"latent_channels": old.config.get("z_dim"), "in_channels": 3, "out_channels": 3}.items():
+        needed = old.config.get(key, default)
+        given = vae.config.get(key, vae.config.get("z_dim") if key == "latent_channels" else needed)
+        if given != needed:
             raise ValueError(
-                f"this {name} needs an autoencoder of {key}={old.config.get(key, default)}, this one has "
-                f"{vae.config[key]}; AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) makes one that fits"
+                f"this {name} needs an autoencoder of {key}={needed}, this one has {given}; "
+                "AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) makes one that fits"
             )
-
-
-def _check_normalization(name: str, vae: AutoencoderKL) -> None:
-    """Raises ValueError if the pipeline of this name does not apply what the autoencoder's config asks for."""
-    applied = _normalization_of(name) or ()
-    for key in NORMALIZATION_SETTINGS[1:]:
-        if vae.config[key] and key not in applied:
-            raise ValueError(f"a {name} does not apply {key}; fold_latent_statistics(vae) makes that unnecessary")
-    if vae.config.shift_factor is None:  # pipelines that apply it need a number
-        vae.register_to_config(shift_factor=0.0)
-    if vae.config.force_upcast and vae.post_quant_conv is None and "XL" in name:
+    if vae.config.get("force_upcast") and getattr(vae, "post_quant_conv", None) is None and normalization.upcasts:
         raise ValueError(f"a {name} upcasts by post_quant_conv, which this autoencoder lacks; set force_upcast=False")
+
+
+def _is_ours(vae: nn.Module) -> bool:
+    return type(vae).__module__.startswith("favae.") and hasattr(vae, "encode") and "scaling_factor" in vae.config
 
 
 def _is_offloaded(pipe: DiffusionPipeline) -> bool:
@@ -129,34 +121,172 @@ def _is_offloaded(pipe: DiffusionPipeline) -> bool:
     return hooked or spread or pipe.vae.device.type == "meta"
 
 
-def _same_weights(first: nn.Module | None, second: nn.Module | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    states = first.state_dict(), second.state_dict()
-    return states[0].keys() == states[1].keys() and all(
-        torch.equal(value, states[1][key].to(value)) for key, value in states[0].items()
-    )
+def _is_video(vae: ModelMixin) -> bool:
+    """Whether images and latents have a time axis, and the config mean and std of the latents."""
+    return "z_dim" in vae.config
 
 
-def _same_normalized_moments(old: AutoencoderKL, new: AutoencoderKL) -> bool:
-    """Whether autoencoders with the same encoder normalize alike, be it by their config or a folded convolution."""
-    first, second = (normalized_moments(vae).state_dict() for vae in (old, new))
-    return all(torch.allclose(first[key], second[key], rtol=1e-3, atol=1e-5) for key in first)
+@torch.no_grad()
+def _latents_of_noise(vae: ModelMixin, channels: int) -> tuple[Tensor, int]:
+    """The latents (1, C, h, w) of one small image, float32, and the image's pixels per latent along each side."""
+    size = 128  # a multiple of every compression ratio that is used
+    noise = torch.rand((1, channels, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = noise.to(device=vae.device, dtype=vae.dtype)
+    latents = vae.encode(noise[:, :, None]).latent_dist.mode()[:, :, 0] if _is_video(vae) else encode(vae, noise)
+    return latents.float(), size // latents.shape[-1]
 
 
-def _set_compression_ratio(pipe: DiffusionPipeline, ratio: int) -> None:
-    """Updates a pipeline for an autoencoder of another compression ratio."""
-    old, name = pipe.vae_scale_factor, type(pipe).__name__
-    if ratio != old and name.startswith(PIPELINES_WITH_RESOLUTION_BINS):
-        logger.warning("call the %s with use_resolution_binning=False: its bins are for images of ratio %d", name, old)
-    pipe.vae_scale_factor = ratio
-    for attribute, processor in list(vars(pipe).items()):
-        if isinstance(processor, VaeImageProcessor):
-            # some have a multiple of the ratio, for packed latents
-            own = processor.config.vae_scale_factor * ratio // old
-            setattr(pipe, attribute, type(processor).from_config(processor.config, vae_scale_factor=own))
-    if hasattr(pipe, "default_image_size"):
-        pipe.default_image_size = pipe.default_sample_size * ratio
+def _normalized(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """Latents as a generator gets them, unless a batch norm does it, which counts otherwise."""
+    if hasattr(vae, "bn"):
+        return latents
+    mean, std = (value.to(latents)[:, None, None] for value in latent_statistics(vae))
+    return (latents - mean) / std
+
+
+def _nearly_equal(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two latents are the same but for what rounding to this dtype explains."""
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
+    return first.shape == second.shape and bool((first - second).abs().max() <= tolerance * first.std())
+
+
+def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin) -> dict[str, Any]:
+    """What the config must say so that a pipeline of this name normalizes an autoencoder's latents as its own does.
+
+    Raises:
+        ValueError: if the pipeline cannot normalize them.
+    """
+    if hasattr(vae, "bn"):
+        return {}
+    if _is_video(vae):
+        return {key: list(vae.config[key]) for key in ("latents_mean", "latents_std")}
+    own: dict[str, Any] = {key: vae.config.get(key) for key in NORMALIZATION_SETTINGS}
+    own["shift_factor"] = own["shift_factor"] or 0.0  # pipelines that apply it need a number
+    mean, std = latent_statistics(vae)
+    applied = normalization.applied
+
+    # 1. As it is, where the pipeline applies all that differs from "nothing".
+    needed = {"scaling_factor"} if own["scaling_factor"] != 1 else set()
+    needed |= {"latents_mean"} if own["latents_mean"] else {"shift_factor"} if own["shift_factor"] else set()
+    fits = normalization.channels in (None, len(mean)) or not own["latents_mean"]
+    if needed <= applied and fits and ("scaling_factor" in applied or own["latents_mean"]):
+        return own
+
+    # 2. By other settings, which the pipeline does apply.
+    uniform = bool((mean == mean[0]).all() and (std == std[0]).all())
+    if uniform and "scaling_factor" in applied and (mean[0] == 0 or "shift_factor" in applied):
+        settings = {"scaling_factor": 1 / float(std[0]), "shift_factor": float(mean[0])}
+        return {**settings, "latents_mean": None, "latents_std": None}
+    if "latents_mean" in applied and normalization.channels in (None, len(mean)):
+        # not every pipeline that applies mean and std divides by `scaling_factor` as well
+        statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+        return {"scaling_factor": 1.0, "shift_factor": 0.0, **statistics}
+    if uniform and mean[0] == 0 and std[0] == 1:
+        return own
+
+    # 3. Not at all.
+    lacking = min(needed - applied) if needed - applied else "latents_mean"
+    one_sided = [
+        side
+        for side, found in (("decodes", normalization.decoding), ("encodes", normalization.encoding))
+        if lacking in found
+    ]
+    how = f"applies {lacking} only when it {one_sided[0]}" if one_sided else f"does not apply {lacking}"
+    raise ValueError(f"a {name} {how}; {FOLD}")
+
+
+def _with_interface(vae: ModelMixin, old: ModelMixin, settings: dict[str, Any], same: bool, ratio: int) -> ModelMixin:
+    """Writes the normalization into an autoencoder, inside an adapter if it needs one to look as the old one does."""
+    if hasattr(old, "bn"):
+        new = vae
+        if not hasattr(vae, "bn"):
+            widths = (1,) * ratio.bit_length()
+            channels, eps = old.config.latent_channels, old.config.batch_norm_eps
+            new = PackedNormAutoencoder.around(
+                vae, latent_channels=channels, block_out_channels=widths, batch_norm_eps=eps
+            )
+            new.bn.running_var.fill_(1 - eps)  # of an autoencoder whose latents need no normalization
+            new.bn.to(vae.device, vae.dtype)
+        if same:
+            new.register_to_config(batch_norm_eps=old.config.batch_norm_eps)
+            new.bn.load_state_dict(old.bn.state_dict())
+        return new
+    if _is_video(old) and not _is_video(vae):
+        statistics = {key: settings[key] for key in ("latents_mean", "latents_std")}
+        factors = {"scale_factor_spatial": ratio, "scale_factor_temporal": old.config.get("scale_factor_temporal", 4)}
+        return SingleFrameAutoencoder.around(vae, z_dim=len(statistics["latents_mean"]), **statistics, **factors)
+    changed = {key: value for key, value in settings.items() if value != vae.config.get(key)}
+    if changed:
+        vae.register_to_config(**changed)
+    return vae
+
+
+def _derived_attributes(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The numbers and image processors that a new pipeline of this class computes from the same components."""
+    known = {**pipe.config, **pipe.components}
+    parameters = inspect.signature(type(pipe).__init__).parameters
+    try:
+        with _silent():
+            again = type(pipe)(**{name: known[name] for name in parameters if name in known})
+    except (AttributeError, KeyError, TypeError, ValueError):  # Sana looks for a setting of its own autoencoder
+        return {}
+    return {
+        name: value
+        for name, value in vars(again).items()
+        if isinstance(value, (int, float, tuple)) or _counts_pixels(name, value)
+    }
+
+
+@contextmanager
+def _silent():
+    """Without the warnings that constructors of pipelines give."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
+def _update_derived_attributes(pipe: DiffusionPipeline, before: dict[str, Any], old_ratio: int, ratio: int) -> None:
+    """Updates a pipeline for an autoencoder of another compression ratio.
+
+    Args:
+        before: `_derived_attributes` with the old autoencoder.
+    """
+    name, after = type(pipe).__name__, _derived_attributes(pipe)
+    expected = {
+        key: _scaled(value, old_ratio, ratio) for key, value in vars(pipe).items() if _counts_pixels(key, value)
+    }
+    for key, value in after.items():
+        if _description(value) != _description(before.get(key)):
+            setattr(pipe, key, value)
+    if any(_description(after.get(key)) != _description(value) for key, value in expected.items()):
+        for key, value in expected.items():
+            setattr(pipe, key, value)
+        logger.warning("a %s computes its sizes for other autoencoders: swap again after saving and loading it", name)
+    if ratio != old_ratio and "use_resolution_binning" in inspect.signature(pipe.__call__).parameters:
+        message = "call the %s with use_resolution_binning=False: its bins are for images of ratio %d"
+        logger.warning(message, name, old_ratio)
+
+
+def _counts_pixels(key: str, value: Any) -> bool:
+    """Whether an attribute is proportional to the compression ratio."""
+    is_processor = isinstance(value, ConfigMixin) and "vae_scale_factor" in value.config
+    return is_processor or key in ("vae_scale_factor", "vae_scale_factor_spatial")
+
+
+def _scaled(value: Any, old_ratio: int, ratio: int) -> Any:
+    """A factor, or an image processor with one, for another compression ratio. Some factors are multiples of it."""
+    if not isinstance(value, ConfigMixin):
+        return value * ratio // old_ratio
+    factor = value.config.vae_scale_factor * ratio // old_ratio
+    return type(value).from_config(value.config, vae_scale_factor=factor)
+
+
+def _description(value: Any) -> Any:
+    """What can be compared of an attribute."""
+    return (type(value), dict(value.config)) if isinstance(value, ConfigMixin) else value
 
 
 @torch.no_grad()
@@ -173,8 +303,14 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
     Returns:
         The same autoencoder.
     Raises:
-        ValueError: if the statistics in its config are incomplete or do not fit.
+        ValueError: if the statistics in its config are incomplete or do not fit, or no convolution can hold them: those
+            of FLUX.2's autoencoder differ between the 2 x 2 latents that its pipelines pack into one.
     """
+    if not isinstance(vae, AutoencoderKL) or hasattr(vae, "bn"):
+        raise ValueError(
+            f"the latent statistics of a {type(vae).__name__} cannot be folded: it is no AutoencoderKL with one mean "
+            "and std per channel; swap_vae keeps the statistics that a pipeline's autoencoder has"
+        )
     mean, std = latent_statistics(vae)
     first = normalized_moments(vae)
     last = vae.post_quant_conv or _identity(vae.config.latent_channels)
@@ -193,7 +329,7 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
-def latent_statistics(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: ModelMixin) -> tuple[Tensor, Tensor]:
     """The mean and std (C,) that the latents are normalized with, float32.
 
     They are `latents_mean` and `latents_std / scaling_factor` of the config, or `shift_factor` and
@@ -203,13 +339,15 @@ def latent_statistics(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
         ValueError: if the config does not have both of `latents_mean` and `latents_std`, one number per channel, or
             neither.
     """
-    config, channels = vae.config, vae.config.latent_channels
-    mean, std = config.latents_mean, config.latents_std
+    config = vae.config
+    channels = config["z_dim"] if _is_video(vae) else config.latent_channels
+    mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
-        mean, std = [config.shift_factor or 0.0] * channels, [1.0] * channels
+        mean, std = [config.get("shift_factor") or 0.0] * channels, [1.0] * channels
     if mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
         raise ValueError(f"latents_mean and latents_std must both be {channels} numbers, the latter positive")
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32) / config.scaling_factor
+    scale = config.get("scaling_factor") or 1.0
+    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32) / scale
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from favae.models import AutoencoderKLFA as AutoencoderKLFA
     from favae.models import CATTransformerModel as CATTransformerModel
     from favae.models import LightningDiTTransformer2DModel as LightningDiTTransformer2DModel
+    from favae.models import PackedNormAutoencoder as PackedNormAutoencoder
+    from favae.models import SingleFrameAutoencoder as SingleFrameAutoencoder
     from favae.models import TwoBranchAutoencoderKL as TwoBranchAutoencoderKL
     from favae.models import VQModelFA as VQModelFA
     from favae.pipelines import CATPipeline as CATPipeline
@@ -29,6 +31,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "AutoencoderKLFA",
             "CATTransformerModel",
             "LightningDiTTransformer2DModel",
+            "PackedNormAutoencoder",
+            "SingleFrameAutoencoder",
             "TwoBranchAutoencoderKL",
             "VQModelFA",
         ],

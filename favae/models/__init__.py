@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from favae.models.lightningdit_transformer_2d import (
         LightningDiTTransformer2DModel as LightningDiTTransformer2DModel,
     )
+    from favae.models.pipeline_autoencoders import PackedNormAutoencoder as PackedNormAutoencoder
+    from favae.models.pipeline_autoencoders import SingleFrameAutoencoder as SingleFrameAutoencoder
     from favae.models.two_branch_autoencoder_kl import TwoBranchAutoencoderKL as TwoBranchAutoencoderKL
     from favae.models.vq_model_fa import VQModelFA as VQModelFA
 
@@ -19,6 +21,7 @@ CLASSES_BY_MODULE = {
     "autoencoder_kl_fa": ["AutoencoderKLFA"],
     "cat_transformer": ["CATTransformerModel"],
     "lightningdit_transformer_2d": ["LightningDiTTransformer2DModel"],
+    "pipeline_autoencoders": ["PackedNormAutoencoder", "SingleFrameAutoencoder"],
     "two_branch_autoencoder_kl": ["TwoBranchAutoencoderKL"],
     "vq_model_fa": ["VQModelFA"],
 }

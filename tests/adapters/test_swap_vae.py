@@ -76,11 +76,11 @@ def test_device_and_type_are_the_old_ones():
             lambda: ours(channels=6),
             "latent_channels=4.* 6; .*from_autoencoder_kl",
         ),
-        (dit, lambda: ours(latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "does not apply latents_mean; fold"),
+        (dit, lambda: ours(**STATISTICS), "does not apply latents_mean; fold"),
         (stable_diffusion, lambda: ours(shift_factor=0.1), "does not apply shift_factor; fold_latent_statistics"),
         (stable_diffusion, lambda: ours(out_channels=1), "out_channels=3.* 1;"),
         (xl, lambda: stock(use_post_quant_conv=False), "upcasts by post_quant_conv"),
-        (flux, lambda: diffusers.AutoencoderTiny(), "takes an AutoencoderKL .* not a AutoencoderTiny"),
+        (flux, lambda: diffusers.VQModel(), "takes an AutoencoderKL .* not a VQModel"),
     ],
 )
 def test_what_cannot_work_is_one_line(build, vae, message):
@@ -99,7 +99,7 @@ def test_other_pipelines_are_refused():
 
 def test_statistics_are_kept_where_they_are_applied():
     pipe, _ = xl(stock())
-    assert swap_vae(pipe, ours(**STATISTICS)).vae.config.latents_std == [2.0] * 4
+    assert swap_vae(pipe, ours(**STATISTICS)).vae.config.latents_std == STATISTICS["latents_std"]
     pipe, _ = sd3(stock())
     assert swap_vae(pipe, stock(shift_factor=None)).vae.config.shift_factor == 0.0
 
@@ -111,7 +111,7 @@ def test_the_normalization_belongs_to_the_generator(caplog):
     pipe, _ = xl(old)
     with caplog.at_level(logging.WARNING):
         config = swap_vae(pipe, new).vae.config
-        assert (config.latents_mean, config.latents_std, config.scaling_factor) == ([0.5] * 4, [2.0] * 4, 0.5)
+        assert (config.latents_mean, config.latents_std, config.scaling_factor) == (*STATISTICS.values(), 0.5)
         folded = fold_latent_statistics(AsymmetricAutoencoderKLFA.from_autoencoder_kl(old))
         assert swap_vae(pipe, folded).vae.config.latents_mean is None
     assert not caplog.records
