@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import CodeType, FunctionType
 
 from diffusers import DiffusionPipeline, ModularPipeline
@@ -21,7 +22,7 @@ SETTINGS = {
     "running_var": "std",
     "batch_norm_eps": "std",
 }
-IN_PLACE = {"mul": ast.Mult, "div": ast.Div, "add": ast.Add, "sub": ast.Sub}
+OPERATIONS = {"mul": ast.Mult, "div": ast.Div, "add": ast.Add, "sub": ast.Sub}
 INVERSE = "1 / "
 
 
@@ -66,8 +67,14 @@ def read_normalization(pipe: DiffusionPipeline | type[DiffusionPipeline] | Modul
     Returns:
         What was found. `decoding` is empty if there is nothing, or if there is no source.
     """
+    classes = dict.fromkeys(_leaves(pipe.blocks)) if isinstance(pipe, ModularPipeline) else [_class_of(pipe)]
+    return _read(tuple(classes))
+
+
+@cache
+def _read(classes: tuple[type, ...]) -> LatentNormalization:
     decoding, encoding, sources = set(), set(), []
-    for function in _functions(pipe):
+    for function in _functions(classes):
         try:
             source = textwrap.dedent(inspect.getsource(function))
             reader = _Reader(ast.parse(source))
@@ -87,9 +94,8 @@ def read_normalization(pipe: DiffusionPipeline | type[DiffusionPipeline] | Modul
     )
 
 
-def _functions(pipe: DiffusionPipeline | type[DiffusionPipeline] | ModularPipeline) -> Iterator[Callable]:
-    """The methods of a pipeline's classes that concern the autoencoder, and the functions of its package they call."""
-    classes = list(_leaves(pipe.blocks)) if isinstance(pipe, ModularPipeline) else [_class_of(pipe)]
+def _functions(classes: tuple[type, ...]) -> Iterator[Callable]:
+    """The methods of these classes that concern the autoencoder, and the functions of their package that they call."""
     waiting = [inspect.unwrap(method) for owner in classes for method in _methods(owner)]
     seen = set()
     while waiting:
@@ -100,10 +106,11 @@ def _functions(pipe: DiffusionPipeline | type[DiffusionPipeline] | ModularPipeli
         names = set(_names(function.__code__))
         if "vae" in names or names & SETTINGS.keys():
             yield function
-        package = function.__module__.rpartition(".")[0]
+        module = function.__module__ or "no module"
+        package = module.rpartition(".")[0] or module
         for called in names & function.__globals__.keys():
             value = function.__globals__[called]
-            if isinstance(value, FunctionType) and value.__module__.startswith(package):
+            if isinstance(value, FunctionType) and (value.__module__ or "").startswith(package):
                 waiting.append(inspect.unwrap(value))
 
 
@@ -137,6 +144,18 @@ def _names(code: CodeType) -> Iterable[str]:
             yield constant
 
 
+class _WithOperators(ast.NodeTransformer):
+    """Writes `a.mul_(b)` as `a * b`."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and len(node.args) == 1:
+            operation = OPERATIONS.get(node.func.attr.rstrip("_"))
+            if operation is not None:
+                return ast.BinOp(node.func.value, operation(), node.args[0])
+        return node
+
+
 class _Reader:
     """Finds the sums and products of latents with the settings of an autoencoder in one function."""
 
@@ -144,7 +163,7 @@ class _Reader:
         self.decoding: set[str] = set()
         self.encoding: set[str] = set()
         self.variables: dict[str, set[str]] = {}  # settings that variables hold
-        nodes = list(ast.walk(tree))
+        nodes = list(ast.walk(_WithOperators().visit(tree)))
         for _ in range(2):  # a variable may be made of another one, which the walk reaches later
             for node in nodes:
                 if isinstance(node, ast.Assign):
@@ -154,10 +173,6 @@ class _Reader:
                 self._note(node.op, node.left, node.right)
             elif isinstance(node, ast.AugAssign):
                 self._note(node.op, node.target, node.value)
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 1:
-                operation = IN_PLACE.get(node.func.attr.rstrip("_"))
-                if operation is not None:
-                    self._note(operation(), node.func.value, node.args[0])
 
     def _remember(self, targets: list[ast.expr], value: ast.expr) -> None:
         for target in targets:

@@ -20,6 +20,8 @@ __all__ = ["fold_latent_statistics", "swap_vae"]
 logger = logging.getLogger(__name__)
 
 NORMALIZATION_SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial")
+SWAP_AGAIN = "a loaded %s does not compute its sizes from this autoencoder: swap again after saving and loading it"
 FOLD = "fold_latent_statistics(vae) makes that unnecessary"
 
 
@@ -60,31 +62,29 @@ def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> Diff
     vae.use_tiling, vae.use_slicing = getattr(inside, "use_tiling", False), getattr(inside, "use_slicing", False)
 
     # 2. Normalization: that of the old autoencoder if the latents are the same, otherwise the new one's own.
-    latents, ratios = zip(*(_latents_of_noise(model, old.config.get("in_channels", 3)) for model in (old, vae)))
-    same = _nearly_equal(*latents, vae.dtype)
-    settings = _settings_for(name, normalization, old if same else vae)
-    known = same or _nearly_equal(*map(_normalized, (old, vae), latents), vae.dtype)
+    (old_latents, old_ratio), (latents, ratio) = (_latents_of_noise(model) for model in (old, vae))
+    same = _nearly_equal(old_latents, latents, vae.dtype)
+    settings = _settings_for(name, normalization, old if same else vae, is_video=_is_video(old))
+    known = same or _nearly_equal(_normalized(old, old_latents), _normalized(vae, latents), vae.dtype)
     if not known or (not same and normalization.has_raw_conditions):
         logger.warning(
             "the %s has other latents than the pipeline's autoencoder: images come out right only if the generator was "
             "trained on its latents; AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) keeps the old latents",
             type(vae).__name__,
         )
-    new = _with_interface(vae, old, settings, same, ratio=ratios[1])
+    new = _with_interface(vae, old, settings, same, ratio)
 
     # 3. The autoencoder itself, and everything that the pipeline has derived from the old one.
     if isinstance(pipe, ModularPipeline):
-        pipe.update_components(vae=new)
-        components = {key: value for key, value in pipe.components.items() if _counts_pixels(key, value)}
-        pipe.update_components(**{key: _scaled(value, *ratios) for key, value in components.items()})
+        _update_components(pipe, new, old_ratio, ratio)
     else:
         derived = _derived_attributes(pipe)
         pipe.register_modules(vae=new)
-        _update_derived_attributes(pipe, derived, *ratios)
+        _update_derived_attributes(pipe, derived, old_ratio, ratio)
     return pipe
 
 
-def _check_models(pipe: DiffusionPipeline, vae: nn.Module, normalization: LatentNormalization) -> None:
+def _check_models(pipe: DiffusionPipeline, vae: ModelMixin, normalization: LatentNormalization) -> None:
     """Raises ValueError if the pipeline's autoencoder cannot be replaced, or not by this one."""
     name, old = type(pipe).__name__, getattr(pipe, "vae", None)
     if old is None:
@@ -110,7 +110,7 @@ def _check_models(pipe: DiffusionPipeline, vae: nn.Module, normalization: Latent
         raise ValueError(f"a {name} upcasts by post_quant_conv, which this autoencoder lacks; set force_upcast=False")
 
 
-def _is_ours(vae: nn.Module) -> bool:
+def _is_ours(vae: ModelMixin) -> bool:
     return type(vae).__module__.startswith("favae.") and hasattr(vae, "encode") and "scaling_factor" in vae.config
 
 
@@ -127,10 +127,13 @@ def _is_video(vae: ModelMixin) -> bool:
 
 
 @torch.no_grad()
-def _latents_of_noise(vae: ModelMixin, channels: int) -> tuple[Tensor, int]:
+def _latents_of_noise(vae: ModelMixin) -> tuple[Tensor, int]:
     """The latents (1, C, h, w) of one small image, float32, and the image's pixels per latent along each side."""
-    size = 128  # a multiple of every compression ratio that is used
-    noise = torch.rand((1, channels, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    size = 64  # a multiple of every compression ratio that is used
+    noise = (
+        torch.rand((1, vae.config.get("in_channels", 3), size, size), generator=torch.Generator().manual_seed(0)) * 2
+        - 1
+    )
     noise = noise.to(device=vae.device, dtype=vae.dtype)
     latents = vae.encode(noise[:, :, None]).latent_dist.mode()[:, :, 0] if _is_video(vae) else encode(vae, noise)
     return latents.float(), size // latents.shape[-1]
@@ -150,7 +153,7 @@ def _nearly_equal(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
     return first.shape == second.shape and bool((first - second).abs().max() <= tolerance * first.std())
 
 
-def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin) -> dict[str, Any]:
+def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin, is_video: bool) -> dict[str, Any]:
     """What the config must say so that a pipeline of this name normalizes an autoencoder's latents as its own does.
 
     Raises:
@@ -164,6 +167,10 @@ def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin
     own["shift_factor"] = own["shift_factor"] or 0.0  # pipelines that apply it need a number
     mean, std = latent_statistics(vae)
     applied = normalization.applied
+
+    statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    if is_video and "latents_mean" in applied:
+        return statistics
 
     # 1. As it is, where the pipeline applies all that differs from "nothing".
     needed = {"scaling_factor"} if own["scaling_factor"] != 1 else set()
@@ -179,7 +186,6 @@ def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin
         return {**settings, "latents_mean": None, "latents_std": None}
     if "latents_mean" in applied and normalization.channels in (None, len(mean)):
         # not every pipeline that applies mean and std divides by `scaling_factor` as well
-        statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
         return {"scaling_factor": 1.0, "shift_factor": 0.0, **statistics}
     if uniform and mean[0] == 0 and std[0] == 1:
         return own
@@ -221,6 +227,16 @@ def _with_interface(vae: ModelMixin, old: ModelMixin, settings: dict[str, Any], 
     return vae
 
 
+def _update_components(pipe: ModularPipeline, vae: ModelMixin, old_ratio: int, ratio: int) -> None:
+    """Puts an autoencoder into a modular pipeline, whose factors follow it by themselves, but not image processors."""
+    pipe.update_components(vae=vae)
+    processors = {key: value for key, value in pipe.components.items() if _counts_pixels(key, value)}
+    if ratio != old_ratio and processors:
+        with _silent():
+            pipe.update_components(**{key: _scaled(value, old_ratio, ratio) for key, value in processors.items()})
+        logger.warning(SWAP_AGAIN, type(pipe).__name__)
+
+
 def _derived_attributes(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The numbers and image processors that a new pipeline of this class computes from the same components."""
     known = {**pipe.config, **pipe.components}
@@ -228,7 +244,7 @@ def _derived_attributes(pipe: DiffusionPipeline) -> dict[str, Any]:
     try:
         with _silent():
             again = type(pipe)(**{name: known[name] for name in parameters if name in known})
-    except (AttributeError, KeyError, TypeError, ValueError):  # Sana looks for a setting of its own autoencoder
+    except Exception:  # what constructors raise is theirs: Sana's looks for a setting of its own autoencoder
         return {}
     return {
         name: value
@@ -255,16 +271,15 @@ def _update_derived_attributes(pipe: DiffusionPipeline, before: dict[str, Any], 
         before: `_derived_attributes` with the old autoencoder.
     """
     name, after = type(pipe).__name__, _derived_attributes(pipe)
-    expected = {
-        key: _scaled(value, old_ratio, ratio) for key, value in vars(pipe).items() if _counts_pixels(key, value)
-    }
+    proportional = {key: value for key, value in vars(pipe).items() if _counts_pixels(key, value)}
+    factors = {key: _scaled(proportional[key], old_ratio, ratio) for key in FACTORS if key in proportional}
     for key, value in after.items():
         if _description(value) != _description(before.get(key)):
             setattr(pipe, key, value)
-    if any(_description(after.get(key)) != _description(value) for key, value in expected.items()):
-        for key, value in expected.items():
-            setattr(pipe, key, value)
-        logger.warning("a %s computes its sizes for other autoencoders: swap again after saving and loading it", name)
+    if any(after.get(key) != factor for key, factor in factors.items()):
+        for key, value in proportional.items():
+            setattr(pipe, key, _scaled(value, old_ratio, ratio))
+        logger.warning(SWAP_AGAIN, name)
     if ratio != old_ratio and "use_resolution_binning" in inspect.signature(pipe.__call__).parameters:
         message = "call the %s with use_resolution_binning=False: its bins are for images of ratio %d"
         logger.warning(message, name, old_ratio)
@@ -273,15 +288,16 @@ def _update_derived_attributes(pipe: DiffusionPipeline, before: dict[str, Any], 
 def _counts_pixels(key: str, value: Any) -> bool:
     """Whether an attribute is proportional to the compression ratio."""
     is_processor = isinstance(value, ConfigMixin) and "vae_scale_factor" in value.config
-    return is_processor or key in ("vae_scale_factor", "vae_scale_factor_spatial")
+    return is_processor or key in FACTORS
 
 
 def _scaled(value: Any, old_ratio: int, ratio: int) -> Any:
     """A factor, or an image processor with one, for another compression ratio. Some factors are multiples of it."""
     if not isinstance(value, ConfigMixin):
         return value * ratio // old_ratio
-    factor = value.config.vae_scale_factor * ratio // old_ratio
-    return type(value).from_config(value.config, vae_scale_factor=factor)
+    processor = copy.copy(value)
+    processor.register_to_config(vae_scale_factor=value.config.vae_scale_factor * ratio // old_ratio)
+    return processor
 
 
 def _description(value: Any) -> Any:

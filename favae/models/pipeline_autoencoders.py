@@ -30,7 +30,7 @@ class AutoencoderAdapter(HubModelMixin, ModelMixin):
         """Puts an autoencoder that exists into a new adapter with this config."""
         own = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
         with init_empty_weights():  # of the copy that it replaces
-            adapter = cls(autoencoder={"_class_name": type(autoencoder).__name__, **own}, **config)
+            adapter = cls(autoencoder_config={"_class_name": type(autoencoder).__name__, **own}, **config)
         adapter.autoencoder = autoencoder
         return adapter.train(autoencoder.training)
 
@@ -55,7 +55,7 @@ class PackedNormAutoencoder(AutoencoderAdapter):
     (4 C,), the statistics of latents of which 2 x 2 are packed into one, and their own order of these counts.
 
     Parameters:
-        autoencoder: config of the model inside, with its `_class_name`.
+        autoencoder_config: that of the model inside, with its `_class_name`.
         latent_channels: C.
         block_out_channels: one number per octave and one more; pipelines count them.
         batch_norm_eps: is added to the variances.
@@ -64,13 +64,13 @@ class PackedNormAutoencoder(AutoencoderAdapter):
     @register_to_config
     def __init__(
         self,
-        autoencoder: dict[str, Any],
+        autoencoder_config: dict[str, Any],
         latent_channels: PositiveInt = 32,
         block_out_channels: tuple[PositiveInt, ...] = (128, 256, 512, 512),
         batch_norm_eps: PositiveFloat = 1e-4,
     ):
         super().__init__()
-        self.autoencoder = build(autoencoder)
+        self.autoencoder = build(autoencoder_config)
         self.bn = nn.BatchNorm2d(4 * latent_channels, eps=batch_norm_eps, affine=False)
 
     @property
@@ -93,7 +93,7 @@ class SingleFrameAutoencoder(AutoencoderAdapter):
     Images are (B, 3, 1, H, W) and latents (B, C, 1, h, w); the autoencoder inside sees them without the time axis.
 
     Parameters:
-        autoencoder: config of the model inside, with its `_class_name`.
+        autoencoder_config: that of the model inside, with its `_class_name`.
         z_dim: C.
         latents_mean, latents_std: C numbers each, by which pipelines normalize latents.
         scale_factor_spatial: pixels per latent along each side.
@@ -103,7 +103,7 @@ class SingleFrameAutoencoder(AutoencoderAdapter):
     @register_to_config
     def __init__(
         self,
-        autoencoder: dict[str, Any],
+        autoencoder_config: dict[str, Any],
         z_dim: PositiveInt = 16,
         latents_mean: tuple[float, ...] = (0.0,) * 16,
         latents_std: tuple[PositiveFloat, ...] = (1.0,) * 16,
@@ -111,7 +111,7 @@ class SingleFrameAutoencoder(AutoencoderAdapter):
         scale_factor_temporal: PositiveInt = 4,
     ):
         super().__init__()
-        self.autoencoder = build(autoencoder)
+        self.autoencoder = build(autoencoder_config)
         # some pipelines count the octaves here
         self.temperal_downsample = [False] * (scale_factor_spatial.bit_length() - 1)
 

@@ -104,7 +104,9 @@ def _blocks_that_decode(body: list[ast.stmt]):
     if not ends:
         return
     last = body[ends[-1]]
-    loops = [i for i, statement in enumerate(body[: ends[-1]]) if any(isinstance(n, ast.For) for n in ast.walk(statement))]
+    loops = [
+        i for i, statement in enumerate(body[: ends[-1]]) if any(isinstance(n, ast.For) for n in ast.walk(statement))
+    ]
     yield body[max(loops, default=-1) + 1 : ends[-1] + 1]
     for field in ("body", "orelse"):
         inner = getattr(last, field, None)
@@ -142,4 +144,6 @@ def _positions() -> torch.Tensor:
 
 @cache
 def _without_device(pipeline: type) -> type:
-    return type(pipeline.__name__, (pipeline,), {"_execution_device": torch.device("cpu"), "device": torch.device("cpu")})
+    return type(
+        pipeline.__name__, (pipeline,), {"_execution_device": torch.device("cpu"), "device": torch.device("cpu")}
+    )

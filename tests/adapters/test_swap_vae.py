@@ -11,12 +11,10 @@ from tiny_pipelines import (
     STATISTICS,
     dit,
     flux,
-    make_table,
     ours,
     run,
     sana,
     sd3,
-    split_document,
     stable_diffusion,
     stock,
     xl,
@@ -143,8 +141,3 @@ def test_from_pipe_wants_the_autoencoder_named():
     pipe, _ = stable_diffusion(ours())
     other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae)
     assert other.vae is pipe.vae
-
-
-def test_the_table_in_the_documentation():
-    """`python tests/adapters/tiny_pipelines.py` writes it."""
-    assert split_document()[1] == make_table()

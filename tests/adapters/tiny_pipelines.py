@@ -1,10 +1,4 @@
-"""Tiny pipelines of each family with random components, and the table of docs/adapters.md: what works in which.
-
-python tests/adapters/tiny_pipelines.py       (writes the table)
-"""
-
-import logging
-from pathlib import Path
+"""Tiny pipelines of each family with random components."""
 
 import diffusers
 import numpy as np
@@ -13,7 +7,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from favae import AutoencoderKLFA
-from favae.adapters.pipelines import fold_latent_statistics, swap_vae
 
 STEPS = {"num_inference_steps": 1}
 
@@ -256,66 +249,3 @@ def run(build, pipe, call: dict, octaves: int, output_type: str = "np"):
 
 
 STATISTICS = {"latents_mean": [0.5, 0.0, 0.0, -0.5], "latents_std": [2.0, 1.0, 1.0, 2.0]}
-CASES = {
-    "same compression": lambda: ours(octaves=2),
-    "another compression": lambda: ours(octaves=3),
-    "`latents_mean`, `latents_std`": lambda: ours(octaves=2, **STATISTICS),
-    "`shift_factor`": lambda: ours(octaves=2, shift_factor=0.1),
-    "folded statistics": lambda: fold_latent_statistics(ours(octaves=2, **STATISTICS)),
-    "other latent channels": lambda: ours(channels=6, octaves=2),
-}
-BINNING = "use_resolution_binning=False"
-WAYS_OUT = ("fold_latent_statistics", "from_autoencoder_kl")
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs/adapters.md"
-MARKS = ("<!-- pipelines -->\n", "<!-- end of pipelines -->")
-
-
-class Warnings(logging.Handler):
-    """Collects what `swap_vae` warns of."""
-
-    def __init__(self):
-        super().__init__()
-        self.text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text += record.getMessage()
-
-
-def outcome(build, case: str) -> str:
-    """A cell of the table, after a call of the pipeline."""
-    pipe, call = build(stock())
-    pipe.set_progress_bar_config(disable=True)
-    vae = CASES[case]()
-    octaves = len(vae.config.block_out_channels)
-    warnings, logger = Warnings(), logging.getLogger("favae.adapters.pipelines")
-    logger.addHandler(warnings)
-    try:
-        swap_vae(pipe, vae)
-    except ValueError as error:
-        (way_out,) = (way_out for way_out in WAYS_OUT if way_out in str(error))
-        return f"refused: `{way_out}`"
-    finally:
-        logger.removeHandler(warnings)
-    images = run(build, pipe, call, octaves)
-    assert np.isfinite(images).all() and images.std() > 1e-3
-    return f"works with `{BINNING}`" if BINNING in warnings.text else "works"
-
-
-def make_table() -> str:
-    lines = ["| pipeline | " + " | ".join(CASES) + " |", "|" + "---|" * (len(CASES) + 1)]
-    for build in PIPELINES:
-        name = type(build(stock())[0]).__name__
-        lines.append(f"| `{name}` | " + " | ".join(outcome(build, case) for case in CASES) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def split_document() -> tuple[str, str, str]:
-    """What stands before the table, the table, and what stands after it."""
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])
-    table, after = rest.split(MARKS[1])
-    return before, table, after
-
-
-if __name__ == "__main__":
-    before, _, after = split_document()
-    DOCUMENT.write_text(before + MARKS[0] + make_table() + MARKS[1] + after, encoding="utf-8")

@@ -1,0 +1,163 @@
+"""What is read from the pipelines of diffusers, against what they do, and that all of them work or are refused."""
+
+import importlib
+import inspect
+import re
+
+import diffusers
+import pytest
+import torch
+from decoding_probe import probe_decoding
+from diffusers import AutoencoderKL, DiffusionPipeline
+from test_swap_packed_and_video import flux2_autoencoder, qwen, wan
+from tiny_pipelines import stock
+
+from favae import LightningDiTPipeline
+from favae.adapters.latent_normalization import read_normalization
+from favae.adapters.pipelines import swap_vae
+
+SCALE, SHIFT, MEAN, PACKED = {"scaling_factor"}, {"scaling_factor", "shift_factor"}, {"latents_mean"}, {"bn"}
+XL = SCALE | MEAN
+IMAGES = r"AutoencoderKL(Flux2|QwenImage|QwenImage21)?\b|AutoencoderDC|AutoencoderTiny|AutoencoderKLWan"
+# These consist of other pipelines, or compute their numbers elsewhere.
+SAY_NOTHING = {"VisualClozePipeline", "VersatileDiffusionPipeline", "Cosmos3OmniPipeline"}
+# Of each kind one or a few, and the pipelines of which diffusers forgets something.
+PROBED = {
+    "StableDiffusionPipeline": SCALE,
+    "StableDiffusionXLControlNetInpaintPipeline": SCALE,
+    "StableDiffusionXLAdapterPipeline": SCALE,
+    "AuraFlowPipeline": SCALE,
+    "CogView4Pipeline": SCALE,
+    "HunyuanDiTPipeline": SCALE,
+    "OmniGenPipeline": SCALE,
+    "SanaPipeline": SCALE,
+    "StableDiffusionXLPipeline": XL,
+    "StableDiffusionXLInpaintPipeline": XL,
+    "StableDiffusion3Pipeline": SHIFT,
+    "StableDiffusion3InpaintPipeline": SCALE,
+    "FluxFillPipeline": SHIFT,
+    "ChromaPipeline": SHIFT,
+    "ZImagePipeline": SHIFT,
+    "HiDreamImagePipeline": SHIFT,
+    "PRXPipeline": SHIFT,
+    "GlmImagePipeline": MEAN,
+    "Flux2Pipeline": PACKED,
+    "QwenImagePipeline": MEAN,
+    "QwenImageEditPipeline": MEAN,
+    "WanPipeline": MEAN,
+    "Krea2Pipeline": MEAN,
+    "MotifVideoPipeline": MEAN,
+}
+
+
+def pipelines() -> dict[str, type[DiffusionPipeline]]:
+    """All with a component called `vae` that is an autoencoder of images, or of videos that may have one frame."""
+    found = {}
+    for name in dir(diffusers):
+        value = getattr(diffusers, name) if "Pipeline" in name else None
+        if inspect.isclass(value) and issubclass(value, DiffusionPipeline):
+            parameter = inspect.signature(value.__init__).parameters.get("vae")
+            if parameter is not None and re.search(IMAGES, str(parameter.annotation)):
+                found[name] = value
+    for module, name in (("kolors.pipeline_kolors_img2img", "KolorsImg2ImgPipeline"),):  # needs sentencepiece
+        found[name] = getattr(importlib.import_module(f"diffusers.pipelines.{module}"), name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def read():
+    return {name: read_normalization(pipeline) for name, pipeline in pipelines().items()}
+
+
+def test_every_pipeline_of_diffusers_gives_an_answer(read):
+    assert len(read) > 180 and {name for name, found in read.items() if not found.decoding} == SAY_NOTHING
+    kinds = {frozenset(kind) for kind in (SCALE, SHIFT, MEAN, XL, PACKED)}
+    assert {found.decoding for found in read.values()} - {frozenset()} == kinds
+
+
+def test_where_encoding_and_decoding_differ(read):
+    """Mistakes of diffusers, and pipelines that give images to their generators without a scale."""
+    one_sided = {
+        name: found.decoding ^ found.encoding
+        for name, found in read.items()
+        if found.encodes and found.decoding != found.encoding and name not in SAY_NOTHING
+    }
+    raw = {"StableDiffusionInstructPix2PixPipeline", "DreamLitePipeline", "DreamLiteMobilePipeline"}
+    assert raw == {name for name, found in read.items() if found.has_raw_conditions}
+    assert {name: kind for name, kind in one_sided.items() if name not in raw} == {
+        "StableDiffusion3InpaintPipeline": {"shift_factor"},
+        "KolorsImg2ImgPipeline": {"latents_mean"},
+        "StableDiffusionXLInpaintPipeline": {"latents_mean"},
+        "StableDiffusionXLPAGInpaintPipeline": {"latents_mean"},
+        "StableDiffusionXLInstructPix2PixPipeline": {"latents_mean"},
+    }
+    assert read["StableDiffusion3InpaintPipeline"].applied == SCALE == read["KolorsImg2ImgPipeline"].applied
+    assert read["StableDiffusionXLPipeline"].channels == 4 and read["GlmImagePipeline"].channels is None
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_what_is_read_is_what_is_done(read, name):
+    """The end of the pipeline runs, on latents of zeros and ones."""
+    assert read[name].decoding == PROBED[name] == set(probe_decoding(getattr(diffusers, name)) or ())
+
+
+def empty(pipeline: type[DiffusionPipeline], vae) -> DiffusionPipeline | None:
+    """A pipeline whose only component is an autoencoder; None if its constructor wants more."""
+    parameters = inspect.signature(pipeline.__init__).parameters
+    arguments = {name: None for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    arguments = {**arguments, "vae": vae, "requires_safety_checker": False}
+    try:
+        return pipeline(**{name: arguments[name] for name in parameters if name in arguments and name != "self"})
+    except (AttributeError, ImportError):
+        return None
+
+
+def test_every_pipeline_is_swapped_or_refused():
+    """The new autoencoder has twice the compression ratio."""
+    families = {"Flux2": flux2_autoencoder(), "Qwen": qwen()[0].vae, "Wan": wan()[0].vae, "": stock()}
+    new = stock(octaves=3)
+    swapped, refused = [], {}
+    for name, pipeline in pipelines().items():
+        annotation = str(inspect.signature(pipeline.__init__).parameters["vae"].annotation)
+        pipe = empty(pipeline, next(vae for family, vae in families.items() if family in annotation))
+        if pipe is None:
+            continue
+        scale = 1.0 if "Flux2" in annotation else 0.5  # batch norm has none
+        new.register_to_config(scaling_factor=scale, shift_factor=0.0, latents_mean=None, latents_std=None)
+        before = {key: value for key, value in vars(pipe).items() if key.startswith("vae_scale_factor")}
+        try:
+            swap_vae(pipe, new)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        assert getattr(pipe.vae, "autoencoder", pipe.vae) is new
+        swapped.append(name)
+        for key, value in before.items():
+            assert key.endswith("temporal") or getattr(pipe, key) == 2 * value, name
+    assert refused.keys() <= SAY_NOTHING and all("nothing in its source" in line for line in refused.values())
+    assert len(swapped) > 160
+
+
+def test_pipelines_of_ours_and_of_users():
+    assert read_normalization(LightningDiTPipeline).decoding == {"scaling_factor", "shift_factor", "latents_mean"}
+
+    class Mine(DiffusionPipeline):
+        def __init__(self, vae: AutoencoderKL):
+            super().__init__()
+            self.register_modules(vae=vae)
+            self.scale = getattr(vae.config, "scaling_factor", 1.0)
+
+        def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+            config = self.vae.config
+            latents = latents.div_(config.scaling_factor) + (config.shift_factor or 0.0)
+            return self.vae.decode(latents).sample
+
+    found = read_normalization(Mine)
+    assert found.decoding == SHIFT and not found.encodes and found.applied == SHIFT
+
+
+def test_a_pipeline_without_a_source_says_nothing():
+    namespace = {"DiffusionPipeline": DiffusionPipeline}
+    typed = "class Typed(DiffusionPipeline):\n  def __call__(self, z): return z / self.vae.config.scaling_factor"
+    exec(typed, namespace)
+    assert not read_normalization(namespace["Typed"]).decoding
