@@ -98,9 +98,8 @@ def _check_models(pipe: DiffusionPipeline, vae: ModelMixin, normalization: Laten
         raise ValueError(f"this {name} is offloaded, cast or spread over devices; swap its autoencoder before that")
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, type(old))) and not _is_ours(vae):
         raise ValueError(f"a {name} takes an AutoencoderKL or a subclass, not a {type(vae).__name__}")
-    for key, default in {"latent_channels": old.config.get("z_dim"), "in_channels": 3, "out_channels": 3}.items():
-        needed = old.config.get(key, default)
-        given = vae.config.get(key, vae.config.get("z_dim") if key == "latent_channels" else needed)
+    for key in ("latent_channels", "in_channels", "out_channels"):
+        needed, given = _channels(old, key), _channels(vae, key)
         if given != needed:
             raise ValueError(
                 f"this {name} needs an autoencoder of {key}={needed}, this one has {given}; "
@@ -108,6 +107,16 @@ def _check_models(pipe: DiffusionPipeline, vae: ModelMixin, normalization: Laten
             )
     if vae.config.get("force_upcast") and getattr(vae, "post_quant_conv", None) is None and normalization.upcasts:
         raise ValueError(f"a {name} upcasts by post_quant_conv, which this autoencoder lacks; set force_upcast=False")
+
+
+def _channels(vae: ModelMixin, key: str) -> int:
+    """The number of an autoencoder's channels; `key` is `latent_channels`, `in_channels` or `out_channels`."""
+    config = vae.config
+    if key == "latent_channels":
+        return config["z_dim"] if _is_video(vae) else config[key]
+    # one of Wan's counts the pixels of a patch as channels
+    pixels = (config.get("patch_size") or 1) ** 2 if _is_video(vae) else 1
+    return config.get(key, config.get("input_channels", config.get("in_channels", 3))) // pixels
 
 
 def _is_ours(vae: ModelMixin) -> bool:
@@ -130,12 +139,8 @@ def _is_video(vae: ModelMixin) -> bool:
 def _latents_of_noise(vae: ModelMixin) -> tuple[Tensor, int]:
     """The latents (1, C, h, w) of one small image, float32, and the image's pixels per latent along each side."""
     size = 64  # a multiple of every compression ratio that is used
-    noise = (
-        torch.rand((1, vae.config.get("in_channels", 3), size, size), generator=torch.Generator().manual_seed(0)) * 2
-        - 1
-    )
-    noise = noise.to(device=vae.device, dtype=vae.dtype)
-    latents = vae.encode(noise[:, :, None]).latent_dist.mode()[:, :, 0] if _is_video(vae) else encode(vae, noise)
+    noise = torch.rand((1, _channels(vae, "in_channels"), size, size), generator=torch.Generator().manual_seed(0))
+    latents = encode(vae, noise.to(vae.device) * 2 - 1)
     return latents.float(), size // latents.shape[-1]
 
 
@@ -219,8 +224,14 @@ def _with_interface(vae: ModelMixin, old: ModelMixin, settings: dict[str, Any], 
         return new
     if _is_video(old) and not _is_video(vae):
         statistics = {key: settings[key] for key in ("latents_mean", "latents_std")}
-        factors = {"scale_factor_spatial": ratio, "scale_factor_temporal": old.config.get("scale_factor_temporal", 4)}
-        return SingleFrameAutoencoder.around(vae, z_dim=len(statistics["latents_mean"]), **statistics, **factors)
+        return SingleFrameAutoencoder.around(
+            vae,
+            z_dim=len(statistics["latents_mean"]),
+            **statistics,
+            scale_factor_spatial=ratio,
+            scale_factor_temporal=old.config.get("scale_factor_temporal", 4),
+            temperal_downsample=(False,) * (ratio.bit_length() - 1),
+        )
     changed = {key: value for key, value in settings.items() if value != vae.config.get(key)}
     if changed:
         vae.register_to_config(**changed)
@@ -356,7 +367,7 @@ def latent_statistics(vae: ModelMixin) -> tuple[Tensor, Tensor]:
             neither.
     """
     config = vae.config
-    channels = config["z_dim"] if _is_video(vae) else config.latent_channels
+    channels = _channels(vae, "latent_channels")
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
         mean, std = [config.get("shift_factor") or 0.0] * channels, [1.0] * channels

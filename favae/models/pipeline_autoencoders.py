@@ -29,8 +29,9 @@ class AutoencoderAdapter(HubModelMixin, ModelMixin):
     def around(cls, autoencoder: ModelMixin, **config: Any) -> "AutoencoderAdapter":
         """Puts an autoencoder that exists into a new adapter with this config."""
         own = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
+        config["autoencoder_config"] = {"_class_name": type(autoencoder).__name__, **own}
         with init_empty_weights():  # of the copy that it replaces
-            adapter = cls(autoencoder_config={"_class_name": type(autoencoder).__name__, **own}, **config)
+            adapter = cls(in_channels=own.get("in_channels", 3), **config)
         adapter.autoencoder = autoencoder
         return adapter.train(autoencoder.training)
 
@@ -56,6 +57,7 @@ class PackedNormAutoencoder(AutoencoderAdapter):
 
     Parameters:
         autoencoder_config: that of the model inside, with its `_class_name`.
+        in_channels: color channels of the image.
         latent_channels: C.
         block_out_channels: one number per octave and one more; pipelines count them.
         batch_norm_eps: is added to the variances.
@@ -65,6 +67,7 @@ class PackedNormAutoencoder(AutoencoderAdapter):
     def __init__(
         self,
         autoencoder_config: dict[str, Any],
+        in_channels: PositiveInt = 3,
         latent_channels: PositiveInt = 32,
         block_out_channels: tuple[PositiveInt, ...] = (128, 256, 512, 512),
         batch_norm_eps: PositiveFloat = 1e-4,
@@ -94,26 +97,29 @@ class SingleFrameAutoencoder(AutoencoderAdapter):
 
     Parameters:
         autoencoder_config: that of the model inside, with its `_class_name`.
+        in_channels: color channels of the image.
         z_dim: C.
         latents_mean, latents_std: C numbers each, by which pipelines normalize latents.
         scale_factor_spatial: pixels per latent along each side.
         scale_factor_temporal: what pipelines count frames with; it does not matter for one.
+        temperal_downsample: one entry per octave, which some pipelines count.
     """
 
     @register_to_config
     def __init__(
         self,
         autoencoder_config: dict[str, Any],
+        in_channels: PositiveInt = 3,
         z_dim: PositiveInt = 16,
         latents_mean: tuple[float, ...] = (0.0,) * 16,
         latents_std: tuple[PositiveFloat, ...] = (1.0,) * 16,
         scale_factor_spatial: PositiveInt = 8,
         scale_factor_temporal: PositiveInt = 4,
+        temperal_downsample: tuple[bool, ...] = (False,) * 3,
     ):
         super().__init__()
         self.autoencoder = build(autoencoder_config)
-        # some pipelines count the octaves here
-        self.temperal_downsample = [False] * (scale_factor_spatial.bit_length() - 1)
+        self.temperal_downsample = list(temperal_downsample)
 
     @property
     def spatial_compression_ratio(self) -> int:
