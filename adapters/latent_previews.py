@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from favae.autoencoders import decode, encode, load_autoencoder, measure_budget
+from favae.autoencoders import decode, encode, image_channels, load_autoencoder, measure_budget
+from favae.channels import in_color
 from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, NonFiniteError
@@ -52,8 +53,8 @@ def fit_latent_rgb(vae: ModelMixin, batches: Iterable[Tensor]) -> LatentRgb:
     """Least squares of the patches' mean colors on the normalized latents.
 
     Args:
-        vae: any autoencoder of RGB images.
-        batches: of images, (B, 3, H, W) in [-1, 1].
+        vae: any autoencoder of images.
+        batches: of images, (B, C, H, W) in [-1, 1], whose colors are seen `in_color`.
     Raises:
         DataError: if there are fewer latents than the map has numbers.
         NonFiniteError: if a latent is not finite.
@@ -62,7 +63,7 @@ def fit_latent_rgb(vae: ModelMixin, batches: Iterable[Tensor]) -> LatentRgb:
     count = 0
     for images in batches:
         latents = normalize_latents(vae, encode(vae, images.to(vae.device))).cpu().double()
-        colors = F.interpolate(images.cpu().double(), size=latents.shape[-2:], mode="area")
+        colors = F.interpolate(in_color(images.cpu().double()), size=latents.shape[-2:], mode="area")
         inputs = F.pad(latents.movedim(1, -1).flatten(0, 2), (0, 1), value=1.0)
         targets = colors.movedim(1, -1).flatten(0, 2)
         gram, products = gram + inputs.T @ inputs, products + inputs.T @ targets
@@ -100,10 +101,11 @@ def save_previews(path: Path, vae: ModelMixin, images: Tensor) -> None:
     """Writes a picture with a row for each image: itself, the preview of its latent, and what is decoded from it.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1].
+        images: (B, C, H, W) in [-1, 1].
     """
     latents = encode(vae, images.to(vae.device))
-    columns = {"image": images, "preview": latent_rgb(vae, latents), "decoded": decode(vae, latents)}
+    decoded = in_color(decode(vae, latents))
+    columns = {"image": in_color(images), "preview": latent_rgb(vae, latents), "decoded": decoded}
     height = round(CELL * images.shape[-2] / images.shape[-1])
     picture = Image.new(
         "RGB", (len(columns) * (CELL + MARGIN) + MARGIN, LINE + len(images) * (height + MARGIN)), "white"
@@ -140,11 +142,12 @@ def fit_and_save_previews(
         images: of which `num_images`, at equal distances, are used.
         num_examples: images in the picture.
     Raises:
-        ModelError: if the autoencoder cannot be opened, or takes no RGB images of this size.
+        ModelError: if the autoencoder cannot be opened, or takes no images of this size.
         DataError: if there are too few images.
     """
     vae = load_autoencoder(model).to(process_state().device)
     measure_budget(vae, images.resolution)  # refuses what does not fit
+    images = images.with_channels(image_channels(vae))
     count = min(num_images, len(images))
     chosen = Subset(images, torch.linspace(0, len(images) - 1, count).round().int().tolist())
     loader = DataLoader(chosen, batch_size=batch_size, num_workers=num_workers, collate_fn=skip_missing)

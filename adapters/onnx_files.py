@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from favae.autoencoders import spatial_compression_ratio
+from favae.autoencoders import image_channels, spatial_compression_ratio, takes_frames
 from favae.errors import ModelError
 from favae.files import write_text
 
@@ -60,9 +60,11 @@ def save_onnx(vae: ModelMixin, folder: Path) -> None:
     Raises:
         ModelError: if the packages of the extra [export] are not installed, or the autoencoder cannot be exported.
     """
+    if takes_frames(vae):
+        raise ModelError(f"a {type(vae).__name__} takes frames of videos, which are not exported to ONNX")
     _check_packages()
     ratio, (height, width) = spatial_compression_ratio(vae), EXAMPLE_SIZE
-    images = torch.zeros(2, vae.config.get("in_channels", 3), height * ratio, width * ratio, dtype=vae.dtype)
+    images = torch.zeros(2, image_channels(vae), height * ratio, width * ratio, dtype=vae.dtype)
     encoder, decoder = EncoderToMoments(vae).eval(), DecoderToImages(vae).eval()
     latents = encoder(images)
     has_posterior = latents.shape[1] == 2 * vae.config.get("latent_channels", latents.shape[1])

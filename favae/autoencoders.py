@@ -110,18 +110,18 @@ def encode(
     """
     images = images.to(vae.dtype)
     images = (images + 1) / 2 if _unit_range(vae) else images
-    output = vae.encode(images.unsqueeze(2) if _takes_frames(vae) else images)
+    output = vae.encode(images.unsqueeze(2) if takes_frames(vae) else images)
     if hasattr(output, "latent_dist"):
         distribution = output.latent_dist
         latents = distribution.mode() if posterior == "mode" else distribution.sample(generator)
     else:
         latents = output.latents if hasattr(output, "latents") else output.latent
-    return latents.squeeze(2) if _takes_frames(vae) else latents
+    return latents.squeeze(2) if takes_frames(vae) else latents
 
 
 def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
     """Decodes latents of `encode` to images around [-1, 1], unclamped, float32. Codebook models quantize them first."""
-    frames = _takes_frames(vae)
+    frames = takes_frames(vae)
     images = vae.decode(latents.unsqueeze(2) if frames else latents).sample.float()
     images = images.squeeze(2) if frames else images
     return images * 2 - 1 if _unit_range(vae) else images
@@ -142,7 +142,7 @@ def _unit_range(vae: ModelMixin) -> bool:
     return isinstance(vae, getattr(diffusers, "AutoencoderRAE", ()))
 
 
-def _takes_frames(vae: ModelMixin) -> bool:
+def takes_frames(vae: ModelMixin) -> bool:
     """Whether the autoencoder takes and gives images with an axis of time, (B, C, T, H, W)."""
     return "temperal_downsample" in vae.config or any(isinstance(module, nn.Conv3d) for module in vae.modules())
 

@@ -161,9 +161,9 @@ def test_pictures_side_by_side(tmp_path, images):
         vae = AutoencoderKL.from_config(make_tiny_kl().config, in_channels=channels, out_channels=channels)
         vae.save_pretrained(tmp_path / name)
         models.append((name, str(tmp_path / name)))
-    AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], input_channels=4
-    ).save_pretrained(tmp_path / "layers")
+    sizes = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    AutoencoderKLQwenImage(**sizes, **statistics, input_channels=4).save_pretrained(tmp_path / "layers")
     models.append(("layers", str(tmp_path / "layers")))
     files = find_images([images])
     for chosen, channels in ((models[:1], 1), (models[2:], 4)):
@@ -174,6 +174,12 @@ def test_pictures_side_by_side(tmp_path, images):
             assert picture.mode == "RGB"
     options = [files[0], *(f"--model={name}={path}" for name, path in models[:2]), "--output", tmp_path / "new.png"]
     assert "color takes images of 3 channels, and gray of 1" in command_error("reconstruct", *options)
+    for name, path in models:
+        if name != "color":
+            command("preview", path, "--data", images, "--resolution", 16, "--output", tmp_path / "preview.png")
+            assert np.shape(json.loads((tmp_path / name / "config.json").read_text())["latent_rgb_factors"])[1] == 3
+    onnx = ("export", tmp_path / "layers", tmp_path / "onnx", "--format", "onnx")
+    assert "a AutoencoderKLQwenImage takes frames of videos" in command_error(*onnx)
 
 
 def test_other_channels_are_refused(tmp_path, images):

@@ -20,7 +20,7 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
     encoders, latent channels and decoders of their own, and one inverse transform gives the image back.
 
     It replaces an [`AutoencoderKL`], from which everything but the two networks is inherited (slicing, tiling,
-    attention processors, loading and saving). `encode` takes (B, 3, H, W) in [-1, 1], H and W multiples of
+    attention processors, loading and saving). `encode` takes (B, C, H, W) in [-1, 1], H and W multiples of
     f = 2 ** (len(block_out_channels) - 1), and its latents are [low | high] along the channels. Neither `encode` nor
     `decode` applies `scaling_factor`, `shift_factor`, `latents_mean` or `latents_std`: pipelines do.
 

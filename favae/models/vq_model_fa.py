@@ -40,7 +40,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     A vector-quantized autoencoder with frequency complement modules in its decoder.
 
-    `encode` takes (B, 3, H, W) in [-1, 1], H and W multiples of f = 2 ** (len(block_out_channels) - 1), to continuous
+    `encode` takes (B, C, H, W) in [-1, 1], H and W multiples of f = 2 ** (len(block_out_channels) - 1), to continuous
     latents (B, latent_channels, H/f, W/f). `quantize` takes them to codebook vectors and indices. `decode` takes
     indices (an integer tensor) or latents, which it quantizes unless told not to.
 
