@@ -55,9 +55,8 @@ def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> Diff
     old = pipe.vae
 
     # 1. Device and dtype, and what of the old one's way to run is to be kept.
-    if vae.dtype != old.dtype:  # casting warns even where it changes nothing
-        vae.to(dtype=old.dtype)
-    vae.to(device=old.device).eval()
+    nn.Module.to(vae, device=old.device, dtype=old.dtype)  # that of diffusers warns of every cast
+    vae.eval()
     inside = getattr(old, "autoencoder", old)
     vae.use_tiling, vae.use_slicing = getattr(inside, "use_tiling", False), getattr(inside, "use_slicing", False)
 
@@ -69,8 +68,9 @@ def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> Diff
     if not known or (not same and normalization.has_raw_conditions):
         logger.warning(
             "the %s has other latents than the pipeline's autoencoder: images come out right only if the generator was "
-            "trained on its latents; AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) keeps the old latents",
+            "trained on its latents%s",
             type(vae).__name__,
+            _way_to_old_latents(old),
         )
     new = _with_interface(vae, old, settings, same, ratio)
 
@@ -96,17 +96,24 @@ def _check_models(pipe: DiffusionPipeline, vae: ModelMixin, normalization: Laten
         )
     if _is_offloaded(pipe):
         raise ValueError(f"this {name} is offloaded, cast or spread over devices; swap its autoencoder before that")
+    if "latent_channels" not in old.config and not _is_video(old) or _is_video_only(old):
+        raise ValueError(f"the autoencoder of a {name} is for videos or sounds, not for single images")
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, type(old))) and not _is_ours(vae):
         raise ValueError(f"a {name} takes an AutoencoderKL or a subclass, not a {type(vae).__name__}")
     for key in ("latent_channels", "in_channels", "out_channels"):
         needed, given = _channels(old, key), _channels(vae, key)
         if given != needed:
             raise ValueError(
-                f"this {name} needs an autoencoder of {key}={needed}, this one has {given}; "
-                "AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) makes one that fits"
+                f"this {name} needs an autoencoder of {key}={needed}, this one has {given}{_way_to_old_latents(old)}"
             )
     if vae.config.get("force_upcast") and getattr(vae, "post_quant_conv", None) is None and normalization.upcasts:
         raise ValueError(f"a {name} upcasts by post_quant_conv, which this autoencoder lacks; set force_upcast=False")
+
+
+def _way_to_old_latents(old: ModelMixin) -> str:
+    if type(old) is not AutoencoderKL:
+        return ""
+    return "; AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) has the old latents"
 
 
 def _channels(vae: ModelMixin, key: str) -> int:
@@ -117,6 +124,11 @@ def _channels(vae: ModelMixin, key: str) -> int:
     # one of Wan's counts the pixels of a patch as channels
     pixels = (config.get("patch_size") or 1) ** 2 if _is_video(vae) else 1
     return config.get(key, config.get("input_channels", config.get("in_channels", 3))) // pixels
+
+
+def _is_video_only(vae: ModelMixin) -> bool:
+    """Whether an autoencoder has another interface than those of Qwen-Image and Wan, and cannot do with one frame."""
+    return not _is_video(vae) and any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
 def _is_ours(vae: ModelMixin) -> bool:
@@ -140,8 +152,11 @@ def _latents_of_noise(vae: ModelMixin) -> tuple[Tensor, int]:
     """The latents (1, C, h, w) of one small image, float32, and the image's pixels per latent along each side."""
     size = 64  # a multiple of every compression ratio that is used
     noise = torch.rand((1, _channels(vae, "in_channels"), size, size), generator=torch.Generator().manual_seed(0))
+    dtype = vae.dtype
+    nn.Module.to(vae, torch.promote_types(dtype, torch.float32))  # in float16, SDXL's is not finite
     latents = encode(vae, noise.to(vae.device) * 2 - 1)
-    return latents.float(), size // latents.shape[-1]
+    nn.Module.to(vae, dtype)
+    return latents, size // latents.shape[-1]
 
 
 def _normalized(vae: ModelMixin, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a pipeline really does to latents: the end of its `__call__`, executed on an autoencoder that only listens."""
+"""What a pipeline really does to latents: the end of its `__call__`, and its method that encodes, run on a listener."""
 
 import ast
 import inspect
@@ -54,6 +54,34 @@ class Listener(torch.nn.Module):
 
     def decode(self, latents, *_, **__):
         raise Decoded(latents)
+
+    def encode(self, image, *_, **__):
+        return SimpleNamespace(latents=image[:, :1].repeat_interleave(4, dim=1))
+
+    def to(self, *_, **__):
+        return self
+
+
+def probe_encoding(pipeline: type[DiffusionPipeline]) -> tuple[str, ...] | None:
+    """The settings by which a pipeline normalizes latents after it encodes them; None where that cannot be told."""
+    method = getattr(pipeline, "_encode_vae_image", None)
+    if method is None:
+        return None
+    zero, one = (_encoded(pipeline, method, value) for value in (0.0, 1.0))
+    for settings, (slope, offset) in EXPECTED.items():
+        slope, offset = torch.tensor(slope), torch.tensor(offset)
+        if torch.allclose(one - zero, 1 / slope) and torch.allclose(zero, -offset / slope):
+            return settings
+    return None
+
+
+def _encoded(pipeline, method, value: float) -> torch.Tensor:
+    """What becomes of an image whose latents have this value, at the first pixel."""
+    shape = (1, 3, 1, 4, 4) if "Qwen" in pipeline.__name__ else (1, 3, 4, 4)
+    self = object.__new__(_without_device(pipeline))
+    self.__dict__.update(vae=Listener(), latent_channels=CHANNELS)
+    latents = method(self, torch.full(shape, value), torch.Generator())
+    return latents[0, ::4, 0, 0] if latents.shape[1] == 16 else latents.reshape(4, -1)[:, 0]
 
 
 LAYOUTS = {"BCHW": (1, 4, 4, 4), "packed": (1, 4, 16), "BCTHW": (1, 4, 1, 4, 4), "patches": (1, 16, 2, 2)}

@@ -7,7 +7,7 @@ import re
 import diffusers
 import pytest
 import torch
-from decoding_probe import probe_decoding
+from decoding_probe import probe_decoding, probe_encoding
 from diffusers import AutoencoderKL, DiffusionPipeline
 from test_swap_packed_and_video import flux2_autoencoder, qwen, wan
 from tiny_pipelines import stock
@@ -99,6 +99,13 @@ def test_where_encoding_and_decoding_differ(read):
 def test_what_is_read_is_what_is_done(read, name):
     """The end of the pipeline runs, on latents of zeros and ones."""
     assert read[name].decoding == PROBED[name] == set(probe_decoding(getattr(diffusers, name)) or ())
+
+
+def test_what_is_read_of_encoding_is_what_is_done(read):
+    """Of all pipelines whose method takes an image and nothing else."""
+    done = {name: probe_encoding(pipeline) for name, pipeline in pipelines().items()}
+    done = {name: set(settings) for name, settings in done.items() if settings is not None}
+    assert done == {name: read[name].encoding for name in done} and len(done) > 30
 
 
 def empty(pipeline: type[DiffusionPipeline], vae) -> DiffusionPipeline | None:

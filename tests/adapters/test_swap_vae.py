@@ -89,6 +89,41 @@ def test_what_cannot_work_is_one_line(build, vae, message):
     assert "\n" not in str(refused.value) and pipe.vae is before
 
 
+def test_small_autoencoders_are_taken():
+    """Whose latents are normalized already."""
+    pipe, call = xl(stock())
+    tiny = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert run(xl, swap_vae(pipe, tiny), call, octaves=2).shape == (1, 16, 16, 3)
+    assert swap_vae(pipe, ours()).vae_scale_factor == 4
+
+
+def test_latents_that_float16_cannot_hold_are_still_the_same(caplog):
+    """SDXL's autoencoder is not finite in float16."""
+    old = stock(**STATISTICS)
+    old.encoder.conv_out.weight.data *= 1e5
+    new = AsymmetricAutoencoderKLFA.from_autoencoder_kl(old)
+    new.register_to_config(latents_mean=None, latents_std=None)
+    pipe, _ = xl(old)
+    torch.nn.Module.half(old)
+    assert swap_vae(pipe, new).vae.config.latents_mean == STATISTICS["latents_mean"] and not caplog.records, caplog.text
+    assert {parameter.dtype for model in (old, new) for parameter in model.parameters()} == {torch.float16}
+
+
+def test_autoencoders_of_videos_are_refused():
+    old = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
+    )
+    pipe = diffusers.StableVideoDiffusionPipeline(old, None, None, None, None)
+    with pytest.raises(ValueError, match="StableVideoDiffusionPipeline is for videos"):
+        swap_vae(pipe, stock())
+
+
 def test_other_pipelines_are_refused():
     pipe = diffusers.DDPMPipeline(None, diffusers.DDPMScheduler())
     with pytest.raises(ValueError, match="DDPMPipeline"):
