@@ -66,16 +66,41 @@ def save_onnx(vae: ModelMixin, folder: Path) -> None:
     ratio, (height, width) = spatial_compression_ratio(vae), EXAMPLE_SIZE
     images = torch.zeros(2, image_channels(vae), height * ratio, width * ratio, dtype=vae.dtype)
     encoder, decoder = EncoderToMoments(vae).eval(), DecoderToImages(vae).eval()
-    latents = encoder(images)
+    try:
+        latents = encoder(images)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"this {type(vae).__name__} takes no images (B, C, H, W) and is not exported: {reason}"
+        ) from error
     has_posterior = latents.shape[1] == 2 * vae.config.get("latent_channels", latents.shape[1])
     config = onnx_config(vae)
-    for name, network, example, names in (
-        ("vae_encoder", encoder, images, ("sample", "latent_parameters" if has_posterior else "latent_sample")),
-        ("vae_decoder", decoder, latents.chunk(2, dim=1)[0] if has_posterior else latents, ("latent_sample", "sample")),
+    posterior = "latent_parameters" if has_posterior else "latent_sample"
+    means = latents.chunk(2, dim=1)[0].contiguous() if has_posterior else latents
+    for name, network, example, names, output_size in (
+        ("vae_encoder", encoder, images, ("sample", posterior), f"{{}} // {ratio}"),
+        ("vae_decoder", decoder, means, ("latent_sample", "sample"), f"{{}} * {ratio}"),
     ):
-        (folder / name).mkdir(parents=True)
-        write_text(folder / name / "config.json", json.dumps(config, indent=2) + "\n")
-        _export(network, example.contiguous(), folder / name / "model.onnx", *names)
+        file = folder / name / "model.onnx"
+        file.parent.mkdir(parents=True)
+        write_text(file.with_name("config.json"), json.dumps(config, indent=2) + "\n")
+        _export(network, example, file, *names)
+        _name_output_axes(file, output_size)
+
+
+def _name_output_axes(file: Path, size: str) -> None:
+    """Says how the output's height and width follow from the input's, in words separated by blanks, as optimum needs.
+
+    Args:
+        size: such as "{} // 8".
+    """
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    (output,) = model.graph.output
+    for axis, name in FREE_AXES.items():
+        output.type.tensor_type.shape.dim[axis].dim_param = size.format(name) if axis > 0 else name
+    onnx.save(model, file)
 
 
 def onnx_config(vae: ModelMixin) -> dict:
@@ -84,6 +109,7 @@ def onnx_config(vae: ModelMixin) -> dict:
     levels = spatial_compression_ratio(vae).bit_length()
     config.setdefault("down_block_types", ["DownEncoderBlock2D"] * levels)
     config.setdefault("up_block_types", ["UpDecoderBlock2D"] * levels)
+    config.setdefault("scaling_factor", 1.0)  # optimum would take the ratio
     return {"_class_name": type(vae).__name__, **config}
 
 

@@ -59,5 +59,5 @@ def latent_mean_and_std(vae: ModelMixin, device: torch.device | str = "cpu") -> 
     return _per_channel(mean, device), _per_channel(std, device) / (config.get("scaling_factor") or 1.0)
 
 
-def _per_channel(values: float | list[float] | Tensor, device: torch.device) -> Tensor:
+def _per_channel(values: float | list[float] | Tensor, device: torch.device | str) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)

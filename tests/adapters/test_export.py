@@ -15,6 +15,7 @@ from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA
 from favae.adapters.export import differences_from_comfyui
 from favae.adapters.flux2 import flux2_from_autoencoder_kl
 from favae.adapters.onnx_files import onnx_config
+from favae.autoencoders import spatial_compression_ratio
 from favae.errors import CheckpointError
 from favae.normalization import denormalize_latents, normalize_latents
 
@@ -238,6 +239,10 @@ def test_onnx_gives_what_torch_gives_at_any_size(kind, tmp_path):
     assert encoder.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     output = "latent_sample" if kind == "dc" else "latent_parameters"
     assert [value.name for value in encoder.get_outputs()] == [output]
+    ratio = spatial_compression_ratio(vae)
+    # optimum computes these where it allocates outputs before it runs the model
+    assert encoder.get_outputs()[0].shape[2:] == [f"height // {ratio}", f"width // {ratio}"]
+    assert decoder.get_outputs()[0].shape == ["batch", 3, f"height * {ratio}", f"width * {ratio}"]
     assert [value.name for value in decoder.get_inputs()] == ["latent_sample"]
     assert [value.name for value in decoder.get_outputs()] == ["sample"]
     for batch, height, width in ((1, 48, 64), (3, 80, 32)):
