@@ -104,7 +104,7 @@ def save_previews(path: Path, vae: ModelMixin, images: Tensor) -> None:
         images: (B, C, H, W) in [-1, 1].
     """
     latents = encode(vae, images.to(vae.device))
-    decoded = in_color(decode(vae, latents))
+    decoded = in_color(decode(vae, latents).clamp(-1, 1))
     columns = {"image": in_color(images), "preview": latent_rgb(vae, latents), "decoded": decoded}
     height = round(CELL * images.shape[-2] / images.shape[-1])
     picture = Image.new(

@@ -26,13 +26,15 @@ class EncoderToMoments(nn.Module):
 
     def __init__(self, vae: ModelMixin):
         super().__init__()
-        self.vae = vae
+        self.vae, self.frames = vae, takes_frames(vae)
 
     def forward(self, sample: Tensor) -> Tensor:
-        output = self.vae.encode(sample)
+        output = self.vae.encode(sample.unsqueeze(2) if self.frames else sample)
         if hasattr(output, "latent_dist"):
-            return output.latent_dist.parameters
-        return output.latents if hasattr(output, "latents") else output.latent
+            latents = output.latent_dist.parameters
+        else:
+            latents = output.latents if hasattr(output, "latents") else output.latent
+        return latents.squeeze(2) if self.frames else latents
 
 
 class DecoderToImages(nn.Module):
@@ -40,10 +42,11 @@ class DecoderToImages(nn.Module):
 
     def __init__(self, vae: ModelMixin):
         super().__init__()
-        self.vae = vae
+        self.vae, self.frames = vae, takes_frames(vae)
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        return self.vae.decode(latent_sample).sample
+        images = self.vae.decode(latent_sample.unsqueeze(2) if self.frames else latent_sample).sample
+        return images.squeeze(2) if self.frames else images
 
 
 @torch.no_grad()
@@ -73,7 +76,7 @@ def save_onnx(vae: ModelMixin, folder: Path) -> None:
         raise ModelError(
             f"this {type(vae).__name__} takes no images (B, C, H, W) and is not exported: {reason}"
         ) from error
-    has_posterior = latents.shape[1] == 2 * vae.config.get("latent_channels", latents.shape[1])
+    has_posterior = latents.shape[1] == 2 * vae.config.get("latent_channels", vae.config.get("z_dim", 0))
     config = onnx_config(vae)
     posterior = "latent_parameters" if has_posterior else "latent_sample"
     means = latents.chunk(2, dim=1)[0].contiguous() if has_posterior else latents

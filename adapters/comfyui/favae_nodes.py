@@ -16,7 +16,7 @@ import folder_paths
 import torch
 import torch.nn.functional as F
 
-from favae.autoencoders import decode, encode, load_autoencoder, spatial_compression_ratio
+from favae.autoencoders import decode, encode, image_channels, load_autoencoder, spatial_compression_ratio
 from favae.normalization import denormalize_latents, has_batch_norm, normalize_latents
 
 AS_ENCODED = "as encoded"
@@ -59,7 +59,7 @@ class FavaeVAE:
         )
 
         self.format = None if latent_format == AS_ENCODED else getattr(comfy.latent_formats, latent_format)()
-        channels = config["latent_channels"]
+        channels = config.get("latent_channels") or config["z_dim"]
         self.latent_channels = self.format.latent_channels if self.format else channels * (1 + 3 * self._has_norm)
         if self.latent_channels not in (channels, 4 * channels):
             raise ValueError(f"{path} has latents of {channels} channels, {latent_format} of {self.latent_channels}")
@@ -104,7 +104,7 @@ class FavaeVAE:
 
     @torch.no_grad()
     def decode(self, samples_in: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
-        """Latents -> (B, H, W, 3) in [0, 1]; in tiles if memory runs out."""
+        """Latents -> (B, H, W, 3), or 4 with opacity, in [0, 1]; in tiles if memory runs out."""
         try:
             return self._decode(samples_in)
         except comfy.model_management.OOM_EXCEPTION:
@@ -166,11 +166,18 @@ class FavaeVAE:
             decode(self.first_stage_model, part.to(self.device, self.vae_dtype)).to(self.output_device)
             for part in latents.split(step)
         ]
-        return ((torch.cat(images) + 1) / 2).clamp(0, 1).movedim(1, -1)
+        images = ((torch.cat(images) + 1) / 2).clamp(0, 1).movedim(1, -1)
+        return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images
+
+    def _in_channels(self, images: torch.Tensor) -> torch.Tensor:
+        """RGB or RGBA images (B, C, H, W) in [0, 1] in the channels of the autoencoder: gray, RGB or RGBA."""
+        channels = image_channels(self.first_stage_model)
+        if channels == 1:
+            return images[:, :3].mean(dim=1, keepdim=True)
+        return F.pad(images, (0, 0, 0, 0, 0, max(0, channels - images.shape[1])), value=1.0)[:, :channels]
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        pixels = self.vae_encode_crop_pixels(pixels)[..., : self.first_stage_model.config.get("in_channels", 3)]
-        images = pixels.movedim(-1, 1) * 2 - 1
+        images = self._in_channels(self.vae_encode_crop_pixels(pixels).movedim(-1, 1)) * 2 - 1
         step = self._load(images.shape[-2] * images.shape[-1] * VALUES_PER_PIXEL_ENCODE)
         latents = [
             encode(self.first_stage_model, part.to(self.device)).float().to(self.output_device)
@@ -187,17 +194,20 @@ class FavaeVAE:
 
     @contextmanager
     def _tiles(self, latents_per_side: int):
-        """Turns the model's tiling on inside the block, with tiles of so many latents, or of its own size for 0."""
+        """Turns the model's tiling on inside the block, with tiles of so many latents if it can; 0 is its own size."""
         model = self.first_stage_model
-        before = (model.use_tiling, model.tile_latent_min_size, model.tile_sample_min_size)
-        if latents_per_side:
-            model.tile_latent_min_size = latents_per_side
-            model.tile_sample_min_size = latents_per_side * spatial_compression_ratio(model)
-        model.use_tiling = True
+        sizes = {}
+        if latents_per_side and hasattr(model, "tile_latent_min_size"):
+            ratio = spatial_compression_ratio(model)
+            sizes = {"tile_latent_min_size": latents_per_side, "tile_sample_min_size": latents_per_side * ratio}
+        before = {name: getattr(model, name) for name in ("use_tiling", *sizes)}
         try:
+            for name, value in {"use_tiling": True, **sizes}.items():
+                setattr(model, name, value)
             yield
         finally:
-            model.use_tiling, model.tile_latent_min_size, model.tile_sample_min_size = before
+            for name, value in before.items():
+                setattr(model, name, value)
 
 
 def find_autoencoders() -> dict[str, str]:

@@ -176,3 +176,15 @@ def test_a_format_of_other_channels_is_refused(comfy):
     vae = AutoencoderKLFA(**{**TINY_FAVAE, "latent_channels": 8})
     with pytest.raises(ValueError, match="8 channels, SD15 of 6"):
         comfy.load(vae, "SD15")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels, shown", [(1, 3), (4, 4)])
+def test_gray_and_opacity(channels, shown, comfy):
+    vae = AutoencoderKLFA(**{**TINY_FAVAE, "in_channels": channels, "out_channels": channels}).eval()
+    opened = comfy.load(vae)
+    pixels = PIXELS.mean(-1, keepdim=True) if channels == 1 else F.pad(PIXELS, (0, 1), value=1.0)
+    expected = vae.encode(pixels.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+    latents = opened.encode(PIXELS)
+    assert torch.allclose(latents, expected, atol=1e-5)
+    assert opened.decode(latents).shape == (*PIXELS.shape[:3], shown)

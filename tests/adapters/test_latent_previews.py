@@ -133,3 +133,13 @@ def test_what_cannot_be_previewed_is_one_line(tmp_path, image_folder):
     assert "no folder of an autoencoder" in command_error("preview", "someone/vae", "--data", image_folder)
     assert "multiples of 4" in command_error("preview", tmp_path / "vae", "--data", image_folder, "--resolution", "30")
     assert KEYS[0] not in (tmp_path / "vae" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_previews_of_gray_and_of_transparent_images_are_in_color(channels, tmp_path, image_folder):
+    vae = AutoencoderKLFA(**{**TINY_FAVAE, "in_channels": channels, "out_channels": channels})
+    vae.save_pretrained(tmp_path / "vae")
+    command("preview", tmp_path / "vae", "--data", image_folder, "--resolution", "16")
+    vae = load_autoencoder(str(tmp_path / "vae"))
+    assert latent_rgb(vae, torch.zeros(1, 6, 4, 4)).shape == (1, 3, 4, 4)
+    assert (tmp_path / "vae" / "previews.png").is_file()
