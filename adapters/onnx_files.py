@@ -63,8 +63,6 @@ def save_onnx(vae: ModelMixin, folder: Path) -> None:
     Raises:
         ModelError: if the packages of the extra [export] are not installed, or the autoencoder cannot be exported.
     """
-    if takes_frames(vae):
-        raise ModelError(f"a {type(vae).__name__} takes frames of videos, which are not exported to ONNX")
     _check_packages()
     ratio, (height, width) = spatial_compression_ratio(vae), EXAMPLE_SIZE
     images = torch.zeros(2, image_channels(vae), height * ratio, width * ratio, dtype=vae.dtype)

@@ -178,8 +178,6 @@ def test_pictures_side_by_side(tmp_path, images):
         if name != "color":
             command("preview", path, "--data", images, "--resolution", 16, "--output", tmp_path / "preview.png")
             assert np.shape(json.loads((tmp_path / name / "config.json").read_text())["latent_rgb_factors"])[1] == 3
-    onnx = ("export", tmp_path / "layers", tmp_path / "onnx", "--format", "onnx")
-    assert "a AutoencoderKLQwenImage takes frames of videos" in command_error(*onnx)
 
 
 def test_other_channels_are_refused(tmp_path, images):

@@ -195,12 +195,12 @@ class FavaeVAE:
     @contextmanager
     def _tiles(self, latents_per_side: int):
         """Turns the model's tiling on inside the block, with tiles of so many latents if it can; 0 is its own size."""
-        model = self.first_stage_model
+        model = getattr(self.first_stage_model, "autoencoder", self.first_stage_model)  # of one inside an adapter
         sizes = {}
         if latents_per_side and hasattr(model, "tile_latent_min_size"):
             ratio = spatial_compression_ratio(model)
             sizes = {"tile_latent_min_size": latents_per_side, "tile_sample_min_size": latents_per_side * ratio}
-        before = {name: getattr(model, name) for name in ("use_tiling", *sizes)}
+        before = {name: getattr(model, name, False) for name in ("use_tiling", *sizes)}
         try:
             for name, value in {"use_tiling": True, **sizes}.items():
                 setattr(model, name, value)

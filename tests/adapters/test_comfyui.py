@@ -188,3 +188,23 @@ def test_gray_and_opacity(channels, shown, comfy):
     latents = opened.encode(PIXELS)
     assert torch.allclose(latents, expected, atol=1e-5)
     assert opened.decode(latents).shape == (*PIXELS.shape[:3], shown)
+
+
+@torch.no_grad()
+def test_autoencoders_behind_the_interfaces_of_other_pipelines(comfy):
+    """What `swap_vae` has put into a pipeline of FLUX.2 or Qwen-Image, and saved with it."""
+    from favae.models import PackedNormAutoencoder, SingleFrameAutoencoder
+
+    inside = make_tiny_kl()
+    raw = inside.encode(PIXELS.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+    packed = PackedNormAutoencoder.around(inside, latent_channels=6, block_out_channels=(8, 8, 16)).eval()
+    packed.bn.running_mean.normal_()
+    opened = comfy.load(packed, "Flux2")
+    assert torch.allclose(opened.encode(PIXELS), packed.bn(F.pixel_unshuffle(raw, 2)), atol=1e-4)
+    assert opened.decode_tiled(opened.encode(PIXELS)).shape == PIXELS.shape
+
+    statistics = {"z_dim": 6, "latents_mean": (1.0,) * 6, "latents_std": (2.0,) * 6, "scale_factor_spatial": 4}
+    opened = comfy.load(SingleFrameAutoencoder.around(inside, **statistics).eval(), "Wan21")
+    latents = comfy.formats["Wan21"]().process_in(opened.encode(PIXELS))
+    assert torch.allclose(latents[:, :, 0], (raw - 1) / 2, atol=1e-5)
+    assert torch.allclose(opened.decode(opened.encode(PIXELS)), comfy.load(inside).decode(raw), atol=1e-5)
