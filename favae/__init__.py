@@ -12,6 +12,7 @@ from favae.pipelines.discovery import make_known_to_diffusers
 if TYPE_CHECKING:
     from favae.models import AsymmetricAutoencoderKLFA as AsymmetricAutoencoderKLFA
     from favae.models import AutoencoderKLFA as AutoencoderKLFA
+    from favae.models import AutoencoderTinyFA as AutoencoderTinyFA
     from favae.models import CATTransformerModel as CATTransformerModel
     from favae.models import LightningDiTTransformer2DModel as LightningDiTTransformer2DModel
     from favae.models import PackedNormAutoencoder as PackedNormAutoencoder
@@ -29,6 +30,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "models": [
             "AsymmetricAutoencoderKLFA",
             "AutoencoderKLFA",
+            "AutoencoderTinyFA",
             "CATTransformerModel",
             "LightningDiTTransformer2DModel",
             "PackedNormAutoencoder",

@@ -7,6 +7,7 @@ import lazy_loader
 if TYPE_CHECKING:
     from favae.models.asymmetric_autoencoder_kl_fa import AsymmetricAutoencoderKLFA as AsymmetricAutoencoderKLFA
     from favae.models.autoencoder_kl_fa import AutoencoderKLFA as AutoencoderKLFA
+    from favae.models.autoencoder_tiny_fa import AutoencoderTinyFA as AutoencoderTinyFA
     from favae.models.cat_transformer import CATTransformerModel as CATTransformerModel
     from favae.models.lightningdit_transformer_2d import (
         LightningDiTTransformer2DModel as LightningDiTTransformer2DModel,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CLASSES_BY_MODULE = {
     "asymmetric_autoencoder_kl_fa": ["AsymmetricAutoencoderKLFA"],
     "autoencoder_kl_fa": ["AutoencoderKLFA"],
+    "autoencoder_tiny_fa": ["AutoencoderTinyFA"],
     "cat_transformer": ["CATTransformerModel"],
     "lightningdit_transformer_2d": ["LightningDiTTransformer2DModel"],
     "pipeline_autoencoders": ["PackedNormAutoencoder", "SingleFrameAutoencoder"],
