@@ -16,7 +16,7 @@ import torch
 from diffusers import ModelMixin
 from torchvision.utils import save_image
 
-from favae.autoencoders import image_channels, spatial_compression_ratio
+from favae.autoencoders import decode, encode, image_channels, load_autoencoder, spatial_compression_ratio
 from favae.channels import in_color
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
@@ -44,6 +44,7 @@ def train(config: TokenizerConfig) -> None:
     # Data, the autoencoder and its losses. Whatever is missing is reported here, before anything is written.
     dataset = open_data(config)
     vae = build_tokenizer(config)
+    freeze_parts(vae, settings.parts)
     dataset = dataset.with_channels(image_channels(vae))
     with accelerator.main_process_first():  # one process downloads, the others find it
         module = build_training_module(config, vae)
@@ -114,7 +115,7 @@ def train(config: TokenizerConfig) -> None:
             run.end_step(logs, finite)
             if run.due(settings.sample_every) and preview is not None:
                 with ema:
-                    save_preview(run, gather_full_model(vae), preview["image"])
+                    save_preview(run, gather_full_model(vae), module.latent_teacher, preview["image"])
             if run.checkpoint_due():
                 run.save_checkpoint()
 
@@ -166,7 +167,31 @@ def build_training_module(config: TokenizerConfig, vae: ModelMixin) -> Tokenizer
     if any(losses.perceptual for losses in stages):
         with hint("loss.perceptual_weights=FILE takes a local file, loss.perceptual=0 does without"):
             lpips = LPIPS(config.loss.perceptual_weights)
-    return TokenizerTrainingModule(vae, stages, teacher, lpips)
+    latent_teacher = None if config.teacher.autoencoder is None else open_latent_teacher(config, vae)
+    return TokenizerTrainingModule(vae, stages, teacher, lpips, latent_teacher, config.teacher.posterior)
+
+
+def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:
+    """Raises ConfigError if its latents do not have the shape of the model's."""
+    with hint("teacher.autoencoder is a folder or a hub name"):
+        teacher = load_autoencoder(config.teacher.autoencoder)
+        resolution = config.train.resolution
+        latents = encode(teacher, torch.zeros(1, 3, resolution, resolution)).shape[1:]
+    side = resolution // spatial_compression_ratio(vae)
+    if tuple(latents) != (vae.config.latent_channels, side, side):
+        raise ConfigError(
+            f"teacher.autoencoder gives latents of shape {tuple(latents)} at train.resolution={resolution}; those of "
+            f"the model are {(vae.config.latent_channels, side, side)}"
+        )
+    return teacher
+
+
+def freeze_parts(vae: ModelMixin, trained: str) -> None:
+    """Keeps what is not trained as it is: "encoder" or "decoder" is, or "all"."""
+    rest = {"all": (), "decoder": ("encoder", "quant_conv"), "encoder": ("decoder", "post_quant_conv")}
+    for name in rest[trained]:
+        if getattr(vae, name, None) is not None:
+            getattr(vae, name).requires_grad_(False)
 
 
 def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
@@ -175,12 +200,12 @@ def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
 
 
 @torch.no_grad()
-def save_preview(run: Run, vae: ModelMixin, images: torch.Tensor) -> None:
-    """samples/step-N.png: originals above reconstructions, both from the middle of the training images."""
+def save_preview(run: Run, vae: ModelMixin, teacher: ModelMixin | None, images: torch.Tensor) -> None:
+    """samples/step-N.png: originals above what is decoded, of the teacher's latents if there is one."""
     if not run.is_main:
         return
     file = run.folder / "samples" / f"step-{run.step:07}.png"
-    reconstruction = vae.eval()(images.to(vae.device)).sample.cpu()
+    reconstruction = decode(vae.eval(), encode(teacher or vae, images.to(vae.device))).cpu()
     rows = in_color(torch.cat([images, reconstruction]).clamp(-1, 1))
     with atomic_path(file) as temporary:
         save_image(rows, temporary, nrow=len(images), normalize=True, value_range=(-1, 1))

@@ -33,6 +33,14 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
     return _scaled_window(image, size, lambda room: int(rng.integers(room + 1)))
 
 
+def random_window(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """Crops a window whose position is uniform, at the image's own scale; smaller images are scaled up before."""
+    if min(image.size) < size:
+        image = shorter_side_to(image, size)
+    left, top = int(rng.integers(image.width - size + 1)), int(rng.integers(image.height - size + 1))
+    return image.crop((left, top, left + size, top + size))
+
+
 def _scaled_window(image: Image.Image, size: int, place: Callable[[int], int]) -> Image.Image:
     """A window of the scaled image.
 
@@ -142,7 +150,8 @@ class ImageDataset(Dataset):
     Args:
         source: where the images come from.
         resolution: height and width R of the tensors.
-        crop: the window of a random view, once the shorter side is scaled to the resolution.
+        crop: of a random view. For "random" and "center", the shorter side is scaled to the resolution before; a
+            "window" is at a random place, at the image's own scale.
         flip: whether half of the random views are mirrored.
         channels: C of the tensors: 1 is gray, 3 is RGB with what is transparent over white, 4 is RGBA.
 
@@ -156,7 +165,7 @@ class ImageDataset(Dataset):
         source: Source,
         resolution: int,
         *,
-        crop: Literal["random", "center"] = "random",
+        crop: Literal["random", "center", "window"] = "random",
         flip: bool = True,
         channels: int = 3,
     ):
@@ -218,7 +227,10 @@ class ImageDataset(Dataset):
         else:
             raise DataError("not one of the images can be read")
         size = self.resolution
-        crop = random_crop(image, size, rng) if self.crop == "random" else center_crop(image, size)
+        if self.crop == "center":
+            crop = center_crop(image, size)
+        else:
+            crop = (random_crop if self.crop == "random" else random_window)(image, size, rng)
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self._item(candidate % len(self), crop)

@@ -23,13 +23,13 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
 
     A network that stops `wavelet_levels` octaves before the image does a quarter of the work for each, and gives the
     bands of the image in place of its pixels. It has the interface of [`AutoencoderTiny`]: images (B, 3, H, W) in
-    [-1, 1], H and W multiples of f = 2 ** (len(encoder_block_out_channels) - 1); `encode` gives `latents`, without a
+    [-1, 1], H and W multiples of f = 2 ** (len(block_out_channels) - 1); `encode` gives `latents`, without a
     distribution. Neither `encode` nor `decode` applies the latent statistics: pipelines do.
 
     Parameters:
         in_channels, out_channels: color channels of the image.
         latent_channels: channels of the latent.
-        encoder_block_out_channels, num_encoder_blocks: widths of the stages, from the image to the latent, and how many
+        block_out_channels, num_encoder_blocks: widths of the stages, from the image to the latent, and how many
             blocks each has. Each stage after the first halves the size.
         decoder_block_out_channels, num_decoder_blocks: the same of the decoder, from the latent up. There is a stage
             for each of the encoder's, but for `wavelet_levels` of them.
@@ -54,7 +54,7 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
         in_channels: PositiveInt = 3,
         out_channels: PositiveInt = 3,
         latent_channels: PositiveInt = 4,
-        encoder_block_out_channels: tuple[PositiveInt, ...] = (64, 64, 64, 64),
+        block_out_channels: tuple[PositiveInt, ...] = (64, 64, 64, 64),
         num_encoder_blocks: tuple[NonNegativeInt, ...] = (1, 3, 3, 3),
         decoder_block_out_channels: tuple[PositiveInt, ...] = (64, 64, 64),
         num_decoder_blocks: tuple[NonNegativeInt, ...] = (3, 3, 3),
@@ -70,7 +70,7 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
         force_upcast: bool = False,
     ):
         super().__init__()
-        stages = len(encoder_block_out_channels)
+        stages = len(block_out_channels)
         lengths = {
             "num_encoder_blocks": (num_encoder_blocks, stages),
             "decoder_block_out_channels": (decoder_block_out_channels, stages - wavelet_levels),
@@ -79,12 +79,10 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
         }
         for name, (values, length) in lengths.items():
             if values is not None and len(values) != length:
-                raise ValueError(f"{name} must have {length} entries with wavelet_levels={wavelet_levels}, got {values}")
+                raise ValueError(f"{name} must have {length} entries for wavelet_levels={wavelet_levels}, not {values}")
         if high_block_out_channels is not None and not wavelet_levels:
             raise ValueError("high_block_out_channels needs wavelet_levels: without, there are no high bands")
-        self.encoder = TinyEncoder(
-            in_channels, latent_channels, encoder_block_out_channels, num_encoder_blocks, latent_pooling
-        )
+        self.encoder = TinyEncoder(in_channels, latent_channels, block_out_channels, num_encoder_blocks, latent_pooling)
         self.decoder = TinyDecoder(
             latent_channels,
             out_channels,
@@ -94,13 +92,12 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
             high_block_out_channels=high_block_out_channels,
             bands=WaveletBands(wavelet, wavelet_levels) if wavelet_levels else None,
         )
-        self.register_to_config(block_out_channels=tuple(encoder_block_out_channels))  # pipelines count these
         self.use_slicing = self.use_tiling = False
 
     @property
     def spatial_compression_ratio(self) -> int:
         """Image pixels per latent along each side, f."""
-        return compression_ratio(len(self.config.encoder_block_out_channels))
+        return compression_ratio(len(self.config.block_out_channels))
 
     def enable_slicing(self) -> None:
         """Decodes and encodes one image of a batch at a time."""
@@ -158,17 +155,13 @@ class TinyEncoder(nn.Module):
         latent_pooling: bool,
     ):
         super().__init__()
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)]
         last = len(num_blocks) - 1
         for stage, (width, count) in enumerate(zip(block_out_channels, num_blocks)):
-            if stage == 0:
-                layers.append(nn.Conv2d(in_channels, width, 3, padding=1))
-            else:
-                layers.append(nn.Conv2d(layers_width, width, 3, padding=1, stride=2, bias=False))
-            layers_width = width
+            if stage > 0:
+                layers.append(nn.Conv2d(block_out_channels[stage - 1], width, 3, padding=1, stride=2, bias=False))
             layers += [TinyBlock(width, pooling=latent_pooling and stage == last) for _ in range(count)]
-        layers.append(nn.Conv2d(layers_width, latent_channels, 3, padding=1))
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers, nn.Conv2d(block_out_channels[-1], latent_channels, 3, padding=1))
 
     def forward(self, sample: Tensor) -> Tensor:
         return _run(self, self.layers, (sample + 1) / 2)

@@ -29,6 +29,7 @@ from favae.training.class_to_image import GeneratorLossConfig
 from favae.training.models import (
     FROM_AUTOENCODER_KL,
     GENERATORS,
+    NEED_TEACHER,
     TOKENIZERS,
     check_model,
     find_model_class,
@@ -94,9 +95,18 @@ class ImageDataConfig:
     image_column: Text = "auto"  # "image", or else the only column of images
     label_column: Text = "auto"  # "label", if there is such a column; "none": all images are of one class
     min_size: Count = 16  # images with a shorter side below this are skipped
-    crop: Literal["random", "center"] = "random"  # after scaling the shorter side to the resolution
+    # Of "random" and "center", the shorter side is scaled to the resolution before; a "window" is not scaled.
+    crop: Literal["random", "center", "window"] = "random"
     flip: bool = True
     num_images: Count | None = None  # what the recipe was written for: steps per epoch in a dry run without the data
+
+
+@dataclass(config=STRICT)
+class TeacherConfig:
+    """An autoencoder that stays as it is, and whose latents the model learns to decode."""
+
+    autoencoder: Text | None = None  # a folder or hub name; of a saved pipeline, its vae
+    posterior: Literal["sample", "mode"] = "sample"  # of its latents
 
 
 @dataclass(config=STRICT)
@@ -105,6 +115,7 @@ class TokenizerTrainConfig(TrainConfig):
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.5, 0.9])
     discriminator_learning_rate: Rate | None = None  # None: the same as learning_rate
     channels_last: bool = False  # memory format of images and convolutions
+    parts: Literal["all", "encoder", "decoder"] = "all"  # what is trained; the rest stays as it is
 
 
 @dataclass(config=STRICT)
@@ -118,6 +129,7 @@ class StageConfig:
 @dataclass(config=STRICT)
 class TokenizerConfig(RunConfig):
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     stages: list[StageConfig] = field(default_factory=list)
     train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
@@ -126,6 +138,7 @@ class TokenizerConfig(RunConfig):
         check_model(self.model, TOKENIZERS)
         for _, loss in self.loss_stages:
             check_loss(loss, self)
+            check_teacher(loss, self)
 
     @property
     def loss_stages(self) -> list[tuple[int, TokenizerLossConfig]]:
@@ -159,6 +172,28 @@ class TokenizerConfig(RunConfig):
 def losses_at(stages: list[tuple[int, TokenizerLossConfig]], step: int) -> TokenizerLossConfig:
     """The losses of the stage that optimizer step `step` belongs to."""
     return [loss for start, loss in stages if start <= step][-1]
+
+
+def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
+    """Raises ConfigError for a model that needs a teacher, or losses that do not go with one, or not without."""
+    name = config.model["name"]
+    if config.teacher.autoencoder is None:
+        if name in NEED_TEACHER:
+            raise ConfigError(f"teacher.autoencoder is missing: a {name} is trained to decode latents of another one")
+        if loss.distillation:
+            raise ConfigError("loss.distillation needs teacher.autoencoder, whose reconstruction is compared")
+        return
+    if hasattr(find_model_class(name), "quantize"):
+        raise ConfigError(f"teacher.autoencoder has continuous latents; a {name} has tokens")
+    own_latents = {
+        "alignment.weight": loss.alignment.weight,
+        "spectrum.weight": loss.spectrum.weight,
+        "high_dropout": loss.high_dropout,
+        "scale_equivariance": loss.scale_equivariance,
+    }
+    for key, is_set in own_latents.items():
+        if is_set:
+            raise ConfigError(f"loss.{key} changes latents, which are those of teacher.autoencoder here")
 
 
 def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:

@@ -2,9 +2,11 @@
 
 import importlib
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,7 +15,10 @@ from diffusers import AutoencoderKL, ModelMixin
 
 import favae
 from favae.errors import ConfigError
+from favae.ranges import Text
 from favae.training.validation import signature_schema, validate
+
+logger = logging.getLogger(__name__)
 
 TOKENIZERS = (
     "AutoencoderKLFA",
@@ -21,17 +26,33 @@ TOKENIZERS = (
     "TwoBranchAutoencoderKL",
     "VQModelFA",
     "AutoencoderKL",
+    "AutoencoderTinyFA",
+    "AutoencoderTiny",
 )
+NEED_TEACHER = ("AutoencoderTinyFA", "AutoencoderTiny")  # they have no posterior
 GENERATORS = ("LightningDiTTransformer2DModel", "DiTTransformer2DModel", "CATTransformerModel")
 FROM_AUTOENCODER_KL = "from_autoencoder_kl"  # key: the autoencoder whose encoder is kept, frozen
+FROM_PRETRAINED = "from_pretrained"  # key: the model that training begins with
 
 
 @dataclass
 class PretrainedSource:
     """Where a pretrained model is: a folder or hub name, and the folder inside it."""
 
-    path: str
-    subfolder: str | None = None
+    path: Text
+    subfolder: Text | None = None
+
+    @classmethod
+    def parse(cls, settings: Any, key: str) -> "PretrainedSource":
+        """Of PATH, PATH:SUBFOLDER, or a section with both. Raises ConfigError for something else."""
+        if isinstance(settings, str) and ":" in settings and not Path(settings).exists():
+            path, _, subfolder = settings.rpartition(":")
+            settings = {"path": path, "subfolder": subfolder}
+        return validate(cls, settings if isinstance(settings, dict) else {"path": settings}, f"model.{key}")
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {} if self.subfolder is None else {"subfolder": self.subfolder}
 
 
 def find_model_class(name: str) -> type[ModelMixin]:
@@ -72,11 +93,45 @@ def build_model(settings: dict[str, Any]) -> ModelMixin:
     Raises:
         ConfigError: if its constructor refuses the values, or a pretrained autoencoder cannot be opened.
     """
+    source = settings.get(FROM_PRETRAINED)
+    if source is not None:
+        return _start_from(PretrainedSource.parse(source, FROM_PRETRAINED), settings)
     build, arguments = _arguments(settings)
     try:
         return build(**arguments)
     except (ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
         raise ConfigError(_naming_keys(error, build, arguments)) from error
+
+
+def _start_from(source: PretrainedSource, settings: dict[str, Any]) -> ModelMixin:
+    """A model of these settings that begins with the weights of another one, as far as names and shapes agree.
+
+    What the settings do not say is as in the other model, if the class has it. A warning names what begins anew.
+
+    Raises:
+        ConfigError: if there is no such model, or not one of its weights fits.
+    """
+    key, model_class = f"model.{FROM_PRETRAINED}", find_model_class(settings["name"])
+    with torch.device("cpu"):  # its weights exist, even in a dry run on the meta device
+        try:
+            config = model_class.load_config(source.path, **source.options)
+            other = find_model_class(config["_class_name"]).from_pretrained(source.path, **source.options)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{key}: no model at {source.path}, in a folder or on the hub ({reason})") from error
+    known = signature_schema(model_class.__init__).model_fields
+    kept = {name: value for name, value in other.config.items() if name in known}
+    model = build_model({**kept, **{name: value for name, value in settings.items() if name != FROM_PRETRAINED}})
+    weights, wanted = other.state_dict(), model.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in wanted and wanted[name].shape == value.shape}
+    if not fitting:
+        raise ConfigError(f"{key}: no weight of the {type(other).__name__} at {source.path} fits this model")
+    anew = [name for name in wanted if name not in fitting]
+    if anew:
+        shown = ", ".join(anew[:4]) + (", ..." if len(anew) > 4 else "")
+        logger.warning("%s: %d of %d tensors begin anew: %s", key, len(anew), len(wanted), shown)
+    model.load_state_dict(fitting, strict=False)
+    return model
 
 
 def _naming_keys(error: Exception, build: Callable, arguments: dict[str, Any]) -> str:
@@ -92,16 +147,13 @@ def _naming_keys(error: Exception, build: Callable, arguments: dict[str, Any]) -
 def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dict[str, Any]]:
     """What builds the model, and its checked arguments."""
     model_class = find_model_class(settings["name"])
-    given = {key: value for key, value in settings.items() if key != "name"}
+    given = {key: value for key, value in settings.items() if key not in ("name", FROM_PRETRAINED)}
     if FROM_AUTOENCODER_KL not in given:
         checked = validate(signature_schema(model_class.__init__), given, "model")
         _check_sizes(vars(checked))
         return model_class, {key: getattr(checked, key) for key in given}
 
-    source = given.pop(FROM_AUTOENCODER_KL)
-    source = validate(
-        PretrainedSource, source if isinstance(source, dict) else {"path": source}, f"model.{FROM_AUTOENCODER_KL}"
-    )
+    source = PretrainedSource.parse(given.pop(FROM_AUTOENCODER_KL), FROM_AUTOENCODER_KL)
     if model_class is AutoencoderKL:
         build, schema = _freeze_encoder, signature_schema(_freeze_encoder, skip=("vae",))
     elif hasattr(model_class, FROM_AUTOENCODER_KL):
@@ -135,11 +187,10 @@ def _check_sizes(arguments: dict[str, Any]) -> None:
 
 
 def _open_autoencoder_kl(source: PretrainedSource) -> AutoencoderKL:
-    options = {} if source.subfolder is None else {"subfolder": source.subfolder}
     with torch.device("cpu"):  # its weights exist, even in a dry run on the meta device
         try:
-            found = AutoencoderKL.load_config(source.path, **options)["_class_name"]
-            vae = AutoencoderKL.from_pretrained(source.path, **options)
+            found = AutoencoderKL.load_config(source.path, **source.options)["_class_name"]
+            vae = AutoencoderKL.from_pretrained(source.path, **source.options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"model.{FROM_AUTOENCODER_KL}: there is no AutoencoderKL at {source.path}, in a folder or on the hub "

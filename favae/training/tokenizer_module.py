@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,14 @@ from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from torch import Tensor, nn
 
+from favae.autoencoders import decode, encode
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import adaptive_weight, adversarial_loss
 from favae.losses.alignment import vision_foundation_alignment
 from favae.losses.frequency import SpectrumLoss, band_loss, focal_frequency_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.stft import ssim_loss
+from favae.models.autoencoder_tiny_fa import TinyDecoder
 from favae.models.frequency_complement import FeatureRecorder
 from favae.models.vq_model_fa import VQModelFA
 from favae.precision import no_autocast
@@ -65,11 +67,16 @@ class TokenizerTrainingModule(nn.Module):
       2510.11690);
     - high dropout: with this probability, per image, the high latents are zero and the target is the low-pass image.
 
+    With a latent teacher, its latents are decoded, so that the model becomes another decoder for them; an encoder that
+    learns is trained by the distance of its latents to them, separately.
+
     Args:
-        vae: an `AutoencoderKL`, ours or stock, or a `VQModelFA`.
+        vae: an `AutoencoderKL`, ours or stock, or a `VQModelFA`; with a latent teacher, any autoencoder.
         stages: the losses of every stage of the training, which say what has to be built.
         teacher: whose features latents are aligned to; needed if a stage has an alignment weight.
         lpips: needed if a stage has a perceptual weight.
+        latent_teacher: any autoencoder whose latents have the shape of the model's; it stays as it is.
+        posterior: which latents of it are decoded.
 
     Source: VA-VAE (arXiv 2501.01423) after VQGAN and LDM; frequency losses: Lin et al., CVPR 2023.
     """
@@ -80,9 +87,15 @@ class TokenizerTrainingModule(nn.Module):
         stages: Sequence[TokenizerLossConfig],
         teacher: FoundationModel | None = None,
         lpips: LPIPS | None = None,
+        latent_teacher: ModelMixin | None = None,
+        posterior: Literal["sample", "mode"] = "sample",
     ):
         super().__init__()
         first = stages[0]
+        self.latent_teacher, self.posterior = latent_teacher, posterior
+        if latent_teacher is not None:
+            latent_teacher.requires_grad_(False).eval()
+        self.trains_encoder = any(parameter.requires_grad for parameter in vae.encoder.parameters())
         self.vae: ModelMixin = vae
         self.teacher, self.lpips = teacher, lpips
         self.stft = first.stft.build()
@@ -97,6 +110,13 @@ class TokenizerTrainingModule(nn.Module):
             self.sigma_learning_rate = first.spectrum.learning_rate
         if isinstance(vae, VQModelFA):
             self.codebook_statistics = CodebookStatistics(vae.num_tokens)
+
+    def train(self, mode: bool = True):
+        """The teacher stays in eval mode."""
+        super().train(mode)
+        if self.latent_teacher is not None:
+            self.latent_teacher.eval()
+        return self
 
     def parameter_groups(self) -> list[dict]:
         """What an optimizer trains: learned sigmas have a learning rate of their own and no weight decay."""
@@ -163,6 +183,8 @@ class TokenizerTrainingModule(nn.Module):
     # The autoencoder --------------------------------------------------------------------------------------------------
 
     def _autoencode(self, images: Tensor, losses: TokenizerLossConfig) -> Autoencoding:
+        if self.latent_teacher is not None:
+            return self._decode_teacher_latents(self.latent_teacher, images, losses)
         terms: Terms = {}
         statistics: dict[str, Tensor] = {}
         target = images
@@ -182,10 +204,7 @@ class TokenizerTrainingModule(nn.Module):
                 exact, latents, moments = posterior.mean, posterior.sample(), posterior.parameters
 
             # 2. Regularize what is decoded.
-            decoded = latents
-            if losses.latent_noise:
-                std = losses.latent_noise * torch.randn(len(latents), 1, 1, 1, device=latents.device).abs()
-                decoded = decoded + std * torch.randn_like(decoded)
+            decoded = _add_noise(latents, losses.latent_noise)
             if losses.high_dropout:
                 dropped = torch.rand(len(images), 1, 1, 1, device=images.device) < losses.high_dropout
                 channel = torch.arange(decoded.shape[1], device=images.device).view(1, -1, 1, 1)
@@ -206,6 +225,20 @@ class TokenizerTrainingModule(nn.Module):
             terms["scale_equivariance"] = losses.scale_equivariance, (half.float() - half_target).abs().mean()
         return Autoencoding(reconstruction, target, latents, moments, terms, statistics)
 
+    def _decode_teacher_latents(self, teacher: ModelMixin, images: Tensor, losses: TokenizerLossConfig) -> Autoencoding:
+        terms: Terms = {}
+        with torch.no_grad():
+            latents = encode(teacher, images, self.posterior)
+        if losses.latents and self.trains_encoder:
+            own = encode(self.vae, images)
+            terms["latents"] = losses.latents, (own.float() - latents.float()).square().mean()
+        reconstruction = self._decode(_add_noise(latents, losses.latent_noise))
+        if losses.distillation:
+            with torch.no_grad():
+                taught = decode(teacher, latents)
+            terms["distillation"] = losses.distillation, _distance(reconstruction.float(), taught, losses)
+        return Autoencoding(reconstruction, images, latents, None, terms, {})
+
     def _decode(self, latents: Tensor) -> Tensor:
         if self.codebook_statistics is not None:
             return self.vae.decode(latents, force_not_quantize=True).sample
@@ -216,9 +249,7 @@ class TokenizerTrainingModule(nn.Module):
     def _fidelity_terms(self, reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfig) -> Terms:
         terms: Terms = {}
         if losses.reconstruction != "none":
-            error = reconstruction - target
-            value = error.abs().mean() if losses.reconstruction == "l1" else error.square().mean()
-            terms["reconstruction"] = 1.0, value
+            terms["reconstruction"] = 1.0, _distance(reconstruction, target, losses)
         if losses.ssim:
             terms["ssim"] = losses.ssim, ssim_loss(reconstruction, target)
         if self.lpips is not None and losses.perceptual:
@@ -258,8 +289,7 @@ class TokenizerTrainingModule(nn.Module):
         value = adversarial_loss(discriminator(reconstruction))
         if not settings.adaptive:
             return 1.0, value
-        last_layers = [m.conv_out.weight for m in self.vae.modules() if isinstance(m, Decoder)]
-        return adaptive_weight(fidelity, value, last_layers, settings.max_weight), value
+        return adaptive_weight(fidelity, value, last_layers(self.vae.decoder), settings.max_weight), value
 
     def _idle(self, losses: TokenizerLossConfig) -> Tensor | float:
         """Zero, with a gradient to every parameter this stage does not use: DistributedDataParallel waits for each."""
@@ -269,6 +299,30 @@ class TokenizerTrainingModule(nn.Module):
         if self.spectrum is not None and not losses.spectrum.weight:
             idle += self.spectrum.parameters()
         return 0 * torch.stack([parameter.sum() for parameter in idle]).sum() if idle else 0.0
+
+
+def _distance(reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfig) -> Tensor:
+    error = reconstruction - target
+    return error.square().mean() if losses.reconstruction == "l2" else error.abs().mean()
+
+
+def _add_noise(latents: Tensor, size: float) -> Tensor:
+    """Noise of std |N(0, size^2)|, one draw for each image."""
+    if not size:
+        return latents
+    std = size * torch.randn(len(latents), 1, 1, 1, device=latents.device).abs()
+    return latents + std * torch.randn_like(latents)
+
+
+def last_layers(decoder: nn.Module) -> list[Tensor]:
+    """The weights that give an image or its bands, which adaptive loss weights look at."""
+    tiny = (
+        [layers for layers in (decoder.layers, decoder.high_layers) if layers]
+        if isinstance(decoder, TinyDecoder)
+        else []
+    )
+    stock = [module.conv_out.weight for module in decoder.modules() if isinstance(module, Decoder)]
+    return stock + [layers[-1].weight for layers in tiny]
 
 
 def _total(terms: Terms, like: Tensor) -> Tensor:
