@@ -1,0 +1,300 @@
+"""Decoders for a real latent space, FLUX.2's: TAEF2's own, trained on, and smaller ones that end in a wavelet.
+
+    python scripts/photographs.py --output photographs
+    FAVAE_TAEF2=FOLDER FAVAE_PHOTOGRAPHS=photographs python -m experiments.real_latents
+
+FOLDER has TAEF2's `encoder.safetensors` and `decoder.safetensors` (madebyollin/taesd, MIT). Its encoder gives the
+latents, and stays as it is. Every decoder is trained by train_tokenizer.py with the same loss, data and number of
+steps; crops of pictures that are in no training set are decoded and compared. The controls: the same network with a
+pixel shuffle in place of the inverse wavelet transform, and TAEF2's architecture, narrower, at the same FLOPs.
+"""
+
+import json
+import os
+import statistics
+from dataclasses import dataclass, field
+from functools import cache, wraps
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import save_image
+
+from benchmarks.timing import environment, speedup, time_paired
+from experiments.image_sets import InMemoryImages, seams
+from experiments.report import format_table, rows_by_model, with_std
+from experiments.rows import Comparison, Task, main
+from favae import AutoencoderTinyFA
+from favae.adapters.taesd import autoencoder_from_taesd
+from favae.autoencoders import decode, encode
+from favae.data.images import ImageDataset, skip_missing, to_uint8
+from favae.data.sources import open_source
+from favae.eval.extraction import image_statistics
+from favae.eval.features import FeatureExtractor
+from favae.eval.frechet import frechet_distance
+from favae.eval.reconstruction import PER_IMAGE, image_errors
+from favae.training.config import TokenizerConfig, load_config
+from favae.training.models import build_model, find_model_class
+from train_tokenizer import train
+
+STEPS = 4_000
+SIZE = 128  # of the crops that are compared
+FEATURES = "efficientnet-lite0"
+PATCH_SIZE = 8  # pixels per latent
+PICTURES = (0, 90, 170, 250, 330, 420)  # held-out crops that are shown
+TRAIN = {
+    "parts": "decoder",
+    "resolution": 64,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "betas": [0.9, 0.99],
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 100,
+    "max_grad_norm": 1.0,
+    "num_workers": 0,
+    "log_every": 100,
+    "sample_every": 0,
+    "checkpoint_every": 500,
+    "checkpoints_total_limit": 1,
+    "tracker": None,
+}
+
+
+class ShuffleAutoencoderTiny(AutoencoderTinyFA):
+    """The control: the channels of the bands are the pixels of a patch, without a transform between them."""
+
+    @wraps(AutoencoderTinyFA.__init__)
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.decoder.bands = PixelShuffle(2**self.config.wavelet_levels)
+
+
+class PixelShuffle(nn.Module):
+    """Takes the place of `WaveletBands` in a decoder: color channels first, then the rest, become patches."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.num_high_bands = size, size**2 - 1
+
+    def inverse(self, low: Tensor, high: Tensor) -> Tensor:
+        return F.pixel_shuffle(torch.cat([low, high], dim=1), self.size)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A decoder.
+
+    Attributes:
+        note: what it is, a phrase for the list below the table.
+        model: the `model:` section of the recipe, without what all have in common.
+        warm: whether it begins with TAEF2's weights as far as they fit.
+        loss: what differs from the mean squared error.
+        length: its number of steps, in multiples of the others'.
+        rate: its learning rate, in multiples of the others'.
+    """
+
+    note: str
+    model: dict = field(default_factory=dict)
+    warm: bool = True
+    loss: dict = field(default_factory=dict)
+    length: float = 1.0
+    rate: float = 1.0
+
+    def recipe(self, steps: int, resolution: int, batch_size: int) -> dict:
+        """What train_tokenizer.py is given."""
+        model = {"name": "AutoencoderTinyFA", "latent_channels": 32, "latent_pooling": True, **self.model}
+        if self.warm:
+            model["from_pretrained"] = str(teacher_folder())
+        sizes = {"resolution": resolution, "batch_size": batch_size, "steps": steps}
+        return {
+            "model": model,
+            "teacher": {"autoencoder": str(teacher_folder())},
+            "data": {"path": str(photographs() / "train.parquet"), "crop": "window"},
+            "loss": {"reconstruction": "l2", "latents": 0.0, **self.loss},
+            "train": {**TRAIN, **sizes, "learning_rate": self.rate * TRAIN["learning_rate"]},
+        }
+
+
+OWN = {"wavelet_levels": 0, "decoder_block_out_channels": [64] * 4, "num_decoder_blocks": [3, 3, 3, 1]}
+ONE = {"wavelet_levels": 1, "decoder_block_out_channels": [64] * 3, "num_decoder_blocks": [3, 3, 3]}
+TWO = {"wavelet_levels": 2, "decoder_block_out_channels": [64] * 2, "num_decoder_blocks": [3, 6]}
+SHUFFLE = {"name": "experiments.real_latents.ShuffleAutoencoderTiny"}
+BRANCHES = {**TWO, "decoder_block_out_channels": [48, 48], "high_block_out_channels": [40, 40]}
+HIGH_BANDS = {"band": {"weight": 1.0, "weights": [0.0, 1.0, 1.0, 1.0], "levels": 2}}
+
+VARIANTS = {
+    "teacher": Variant("TAEF2's decoder as it is", OWN, length=0),
+    "teacher_tuned": Variant("TAEF2's decoder, trained on", OWN, rate=0.3),
+    "wavelet_1": Variant("ends one octave before the image", ONE),
+    "wavelet_2": Variant("ends two octaves before", TWO),
+    "shuffle_1": Variant("`wavelet_1` with a pixel shuffle", ONE | SHUFFLE),
+    "shuffle_2": Variant("`wavelet_2` with a pixel shuffle", TWO | SHUFFLE),
+    "plain_1": Variant(
+        "TAEF2's architecture at the FLOPs of `wavelet_1`, narrower where images are large",
+        {**OWN, "decoder_block_out_channels": [64, 60, 48, 32], "num_decoder_blocks": [3, 3, 3, 1]},
+    ),
+    "plain_2": Variant(
+        "TAEF2's architecture at the FLOPs of `wavelet_2`, narrower where images are large",
+        {**OWN, "decoder_block_out_channels": [64, 48, 26, 20], "num_decoder_blocks": [3, 3, 3, 1]},
+    ),
+    "wavelet_1_new": Variant("`wavelet_1` from nothing", ONE, warm=False),
+    "wavelet_2_new": Variant("`wavelet_2` from nothing", TWO, warm=False),
+    "wavelet_2_bior": Variant("`wavelet_2` with the filters of bior4.4", {**TWO, "wavelet": "bior4.4"}),
+    "wavelet_2_bands": Variant("`wavelet_2`, with a loss on the high bands", TWO, loss=HIGH_BANDS),
+    "wavelet_2_branches": Variant("low and high bands from networks of their own, from nothing", BRANCHES, warm=False),
+}
+
+
+@cache
+def teacher_folder() -> Path:
+    """TAEF2 as a folder for `from_pretrained`, written once. Raises SystemExit if its files are not there."""
+    source = os.environ.get("FAVAE_TAEF2")
+    if source is None:
+        raise SystemExit(
+            "error: FAVAE_TAEF2 must be the folder with encoder.safetensors and decoder.safetensors of TAEF2"
+        )
+    folder = Path("runs/real_latents/taef2").resolve()
+    if not (folder / "config.json").exists():
+        files = (Path(source) / f"{part}.safetensors" for part in ("encoder", "decoder"))
+        autoencoder_from_taesd(*files).save_pretrained(folder)
+    return folder
+
+
+def photographs() -> Path:
+    """The folder that scripts/photographs.py wrote. Raises SystemExit if it is not there."""
+    folder = os.environ.get("FAVAE_PHOTOGRAPHS")
+    if folder is None:
+        raise SystemExit("error: FAVAE_PHOTOGRAPHS must be the folder that scripts/photographs.py wrote")
+    return Path(folder).resolve()
+
+
+def make_row(task: Task) -> dict:
+    """Trains one decoder with one seed, and measures it on pictures that were in no training."""
+    recipe = task.run.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(task.variant.recipe(task.steps or 1, task.resolution, task.batch_size)))
+    config = load_config(TokenizerConfig, recipe, [f"output={task.run}", f"seed={task.seed}"])
+    teacher = AutoencoderTinyFA.from_pretrained(teacher_folder()).eval()
+    model, training = teacher, {}
+    if task.steps:
+        train(config)
+        log = [json.loads(line) for line in (task.run / "metrics.jsonl").read_text().splitlines()]
+        training = {"seconds": log[-1]["seconds"], "curve": [[r["step"], r.get("reconstruction")] for r in log]}
+        model = find_model_class(config.model["name"]).from_pretrained(task.run / "final").eval()
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, **cost(model)}
+    row |= {f"validation_{key}": value for key, value in errors(model, teacher, "validation").items()}
+    row |= errors(model, teacher, "heldout")
+    row |= perception(model, teacher)
+    if task.pictures is not None and task.seed == 0:
+        save_pictures(model, teacher, task.pictures, task.name)
+    return row | training | environment()
+
+
+@torch.no_grad()
+def cost(model: ModelMixin) -> dict:
+    """Parameters of a decoder, and GFLOP to decode an image of 256 px."""
+    with FlopCounterMode(display=False) as counter:
+        model.decode(torch.zeros(1, 32, 32, 32))
+    params = sum(parameter.numel() for parameter in model.decoder.parameters())
+    return {"gflop": counter.get_total_flops() / 1e9, "params": params}
+
+
+@cache
+def crops(split: str) -> Tensor:
+    """All crops of a split, (N, 3, SIZE, SIZE) in [-1, 1]."""
+    dataset = ImageDataset(open_source(str(photographs() / f"{split}.parquet"), label_column="none"), SIZE)
+    return skip_missing([dataset[i] for i in range(len(dataset))])["image"]
+
+
+@torch.no_grad()
+def decoded(model: ModelMixin, teacher: ModelMixin, images: Tensor) -> Tensor:
+    """Images by way of the teacher's latents and a decoder."""
+    return torch.cat([decode(model, encode(teacher, batch)).clamp(-1, 1) for batch in images.split(16)])
+
+
+def errors(model: ModelMixin, teacher: ModelMixin, split: str) -> dict[str, float]:
+    """Means over a split of what `image_errors` measures."""
+    images = crops(split)
+    rows = image_errors(images, decoded(model, teacher, images)).double().mean(dim=0).tolist()
+    return {name.lower(): value for name, value in zip(PER_IMAGE, rows) if value == value}
+
+
+def perception(model: ModelMixin, teacher: ModelMixin) -> dict[str, float]:
+    """The Fréchet distance to the held-out crops, and seams at the borders of latents, relative to the crops' own."""
+    images = crops("heldout")
+    extractor = FeatureExtractor(FEATURES)
+    both = [to_uint8(images), to_uint8(decoded(model, teacher, images))]
+    real, found = (image_statistics(InMemoryImages(each), [extractor])[0] for each in both)
+    distance = frechet_distance(real.mean, real.covariance, found.mean, found.covariance)
+    return {"fd": distance, "seams": seams(both[1], PATCH_SIZE) / seams(both[0], PATCH_SIZE)}
+
+
+def save_pictures(model: ModelMixin, teacher: ModelMixin, folder: Path, name: str) -> None:
+    chosen = crops("heldout")[list(PICTURES)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, pictures in ((name, decoded(model, teacher, chosen)), ("original", chosen)):
+        save_image(
+            pictures, folder / f"{label}.png", nrow=len(PICTURES), padding=0, normalize=True, value_range=(-1, 1)
+        )
+
+
+@torch.no_grad()
+def finish(report: dict, stem: Path) -> None:
+    """Adds images per second of decoding 256 px with one thread, all decoders in the same rounds."""
+    torch.set_num_threads(1)
+    latents = torch.randn(1, 32, 32, 32)
+    models = {}
+    for name in {row["model"] for row in report["rows"]}:
+        settings = {"name": "AutoencoderTinyFA", "latent_channels": 32, "latent_pooling": True}
+        models[name] = build_model(settings | VARIANTS[name].model).eval()
+    timings = time_paired({name: lambda vae=vae: vae.decode(latents) for name, vae in models.items()}, rounds=10)
+    for row in report["rows"]:
+        seconds = timings[row["model"]].seconds
+        row["images_per_second"] = 1 / statistics.median(seconds)
+        row["speedup"] = speedup(seconds, timings["teacher"].seconds)["speedup"] if "teacher" in timings else None
+
+
+def tables(report: dict) -> str:
+    rows, lines = rows_by_model(report), []
+    for name in (name for name in VARIANTS if name in rows):
+        own = rows[name]
+        cells = [f"`{name}`", len(own), f"{own[0]['params'] / 1e6:.2f} M", f"{own[0]['gflop']:.1f}"]
+        cells.append(f"{own[0]['speedup']:.1f}" if own[0].get("speedup") else "")
+        digits = {"psnr": 2, "recon": 5, "low": 4, "high": 5, "ssim": 4, "fd": 1, "seams": 3}
+        cells += [with_std([row[key] for row in own], count) for key, count in digits.items()]
+        lines.append(cells)
+    columns = [
+        "decoder",
+        "seeds",
+        "parameters",
+        "GFLOP",
+        "speed",
+        "PSNR",
+        "Recon",
+        "Low",
+        "High",
+        "SSIM",
+        "FD",
+        "seams",
+    ]
+    return format_table(columns, lines)
+
+
+COMPARISON = Comparison(
+    name="real_latents",
+    variants=VARIANTS,
+    make_row=make_row,
+    tables=tables,
+    steps=STEPS,
+    seeds=2,
+    finish=finish,
+    resolution=64,
+    batch_size=8,
+    other_sizes=False,
+)
+
+if __name__ == "__main__":
+    main(COMPARISON, __doc__)
