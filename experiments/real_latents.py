@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache, wraps
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -43,6 +44,7 @@ from train_tokenizer import train
 
 STEPS = 4_000
 SIZE = 128  # of the crops that are compared
+VALIDATION_CROPS = 96
 FEATURES = "efficientnet-lite0"
 PATCH_SIZE = 8  # pixels per latent
 PICTURES = (0, 90, 170, 250, 330, 420)  # held-out crops that are shown
@@ -185,11 +187,13 @@ def make_row(task: Task) -> dict:
         training = {"seconds": log[-1]["seconds"], "curve": [[r["step"], r.get("reconstruction")] for r in log]}
         model = find_model_class(config.model["name"]).from_pretrained(task.run / "final").eval()
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, **cost(model)}
-    row |= {f"validation_{key}": value for key, value in errors(model, teacher, "validation").items()}
-    row |= errors(model, teacher, "heldout")
-    row |= perception(model, teacher)
+    validation = crops("validation", VALIDATION_CROPS)
+    row["validation_psnr"] = errors(validation, decoded(model, teacher, validation))["psnr"]
+    images = crops("heldout")
+    reconstructions = decoded(model, teacher, images)
+    row |= errors(images, reconstructions) | perception(images, reconstructions)
     if task.pictures is not None and task.seed == 0:
-        save_pictures(model, teacher, task.pictures, task.name)
+        save_pictures(images, reconstructions, task.pictures, task.name)
     return row | training | environment()
 
 
@@ -202,11 +206,11 @@ def cost(model: ModelMixin) -> dict:
     return {"gflop": counter.get_total_flops() / 1e9, "params": params}
 
 
-@cache
-def crops(split: str) -> Tensor:
-    """All crops of a split, (N, 3, SIZE, SIZE) in [-1, 1]."""
+def crops(split: str, count: int | None = None) -> Tensor:
+    """Crops of a split, (N, 3, SIZE, SIZE) in [-1, 1]: all, or some at even distances."""
     dataset = ImageDataset(open_source(str(photographs() / f"{split}.parquet"), label_column="none"), SIZE)
-    return skip_missing([dataset[i] for i in range(len(dataset))])["image"]
+    chosen = np.linspace(0, len(dataset) - 1, count or len(dataset)).astype(int)
+    return skip_missing([dataset[i] for i in chosen])["image"]
 
 
 @torch.no_grad()
@@ -215,30 +219,27 @@ def decoded(model: ModelMixin, teacher: ModelMixin, images: Tensor) -> Tensor:
     return torch.cat([decode(model, encode(teacher, batch)).clamp(-1, 1) for batch in images.split(16)])
 
 
-def errors(model: ModelMixin, teacher: ModelMixin, split: str) -> dict[str, float]:
-    """Means over a split of what `image_errors` measures."""
-    images = crops(split)
-    rows = image_errors(images, decoded(model, teacher, images)).double().mean(dim=0).tolist()
+def errors(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
+    """Means over images of what `image_errors` measures."""
+    rows = image_errors(images, reconstructions).double().mean(dim=0).tolist()
     return {name.lower(): value for name, value in zip(PER_IMAGE, rows) if value == value}
 
 
-def perception(model: ModelMixin, teacher: ModelMixin) -> dict[str, float]:
-    """The Fréchet distance to the held-out crops, and seams at the borders of latents, relative to the crops' own."""
-    images = crops("heldout")
+def perception(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
+    """The Fréchet distance to the images, and seams at the borders of latents, relative to the images' own."""
     extractor = FeatureExtractor(FEATURES)
-    both = [to_uint8(images), to_uint8(decoded(model, teacher, images))]
+    both = [to_uint8(images), to_uint8(reconstructions)]
     real, found = (image_statistics(InMemoryImages(each), [extractor])[0] for each in both)
     distance = frechet_distance(real.mean, real.covariance, found.mean, found.covariance)
     return {"fd": distance, "seams": seams(both[1], PATCH_SIZE) / seams(both[0], PATCH_SIZE)}
 
 
-def save_pictures(model: ModelMixin, teacher: ModelMixin, folder: Path, name: str) -> None:
-    chosen = crops("heldout")[list(PICTURES)]
+def save_pictures(images: Tensor, reconstructions: Tensor, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for label, pictures in ((name, decoded(model, teacher, chosen)), ("original", chosen)):
-        save_image(
-            pictures, folder / f"{label}.png", nrow=len(PICTURES), padding=0, normalize=True, value_range=(-1, 1)
-        )
+    for label, pictures in ((name, reconstructions), ("original", images)):
+        file = folder / f"{label}.png"
+        chosen = pictures[list(PICTURES)]
+        save_image(chosen, file, nrow=len(PICTURES), padding=0, normalize=True, value_range=(-1, 1))
 
 
 @torch.no_grad()
