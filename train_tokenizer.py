@@ -172,16 +172,17 @@ def build_training_module(config: TokenizerConfig, vae: ModelMixin) -> Tokenizer
 
 
 def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:
-    """Raises ConfigError if its latents do not have the shape of the model's."""
+    """Raises ConfigError if its images or latents do not have the shape of the model's."""
+    resolution, side = config.train.resolution, config.train.resolution // spatial_compression_ratio(vae)
     with hint("teacher.autoencoder is a folder or a hub name"):
         teacher = load_autoencoder(config.teacher.autoencoder)
-        resolution = config.train.resolution
-        latents = encode(teacher, torch.zeros(1, 3, resolution, resolution)).shape[1:]
-    side = resolution // spatial_compression_ratio(vae)
-    if tuple(latents) != (vae.config.latent_channels, side, side):
+        channels = image_channels(teacher)
+    latents = tuple(encode(teacher, torch.zeros(1, channels, resolution, resolution)).shape[1:])
+    expected = (vae.config.latent_channels, side, side)
+    if latents != expected or channels != image_channels(vae):
         raise ConfigError(
-            f"teacher.autoencoder gives latents of shape {tuple(latents)} at train.resolution={resolution}; those of "
-            f"the model are {(vae.config.latent_channels, side, side)}"
+            f"teacher.autoencoder has images of {channels} channels and, at train.resolution={resolution}, latents of "
+            f"shape {latents}; the model has {image_channels(vae)} channels and {expected}"
         )
     return teacher
 

@@ -41,6 +41,7 @@ RANGES_BY_NAME: dict[str, Any] = {
     "down_block_types": tuple[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ...],
     "up_block_types": tuple[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"], ...],
     "act_fn": Literal["swish", "silu", "mish", "gelu", "relu"],
+    "upsample_fn": Literal["nearest", "nearest-exact", "bilinear", "bicubic"],
     "activation_fn": Literal["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"],
 }
 

@@ -12,11 +12,11 @@ from favae import cli
 from favae.errors import ConfigError
 from favae.ranges import Text
 from favae.training.config import GeneratorConfig, TokenizerConfig
-from favae.training.models import GENERATORS, TOKENIZERS, build_model, find_model_class
+from favae.training.models import GENERATORS, NEED_TEACHER, TOKENIZERS, build_model, find_model_class
 from favae.training.validation import signature_schema, validate
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, -1, -0.5, 1e300, "word", "", [], {"a": 1})
-MAY_BE_NEGATIVE = ("shift_factor", "latents_mean")
+MAY_BE_NEGATIVE = ("shift_factor", "latents_mean", "latent_shift")
 BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
 WIDTHS = {"block_out_channels": [8, 8, 16], "norm_num_groups": 4, "latent_channels": 6}
 MODELS = {
@@ -25,6 +25,8 @@ MODELS = {
     "TwoBranchAutoencoderKL": {**WIDTHS, "high_block_out_channels": [8, 16], "high_latent_channels": 2},
     "VQModelFA": TINY_VQ,
     "AutoencoderKL": {**WIDTHS, **BLOCKS},
+    "AutoencoderTinyFA": {"latent_channels": 6},
+    "AutoencoderTiny": {"latent_channels": 6},
     "LightningDiTTransformer2DModel": TINY_LIGHTNINGDIT,
     "DiTTransformer2DModel": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 4},
     "CATTransformerModel": TINY_CAT,
@@ -47,7 +49,8 @@ def schema_of(model: str) -> type:
 
 def recipe(model: str) -> dict:
     arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in MODELS[model].items()}
-    return {"model": {"name": model, **arguments}, "train": {"batch_size": 2}}
+    teacher = {"teacher": {"autoencoder": "a folder"}} if model in NEED_TEACHER else {}
+    return {"model": {"name": model, **arguments}, "train": {"batch_size": 2}, **teacher}
 
 
 def refused(model: str, key: str, value) -> None:

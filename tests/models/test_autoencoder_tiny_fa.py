@@ -1,0 +1,109 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from favae import AutoencoderTinyFA
+from favae.adapters.taesd import autoencoder_from_taesd
+from favae.autoencoders import decode, encode, measure_budget
+from favae.errors import CheckpointError
+
+TINY = {
+    "latent_channels": 6,
+    "block_out_channels": (8, 8, 8),
+    "num_encoder_blocks": (1, 1, 1),
+    "decoder_block_out_channels": (8, 8),
+    "num_decoder_blocks": (1, 1),
+}
+PIXELS = {"wavelet_levels": 0, "decoder_block_out_channels": (8, 8, 8), "num_decoder_blocks": (1, 1, 1)}
+TWO = {"wavelet_levels": 2, "decoder_block_out_channels": (8,), "num_decoder_blocks": (2,)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        PIXELS,
+        TWO,
+        {"wavelet": "bior4.4"},
+        {"high_block_out_channels": (4, 4)},
+        {"latent_pooling": True},
+        {"in_channels": 1, "out_channels": 1},
+    ],
+)
+def test_shapes_and_saving(changes, tmp_path):
+    model = AutoencoderTinyFA(**TINY | changes).eval()
+    images = torch.rand(2, model.config.in_channels, 32, 24) * 2 - 1
+    latents = model.encode(images).latents
+    assert latents.shape == (2, 6, 8, 6) and model.decode(latents).sample.shape == images.shape
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoencoderTinyFA.from_pretrained(tmp_path).decode(latents).sample, model.decode(latents).sample)
+
+
+def test_each_octave_left_to_the_wavelet_saves_work():
+    flops = [measure_budget(AutoencoderTinyFA(**TINY | changes), 32).flops for changes in (PIXELS, {}, TWO)]
+    assert flops[0] > flops[1] > flops[2]
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"num_decoder_blocks": (1,)}, "num_decoder_blocks"),
+        ({"decoder_block_out_channels": (8, 8, 8)}, "decoder_block_out_channels"),
+        ({**PIXELS, "high_block_out_channels": (8, 8, 8)}, "high_block_out_channels"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, named):
+    with pytest.raises(ValueError, match=named):
+        AutoencoderTinyFA(**TINY | changes)
+
+
+def test_slices_and_tiles_without_pooling_are_nearly_the_whole():
+    model = AutoencoderTinyFA(**TINY, sample_size=64).eval()
+    images = torch.rand(2, 3, 96, 80) * 2 - 1
+    with torch.no_grad():
+        whole = decode(model, encode(model, images))
+        model.enable_slicing()
+        assert torch.allclose(decode(model, encode(model, images)), whole, atol=1e-5)
+        model.enable_tiling()
+        tiled = decode(model, encode(model, images))
+    assert tiled.shape == whole.shape and (tiled - whole).abs().mean() < 0.1 * whole.std()
+
+
+def test_images_of_other_sizes_are_refused():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        AutoencoderTinyFA(**TINY).encode(torch.zeros(1, 3, 30, 32))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, latents = AutoencoderTinyFA(**TINY), torch.randn(1, 6, 4, 4)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model.decode(latents).sample.square().mean().backward()
+        return model.decoder.layers[1].weight.grad.clone()
+
+    plain = gradient()
+    model.enable_gradient_checkpointing()
+    assert torch.allclose(gradient(), plain)
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+def test_files_of_taesd(pooling, tmp_path):
+    model = AutoencoderTinyFA(
+        latent_channels=5,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_decoder_blocks=(3, 3, 3, 1),
+        wavelet_levels=0,
+        latent_pooling=pooling,
+    ).eval()
+    files = []
+    for part in ("encoder", "decoder"):
+        state = getattr(model, part).layers.state_dict()
+        files.append(tmp_path / f"{part}.safetensors")
+        save_file({name: value.half() for name, value in state.items()}, files[-1])
+    opened, images = autoencoder_from_taesd(*files), torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.allclose(decode(opened, encode(opened, images)), decode(model, encode(model, images)), atol=1e-2)
+    for broken in (files[::-1], (files[0], files[0])):
+        with pytest.raises(CheckpointError):
+            autoencoder_from_taesd(*broken)

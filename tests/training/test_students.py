@@ -1,0 +1,129 @@
+"""Models that learn to decode the latents of another one, and trainings that start from weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_tiny_kl, refusal, train
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from favae import AutoencoderTinyFA
+from favae.autoencoders import decode, encode, load_autoencoder
+from favae.errors import ConfigError
+from favae.training.models import build_model
+
+WIDTHS = {"latent_channels": 6, "num_encoder_blocks": [1, 1, 1]}
+STUDENT = {
+    **WIDTHS,
+    "name": "AutoencoderTinyFA",
+    "block_out_channels": [8, 8, 8],
+    "decoder_block_out_channels": [8, 8],
+    "num_decoder_blocks": [1, 1],
+}
+STOCK_TINY = {
+    **WIDTHS,
+    "name": "AutoencoderTiny",
+    "encoder_block_out_channels": [8, 8, 8],
+    "decoder_block_out_channels": [8, 8, 8],
+    "num_decoder_blocks": [1, 1, 1],
+}
+NARROW = {
+    "name": "AutoencoderKL",
+    "latent_channels": 6,
+    "block_out_channels": [4, 4, 8],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+
+
+def recipe_of(folder: Path, model: dict, steps: int, **sections: dict) -> Path:
+    """A recipe for the tiny images in a folder."""
+    train = {"resolution": 16, "batch_size": 4, "steps": steps, "num_workers": 0, "log_every": 1, "tracker": None}
+    train |= {"sample_every": 0, "checkpoint_every": 100, "learning_rate": 0.003} | sections.pop("train", {})
+    recipe = folder / "student.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"model": model, "data": {"path": str(folder / "images")}, "train": train, **sections})
+    )
+    return recipe
+
+
+@pytest.fixture
+def existing(tmp_path) -> str:
+    """A folder with an autoencoder whose latents somebody has a generator for."""
+    make_tiny_kl().save_pretrained(tmp_path / "existing")
+    return str(tmp_path / "existing")
+
+
+@pytest.mark.parametrize("model", [STUDENT, STOCK_TINY, NARROW])
+def test_a_student_decodes_its_teacher_s_latents(model, existing, tmp_path, image_folder):
+    teacher = {"autoencoder": existing, "posterior": "mode"}
+    recipe = recipe_of(tmp_path, model, 40, teacher=teacher, loss={"latent_noise": 0.1})
+    train("train_tokenizer", recipe, f"output={tmp_path / 'run'}", "train.sample_every=40")
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert "kl" not in log[0] and log[-1]["reconstruction"] < log[0]["reconstruction"]
+    assert log[-1]["latents"] < log[0]["latents"]  # its own encoder comes closer to the teacher's
+    student, teacher = load_autoencoder(str(tmp_path / "run/final")), load_autoencoder(existing)
+    latents = encode(teacher, torch.rand(1, 3, 16, 16) * 2 - 1)
+    assert decode(student, latents).shape == (1, 3, 16, 16)
+    assert (tmp_path / "run/samples/step-0000040.png").exists()
+
+
+def test_a_teacher_is_not_trained_and_its_reconstruction_may_be_the_target(existing, tmp_path, image_folder):
+    losses = {"reconstruction": "none", "distillation": 1.0, "latents": 0.0}
+    losses["adversarial"] = {"weight": 0.1, "start_step": 1, "adaptive": False, "channels": 8, "num_layers": 1}
+    teacher = {"autoencoder": existing, "posterior": "mode"}
+    before = load_file(f"{existing}/diffusion_pytorch_model.safetensors")
+    recipe = recipe_of(tmp_path, STUDENT, 3, teacher=teacher, loss=losses)
+    train("train_tokenizer", recipe, f"output={tmp_path / 'run'}")
+    after = load_file(f"{existing}/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    log = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert log["distillation"] > 0 and "reconstruction" not in log and "latents" not in log and "adversarial" in log
+
+
+def test_students_that_cannot_be(existing, tmp_path, image_folder):
+    other = {**STUDENT, "latent_channels": 4}
+    given = {"autoencoder": existing}
+    for model, teacher, losses, named in (
+        (STUDENT, {}, {}, "teacher.autoencoder is missing"),
+        (NARROW, {}, {"distillation": 1.0}, "loss.distillation needs teacher.autoencoder"),
+        (other, given, {}, "the model has 3 channels and (4, 4, 4)"),
+        (STUDENT, given, {"alignment": {"weight": 1.0}}, "loss.alignment.weight"),
+        (STUDENT, given, {"scale_equivariance": 1.0}, "loss.scale_equivariance"),
+        (STUDENT, {"autoencoder": str(tmp_path)}, {}, "teacher.autoencoder is a folder"),
+        ({**NARROW, "from_pretrained": str(tmp_path)}, {}, {}, "model.from_pretrained: no model at"),
+    ):
+        recipe = recipe_of(tmp_path, model, 1, teacher=teacher, loss=losses)
+        assert named in refusal("train_tokenizer", recipe, f"output={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_taken_as_far_as_they_fit(tmp_path, caplog):
+    pixels = {"decoder_block_out_channels": (8, 8, 8), "num_decoder_blocks": (1, 1, 1), "wavelet_levels": 0}
+    small = AutoencoderTinyFA(**WIDTHS, block_out_channels=(8, 8, 8), **pixels)
+    small.save_pretrained(tmp_path / "small/vae")
+    settings = {"name": "AutoencoderTinyFA", "from_pretrained": f"{tmp_path / 'small'}:vae"}
+    same = build_model(settings)
+    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), small.state_dict().values()))
+    assert not caplog.records
+    cut = {"wavelet_levels": 1, "decoder_block_out_channels": (8, 8), "num_decoder_blocks": (1, 1)}
+    shorter = build_model(settings | cut)
+    assert torch.equal(shorter.decoder.layers[1].weight, small.decoder.layers[1].weight)
+    assert torch.equal(shorter.encoder.layers[0].weight, small.encoder.layers[0].weight)
+    assert "begin anew: decoder.layers." in caplog.text
+    with pytest.raises(ConfigError, match="no weight of the AutoencoderTinyFA"):
+        build_model({"name": "LightningDiTTransformer2DModel", "from_pretrained": str(tmp_path / "small/vae")})
+
+
+@pytest.mark.parametrize("part, frozen", [("decoder", "encoder"), ("encoder", "decoder")])
+def test_a_part_is_tuned_and_the_other_kept(part, frozen, existing, tmp_path, image_folder):
+    model = {"name": "AutoencoderKL", "from_pretrained": existing}
+    recipe = recipe_of(tmp_path, model, 2, train={"parts": part, "resolution": 32})
+    train("train_tokenizer", recipe, f"output={tmp_path / 'run'}")
+    before, after = (AutoencoderKL.from_pretrained(path).state_dict() for path in (existing, tmp_path / "run/final"))
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert part in changed and frozen not in changed
