@@ -12,6 +12,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
 from favae.adapters.latent_normalization import LatentNormalization, read_normalization
+from favae.adapters.latent_statistics import count_channels, fold_latent_statistics, is_video, latent_statistics
 from favae.autoencoders import encode
 from favae.models.pipeline_autoencoders import PackedNormAutoencoder, SingleFrameAutoencoder
 
@@ -63,7 +64,7 @@ def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> Diff
     # 2. Normalization: that of the old autoencoder if the latents are the same, otherwise the new one's own.
     (old_latents, old_ratio), (latents, ratio) = (_latents_of_noise(model) for model in (old, vae))
     same = _nearly_equal(old_latents, latents, vae.dtype)
-    settings = _settings_for(name, normalization, old if same else vae, is_video=_is_video(old))
+    settings = _settings_for(name, normalization, old if same else vae, as_video=is_video(old))
     known = same or _nearly_equal(_normalized(old, old_latents), _normalized(vae, latents), vae.dtype)
     if not known or (not same and normalization.has_raw_conditions):
         logger.warning(
@@ -96,12 +97,12 @@ def _check_models(pipe: DiffusionPipeline, vae: ModelMixin, normalization: Laten
         )
     if _is_offloaded(pipe):
         raise ValueError(f"this {name} is offloaded, cast or spread over devices; swap its autoencoder before that")
-    if "latent_channels" not in old.config and not _is_video(old) or _is_video_only(old):
+    if "latent_channels" not in old.config and not is_video(old) or _is_video_only(old):
         raise ValueError(f"the autoencoder of a {name} is for videos or sounds, not for single images")
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, type(old))) and not _is_ours(vae):
         raise ValueError(f"a {name} takes an AutoencoderKL or a subclass, not a {type(vae).__name__}")
     for key in ("latent_channels", "in_channels", "out_channels"):
-        needed, given = _channels(old, key), _channels(vae, key)
+        needed, given = count_channels(old, key), count_channels(vae, key)
         if given != needed:
             raise ValueError(
                 f"this {name} needs an autoencoder of {key}={needed}, this one has {given}{_way_to_old_latents(old)}"
@@ -116,19 +117,9 @@ def _way_to_old_latents(old: ModelMixin) -> str:
     return "; AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) has the old latents"
 
 
-def _channels(vae: ModelMixin, key: str) -> int:
-    """The number of an autoencoder's channels; `key` is `latent_channels`, `in_channels` or `out_channels`."""
-    config = vae.config
-    if key == "latent_channels":
-        return config["z_dim"] if _is_video(vae) else config[key]
-    # one of Wan's counts the pixels of a patch as channels
-    pixels = (config.get("patch_size") or 1) ** 2 if _is_video(vae) else 1
-    return config.get(key, config.get("input_channels", config.get("in_channels", 3))) // pixels
-
-
 def _is_video_only(vae: ModelMixin) -> bool:
     """Whether an autoencoder has another interface than those of Qwen-Image and Wan, and cannot do with one frame."""
-    return not _is_video(vae) and any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    return not is_video(vae) and any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
 def _is_ours(vae: ModelMixin) -> bool:
@@ -142,16 +133,11 @@ def _is_offloaded(pipe: DiffusionPipeline) -> bool:
     return hooked or spread or pipe.vae.device.type == "meta"
 
 
-def _is_video(vae: ModelMixin) -> bool:
-    """Whether images and latents have a time axis, and the config mean and std of the latents."""
-    return "z_dim" in vae.config
-
-
 @torch.no_grad()
 def _latents_of_noise(vae: ModelMixin) -> tuple[Tensor, int]:
     """The latents (1, C, h, w) of one small image, float32, and the image's pixels per latent along each side."""
     size = 64  # a multiple of every compression ratio that is used
-    noise = torch.rand((1, _channels(vae, "in_channels"), size, size), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand((1, count_channels(vae, "in_channels"), size, size), generator=torch.Generator().manual_seed(0))
     dtype = vae.dtype
     nn.Module.to(vae, torch.promote_types(dtype, torch.float32))  # in float16, SDXL's is not finite
     latents = encode(vae, noise.to(vae.device) * 2 - 1)
@@ -173,7 +159,7 @@ def _nearly_equal(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
     return first.shape == second.shape and bool((first - second).abs().max() <= tolerance * first.std())
 
 
-def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin, is_video: bool) -> dict[str, Any]:
+def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin, as_video: bool) -> dict[str, Any]:
     """What the config must say so that a pipeline of this name normalizes an autoencoder's latents as its own does.
 
     Raises:
@@ -181,7 +167,7 @@ def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin
     """
     if hasattr(vae, "bn"):
         return {}
-    if _is_video(vae):
+    if is_video(vae):
         return {key: list(vae.config[key]) for key in ("latents_mean", "latents_std")}
     own: dict[str, Any] = {key: vae.config.get(key) for key in NORMALIZATION_SETTINGS}
     own["shift_factor"] = own["shift_factor"] or 0.0  # pipelines that apply it need a number
@@ -189,7 +175,7 @@ def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin
     applied = normalization.applied
 
     statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
-    if is_video and "latents_mean" in applied:
+    if as_video and "latents_mean" in applied:
         return statistics
 
     # 1. As it is, where the pipeline applies all that differs from "nothing".
@@ -237,7 +223,7 @@ def _with_interface(vae: ModelMixin, old: ModelMixin, settings: dict[str, Any], 
             new.register_to_config(batch_norm_eps=old.config.batch_norm_eps)
             new.bn.load_state_dict(old.bn.state_dict())
         return new
-    if _is_video(old) and not _is_video(vae):
+    if is_video(old) and not is_video(vae):
         statistics = {key: settings[key] for key in ("latents_mean", "latents_std")}
         return SingleFrameAutoencoder.around(
             vae,
@@ -329,97 +315,3 @@ def _scaled(value: Any, old_ratio: int, ratio: int) -> Any:
 def _description(value: Any) -> Any:
     """What can be compared of an attribute."""
     return (type(value), dict(value.config)) if isinstance(value, ConfigMixin) else value
-
-
-@torch.no_grad()
-def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
-    """Writes the normalization of the latents into the first and the last 1x1 convolution around them.
-
-    Pipelines differ in which of `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` they read.
-    Afterwards `encode` gives normalized latents, z' = (z - mean) / std with the posterior's variance divided by std^2,
-    `decode` takes them, and the config says 1, 0, None, None, so that every pipeline is right.
-
-    Args:
-        vae: an `AutoencoderKL` or a subclass, changed in place; see `latent_statistics` for mean and std. Missing
-            convolutions are added.
-    Returns:
-        The same autoencoder.
-    Raises:
-        ValueError: if the statistics in its config are incomplete or do not fit, or no convolution can hold them: those
-            of FLUX.2's autoencoder differ between the 2 x 2 latents that its pipelines pack into one.
-    """
-    if not isinstance(vae, AutoencoderKL) or hasattr(vae, "bn"):
-        raise ValueError(
-            f"the latent statistics of a {type(vae).__name__} cannot be folded: it is no AutoencoderKL with one mean "
-            "and std per channel; swap_vae keeps the statistics that a pipeline's autoencoder has"
-        )
-    mean, std = latent_statistics(vae)
-    first = normalized_moments(vae)
-    last = vae.post_quant_conv or _identity(vae.config.latent_channels)
-    _scale_input(last, std, mean)
-    like = next(vae.decoder.parameters())
-    learns = next(vae.encoder.parameters()).requires_grad
-    vae.quant_conv, vae.post_quant_conv = first.to(like).requires_grad_(learns), last.to(like)
-    vae.register_to_config(
-        use_quant_conv=True,
-        use_post_quant_conv=True,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-        latents_mean=None,
-        latents_std=None,
-    )
-    return vae
-
-
-def latent_statistics(vae: ModelMixin) -> tuple[Tensor, Tensor]:
-    """The mean and std (C,) that the latents are normalized with, float32.
-
-    They are `latents_mean` and `latents_std / scaling_factor` of the config, or `shift_factor` and
-    `1 / scaling_factor` if it has no `latents_mean`.
-
-    Raises:
-        ValueError: if the config does not have both of `latents_mean` and `latents_std`, one number per channel, or
-            neither.
-    """
-    config = vae.config
-    channels = _channels(vae, "latent_channels")
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None and std is None:
-        mean, std = [config.get("shift_factor") or 0.0] * channels, [1.0] * channels
-    if mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
-        raise ValueError(f"latents_mean and latents_std must both be {channels} numbers, the latter positive")
-    scale = config.get("scaling_factor") or 1.0
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32) / scale
-
-
-@torch.no_grad()
-def normalized_moments(vae: AutoencoderKL) -> nn.Conv2d:
-    """A copy of `quant_conv`, or an identity, that gives the moments of the normalized latents; float32, on the CPU."""
-    mean, std = latent_statistics(vae)
-    convolution = _identity(2 * len(mean)) if vae.quant_conv is None else copy.deepcopy(vae.quant_conv).float().cpu()
-    # the moments are [mean | logvar] along the channels
-    _scale_output(convolution, torch.cat([1 / std, torch.ones_like(std)]), torch.cat([-mean / std, -2 * std.log()]))
-    return convolution
-
-
-def _identity(channels: int) -> nn.Conv2d:
-    convolution = nn.Conv2d(channels, channels, 1)
-    nn.init.dirac_(convolution.weight)
-    nn.init.zeros_(convolution.get_parameter("bias"))
-    return convolution
-
-
-def _scale_output(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """convolution(x) becomes scale * convolution(x) + shift, per output channel."""
-    weight, bias = convolution.weight, convolution.get_parameter("bias")
-    scale, shift = scale.to(weight.device), shift.to(weight.device)
-    weight.copy_(weight.float() * scale[:, None, None, None])
-    bias.copy_(bias.float() * scale + shift)
-
-
-def _scale_input(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """convolution(x) becomes convolution(scale * x + shift), per input channel."""
-    weight, bias = convolution.weight, convolution.get_parameter("bias")
-    scale, shift = scale.to(weight.device), shift.to(weight.device)
-    bias.copy_(bias.float() + weight.float()[:, :, 0, 0] @ shift)
-    weight.copy_(weight.float() * scale[None, :, None, None])

@@ -14,10 +14,11 @@ from tiny_pipelines import stock
 
 from favae import LightningDiTPipeline
 from favae.adapters.latent_normalization import read_normalization
-from favae.adapters.pipelines import swap_vae
+from favae.adapters.pipelines import fold_latent_statistics, swap_vae
 
 SCALE, SHIFT, MEAN, PACKED = {"scaling_factor"}, {"scaling_factor", "shift_factor"}, {"latents_mean"}, {"bn"}
 XL = SCALE | MEAN
+NOT_UNIFORM = {"latents_mean": [0.5, 1.0, 1.0, 2.0], "latents_std": [0.5, 1.0, 1.0, 2.0]}
 IMAGES = r"AutoencoderKL(Flux2|QwenImage|QwenImage21)?\b|AutoencoderDC|AutoencoderTiny|AutoencoderKLWan"
 # These consist of other pipelines, or compute their numbers elsewhere.
 SAY_NOTHING = {"VisualClozePipeline", "VersatileDiffusionPipeline", "Cosmos3OmniPipeline"}
@@ -143,6 +144,42 @@ def test_every_pipeline_is_swapped_or_refused():
             assert key.endswith("temporal") or getattr(pipe, key) == 2 * value, name
     assert refused.keys() <= SAY_NOTHING and all("nothing in its source" in line for line in refused.values())
     assert len(swapped) > 160
+
+
+def test_settings_are_written_as_the_pipeline_reads_them():
+    statistics = {"latents_mean": [0.5, 0.0, 0.0, -0.5], "latents_std": [2.0, 1.0, 1.0, 3.0]}
+    glm = empty(diffusers.GlmImagePipeline, stock(**statistics))
+    config = swap_vae(glm, stock(octaves=3, scaling_factor=0.5, shift_factor=0.25)).vae.config
+    assert (config.scaling_factor, config.latents_mean, config.latents_std) == (1.0, [0.25] * 4, [2.0] * 4)
+    flux = empty(diffusers.FluxPipeline, stock())
+    uniform = {"latents_mean": [0.25] * 4, "latents_std": [2.0] * 4, "scaling_factor": 1}
+    config = swap_vae(flux, stock(octaves=3, **uniform)).vae.config
+    assert (config.scaling_factor, config.shift_factor, config.latents_mean) == (0.5, 0.25, None)
+
+
+@pytest.mark.parametrize(
+    "pipeline, config, message",
+    [
+        ("StableDiffusion3InpaintPipeline", {"shift_factor": 0.5}, "shift_factor only when it encodes; fold"),
+        (
+            "StableDiffusionXLInpaintPipeline",
+            NOT_UNIFORM,
+            "only when it decodes; fold",
+        ),
+        ("StableDiffusionXLControlNetInpaintPipeline", NOT_UNIFORM, "does not apply"),
+    ],
+)
+def test_what_diffusers_forgets_is_refused(pipeline, config, message):
+    with pytest.raises(ValueError, match=message):
+        swap_vae(empty(getattr(diffusers, pipeline), stock(**config)), stock(**config))
+
+
+def test_conditions_without_a_scale_must_be_the_old_latents(caplog):
+    pipe = empty(diffusers.StableDiffusionInstructPix2PixPipeline, stock())
+    swap_vae(pipe, stock())
+    assert "favae" not in str(caplog.record_tuples)
+    swap_vae(pipe, fold_latent_statistics(stock()))
+    assert "trained on its latents" in caplog.text
 
 
 def test_pipelines_of_ours_and_of_users():

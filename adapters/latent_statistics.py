@@ -1,0 +1,116 @@
+"""The numbers by which pipelines normalize an autoencoder's latents, and how to make them unnecessary."""
+
+import copy
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
+    """Writes the normalization of the latents into the first and the last 1x1 convolution around them.
+
+    Pipelines differ in which of `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` they read.
+    Afterwards `encode` gives normalized latents, z' = (z - mean) / std with the posterior's variance divided by std^2,
+    `decode` takes them, and the config says 1, 0, None, None, so that every pipeline is right.
+
+    Args:
+        vae: an `AutoencoderKL` or a subclass, changed in place; see `latent_statistics` for mean and std. Missing
+            convolutions are added.
+    Returns:
+        The same autoencoder.
+    Raises:
+        ValueError: if the statistics in its config are incomplete or do not fit, or no convolution can hold them: those
+            of FLUX.2's autoencoder differ between the 2 x 2 latents that its pipelines pack into one.
+    """
+    if not isinstance(vae, AutoencoderKL) or hasattr(vae, "bn"):
+        raise ValueError(
+            f"the latent statistics of a {type(vae).__name__} cannot be folded: it is no AutoencoderKL with one mean "
+            "and std per channel; swap_vae keeps the statistics that a pipeline's autoencoder has"
+        )
+    mean, std = latent_statistics(vae)
+    first = normalized_moments(vae)
+    last = vae.post_quant_conv or _identity(vae.config.latent_channels)
+    _scale_input(last, std, mean)
+    like = next(vae.decoder.parameters())
+    learns = next(vae.encoder.parameters()).requires_grad
+    vae.quant_conv, vae.post_quant_conv = first.to(like).requires_grad_(learns), last.to(like)
+    vae.register_to_config(
+        use_quant_conv=True,
+        use_post_quant_conv=True,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        latents_mean=None,
+        latents_std=None,
+    )
+    return vae
+
+
+def latent_statistics(vae: ModelMixin) -> tuple[Tensor, Tensor]:
+    """The mean and std (C,) that the latents are normalized with, float32.
+
+    They are `latents_mean` and `latents_std / scaling_factor` of the config, or `shift_factor` and
+    `1 / scaling_factor` if it has no `latents_mean`.
+
+    Raises:
+        ValueError: if the config does not have both of `latents_mean` and `latents_std`, one number per channel, or
+            neither.
+    """
+    config = vae.config
+    channels = count_channels(vae, "latent_channels")
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        mean, std = [config.get("shift_factor") or 0.0] * channels, [1.0] * channels
+    if mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
+        raise ValueError(f"latents_mean and latents_std must both be {channels} numbers, the latter positive")
+    scale = config.get("scaling_factor") or 1.0
+    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32) / scale
+
+
+@torch.no_grad()
+def normalized_moments(vae: AutoencoderKL) -> nn.Conv2d:
+    """A copy of `quant_conv`, or an identity, that gives the moments of the normalized latents; float32, on the CPU."""
+    mean, std = latent_statistics(vae)
+    convolution = _identity(2 * len(mean)) if vae.quant_conv is None else copy.deepcopy(vae.quant_conv).float().cpu()
+    # the moments are [mean | logvar] along the channels
+    _scale_output(convolution, torch.cat([1 / std, torch.ones_like(std)]), torch.cat([-mean / std, -2 * std.log()]))
+    return convolution
+
+
+def _identity(channels: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(channels, channels, 1)
+    nn.init.dirac_(convolution.weight)
+    nn.init.zeros_(convolution.get_parameter("bias"))
+    return convolution
+
+
+def _scale_output(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
+    """convolution(x) becomes scale * convolution(x) + shift, per output channel."""
+    weight, bias = convolution.weight, convolution.get_parameter("bias")
+    scale, shift = scale.to(weight.device), shift.to(weight.device)
+    weight.copy_(weight.float() * scale[:, None, None, None])
+    bias.copy_(bias.float() * scale + shift)
+
+
+def _scale_input(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
+    """convolution(x) becomes convolution(scale * x + shift), per input channel."""
+    weight, bias = convolution.weight, convolution.get_parameter("bias")
+    scale, shift = scale.to(weight.device), shift.to(weight.device)
+    bias.copy_(bias.float() + weight.float()[:, :, 0, 0] @ shift)
+    weight.copy_(weight.float() * scale[None, :, None, None])
+
+
+def count_channels(vae: ModelMixin, key: str) -> int:
+    """The number of an autoencoder's channels; `key` is `latent_channels`, `in_channels` or `out_channels`."""
+    config = vae.config
+    if key == "latent_channels":
+        return config["z_dim"] if is_video(vae) else config[key]
+    # one of Wan's counts the pixels of a patch as channels
+    pixels = (config.get("patch_size") or 1) ** 2 if is_video(vae) else 1
+    return config.get(key, config.get("input_channels", config.get("in_channels", 3))) // pixels
+
+
+def is_video(vae: ModelMixin) -> bool:
+    """Whether images and latents have a time axis, and the config mean and std of the latents."""
+    return "z_dim" in vae.config
