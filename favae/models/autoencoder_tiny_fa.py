@@ -138,7 +138,8 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encodes and decodes images."""
-        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+        (latents,) = self.encode(sample, return_dict=False)
+        return self.decode(latents, return_dict=return_dict)
 
 
 class TinyEncoder(nn.Module):
@@ -224,7 +225,7 @@ def _decoder_layers(
 def _run(network: nn.Module, layers: nn.Sequential, sample: Tensor) -> Tensor:
     for layer in layers:
         if torch.is_grad_enabled() and network.gradient_checkpointing:
-            sample = network._gradient_checkpointing_func(layer, sample)
+            sample = network._gradient_checkpointing_func(layer, sample)  # type: ignore[operator]
         else:
             sample = layer(sample)
     return sample
