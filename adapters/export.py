@@ -14,6 +14,7 @@ from favae.adapters.single_file import FORMATS, to_single_file
 from favae.autoencoders import load_autoencoder
 from favae.errors import CheckpointError, hint
 from favae.files import atomic_path
+from favae.models.pipeline_autoencoders import AutoencoderAdapter, PackedNormAutoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ def export(source: str | Path, destination: str | Path, *, format: str) -> None:
         model: ModelMixin = _open_transformer(Path(source))
     else:
         model = load_autoencoder(str(source))
+    if isinstance(model, AutoencoderAdapter):  # of a pipeline whose autoencoder was swapped
+        if isinstance(model, PackedNormAutoencoder) and format == "flux2":
+            model.autoencoder.bn = model.bn
+        model = model.autoencoder
     if format == "flux2" and type(model) is AutoencoderKL:
         model = flux2_from_autoencoder_kl(model)
     is_autoencoder = not isinstance(model, LightningDiTTransformer2DModel)

@@ -86,11 +86,12 @@ def save_onnx(vae: ModelMixin, folder: Path) -> None:
         file.parent.mkdir(parents=True)
         write_text(file.with_name("config.json"), json.dumps(config, indent=2) + "\n")
         _export(network, example, file, *names)
-        _name_output_axes(file, output_size)
+        _tidy(file, output_size)
 
 
-def _name_output_axes(file: Path, size: str) -> None:
-    """Says how the output's height and width follow from the input's, in words separated by blanks, as optimum needs.
+def _tidy(file: Path, size: str) -> None:
+    """Says how the output's height and width follow from the input's, in words separated by blanks, as optimum needs,
+    and removes what the exporter has noted about source files on this machine.
 
     Args:
         size: such as "{} // 8".
@@ -101,6 +102,8 @@ def _name_output_axes(file: Path, size: str) -> None:
     (output,) = model.graph.output
     for axis, name in FREE_AXES.items():
         output.type.tensor_type.shape.dim[axis].dim_param = size.format(name) if axis > 0 else name
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, output, *model.graph.initializer):
+        del part.metadata_props[:]
     onnx.save(model, file)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FAVAE, command, command_error
+from conftest import ROOT, TINY_FAVAE, command, command_error
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
 from original_layouts import LatentDiffusionAutoencoder, randomize
 from safetensors.torch import load_file, save_file
 
-from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA
+from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, PackedNormAutoencoder
 from favae.adapters.export import differences_from_comfyui
 from favae.adapters.flux2 import flux2_from_autoencoder_kl
 from favae.adapters.onnx_files import onnx_config
@@ -131,6 +131,17 @@ def test_statistics_of_an_autoencoder_kl_become_flux2_s_batch_norm(settings):
     assert torch.allclose(torch.nn.functional.pixel_unshuffle(normalized, 2), packed, atol=1e-5)
 
 
+def test_the_autoencoder_of_a_swapped_flux2_pipeline_is_exported(tmp_path):
+    adapter = PackedNormAutoencoder.around(make_kl(), latent_channels=4, block_out_channels=(32, 32, 64))
+    adapter.bn.running_mean.normal_()
+    adapter.save_pretrained(tmp_path / "pipeline" / "vae")
+    command("export", tmp_path / "pipeline", tmp_path / "ae.safetensors", "--format", "flux2")
+    state = load_file(tmp_path / "ae.safetensors")
+    assert torch.equal(state["bn.running_mean"], adapter.bn.running_mean)
+    command("export", tmp_path / "pipeline", tmp_path / "vae.safetensors", "--format", "ldm")
+    assert "bn.running_mean" not in load_file(tmp_path / "vae.safetensors")
+
+
 def test_variances_that_flux2_cannot_hold_are_refused():
     with pytest.raises(CheckpointError, match="variance"):
         flux2_from_autoencoder_kl(make_kl(scaling_factor=1000.0))
@@ -231,6 +242,7 @@ def test_onnx_gives_what_torch_gives_at_any_size(kind, tmp_path):
     assert sorted(str(path.relative_to(tmp_path / "onnx")) for path in (tmp_path / "onnx").rglob("*.*")) == [
         f"vae_{part}/{file}" for part in ("decoder", "encoder") for file in ("config.json", "model.onnx")
     ]
+    assert str(ROOT).encode() not in (tmp_path / "onnx" / "vae_decoder" / "model.onnx").read_bytes()
     encoder, decoder = (
         runtime.InferenceSession(tmp_path / "onnx" / part / "model.onnx", providers=["CPUExecutionProvider"])
         for part in ("vae_encoder", "vae_decoder")
