@@ -57,7 +57,7 @@ class HubModelMixin(ModelMixin, ConfigMixin):
             ValueError: always.
         """
         raise ValueError(
-            f"no single-file layout holds a {cls.__name__}: open its folder by {cls.__name__}.from_pretrained"
+            f"no single-file layout is for {cls.__name__}: open its folder by {cls.__name__}.from_pretrained"
         )
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY_FAVAE, make_tiny_kl
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
-from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA
+from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, AutoencoderTinyFA
 
 PIXELS = torch.rand(2, 32, 48, 3, generator=torch.Generator().manual_seed(1))
 
@@ -208,3 +208,15 @@ def test_autoencoders_behind_the_interfaces_of_other_pipelines(comfy):
     latents = comfy.formats["Wan21"]().process_in(opened.encode(PIXELS))
     assert torch.allclose(latents[:, :, 0], (raw - 1) / 2, atol=1e-5)
     assert torch.allclose(opened.decode(opened.encode(PIXELS)), comfy.load(inside).decode(raw), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_tiny_decoder_that_tiles_by_itself(comfy):
+    sizes = {"block_out_channels": (8, 8, 8), "num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1)}
+    vae = AutoencoderTinyFA(**sizes, latent_channels=6, decoder_block_out_channels=(8, 8), sample_size=16).eval()
+    opened = comfy.load(vae)
+    latents = opened.encode(PIXELS)
+    assert torch.allclose(latents, vae.encode(PIXELS.movedim(-1, 1) * 2 - 1).latents, atol=1e-5)
+    whole, tiled = opened.decode(latents), opened.decode_tiled(latents, tile_x=8, tile_y=8)
+    assert whole.shape == tiled.shape == PIXELS.shape and not torch.equal(whole, tiled)
+    assert not opened.first_stage_model.use_tiling

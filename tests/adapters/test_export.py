@@ -185,7 +185,7 @@ def test_what_cannot_be_expressed_is_one_line_and_writes_nothing(arguments, matc
 @pytest.mark.parametrize("model_class", [AutoencoderKLFA, AsymmetricAutoencoderKLFA])
 def test_from_single_file_of_our_classes_is_one_line(model_class, tmp_path):
     save_file({"encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "file.safetensors")
-    with pytest.raises(ValueError, match=f"no single-file layout holds a {model_class.__name__}: .*from_pretrained"):
+    with pytest.raises(ValueError, match=f"no single-file layout is for {model_class.__name__}: .*from_pretrained"):
         model_class.from_single_file(str(tmp_path / "file.safetensors"))
 
 
