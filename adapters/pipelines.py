@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, ModularPipeline
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from favae.adapters.latent_normalization import LatentNormalization, read_normalization
 from favae.adapters.latent_statistics import count_channels, fold_latent_statistics, is_video, latent_statistics
@@ -62,15 +63,16 @@ def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> Diff
     vae.use_tiling, vae.use_slicing = getattr(inside, "use_tiling", False), getattr(inside, "use_slicing", False)
 
     # 2. Normalization: that of the old autoencoder if the latents are the same, otherwise the new one's own.
-    (old_latents, old_ratio), (latents, ratio) = (_latents_of_noise(model) for model in (old, vae))
+    (old_latents, old_ratio), (latents, ratio) = (_encode_test_image(model) for model in (old, vae))
     same = _nearly_equal(old_latents, latents, vae.dtype)
     settings = _settings_for(name, normalization, old if same else vae, as_video=is_video(old))
     known = same or _nearly_equal(_normalized(old, old_latents), _normalized(vae, latents), vae.dtype)
     if not known or (not same and normalization.has_raw_conditions):
         logger.warning(
-            "the %s has other latents than the pipeline's autoencoder: images come out right only if the generator was "
-            "trained on its latents%s",
+            "the %s has other latents than the pipeline's autoencoder%s: images come out right only if the generator "
+            "was trained on its latents%s",
             type(vae).__name__,
+            _difference(_normalized(old, old_latents), _normalized(vae, latents)),
             _way_to_old_latents(old),
         )
     new = _with_interface(vae, old, settings, same, ratio)
@@ -134,23 +136,34 @@ def _is_offloaded(pipe: DiffusionPipeline) -> bool:
 
 
 @torch.no_grad()
-def _latents_of_noise(vae: ModelMixin) -> tuple[Tensor, int]:
+def _encode_test_image(vae: ModelMixin) -> tuple[Tensor, int]:
     """The latents (1, C, h, w) of one small image, float32, and the image's pixels per latent along each side."""
     size = 64  # a multiple of every compression ratio that is used
-    noise = torch.rand((1, count_channels(vae, "in_channels"), size, size), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand((1, count_channels(vae, "in_channels"), 8, 8), generator=torch.Generator().manual_seed(0))
+    image = F.interpolate(noise * 2 - 1, (size, size), mode="bicubic").clamp(-1, 1)  # smooth, as photographs are
     dtype = vae.dtype
     nn.Module.to(vae, torch.promote_types(dtype, torch.float32))  # in float16, SDXL's is not finite
-    latents = encode(vae, noise.to(vae.device) * 2 - 1)
+    latents = encode(vae, image.to(vae.device))
     nn.Module.to(vae, dtype)
     return latents, size // latents.shape[-1]
 
 
 def _normalized(vae: ModelMixin, latents: Tensor) -> Tensor:
-    """Latents as a generator gets them, unless a batch norm does it, which counts otherwise."""
-    if hasattr(vae, "bn"):
-        return latents
-    mean, std = (value.to(latents)[:, None, None] for value in latent_statistics(vae))
+    """Latents as a generator gets them."""
+    if hasattr(vae, "bn"):  # whose statistics are those of 2 x 2 latents, channel by channel
+        repeats = (1, latents.shape[-2] // 2, latents.shape[-1] // 2)
+        mean = vae.bn.running_mean.to(latents).view(-1, 2, 2).repeat(repeats)
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().to(latents).view(-1, 2, 2).repeat(repeats)
+    else:
+        mean, std = (value.to(latents)[:, None, None] for value in latent_statistics(vae))
     return (latents - mean) / std
+
+
+def _difference(old: Tensor, new: Tensor) -> str:
+    """How far two latents are from each other, if that can be said."""
+    if old.shape != new.shape:
+        return ""
+    return f", from which they differ by {(old - new).pow(2).mean().sqrt() / old.std():.0%} of their std"
 
 
 def _nearly_equal(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, ModularPipeline
 from diffusers.modular_pipelines import FluxAutoBlocks
 from tiny_pipelines import STEPS, embeds, flux, image, ours, stock
 
-from favae import PackedNormAutoencoder, SingleFrameAutoencoder
+from favae import AutoencoderTinyFA, PackedNormAutoencoder, SingleFrameAutoencoder
 from favae.adapters.pipelines import fold_latent_statistics, swap_vae
 
 C = 4
@@ -168,6 +168,30 @@ def test_packed_statistics_stay_where_the_latents_are_the_same(caplog):
     assert torch.equal(pipe.vae.bn.running_mean, old.bn.running_mean) and "favae" not in str(caplog.record_tuples)
     narrow = diffusers.AutoencoderKLFlux2.from_config(old.config, decoder_block_out_channels=(4, 4))
     assert swap_vae(flux2()[0], narrow).vae is narrow
+
+
+def test_decoders_of_normalized_latents_need_no_batch_norm(caplog):
+    """As TAEF2 and its students: they decode what the generator gives."""
+    pipe, call = flux2()
+    uniform = {"latents_mean": [0.5] * C, "latents_std": [2.0] * C}
+    pipe.vae.bn.running_mean.fill_(0.5)
+    pipe.vae.bn.running_var.fill_(4.0 - pipe.vae.config.batch_norm_eps)
+    expected = generate(pipe, call)
+    new = stock(C)
+    new.load_state_dict({name: value for name, value in pipe.vae.state_dict().items() if "bn" not in name})
+    new.register_to_config(scaling_factor=1.0, **uniform)
+    assert np.allclose(generate(swap_vae(pipe, fold_latent_statistics(new)), call), expected, atol=1e-4)
+    assert "favae" not in str(caplog.record_tuples)
+    tiny = AutoencoderTinyFA(
+        latent_channels=C,
+        block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        decoder_block_out_channels=(8, 8),
+        num_decoder_blocks=(1, 1),
+        wavelet_levels=0,
+    )
+    assert generate(swap_vae(pipe, tiny), call).shape == (1, 16, 16, 3)
+    assert "AutoencoderTinyFA has other latents" in caplog.text and "% of their std" in caplog.text
 
 
 def test_what_packed_and_video_pipelines_refuse():
