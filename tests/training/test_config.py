@@ -49,7 +49,7 @@ def recipe(tmp_path):
         ("train.lr_scheduler=sine", "train.lr_scheduler .*'cosine'.*'sine'"),
         ("loss.reconstruction=l3", "loss.reconstruction .*'l1', 'l2' or 'none'.*'l3'"),
         ("loss.spectrum.type=learned", "loss.spectrum.type .*'dynamic', 'fixed' or 'none'"),
-        ("data.crop=left", "data.crop .*'random' or 'center'"),
+        ("data.crop=left", "data.crop .*'random', 'center' or 'window'"),
         # ranges
         ("train.steps=0", "train.steps .*greater than or equal to 1, got 0"),
         ("train.resolution=0", "train.resolution .*greater than or equal to 1"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_tiny_kl, refusal, train
+from conftest import TINY_LIGHTNINGDIT, make_tiny_kl, refusal, train
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -115,8 +115,9 @@ def test_weights_are_taken_as_far_as_they_fit(tmp_path, caplog):
     assert torch.equal(shorter.decoder.layers[1].weight, small.decoder.layers[1].weight)
     assert torch.equal(shorter.encoder.layers[0].weight, small.encoder.layers[0].weight)
     assert "begin anew: decoder.layers." in caplog.text
+    source = {"from_pretrained": str(tmp_path / "small/vae")}
     with pytest.raises(ConfigError, match="no weight of the AutoencoderTinyFA"):
-        build_model({"name": "LightningDiTTransformer2DModel", "from_pretrained": str(tmp_path / "small/vae")})
+        build_model({"name": "LightningDiTTransformer2DModel", **TINY_LIGHTNINGDIT, **source})
 
 
 @pytest.mark.parametrize("part, frozen", [("decoder", "encoder"), ("encoder", "decoder")])
