@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -209,14 +208,20 @@ def command_in_processes(count: int, *words: str | Path) -> list[str | int]:
 def _be_one_of(rank: int, count: int, port: int, words: list[str], results) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    PartialState._reset_state()  # of the process this one is a fork of
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process this one is a fork of
     try:
         cli.main(words)
         code = 0
     except SystemExit as error:
         code = error.code
     results.put((rank, code))
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # trainings end it themselves
+        torch.distributed.destroy_process_group()
+
+
+def train_in_processes(count: int, script: str, *arguments: str | Path) -> list[str | int]:
+    """Runs "train_tokenizer" or "train_generator" as `command_in_processes` does."""
+    return command_in_processes(count, script.replace("_", "-"), *arguments)
 
 
 def train(script: str, *arguments: str | Path) -> None:

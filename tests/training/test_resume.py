@@ -6,7 +6,15 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import kill_when, refusal, run, tiny_generator_recipe, tiny_tokenizer_recipe, train, write_images
+from conftest import (
+    kill_when,
+    refusal,
+    tiny_generator_recipe,
+    tiny_tokenizer_recipe,
+    train,
+    train_in_processes,
+    write_images,
+)
 
 from favae.data.images import ImageDataset
 from favae.data.latents import load_tokenizer, write_latent_cache
@@ -92,7 +100,7 @@ def test_two_processes_train_together_and_are_resumed_by_two(tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
     output, accumulate = f"output={tmp_path / 'run'}", "train.gradient_accumulation_steps=2"
     for steps in (4, 6):  # the second resumes
-        run("train_tokenizer.py", recipe, output, f"train.steps={steps}", accumulate, processes=2)
+        assert train_in_processes(2, "train_tokenizer", recipe, output, f"train.steps={steps}", accumulate) == [0, 0]
     assert logged_steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "run/checkpoints/step-6/random-states-1.pt").exists()
     assert "written by 2 process(es)" in refusal("train_tokenizer", recipe, output, "train.steps=8", accumulate)

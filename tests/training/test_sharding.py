@@ -3,7 +3,7 @@
 import pytest
 import safetensors.torch
 import torch
-from conftest import kill_when, run, tiny_generator_recipe, tiny_tokenizer_recipe
+from conftest import kill_when, tiny_generator_recipe, tiny_tokenizer_recipe, train_in_processes
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -29,13 +29,13 @@ def test_a_sharded_generator_is_the_same_generator(tiny_cache):
         "loss.alignment={weight: 0.5, layer: 1, backbone: efficientnet-lite0, stop_step: 6}",
         f"data.images={tiny_cache / 'images'}",
     ]
-    run("train_generator.py", recipe, f"output={tiny_cache / 'whole'}", *more, processes=2)
+    assert train_in_processes(2, "train_generator", recipe, f"output={tiny_cache / 'whole'}", *more) == [0, 0]
     sharded = ("train_generator.py", recipe, f"output={tiny_cache / 'sharded'}", "train.shard=true", *more)
     kill_when(tiny_cache / "sharded/checkpoints/.writing-step-6", *sharded, processes=2)
     optimizers = list((tiny_cache / "sharded/checkpoints/step-4").glob("optimizers-*.pt"))
     assert len(optimizers) == 2  # a share of each process
     assert not (tiny_cache / "sharded/checkpoints/step-6").exists()
-    run(*sharded, processes=2)
+    assert train_in_processes(2, "train_generator", *sharded[1:]) == [0, 0]
     file = "final/transformer/diffusion_pytorch_model.safetensors"
     assert_close_weights(tiny_cache / "whole" / file, tiny_cache / "sharded" / file)
     config = (tiny_cache / "sharded/final/transformer/config.json").read_text()
@@ -45,8 +45,8 @@ def test_a_sharded_generator_is_the_same_generator(tiny_cache):
 
     # A run without shards has no share of the optimizer for each process.
     more = (f"resume={tiny_cache / 'whole/checkpoints/step-10'}", f"output={tiny_cache / 'other'}", "train.shard=true")
-    result = run("train_generator.py", recipe, *more, processes=2, check=False)
-    assert result.returncode and "was written with train.shard=false" in result.stderr
+    codes = train_in_processes(2, "train_generator", recipe, *more)
+    assert all("was written with train.shard=false" in str(code) for code in codes)
 
 
 def test_a_sharded_tokenizer_is_the_same_tokenizer(tmp_path, image_folder):
@@ -54,8 +54,9 @@ def test_a_sharded_tokenizer_is_the_same_tokenizer(tmp_path, image_folder):
     more = ["train.steps=6", "train.lr_warmup_steps=0", "train.max_grad_norm=1", "loss.adversarial.start_step=2"]
     more += ["loss.alignment={weight: 0.1, backbone: efficientnet-lite0, adaptive: false}"]
     more += ["loss.adversarial.adaptive=false"]
-    run("train_tokenizer.py", recipe, f"output={tmp_path / 'whole'}", *more, processes=2)
-    run("train_tokenizer.py", recipe, f"output={tmp_path / 'sharded'}", "train.shard=true", *more, processes=2)
+    for output, shard_ in (("whole", "train.shard=false"), ("sharded", "train.shard=true")):
+        words = (recipe, f"output={tmp_path / output}", shard_, *more)
+        assert train_in_processes(2, "train_tokenizer", *words) == [0, 0]
     file = "final/diffusion_pytorch_model.safetensors"
     assert_close_weights(tmp_path / "whole" / file, tmp_path / "sharded" / file)
     assert (tmp_path / "sharded/samples/step-0000004.png").exists()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TINY_CAT, TINY_VQ, refusal, run, train
+from conftest import TINY_CAT, TINY_VQ, refusal, train, train_in_processes
 from diffusers import DiffusionPipeline
 from tiny_text import save_bert
 
@@ -71,7 +71,7 @@ def test_it_trains_resumes_and_its_pipeline_opens(cached, loss, request, tmp_pat
 
 
 def test_two_processes_train_together(codes, tmp_path):
-    run("train_generator.py", codes, f"output={tmp_path / 'run'}", "train.steps=2", processes=2)
+    assert train_in_processes(2, "train_generator", codes, f"output={tmp_path / 'run'}", "train.steps=2") == [0, 0]
     assert (tmp_path / "run/final/model_index.json").exists()
 
 

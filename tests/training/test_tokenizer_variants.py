@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, command, refusal, run, tiny_tokenizer_recipe, train
+from conftest import ROOT, command, refusal, tiny_tokenizer_recipe, train, train_in_processes
 from diffusers import AutoencoderKL
 
 from favae import AsymmetricAutoencoderKLFA, VQModelFA
@@ -113,7 +113,7 @@ def test_two_processes_with_every_regularizer(tmp_path, image_folder):
     file = recipe(tmp_path, image_folder)
     more = ["model.shortcut=overlapping", "loss.scale_equivariance=0.1"]
     more += ["loss.latent_noise=0.1", "loss.high_dropout=0.5", "loss.stft={weight: 0.1, window: 8}", "loss.ssim=0.1"]
-    run("train_tokenizer.py", file, *more, f"output={tmp_path / 'run'}", processes=2)
+    assert train_in_processes(2, "train_tokenizer", file, *more, f"output={tmp_path / 'run'}") == [0, 0]
     last = metrics(tmp_path / "run")[-1]
     assert last["step"] == 8 and last["skipped"] == 0
     assert {"scale_equivariance", "stft", "ssim", "adversarial_scale"} < set(last)
@@ -132,7 +132,8 @@ def test_two_processes_share_one_codebook_and_stages_switch_alignment(tmp_path, 
     alignment = "loss.alignment={weight: 0.1, backbone: efficientnet-lite0, adaptive: false}"
     stages = "stages=[{start_step: 2, loss: {alignment: {weight: 0}, spectrum: {weight: 0}}}, \
 {start_step: 5, loss: {alignment: {weight: 0.1}, spectrum: {weight: 0.1}}}]"
-    run("train_tokenizer.py", file, *SPECTRUM, alignment, stages, f"output={tmp_path / 'run'}", processes=2)
+    words = (file, *SPECTRUM, alignment, stages, f"output={tmp_path / 'run'}")
+    assert train_in_processes(2, "train_tokenizer", *words) == [0, 0]
     records = metrics(tmp_path / "run")
     assert [r["step"] for r in records if "alignment" in r] == [1, 2, 6, 7, 8]
     assert [r["step"] for r in records if "spectrum" in r] == [1, 2, 6, 7, 8]
