@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the tests compare with the CPU's numbers
 
@@ -190,10 +191,13 @@ def command_error(*words: str | Path) -> str:
 def command_in_processes(count: int, *words: str | Path) -> list[str | int]:
     """Runs a subcommand of `favae` in processes that share the work, as torchrun starts them, and returns what each
     exits with: 0 or its message. They are forks of this process, which has imported everything already."""
+    return _in_processes(multiprocessing.get_context("fork"), count, words)
+
+
+def _in_processes(context: Any, count: int, words: tuple) -> list[str | int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     arguments = (count, port, [str(word) for word in words], results)
     processes = [context.Process(target=_be_one_of, args=(rank, *arguments), daemon=True) for rank in range(count)]
@@ -220,8 +224,13 @@ def _be_one_of(rank: int, count: int, port: int, words: list[str], results) -> N
 
 
 def train_in_processes(count: int, script: str, *arguments: str | Path) -> list[str | int]:
-    """Runs "train_tokenizer" or "train_generator" as `command_in_processes` does."""
-    return command_in_processes(count, script.replace("_", "-"), *arguments)
+    """Runs "train_tokenizer" or "train_generator" as `command_in_processes` does.
+
+    The processes are forks of one that has imported everything and computed nothing: autograd does not survive a fork.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["favae.cli", "train_tokenizer", "train_generator", "conftest"])
+    return _in_processes(context, count, (script.replace("_", "-"), *arguments))
 
 
 def train(script: str, *arguments: str | Path) -> None:
@@ -239,8 +248,12 @@ def refusal(script: str, *arguments: str | Path) -> str:
     return message
 
 
-def kill_when(appears: Path, *command: str | Path, processes: int = 1) -> None:
-    """Starts a script and kills it, or torchrun alone, without warning, as soon as a path is there."""
+def kill_when(appears: Path, *command: str | Path, processes: int = 1, launcher_alone: bool = False) -> None:
+    """Starts a script and kills all its processes, without warning, as soon as a path is there.
+
+    Args:
+        launcher_alone: torchrun is killed alone, and its workers, which have sessions of their own, must end with it.
+    """
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
         _launched(command, processes), cwd=ROOT, env=environment(), start_new_session=True, **quiet
@@ -252,7 +265,8 @@ def kill_when(appears: Path, *command: str | Path, processes: int = 1) -> None:
             time.sleep(0.001)
     finally:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        family[0].kill()  # torchrun's workers, which have sessions of their own, end with it
+        for member in family[:1] if launcher_alone else reversed(family):
+            member.kill()
         process.wait()
         _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
