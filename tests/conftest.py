@@ -212,6 +212,7 @@ def _in_processes(context: Any, count: int, words: tuple) -> list[str | int]:
 def _be_one_of(rank: int, count: int, port: int, words: list[str], results) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["OMP_NUM_THREADS"] = "1"  # as in the other tests, or accelerate gives each process all cores
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process this one is a fork of
     try:
         cli.main(words)
