@@ -8,19 +8,17 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from favae.errors import CheckpointError, DiskFull, FavaeError, one_line
-from favae.files import UNFINISHED, remove, removed_on_error, replace, sync
+from favae.files import READ_ERRORS, UNFINISHED, remove, removed_on_error, replace, sync
 from favae.hashing import checksum
 from favae.training.optimization import Ema
 from favae.training.sharding import (
@@ -36,17 +34,6 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # written last; it lists the other files
 DAMAGED = "damaged-"
-LOADING_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    UnpicklingError,
-    SafetensorError,
-)
 
 
 def find_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
@@ -208,7 +195,7 @@ class Checkpointer:
             self._load(path, state)
         except FavaeError:
             raise
-        except LOADING_ERRORS as error:
+        except READ_ERRORS as error:
             reason = one_line(error)
             raise CheckpointError(f"resume: {path} does not fit these settings ({reason})") from error
         logger.info("resumed from %s", path)

@@ -179,7 +179,7 @@ def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     name = config.model["name"]
     if config.teacher.autoencoder is None:
         if name in NEED_TEACHER:
-            raise ConfigError(f"teacher.autoencoder is missing: a {name} is trained to decode latents of another one")
+            raise ConfigError(f"teacher.autoencoder is missing: an {name} is trained to decode latents of another one")
         if loss.distillation:
             raise ConfigError("loss.distillation needs teacher.autoencoder, whose reconstruction is compared")
         return
