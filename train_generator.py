@@ -40,7 +40,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
 )
-from torch import nn
 from torchvision.utils import save_image
 
 from favae.adapters.pipelines import fold_latent_statistics
@@ -68,6 +67,7 @@ from favae.training.optimization import (
     clip_gradients,
     create_optimizers,
     create_schedule,
+    matrices_of,
     optimizer_step,
     weight_decay_groups,
 )
@@ -104,10 +104,9 @@ def train(config: GeneratorConfig) -> None:
         shard(module, blocks)
 
     # The optimizer: AdamW, and Muon for the matrices of the blocks if it is asked for.
-    matrices = [] if settings.optimizer == "adamw" else matrices_of(blocks)
-    is_matrix = {id(matrix) for matrix in matrices}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in is_matrix]
-    optimizers = create_optimizers(weight_decay_groups(module, others), settings, settings.learning_rate, matrices)
+    matrices = matrices_of(blocks) if settings.optimizer == "muon" else []
+    groups = weight_decay_groups(module, [p for p in module.parameters() if p.requires_grad])
+    optimizers = create_optimizers(groups, settings, settings.learning_rate, matrices)
     schedules = [create_schedule(optimizer, settings) for optimizer in optimizers]
     model, optimizers = run.prepare(module, optimizers)
     ema = Ema(transformer, settings.ema_decay, run.device, warmup=settings.ema_warmup)
@@ -212,11 +211,6 @@ def build_training_module(config: GeneratorConfig, transformer: ModelMixin) -> C
         ):
             teacher = FoundationModel(alignment.backbone, alignment.weights)
     return ClassToImageModule(transformer, config.loss, teacher)
-
-
-def matrices_of(blocks: list[nn.Module]) -> list[nn.Parameter]:
-    """The weights of all linear layers."""
-    return [layer.weight for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
 
 
 def build_pipeline(

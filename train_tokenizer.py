@@ -29,7 +29,14 @@ from favae.training.command_line import run_script
 from favae.training.config import TokenizerConfig, losses_at, to_yaml
 from favae.training.dry_run import describe_run, describe_tokenizer
 from favae.training.models import build_model
-from favae.training.optimization import Ema, clip_gradients, create_optimizers, create_schedule, optimizer_step
+from favae.training.optimization import (
+    Ema,
+    clip_gradients,
+    create_optimizers,
+    create_schedule,
+    matrices_of,
+    optimizer_step,
+)
 from favae.training.run import Run, find_checkpoint_to_resume
 from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
 from favae.training.tokenizer_module import TokenizerTrainingModule
@@ -58,8 +65,10 @@ def train(config: TokenizerConfig) -> None:
     if settings.shard:
         shard(module, blocks)
 
-    # The optimizers: one for the autoencoder and what its losses learn, one for the discriminator.
-    optimizers = create_optimizers(module.parameter_groups(), settings, settings.learning_rate)
+    # The optimizers: one for the autoencoder and what its losses learn, with Muon for its matrices if it is asked for;
+    # one for the discriminator.
+    matrices = matrices_of([vae]) if settings.optimizer == "muon" else []
+    optimizers = create_optimizers(module.parameter_groups(), settings, settings.learning_rate, matrices)
     schedules = [create_schedule(optimizer, settings) for optimizer in optimizers]
     model, optimizers = run.prepare(module, optimizers)
     parts, trained = module.trained_parts(), [model]
@@ -129,7 +138,8 @@ def open_data(config: TokenizerConfig) -> ImageDataset:
         raise ConfigError("data.path is missing: photos, a folder, a .parquet file, or hf:NAME")
     columns = {"image_column": data.image_column, "label_column": data.label_column}
     source = open_source(data.path, data.split, min_size=data.min_size, **columns)
-    return ImageDataset(source, config.train.resolution, crop=data.crop, flip=data.flip)
+    views = {"crop": data.crop, "flip": data.flip, "color_jitter": data.color_jitter}
+    return ImageDataset(source, config.train.resolution, **views)
 
 
 def build_tokenizer(config: TokenizerConfig) -> ModelMixin:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -74,6 +75,18 @@ def _halved(image: Image.Image, size: int) -> Image.Image:
 def _scaled_size(image: Image.Image, size: int) -> tuple[int, int]:
     scale = size / min(image.size)
     return max(size, round(image.width * scale)), max(size, round(image.height * scale))
+
+
+def jitter_colors(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue at random; see `ImageDataset` for `strength`."""
+    if image.mode == "RGBA":
+        alpha = image.getchannel("A")
+        image = jitter_colors(image.convert("RGB"), strength, rng)
+        image.putalpha(alpha)
+        return image
+    for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
+        image = adjust(image, rng.uniform(1 - strength, 1 + strength))
+    return F.adjust_hue(image, rng.uniform(-strength / 2, strength / 2))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -153,6 +166,8 @@ class ImageDataset(Dataset):
         crop: of a random view. For "random" and "center", the shorter side is scaled to the resolution before; a
             "window" is at a random place, at the image's own scale.
         flip: whether half of the random views are mirrored.
+        color_jitter: j, how much the colors of random views change: brightness, contrast and saturation by a factor in
+            1 - j ... 1 + j, the hue by up to j / 2 of a turn.
         channels: C of the tensors: 1 is gray, 3 is RGB with what is transparent over white, 4 is RGBA.
 
     Attributes:
@@ -167,12 +182,14 @@ class ImageDataset(Dataset):
         *,
         crop: Literal["random", "center", "window"] = "random",
         flip: bool = True,
+        color_jitter: float = 0.0,
         channels: int = 3,
     ):
         self.source = source
         self.resolution = resolution
         self.crop = crop
         self.flip = flip
+        self.color_jitter = color_jitter
         self.channels = channels
         self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
@@ -233,6 +250,8 @@ class ImageDataset(Dataset):
             crop = (random_crop if self.crop == "random" else random_window)(image, size, rng)
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.color_jitter:
+            crop = jitter_colors(crop, self.color_jitter, rng)
         return self._item(candidate % len(self), crop)
 
     def epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:

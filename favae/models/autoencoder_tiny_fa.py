@@ -13,6 +13,7 @@ from favae.models.sizes import check_image_size, compression_ratio
 from favae.models.tiling import map_tiles
 from favae.wavelets import WaveletBands
 
+GRAY = 0.5  # between 0 and 1, in which the networks work
 LATENT_BOUND = 3.0  # latents z are read as 3 tanh(z / 3)
 
 
@@ -169,7 +170,7 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents (B, C', h, w) -> images around [-1, 1]. Its layers are numbered as in TAESD's files.
+    """Latents (B, C', h, w) -> images around [-1, 1], at first gray ones. Its layers are numbered as in TAESD's files.
 
     Args:
         bands: the wavelet transform whose inverse ends the decoder; None for pixels.
@@ -200,6 +201,11 @@ class TinyDecoder(nn.Module):
             self.high_layers = _decoder_layers(
                 latent_channels, high_channels, high_block_out_channels, num_blocks, latent_pooling
             )
+        # Layers that were trained for other output layers keep what they know while new ones find their size.
+        outputs = [layers[-1] for layers in (self.layers, self.high_layers) if layers is not None]
+        for parameter in nn.ModuleList(outputs).parameters():
+            nn.init.zeros_(parameter)
+        nn.init.constant_(outputs[0].get_parameter("bias")[:out_channels], GRAY)
 
     def forward(self, sample: Tensor) -> Tensor:
         output = _run(self, self.layers, sample)

@@ -49,6 +49,7 @@ class TrainConfig:
     batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
     learning_rate: Rate = 1e-4
+    optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": for matrices (see docs/methods.md), AdamW for the rest
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: Weight = 0.0
     lr_scheduler: Literal[
@@ -98,6 +99,7 @@ class ImageDataConfig:
     # Of "random" and "center", the shorter side is scaled to the resolution before; a "window" is not scaled.
     crop: Literal["random", "center", "window"] = "random"
     flip: bool = True
+    color_jitter: Probability = 0.0  # j: brightness, contrast, saturation times 1 - j ... 1 + j, hue by j / 2 of a turn
     num_images: Count | None = None  # what the recipe was written for: steps per epoch in a dry run without the data
 
 
@@ -263,7 +265,6 @@ class LatentDataConfig:
 class GeneratorTrainConfig(TrainConfig):
     ema_decay: Decay = 0.9999
     learning_rate: Rate = 2e-4
-    optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": for the matrices of the blocks, AdamW for the rest
 
 
 @dataclass(config=STRICT)

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from timm.optim import Muon
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,20 +21,28 @@ from favae.training.sharding import load_full_state, local_shards
 def create_optimizers(
     groups: Iterable[dict[str, Any]], train: TrainConfig, learning_rate: float, matrices: Iterable[nn.Parameter] = ()
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for groups of parameters, and Muon for `matrices`, if there are any.
+    """AdamW for groups of parameters, and Muon for `matrices` in their place, if there are any.
 
-    Muon's updates have the size of AdamW's, so that one learning rate serves both (Jordan et al., 2024).
+    Muon's updates have the size of AdamW's, so that one learning rate serves both (Jordan et al., 2024). The weights of
+    a convolution are a matrix with one row for each output channel.
     """
-    betas = (train.betas[0], train.betas[1])
+    matrices, betas = list(matrices), (train.betas[0], train.betas[1])
+    is_matrix = {id(matrix) for matrix in matrices}
+    others = [{**group, "params": [p for p in group["params"] if id(p) not in is_matrix]} for group in groups]
+    others = [group for group in others if group["params"]]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(list(groups), learning_rate, betas=betas, weight_decay=train.weight_decay)
+        torch.optim.AdamW(others, learning_rate, betas=betas, weight_decay=train.weight_decay)
     ]
-    matrices = list(matrices)
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, learning_rate, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(Muon(matrices, learning_rate, weight_decay=train.weight_decay, nesterov=True, betas=betas))
     return optimizers
+
+
+def matrices_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The weights of all linear layers and convolutions that are trained."""
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    weights = [layer.get_parameter("weight") for layer in layers]
+    return [weight for weight in weights if weight.requires_grad]
 
 
 def weight_decay_groups(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:

@@ -18,6 +18,20 @@ PIXELS = {"wavelet_levels": 0, "decoder_block_out_channels": (8, 8, 8), "num_dec
 TWO = {"wavelet_levels": 2, "decoder_block_out_channels": (8,), "num_decoder_blocks": (2,)}
 
 
+def make(**settings) -> AutoencoderTinyFA:
+    """A tiny model that decodes to something."""
+    model = AutoencoderTinyFA(**TINY | settings).eval()
+    for layers in filter(None, (model.decoder.layers, model.decoder.high_layers)):
+        layers[-1].reset_parameters()
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, PIXELS, TWO, {"high_block_out_channels": (4, 4)}])
+def test_an_untrained_decoder_gives_gray_images(changes):
+    model = AutoencoderTinyFA(**TINY | changes)
+    assert model.decode(torch.randn(1, 6, 4, 4)).sample.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -31,7 +45,7 @@ TWO = {"wavelet_levels": 2, "decoder_block_out_channels": (8,), "num_decoder_blo
     ],
 )
 def test_shapes_and_saving(changes, tmp_path):
-    model = AutoencoderTinyFA(**TINY | changes).eval()
+    model = make(**changes)
     images = torch.rand(2, model.config.in_channels, 32, 24) * 2 - 1
     latents = model.encode(images).latents
     assert latents.shape == (2, 6, 8, 6) and model.decode(latents).sample.shape == images.shape
@@ -58,7 +72,7 @@ def test_settings_that_do_not_fit(changes, named):
 
 
 def test_slices_and_tiles_without_pooling_are_nearly_the_whole():
-    model = AutoencoderTinyFA(**TINY, sample_size=64).eval()
+    model = make(sample_size=64)
     images = torch.rand(2, 3, 96, 80) * 2 - 1
     with torch.no_grad():
         whole = decode(model, encode(model, images))
@@ -75,7 +89,7 @@ def test_images_of_other_sizes_are_refused():
 
 
 def test_gradient_checkpointing_changes_nothing():
-    model, latents = AutoencoderTinyFA(**TINY), torch.randn(1, 6, 4, 4)
+    model, latents = make(), torch.randn(1, 6, 4, 4)
 
     def gradient() -> torch.Tensor:
         model.zero_grad()
@@ -89,14 +103,15 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("pooling", [False, True])
 def test_files_of_taesd(pooling, tmp_path):
-    model = AutoencoderTinyFA(
+    model = make(
         latent_channels=5,
+        num_encoder_blocks=(1, 3, 3, 3),
         block_out_channels=(8,) * 4,
         decoder_block_out_channels=(8,) * 4,
         num_decoder_blocks=(3, 3, 3, 1),
         wavelet_levels=0,
         latent_pooling=pooling,
-    ).eval()
+    )
     files = []
     for part in ("encoder", "decoder"):
         state = getattr(model, part).layers.state_dict()

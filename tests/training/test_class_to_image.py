@@ -185,7 +185,7 @@ def test_muon_takes_the_matrices_and_compiled_blocks_train(tiny_cache):
         train("train_generator", recipe, f"output={tiny_cache / 'run'}", f"train.steps={steps}", *options)
     state = tiny_cache / "run/checkpoints/step-4"
     adamw, muon = torch.load(state / "optimizers-0.pt", weights_only=True)
-    assert {tuple(entry) for entry in muon["state"].values()} == {("momentum_buffer",)}
+    assert {tuple(entry) for entry in muon["state"].values()} == {("use_muon", "momentum_buffer")}
     assert all(entry["momentum_buffer"].ndim == 2 for entry in muon["state"].values())
     model = LightningDiTTransformer2DModel.from_pretrained(state / "transformer")
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
