@@ -19,6 +19,8 @@ from torchvision.utils import save_image
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, spatial_compression_ratio
 from favae.channels import in_color
 from favae.data.images import ImageDataset, skip_missing
+from favae.data.latents import open_latents
+from favae.data.latents_with_images import LatentsWithImages
 from favae.data.sources import open_source
 from favae.errors import ConfigError, hint
 from favae.files import atomic_path
@@ -55,6 +57,10 @@ def train(config: TokenizerConfig) -> None:
     dataset = dataset.with_channels(image_channels(vae))
     with accelerator.main_process_first():  # one process downloads, the others find it
         module = build_training_module(config, vae)
+    training_data, about = dataset, None
+    if config.teacher.latents is not None:
+        training_data = open_teacher_latents(config, module, dataset)
+        about = training_data.dataset.about
     blocks = blocks_of(vae)
     if settings.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
@@ -81,11 +87,13 @@ def train(config: TokenizerConfig) -> None:
         d_model, d_optimizers = run.prepare(discriminator, d_optimizers)
         trained.append(d_model)
     ema = Ema(vae, settings.ema_decay, run.device, warmup=settings.ema_warmup)
-    run.start(parts, ema, model, optimizers + d_optimizers, schedules + d_schedules)
+    run.start(parts, ema, model, optimizers + d_optimizers, schedules + d_schedules, about)
     preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
 
-    for batch in run.batches(dataset):
-        images = batch["image"]
+    for batch in run.batches(training_data):
+        images, moments = batch["image"], None
+        if "mean" in batch:
+            moments = torch.cat([batch["mean"], batch["logvar"]], dim=1).float()
         losses = losses_at(stages, run.step)
         adversarial = discriminator is not None and run.step >= adversarial_start
         model.train()
@@ -93,7 +101,7 @@ def train(config: TokenizerConfig) -> None:
             # 1. Forward: reconstruct the images and add up the losses. The discriminator judges and does not learn.
             if discriminator is not None:
                 discriminator.requires_grad_(False)
-            loss, logs, reconstruction, target = model(images, losses, discriminator if adversarial else None)
+            loss, logs, reconstruction, target = model(images, losses, discriminator if adversarial else None, moments)
 
             # 2. Backward.
             accelerator.backward(loss)
@@ -195,6 +203,20 @@ def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:
             f"shape {latents}; the model has {image_channels(vae)} channels and {expected}"
         )
     return teacher
+
+
+def open_teacher_latents(
+    config: TokenizerConfig, module: TokenizerTrainingModule, dataset: ImageDataset
+) -> LatentsWithImages:
+    """Raises ConfigError if they are of another resolution, CacheError if of another teacher or other images."""
+    with hint("`favae cache-latents` writes teacher.latents with teacher.autoencoder"):
+        latents = open_latents(config.teacher.latents, module.latent_teacher, flip=config.data.flip)
+    if latents.manifest["resolution"] != config.train.resolution:
+        raise ConfigError(
+            f"teacher.latents are of images of {latents.manifest['resolution']} px, and train.resolution is "
+            f"{config.train.resolution}"
+        )
+    return LatentsWithImages(latents, dataset)
 
 
 def freeze_parts(vae: ModelMixin, trained: str) -> None:

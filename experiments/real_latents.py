@@ -5,7 +5,7 @@
 
 FOLDER has TAEF2's `encoder.safetensors` and `decoder.safetensors` (madebyollin/taesd, MIT). Its encoder gives the
 latents, and stays as it is. Every decoder is trained by train_tokenizer.py with the same loss, data and number of
-steps, at the rate that was best for it on the validation crops in short trials; crops of pictures that are in no
+steps, at a rate that was chosen for it on the validation crops in short trials; crops of pictures that are in no
 training set are decoded and compared. The controls: the same network with a pixel shuffle in place of the inverse
 wavelet transform, and TAEF2's architecture, narrower, at the same FLOPs.
 """
@@ -134,9 +134,9 @@ HIGH_BANDS = {"band": {"weight": 1.0, "weights": [0.0, 1.0, 1.0, 1.0], "levels":
 VARIANTS = {
     "teacher": Variant("TAEF2's decoder as it is", OWN, length=0),
     "teacher_tuned": Variant("TAEF2's decoder, trained on", OWN, rate=1e-4),
-    "wavelet_1": Variant("ends one octave before the image", ONE),
+    "wavelet_1": Variant("ends one octave before the image", ONE, rate=2e-4),
     "wavelet_2": Variant("ends two octaves before", TWO),
-    "shuffle_1": Variant("`wavelet_1` with a pixel shuffle", ONE | SHUFFLE),
+    "shuffle_1": Variant("`wavelet_1` with a pixel shuffle", ONE | SHUFFLE, rate=2e-4),
     "shuffle_2": Variant("`wavelet_2` with a pixel shuffle", TWO | SHUFFLE),
     "plain_1": Variant(
         "TAEF2's architecture at the FLOPs of `wavelet_1`, narrower where images are large",

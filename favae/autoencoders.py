@@ -8,7 +8,7 @@ frame. Scaling factors, shifts and latent statistics belong to generators: here 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -21,6 +21,8 @@ from favae.errors import ModelError
 from favae.models import VQModelFA
 from favae.models.hub import silent_about_previews
 from favae.models.sizes import compression_ratio
+
+MIN_LOGVAR = -30.0  # diffusers clamps the log-variance of a posterior to at least this
 
 
 def load_autoencoder(path: str) -> ModelMixin:
@@ -108,15 +110,40 @@ def encode(
     Returns:
         (B, C', h, w), in the autoencoder's dtype.
     """
-    images = images.to(vae.dtype)
-    images = (images + 1) / 2 if _unit_range(vae) else images
-    output = vae.encode(images.unsqueeze(2) if takes_frames(vae) else images)
+    output = _encode(vae, images)
     if hasattr(output, "latent_dist"):
         distribution = output.latent_dist
         latents = distribution.mode() if posterior == "mode" else distribution.sample(generator)
     else:
-        latents = output.latents if hasattr(output, "latents") else output.latent
+        latents = _latents_of(output)
     return latents.squeeze(2) if takes_frames(vae) else latents
+
+
+def encode_moments(vae: ModelMixin, images: Tensor) -> Tensor:
+    """Encodes images to the mean and log-variance of their posteriors.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+    Returns:
+        (B, 2C', h, w), in the autoencoder's dtype. Without a posterior the log-variance is diffusers' smallest, -30.
+    """
+    output = _encode(vae, images)
+    if hasattr(output, "latent_dist"):
+        moments = torch.cat([output.latent_dist.mean, output.latent_dist.logvar], dim=1)
+    else:
+        latents = _latents_of(output)
+        moments = torch.cat([latents, torch.full_like(latents, MIN_LOGVAR)], dim=1)
+    return moments.squeeze(2) if takes_frames(vae) else moments
+
+
+def _encode(vae: ModelMixin, images: Tensor) -> Any:
+    images = images.to(vae.dtype)
+    images = (images + 1) / 2 if _unit_range(vae) else images
+    return vae.encode(images.unsqueeze(2) if takes_frames(vae) else images)
+
+
+def _latents_of(output: Any) -> Tensor:
+    return output.latents if hasattr(output, "latents") else output.latent
 
 
 def decode(vae: ModelMixin, latents: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ def add_commands(commands) -> None:
         commands,
         "cache-latents",
         cache_latents,
-        help="write the latents of a set of images, for train-generator",
+        help="write the latents of a set of images, for generators and for students of an autoencoder",
         description="Encode every image of a set and its mirror image, and write the latents to a folder.\n"
         "The images' captions, if they have any, are written beside them.",
         after_interrupt="the same command continues with the shards that are missing",
@@ -62,12 +62,13 @@ def add_commands(commands) -> None:
 def cache_latents(arguments: argparse.Namespace) -> None:
     import torch
 
+    from favae.autoencoders import load_autoencoder
     from favae.data.images import ImageDataset
-    from favae.data.latents import load_tokenizer, write_latent_cache
+    from favae.data.latents import write_latent_cache
     from favae.distributed import process_state
 
     manifest = write_latent_cache(
-        load_tokenizer(arguments.tokenizer),
+        load_autoencoder(arguments.tokenizer),
         ImageDataset(open_data(arguments), arguments.resolution),
         arguments.output,
         data_name=data_name(arguments),

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from favae.autoencoders import image_channels, load_autoencoder, measure_budget
+from favae.autoencoders import encode_moments, image_channels, load_autoencoder, measure_budget
 from favae.data.cached_dataset import CONTENTS, CachedDataset, LatentManifest
 from favae.data.captions import captions_file, check_captions, summarize_captions
 from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
@@ -59,7 +59,7 @@ STATISTICS_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_st
 
 
 def load_tokenizer(path: str) -> ModelMixin:
-    """Opens an autoencoder whose latents can be cached: one with a posterior, or a `VQModelFA`.
+    """Opens an autoencoder whose latents generators learn: one with a posterior, or a `VQModelFA`.
 
     Raises:
         ModelError: if there is no autoencoder at `path`.
@@ -68,8 +68,8 @@ def load_tokenizer(path: str) -> ModelMixin:
     model = load_autoencoder(path)
     if not isinstance(model, (diffusers.AutoencoderKL, VQModelFA)):
         raise CacheError(
-            f"{path}: latents of the class {type(model).__name__} cannot be cached; AutoencoderKL and its subclasses "
-            "have a posterior, VQModelFA has tokens"
+            f"{path}: no generator is trained on latents of the class {type(model).__name__}; AutoencoderKL and its "
+            "subclasses have a posterior, VQModelFA has tokens"
         )
     return model
 
@@ -120,8 +120,8 @@ class MomentsDataset(CachedDataset):
 
     @staticmethod
     def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        posterior = tokenizer.encode(images).latent_dist
-        return (posterior.mean, posterior.logvar), posterior.parameters
+        moments = encode_moments(tokenizer, images)
+        return moments.chunk(2, dim=1), moments
 
     @staticmethod
     def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
@@ -251,7 +251,7 @@ def write_latent_cache(
     """Encodes every image and its mirror image. All processes call this together.
 
     Args:
-        tokenizer: one that `load_tokenizer` would open.
+        tokenizer: any autoencoder of images; one without a posterior gets the smallest log-variance.
         images: read through the center crop, in as many channels as the tokenizer takes; unreadable ones are left out.
         output: a new folder, or one that the same call began.
         data_name: a name of the images, for the manifest; the record of the images tells whether they are the same.

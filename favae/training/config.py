@@ -108,6 +108,7 @@ class TeacherConfig:
     """An autoencoder that stays as it is, and whose latents the model learns to decode."""
 
     autoencoder: Text | None = None  # a folder or hub name; of a saved pipeline, its vae
+    latents: Text | None = None  # those of `data`, written by `favae cache-latents`: it encodes nothing then
     posterior: Literal["sample", "mode"] = "sample"  # of its latents
 
 
@@ -184,7 +185,11 @@ def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
             raise ConfigError(f"teacher.autoencoder is missing: an {name} is trained to decode latents of another one")
         if loss.distillation:
             raise ConfigError("loss.distillation needs teacher.autoencoder, whose reconstruction is compared")
+        if config.teacher.latents is not None:
+            raise ConfigError("teacher.latents needs teacher.autoencoder, whose latents they are")
         return
+    if config.teacher.latents is not None and (config.data.crop, config.data.color_jitter) != ("center", 0):
+        raise ConfigError("teacher.latents are of whole images: set data.crop=center and data.color_jitter=0")
     if hasattr(find_model_class(name), "quantize"):
         raise ConfigError(f"teacher.autoencoder has continuous latents; a {name} has tokens")
     own_latents = {

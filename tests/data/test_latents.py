@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from favae import AutoencoderKLFA, VQModelFA
+from favae.autoencoders import encode
 from favae.data.images import ImageDataset
 from favae.data.latents import (
     MomentsDataset,
@@ -218,11 +219,15 @@ def test_stock_autoencoders_can_be_cached(tiny_kl, written, tmp_path):
     assert open_latents(tmp_path / "cache", loaded).latent_shape == (6, 4, 4)
     with pytest.raises(ModelError, match="no autoencoder"):
         load_tokenizer(str(tmp_path / "cache"))
-    diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
-        tmp_path / "tiny"
-    )
-    with pytest.raises(CacheError, match="AutoencoderTiny"):
+    widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    tiny = diffusers.AutoencoderTiny(**widths).eval()
+    tiny.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(CacheError, match="no generator .* AutoencoderTiny"):
         load_tokenizer(str(tmp_path / "tiny"))
+    write_latent_cache(tiny, images, tmp_path / "of_tiny")  # for its students
+    batch = open_latents(tmp_path / "of_tiny", tiny).read(np.array([0]), np.array([0]))
+    assert torch.allclose(batch["mean"], encode(tiny, images[0]["image"][None]), atol=1e-5)
+    assert batch["logvar"].unique().tolist() == [-30]
     assert json.loads((tmp_path / "cache/manifest.json").read_text())["dtype"] == "float32"
 
 

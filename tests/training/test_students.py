@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 
 from favae import AutoencoderTinyFA
 from favae.autoencoders import decode, encode, load_autoencoder
+from favae.data.images import ImageDataset
+from favae.data.latents import write_latent_cache
+from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.training.models import build_model
 
@@ -72,6 +75,33 @@ def test_a_student_decodes_its_teacher_s_latents(model, existing, tmp_path, imag
     assert (tmp_path / "run/samples/step-0000040.png").exists()
 
 
+def test_cached_latents_take_the_teacher_s_place(existing, tmp_path, image_folder, monkeypatch):
+    """The first step is the same; a cache of other images, or at another size, is refused."""
+    teacher = load_autoencoder(existing)
+    images = ImageDataset(open_source(str(tmp_path / "images")), 16)
+    for name, resolution in (("cache", 16), ("larger", 32)):
+        write_latent_cache(teacher, ImageDataset(images.source, resolution), tmp_path / name)
+    sections = {"teacher": {"autoencoder": existing, "posterior": "mode"}, "loss": {"latents": 0.0}}
+    recipe = recipe_of(tmp_path, STUDENT, 2, **sections, train={"batch_size": len(images)})
+    with_path = recipe, f"data.path={tmp_path / 'images'}", "data.crop=center", "data.flip=false"
+    train("train_tokenizer", *with_path, f"output={tmp_path / 'encoding'}")
+    monkeypatch.setattr(type(teacher), "encode", None)  # nobody encodes any more
+    monkeypatch.setattr("train_tokenizer.open_latent_teacher", lambda *_: teacher)
+    cached = (*with_path, f"teacher.latents={tmp_path / 'cache'}")
+    train("train_tokenizer", *cached, f"output={tmp_path / 'cached'}")
+    first, second = (
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["reconstruction"]
+        for run in ("encoding", "cached")
+    )
+    assert first == pytest.approx(second, rel=1e-5)
+    for changes, named in (
+        ((f"teacher.latents={tmp_path / 'larger'}",), "images of 32 px, and train.resolution is 16"),
+        (("data.crop=random",), "set data.crop=center"),
+        (("teacher.latents=nowhere",), "`favae cache-latents` writes teacher.latents"),
+    ):
+        assert named in refusal("train_tokenizer", *cached, *changes, f"output={tmp_path / 'refused'}")
+
+
 def test_a_teacher_is_not_trained_and_its_reconstruction_may_be_the_target(existing, tmp_path, image_folder):
     losses = {"reconstruction": "none", "distillation": 1.0, "latents": 0.0}
     losses["adversarial"] = {"weight": 0.1, "start_step": 1, "adaptive": False, "channels": 8, "num_layers": 1}
@@ -91,6 +121,7 @@ def test_students_that_cannot_be(existing, tmp_path, image_folder):
     for model, teacher, losses, named in (
         (STUDENT, {}, {}, "teacher.autoencoder is missing"),
         (NARROW, {}, {"distillation": 1.0}, "loss.distillation needs teacher.autoencoder"),
+        (NARROW, {"latents": "cache"}, {}, "teacher.latents needs teacher.autoencoder"),
         (other, given, {}, "the model has 3 channels and (4, 4, 4)"),
         (STUDENT, given, {"alignment": {"weight": 1.0}}, "loss.alignment.weight"),
         (STUDENT, given, {"scale_equivariance": 1.0}, "loss.scale_equivariance"),
