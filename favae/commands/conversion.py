@@ -1,11 +1,13 @@
-"""`favae convert` and `favae export`: models of other programs here, and ours in theirs."""
+"""`favae convert`, `export` and `half-precision`: models of other programs here, ours in theirs, and in float16."""
 
 import argparse
 from pathlib import Path
 
+from favae.cli_options import add_data_options, open_data
 from favae.commands import add_command
-from favae.errors import ConfigError
-from favae.ranges import Positive, in_range
+from favae.errors import ConfigError, DataError
+from favae.files import atomic_path, check_output
+from favae.ranges import Count, Pixels, Positive, in_range
 
 CONVERT = """Convert checkpoints of other programs to folders that from_pretrained opens.
 
@@ -23,6 +25,12 @@ EXPORT = """Export a model to another program.
 
 ldm and flux2 hold stock networks (AutoencoderKL, AutoencoderKLFlux2), onnx holds any. The others are the formats of
 favae convert."""
+
+HALF_PRECISION = """Scale an autoencoder's weights so that float16 holds its activations; its images stay.
+
+    favae half-precision stabilityai/sdxl-vae vae --data photos
+
+Works for AutoencoderKL and models of the same layers, ours too. The new config says that pipelines need not upcast."""
 
 FORMAT_NAMES = ("ldm", "flux2", "lightningdit", "mar", "taming-vq", "favae-vq")  # the keys of adapters' FORMATS
 EXPORT_FORMAT_NAMES = ("ldm", "flux2", "onnx", "lightningdit", "mar", "taming-vq")
@@ -58,6 +66,23 @@ def add_commands(commands) -> None:
     )
     parser.add_argument("--format", choices=EXPORT_FORMAT_NAMES, required=True, help="the layout to write")
 
+    parser = add_command(
+        commands,
+        "half-precision",
+        half_precision,
+        help="scale an autoencoder's weights so that its activations do not overflow in float16",
+        description=HALF_PRECISION,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a saved autoencoder or pipeline: a folder or a hub name")
+    parser.add_argument("destination", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument(
+        "--resolution", type=in_range(Pixels), default=256, help="height and width of center crops (default: 256)"
+    )
+    parser.add_argument(
+        "--num-images", type=in_range(Count), default=8, help="how many images are looked at (default: 8)"
+    )
+    add_data_options(parser, "--data", split="train")
+
 
 def convert(arguments: argparse.Namespace) -> None:
     from favae.adapters.convert import convert_to_folder, convert_to_pipeline
@@ -76,3 +101,25 @@ def export(arguments: argparse.Namespace) -> None:
     from favae.adapters import export as adapters_export
 
     adapters_export.export(arguments.model, arguments.destination, format=arguments.format)
+
+
+def half_precision(arguments: argparse.Namespace) -> None:
+    if arguments.destination.exists():
+        raise ConfigError(f"OUT: {arguments.destination} exists; name a new folder")
+    check_output(arguments.destination, "folder", "OUT")
+
+    from favae.adapters.half_precision import limit_activations
+    from favae.autoencoders import image_channels, load_autoencoder
+    from favae.data.images import ImageDataset, skip_missing
+
+    vae = load_autoencoder(arguments.model)
+    data = ImageDataset(open_data(arguments), arguments.resolution, channels=image_channels(vae))
+    batch = skip_missing([data[i] for i in range(min(len(data), arguments.num_images))])
+    if batch is None:
+        raise DataError("not one of the images can be read")
+    report = limit_activations(vae, batch["image"])
+    vae.register_to_config(force_upcast=False)
+    with atomic_path(arguments.destination) as folder:
+        vae.save_pretrained(folder)
+    print(f"largest activation: {report.largest_before:,.0f} before, {report.largest_after:,.0f} after")
+    print(f"images in [-1, 1] differ by at most {report.difference:.1g}, in float16 {report.half_difference:.1g}")

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from conftest import TINY_FAVAE, command, command_error, make_tiny_kl
+from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+
+from favae import AutoencoderKLFA
+from favae.adapters.half_precision import LIMIT, limit_activations
+from favae.autoencoders import load_autoencoder, reconstruct
+from favae.errors import ModelError
+
+
+@torch.no_grad()
+def enlarge(vae, factor: float):
+    """Multiplies all that adds to the features of each size: normalization takes the factor back."""
+    for network in vae.modules():
+        if isinstance(network, Encoder | Decoder):
+            for name, parameter in network.named_parameters():
+                if "conv_in." in name or ".conv1." in name or ".conv2." in name or ".to_out." in name:
+                    parameter *= factor
+                elif "sampler" in name or "conv_shortcut" in name:
+                    parameter *= factor if name.endswith("bias") else 1
+    return vae.eval()
+
+
+@pytest.mark.parametrize("make", [make_tiny_kl, lambda: AutoencoderKLFA(**TINY_FAVAE)])
+@torch.no_grad()
+def test_overflowing_activations_become_small_and_images_stay(make):
+    vae, images = enlarge(make(), 1e5), torch.rand(2, 3, 16, 16) * 2 - 1
+    before = reconstruct(vae, images)
+    assert before.isfinite().all() and not reconstruct(vae.half(), images).isfinite().all()
+    report = limit_activations(vae.float(), images)
+    assert report.largest_before > 65504 and report.largest_after <= LIMIT
+    assert report.difference < 1e-3 and report.half_difference < 0.05
+    assert (reconstruct(vae.half(), images) - before).abs().max() < 0.05
+
+
+def test_small_activations_stay_as_they_are():
+    vae, images = make_tiny_kl(), torch.rand(1, 3, 16, 16) * 2 - 1
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    assert limit_activations(vae, images).difference == 0
+    assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
+
+
+def test_other_networks_are_refused():
+    tiny = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    with pytest.raises(ModelError, match="AutoencoderTiny has other layers"):
+        limit_activations(tiny, torch.zeros(1, 3, 16, 16))
+
+
+def test_the_command(tmp_path, image_folder, capsys):
+    enlarge(make_tiny_kl(), 1e5).save_pretrained(tmp_path / "large")
+    words = ("half-precision", tmp_path / "large", tmp_path / "small", "--data", image_folder, "--resolution", "16")
+    command(*words)
+    assert "largest activation: " in capsys.readouterr().out
+    small = load_autoencoder(str(tmp_path / "small"))
+    assert small.config.force_upcast is False
+    with torch.no_grad():
+        assert reconstruct(small.half(), torch.zeros(1, 3, 16, 16)).isfinite().all()
+    assert "name a new folder" in command_error(*words)
