@@ -132,7 +132,7 @@ def train(config: TokenizerConfig) -> None:
             run.end_step(logs, finite)
             if run.due(settings.sample_every) and preview is not None:
                 with ema:
-                    save_preview(run, gather_full_model(vae), module.latent_teacher, preview["image"])
+                    save_preview(run, gather_full_model(vae), module, preview["image"])
             if run.checkpoint_due():
                 run.save_checkpoint()
 
@@ -186,7 +186,9 @@ def build_training_module(config: TokenizerConfig, vae: ModelMixin) -> Tokenizer
         with hint("loss.perceptual_weights=FILE takes a local file, loss.perceptual=0 does without"):
             lpips = LPIPS(config.loss.perceptual_weights)
     latent_teacher = None if config.teacher.autoencoder is None else open_latent_teacher(config, vae)
-    return TokenizerTrainingModule(vae, stages, teacher, lpips, latent_teacher, config.teacher.posterior)
+    return TokenizerTrainingModule(
+        vae, stages, teacher, lpips, latent_teacher, config.teacher.posterior, config.teacher.normalize
+    )
 
 
 def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:
@@ -233,12 +235,12 @@ def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
 
 
 @torch.no_grad()
-def save_preview(run: Run, vae: ModelMixin, teacher: ModelMixin | None, images: torch.Tensor) -> None:
+def save_preview(run: Run, vae: ModelMixin, module: TokenizerTrainingModule, images: torch.Tensor) -> None:
     """samples/step-N.png: originals above what is decoded, of the teacher's latents if there is one."""
     if not run.is_main:
         return
     file = run.folder / "samples" / f"step-{run.step:07}.png"
-    reconstruction = decode(vae.eval(), encode(teacher or vae, images.to(vae.device))).cpu()
+    reconstruction = decode(vae, module.latents_of(vae.eval(), images.to(vae.device))).cpu()
     rows = in_color(torch.cat([images, reconstruction]).clamp(-1, 1))
     with atomic_path(file) as temporary:
         save_image(rows, temporary, nrow=len(images), normalize=True, value_range=(-1, 1))

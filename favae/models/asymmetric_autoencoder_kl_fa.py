@@ -1,6 +1,6 @@
 """`AsymmetricAutoencoderKLFA`: the encoder of an existing autoencoder with a wavelet decoder."""
 
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from pydantic import PositiveInt
@@ -23,11 +23,12 @@ class SizeCheckedEncoder(Encoder):
 
 class AsymmetricAutoencoderKLFA(FullTilesAutoencoderKL):
     r"""
-    The encoder of an existing [`AutoencoderKL`], frozen, with a decoder that ends in an inverse wavelet transform.
+    The encoder of an [`AutoencoderKL`], with a decoder that ends in an inverse wavelet transform.
 
-    Its latents are those of the existing autoencoder, so a generator trained on them can use it as it is: see
-    `from_autoencoder_kl`. Both branches of the decoder read all latent channels. `encode` and `decode` have the
-    interface of [`AutoencoderKL`] and apply none of the latent statistics.
+    Its latents are those of another autoencoder, so that a generator trained on them can use it as it is.
+    `from_autoencoder_kl` takes over that one's encoder; an encoder of its own can learn them. Both branches of the
+    decoder read all latent channels. `encode` and `decode` have the interface of [`AutoencoderKL`] and apply none of
+    the latent statistics.
 
     Parameters:
         low_block_out_channels, high_block_out_channels: widths of the decoder's branches, from the bands' size down;
@@ -106,15 +107,12 @@ class AsymmetricAutoencoderKLFA(FullTilesAutoencoderKL):
         )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
-        self.encoder.requires_grad_(False)
-        if self.quant_conv is not None:
-            self.quant_conv.requires_grad_(False)
         self.reset_tiling(sample_size)
 
     @classmethod
     def from_autoencoder_kl(
         cls,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderKLFlux2,
         *,
         low_block_out_channels: tuple[PositiveInt, ...] | None = None,
         high_block_out_channels: tuple[PositiveInt, ...] | None = None,
@@ -122,19 +120,26 @@ class AsymmetricAutoencoderKLFA(FullTilesAutoencoderKL):
         wavelet_levels: PositiveInt = 1,
         warm_start: bool = True,
     ) -> "AsymmetricAutoencoderKLFA":
-        """A new decoder for the latents of a trained autoencoder; only it and `post_quant_conv` are to be trained.
+        """A new decoder for the latents of a trained autoencoder, whose encoder is copied and frozen.
 
         Args:
-            vae: a stock [`AutoencoderKL`], such as Stable Diffusion's or VA-VAE, of which the weights are copied.
+            vae: a stock [`AutoencoderKL`], such as Stable Diffusion's or VA-VAE, or an [`AutoencoderKLFlux2`], whose
+                batch norm stays with the pipeline: see `swap_vae`.
             low_block_out_channels, high_block_out_channels, wavelet, wavelet_levels: see the class.
             warm_start: let both branches begin as the trained decoder, from the latent on, as far as their widths are
                 the same. Their output layers begin untrained.
         Raises:
-            ValueError: if `vae` is not a stock `AutoencoderKL`, or its settings do not fit the others.
+            ValueError: if `vae` is of another class, or its settings do not fit the others.
         """
-        if type(vae) is not AutoencoderKL:
-            raise ValueError(f"from_autoencoder_kl takes a stock AutoencoderKL, got {type(vae).__name__}")
+        if type(vae) not in (AutoencoderKL, AutoencoderKLFlux2):
+            raise ValueError(
+                f"from_autoencoder_kl takes a stock AutoencoderKL or AutoencoderKLFlux2, got {type(vae).__name__}"
+            )
         config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+        if isinstance(vae, AutoencoderKLFlux2):
+            for name in ("decoder_block_out_channels", "batch_norm_eps", "batch_norm_momentum", "patch_size"):
+                config.pop(name, None)
+            config["scaling_factor"] = 1.0
         previews = {name: config.pop(name) for name in LATENT_RGB_KEYS if name in config}  # of the same latents
         model = cls(
             **config,
@@ -148,6 +153,9 @@ class AsymmetricAutoencoderKLFA(FullTilesAutoencoderKL):
         for name in ("quant_conv", "post_quant_conv"):
             if getattr(vae, name) is not None:
                 getattr(model, name).load_state_dict(getattr(vae, name).state_dict())
+        model.encoder.requires_grad_(False)
+        if model.quant_conv is not None:
+            model.quant_conv.requires_grad_(False)
         if warm_start:
             copy_first_blocks(vae.decoder, model.decoder.low)
             copy_first_blocks(vae.decoder, model.decoder.high)

@@ -110,6 +110,7 @@ class TeacherConfig:
     autoencoder: Text | None = None  # a folder or hub name; of a saved pipeline, its vae
     latents: Text | None = None  # those of `data`, written by `favae cache-latents`: it encodes nothing then
     posterior: Literal["sample", "mode"] = "sample"  # of its latents
+    normalize: bool = False  # its latents as generators see them, by the statistics in its config, as TAESD's are
 
 
 @dataclass(config=STRICT)

@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, ModelMixin
 
 import favae
 from favae.errors import ConfigError
@@ -186,22 +186,26 @@ def _check_sizes(arguments: dict[str, Any]) -> None:
             raise ConfigError(f"model.{key} must have as many entries as model.{of}, {length}, got {len(values)}")
 
 
-def _open_autoencoder_kl(source: PretrainedSource) -> AutoencoderKL:
+def _open_autoencoder_kl(source: PretrainedSource) -> AutoencoderKL | AutoencoderKLFlux2:
     with torch.device("cpu"):  # its weights exist, even in a dry run on the meta device
         try:
             found = AutoencoderKL.load_config(source.path, **source.options)["_class_name"]
-            vae = AutoencoderKL.from_pretrained(source.path, **source.options)
+            model_class = AutoencoderKLFlux2 if found == "AutoencoderKLFlux2" else AutoencoderKL
+            vae = model_class.from_pretrained(source.path, **source.options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"model.{FROM_AUTOENCODER_KL}: there is no AutoencoderKL at {source.path}, in a folder or on the hub "
                 f"({str(error).splitlines()[0]})"
             ) from error
-    if found != "AutoencoderKL":
-        raise ConfigError(f"model.{FROM_AUTOENCODER_KL}: {source.path} is a {found}, not a stock AutoencoderKL")
+    if found != model_class.__name__:
+        raise ConfigError(
+            f"model.{FROM_AUTOENCODER_KL}: {source.path} is a {found}, no stock AutoencoderKL or AutoencoderKLFlux2. "
+            "As teacher.autoencoder it gives latents to a model that has an encoder of its own"
+        )
     return vae
 
 
-def _freeze_encoder(vae: AutoencoderKL) -> AutoencoderKL:
+def _freeze_encoder(vae: AutoencoderKL | AutoencoderKLFlux2) -> AutoencoderKL | AutoencoderKLFlux2:
     """A stock autoencoder of which the decoder alone is trained."""
     for part in (vae.encoder, vae.quant_conv):
         if part is not None:

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from torch import Tensor, nn
 
-from favae.autoencoders import decode, encode, encode_moments
+from favae.autoencoders import MIN_LOGVAR, decode, encode, encode_moments
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import adaptive_weight, adversarial_loss
 from favae.losses.alignment import vision_foundation_alignment
@@ -20,6 +20,7 @@ from favae.losses.stft import ssim_loss
 from favae.models.autoencoder_tiny_fa import TinyDecoder
 from favae.models.frequency_complement import FeatureRecorder
 from favae.models.vq_model_fa import VQModelFA
+from favae.normalization import normalize_latents
 from favae.precision import no_autocast
 from favae.training.tokenizer_losses import TokenizerLossConfig
 
@@ -77,6 +78,7 @@ class TokenizerTrainingModule(nn.Module):
         lpips: needed if a stage has a perceptual weight.
         latent_teacher: any autoencoder whose latents have the shape of the model's; it stays as it is.
         posterior: which latents of it are decoded.
+        normalize: whether they are as generators see them.
 
     Source: VA-VAE (arXiv 2501.01423) after VQGAN and LDM; frequency losses: Lin et al., CVPR 2023.
     """
@@ -89,10 +91,11 @@ class TokenizerTrainingModule(nn.Module):
         lpips: LPIPS | None = None,
         latent_teacher: ModelMixin | None = None,
         posterior: Literal["sample", "mode"] = "sample",
+        normalize: bool = False,
     ):
         super().__init__()
         first = stages[0]
-        self.latent_teacher, self.posterior = latent_teacher, posterior
+        self.latent_teacher, self.posterior, self.normalize = latent_teacher, posterior, normalize
         if latent_teacher is not None:
             latent_teacher.requires_grad_(False).eval()
         self.trains_encoder = any(parameter.requires_grad for parameter in vae.encoder.parameters())
@@ -236,16 +239,31 @@ class TokenizerTrainingModule(nn.Module):
         terms: Terms = {}
         with torch.no_grad():
             posterior = DiagonalGaussianDistribution(encode_moments(teacher, images) if moments is None else moments)
-            latents = posterior.sample() if self.posterior == "sample" else posterior.mode()
+            raw = posterior.sample() if self.posterior == "sample" else posterior.mode()
+            latents, mean = self._normalized(teacher, raw), self._normalized(teacher, posterior.mean)
         if losses.latents and self.trains_encoder:
-            own = encode(self.vae, images)
-            terms["latents"] = losses.latents, (own.float() - latents.float()).square().mean()
+            own = DiagonalGaussianDistribution(encode_moments(self.vae, images).float())
+            distance = (own.mean - mean).square().mean()
+            if (own.logvar > MIN_LOGVAR).any():  # it has a posterior
+                std = self._normalized(teacher, posterior.mean + posterior.std) - mean
+                distance = distance + (own.std - std).square().mean()
+            terms["latents"] = losses.latents, distance
         reconstruction = self._decode(_add_noise(latents, losses.latent_noise))
         if losses.distillation:
             with torch.no_grad():
-                taught = decode(teacher, latents)
+                taught = decode(teacher, raw)
             terms["distillation"] = losses.distillation, _distance(reconstruction.float(), taught, losses)
         return Autoencoding(reconstruction, images, latents, None, terms, {})
+
+    def _normalized(self, teacher: ModelMixin, latents: Tensor) -> Tensor:
+        return normalize_latents(teacher, latents) if self.normalize else latents.float()
+
+    @torch.no_grad()
+    def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:
+        """What the model decodes: the latent teacher's latents of images (B, C, H, W) in [-1, 1], or those of `vae`."""
+        if self.latent_teacher is None:
+            return encode(vae, images)
+        return self._normalized(self.latent_teacher, encode(self.latent_teacher, images))
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.codebook_statistics is not None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 from favae import AsymmetricAutoencoderKLFA
 
@@ -68,7 +68,7 @@ def test_decoders_of_other_shapes(tiny_kl, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AsymmetricAutoencoderKLFA.from_pretrained(tmp_path)
     assert torch.equal(loaded(images).sample, model(images).sample)
-    assert not any(p.requires_grad for p in loaded.encoder.parameters())  # it is frozen after loading, too
+    assert not any(p.requires_grad for p in model.encoder.parameters())
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,22 @@ def test_impossible_settings(tiny_kl, options, message):
         AsymmetricAutoencoderKLFA.from_autoencoder_kl(tiny_kl, **options)
 
 
+def test_flux2_s_encoder_and_the_first_blocks_of_its_decoder_are_taken(tiny_kl):
+    shape = {name: tiny_kl.config[name] for name in ("block_out_channels", "latent_channels", "norm_num_groups")}
+    types = {name: tiny_kl.config[name] for name in ("down_block_types", "up_block_types", "layers_per_block")}
+    flux2 = AutoencoderKLFlux2(**shape, **types, decoder_block_out_channels=(4, 8, 16)).eval()
+    model = AsymmetricAutoencoderKLFA.from_autoencoder_kl(flux2, low_block_out_channels=(8, 16)).eval()
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    latents = flux2.encode(images).latent_dist.mean
+    assert torch.equal(model.encode(images).latent_dist.mean, latents) and model.config.scaling_factor == 1
+    assert model.decode(latents).sample.shape == images.shape
+    assert torch.equal(model.decoder.low.conv_in.weight, flux2.decoder.conv_in.weight)
+
+
 def test_only_stock_autoencoders_and_sizes_that_fit(tiny_kl, tiny_favae):
     model = AsymmetricAutoencoderKLFA.from_autoencoder_kl(tiny_kl)
     for other in (tiny_favae, model, torch.nn.Identity()):
-        with pytest.raises(ValueError, match=f"stock AutoencoderKL, got {type(other).__name__}"):
+        with pytest.raises(ValueError, match=f"AutoencoderKLFlux2, got {type(other).__name__}"):
             AsymmetricAutoencoderKLFA.from_autoencoder_kl(other)
     with pytest.raises(ValueError, match="multiples of 4, got 18x16"):
         model.encode(torch.zeros(1, 3, 18, 16))

@@ -125,8 +125,9 @@ def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     schema = TokenizerConfig if recipe.parent.name == "tokenizer" else GeneratorConfig
     config = load_config(schema, recipe)
-    if "from_autoencoder_kl" in config.model:
-        pytest.skip(f"{config.model['from_autoencoder_kl']} is on the hub")
+    for key in ("from_autoencoder_kl", "from_pretrained"):
+        if key in config.model:
+            pytest.skip(f"{config.model[key]} is on the hub")
     importlib.import_module(f"train_{recipe.parent.name}").main([str(recipe), "--dry-run", "--processes", "8"])
     output = capsys.readouterr().out
     assert f"steps: {config.train.steps}" in output  # the resolved config

@@ -8,9 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, command, refusal, tiny_tokenizer_recipe, train, train_in_processes
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
+from torch.utils.flop_counter import FlopCounterMode
 
 from favae import AsymmetricAutoencoderKLFA, VQModelFA
+from favae.autoencoders import decode, encode, takes_frames
 from favae.data.latents import open_latents
 from favae.errors import ConfigError
 from favae.training.config import TokenizerConfig, load_config
@@ -140,29 +142,40 @@ def test_two_processes_share_one_codebook_and_stages_switch_alignment(tmp_path, 
     assert records[-1]["skipped"] == 0 and all(math.isfinite(value) for value in records[-1].values())
 
 
-@pytest.mark.parametrize("name, channels", [("favae_sd_f8d4", 4), ("favae_f8d16", 16)])
-def test_recipes_for_existing_latents_fit_their_autoencoders(name, channels, monkeypatch):
+SIZES = ("small", "tiny")
+STOCK = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+
+
+def decoding_flops(vae, channels: int) -> int:
+    frames = (1,) if takes_frames(vae) else ()
+    with FlopCounterMode(display=False) as counter:
+        vae.decode(torch.zeros(1, channels, *frames, 8, 8, device="meta"))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name, channels", [("sd", 4), ("flux1", 16), ("flux2", 32), ("qwen", 16)])
+def test_recipes_for_existing_latents_cost_what_they_say(name, channels, monkeypatch):
     """With the published shapes and random weights in place of what the hub has."""
-    shape = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": channels,
-        "use_quant_conv": channels == 4,
-        "use_post_quant_conv": channels == 4,
-    }
-    asked = {}
-
-    def from_pretrained(path, **options):
-        asked.update(path=path, **options)
-        return AutoencoderKL(**shape)
-
-    monkeypatch.setattr(AutoencoderKL, "load_config", lambda path, **options: {"_class_name": "AutoencoderKL"})
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", from_pretrained)
-    config = load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}.yaml")
-    vae = build_model(config.model).to("meta")
-    assert asked["path"] in ("stabilityai/sd-vae-ft-mse", "black-forest-labs/FLUX.1-schnell")
-    images = torch.zeros(1, 3, 64, 64, device="meta")
-    latents = vae.encode(images).latent_dist.mode()
-    assert latents.shape == (1, channels, 8, 8) and vae.decode(latents).sample.shape == images.shape
+    classes = {"flux2": AutoencoderKLFlux2, "qwen": AutoencoderKLQwenImage}
+    stock_class, shape = classes.get(name, AutoencoderKL), {}
+    if name != "qwen":
+        shape = {**STOCK, "latent_channels": channels}
+    if name == "flux1":
+        shape |= {"use_quant_conv": False, "use_post_quant_conv": False}
+    with torch.device("meta"):
+        stock = stock_class(**shape)
+    monkeypatch.setattr(AutoencoderKL, "load_config", lambda *_, **options: {"_class_name": stock_class.__name__})
+    monkeypatch.setattr(stock_class, "from_pretrained", lambda *_, **options: stock_class(**shape))
+    small, tiny = (load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}_{size}.yaml") for size in SIZES)
+    flops = decoding_flops(stock, channels)
+    for config, share in ((small, 0.41), (tiny, 0.02)):
+        vae = build_model(config.model).to("meta")
+        latents = encode(vae, torch.zeros(1, 3, 64, 64, device="meta"))
+        assert latents.shape == (1, channels, 8, 8) and decode(vae, latents).shape == (1, 3, 64, 64)
+        assert decoding_flops(vae, channels) <= share * flops
+    assert tiny.teacher.normalize and (small.model.get("from_autoencoder_kl") or small.teacher.autoencoder)
