@@ -9,6 +9,7 @@ import yaml
 from conftest import TINY_LIGHTNINGDIT, make_tiny_kl, refusal, train
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from tiny_autoencoders import autoencoders
 
 from favae import AutoencoderTinyFA
 from favae.autoencoders import decode, encode, load_autoencoder
@@ -16,7 +17,10 @@ from favae.data.images import ImageDataset
 from favae.data.latents import write_latent_cache
 from favae.data.sources import open_source
 from favae.errors import ConfigError
+from favae.normalization import normalize_latents
+from favae.training.config import TokenizerConfig, load_config
 from favae.training.models import build_model
+from train_tokenizer import build_tokenizer, build_training_module
 
 WIDTHS = {"latent_channels": 6, "num_encoder_blocks": [1, 1, 1]}
 STUDENT = {
@@ -73,6 +77,32 @@ def test_a_student_decodes_its_teacher_s_latents(model, existing, tmp_path, imag
     latents = encode(teacher, torch.rand(1, 3, 16, 16) * 2 - 1)
     assert decode(student, latents).shape == (1, 3, 16, 16)
     assert (tmp_path / "run/samples/step-0000040.png").exists()
+
+
+def test_any_autoencoder_may_be_the_teacher(tmp_path):
+    """One step each, on latents as they are and as generators see them."""
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    for name, teacher in autoencoders().items():
+        if name.startswith("VQ"):
+            continue
+        resolution = 8 if name == "AutoencoderRAE" else 16  # it has one size
+        crops = images[..., :resolution, :resolution]
+        teacher.eval().save_pretrained(tmp_path / name)
+        channels, side = encode(teacher, crops).shape[1:3]
+        stages = (resolution // side).bit_length()
+        student = {"latent_channels": channels, "block_out_channels": [8] * stages, "num_encoder_blocks": [1] * stages}
+        decoder = {"decoder_block_out_channels": [8] * (stages - 1), "num_decoder_blocks": [1] * (stages - 1)}
+        recipe = recipe_of(tmp_path, {"name": "AutoencoderTinyFA", **student, **decoder}, 1)
+        for normalize in (False, True):
+            options = [f"teacher={{autoencoder: {json.dumps(str(tmp_path / name))}, normalize: {normalize}}}"]
+            config = load_config(TokenizerConfig, recipe, [*options, f"train.resolution={resolution}"])
+            module = build_training_module(config, build_tokenizer(config))
+            loss, logs, reconstruction, _ = module(crops, config.loss)
+            assert loss.isfinite() and logs.keys() == {"latents", "reconstruction"}, name
+            assert reconstruction.shape == crops.shape
+            expected = encode(teacher, crops)
+            expected = normalize_latents(teacher, expected) if normalize else expected
+            assert torch.allclose(module.latents_of(module.vae, crops), expected, atol=1e-5)
 
 
 def test_cached_latents_take_the_teacher_s_place(existing, tmp_path, image_folder, monkeypatch):
