@@ -96,6 +96,7 @@ class Variant:
         note: what it is, a phrase for the list below the table.
         model: the `model:` section of the recipe, without what all have in common.
         warm: whether it begins with TAEF2's weights as far as they fit.
+        after: the variant whose weights it goes on from, in place of TAEF2's.
         loss: what differs from the mean squared error.
         length: its number of steps, in multiples of the others'.
         rate: its learning rate.
@@ -104,23 +105,26 @@ class Variant:
     note: str
     model: dict = field(default_factory=dict)
     warm: bool = True
+    after: str | None = None
     loss: dict = field(default_factory=dict)
     length: float = 1.0
     rate: float = 5e-4
 
-    def recipe(self, steps: int, resolution: int, batch_size: int) -> dict:
+    def recipe(self, task: Task) -> dict:
         """What train_tokenizer.py is given."""
         model = {"name": "AutoencoderTinyFA", "latent_channels": 32, "latent_pooling": True, **self.model}
-        if self.warm:
+        if self.after is not None:
+            model["from_pretrained"] = str(task.runs / f"{self.after}-{task.seed}/final")
+        elif self.warm:
             model["from_pretrained"] = str(teacher_folder())
-        own = {"resolution": resolution, "batch_size": batch_size, "steps": steps, "learning_rate": self.rate}
+        own = {"resolution": task.resolution, "batch_size": task.batch_size, "steps": task.steps or 1}
         return {
             "model": model,
             "teacher": {"autoencoder": str(teacher_folder())},
             # 160 pictures have few colors: without jitter a decoder learns them by heart.
             "data": {"path": str(photographs() / "train.parquet"), "crop": "window", "color_jitter": 0.4},
             "loss": {"reconstruction": "l2", "latents": 0.0, **self.loss},
-            "train": {**TRAIN, **own, "mixed_precision": fastest_precision()},
+            "train": {**TRAIN, **own, "learning_rate": self.rate, "mixed_precision": fastest_precision()},
         }
 
 
@@ -129,6 +133,12 @@ ONE = {"wavelet_levels": 1, "decoder_block_out_channels": [64] * 3, "num_decoder
 TWO = {"wavelet_levels": 2, "decoder_block_out_channels": [64] * 2, "num_decoder_blocks": [3, 6]}
 SHUFFLE = {"name": "experiments.real_latents.ShuffleAutoencoderTiny"}
 BRANCHES = {**TWO, "decoder_block_out_channels": [48, 48], "high_block_out_channels": [40, 40]}
+# What people see: sharp edges and textures, which the mean over all that is possible has not.
+EYE = {
+    "reconstruction": "l1",
+    "adversarial": {"weight": 0.1, "start_step": 0, "channels": 32},
+    "band": {"weight": 0.5, "weights": [0.0, 1.0, 1.0, 1.0], "levels": 2},
+}
 HIGH_BANDS = {"band": {"weight": 1.0, "weights": [0.0, 1.0, 1.0, 1.0], "levels": 2}}
 
 VARIANTS = {
@@ -152,6 +162,8 @@ VARIANTS = {
     "wavelet_2_new": Variant("`wavelet_2` from nothing", TWO, warm=False, rate=1e-3),
     "wavelet_2_bior": Variant("`wavelet_2` with the filters of bior4.4", {**TWO, "wavelet": "bior4.4"}),
     "wavelet_2_bands": Variant("`wavelet_2`, with a loss on the high bands", TWO, loss=HIGH_BANDS),
+    "wavelet_1_eye": Variant("`wavelet_1`, trained on for the eye", ONE, after="wavelet_1", loss=EYE, rate=1e-4),
+    "wavelet_2_eye": Variant("`wavelet_2`, trained on for the eye", TWO, after="wavelet_2", loss=EYE, rate=2e-4),
     "wavelet_2_branches": Variant(
         "low and high bands from networks of their own, from nothing", BRANCHES, warm=False, rate=1e-3
     ),
@@ -198,7 +210,7 @@ def photographs() -> Path:
 def make_row(task: Task) -> dict:
     """Trains one decoder with one seed, and measures it on pictures that were in no training."""
     recipe = task.run.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump(task.variant.recipe(task.steps or 1, task.resolution, task.batch_size)))
+    recipe.write_text(yaml.safe_dump(task.variant.recipe(task)))
     config = load_config(TokenizerConfig, recipe, [f"output={task.run}", f"seed={task.seed}"])
     teacher = AutoencoderTinyFA.from_pretrained(teacher_folder()).eval()
     model, training = teacher, {}
