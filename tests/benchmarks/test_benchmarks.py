@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_LIGHTNINGDIT, tiny_tokenizer_recipe
 
-from benchmarks import cat_sampling, cpu_training, latent_loading, on_gpu, timing, training_run
+from benchmarks import cat_sampling, cpu_training, decoder_cost, latent_loading, on_gpu, timing, training_run
 from benchmarks.cat_sampling import uncached
 from benchmarks.generator_step import with_published_blocks
 from favae import CATTransformerModel, LightningDiTTransformer2DModel
@@ -84,6 +84,7 @@ TINY_RUNS = {
         ["--size", "2", "--batch-size", "1", "--layers", "1", "--width", "64", "--heads", "1"],
     ),
     "cpu_training": (cpu_training, ["--only", "memory_format", "--recipes", "photos_favae"]),
+    "decoder_cost": (decoder_cost, ["--spaces", "sd"]),
     "latent_loading": (latent_loading, ["--images", "16", "--shard-size", "8", "--batch-size", "4"]),
 }
 
@@ -91,6 +92,7 @@ TINY_RUNS = {
 @pytest.mark.parametrize("name", TINY_RUNS)
 def test_benchmarks_write_their_result(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cpu_training, "RESOLUTION", 16)
+    monkeypatch.setattr(decoder_cost, "LATENT_SIDE", 2)
     module, options = TINY_RUNS[name]
     output = tmp_path / "result.json"
     module.main([*options, "--rounds", "1", "--output", str(output)])
