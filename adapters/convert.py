@@ -7,12 +7,14 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelM
 
 from favae import LightningDiTPipeline
 from favae.adapters.single_file import from_single_file
+from favae.adapters.taesd import autoencoder_from_taesd
 from favae.autoencoders import load_autoencoder
 from favae.errors import CheckpointError
 from favae.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
+TAESD_PARTS = ("encoder", "decoder")
 TIMESTEP_SHIFT = 0.3  # s in all configs that LightningDiT ships; diffusers' schedulers call 1 / s their shift
 
 
@@ -27,13 +29,18 @@ def convert_to_folder(
     """Writes the model in a file of another program to a new folder.
 
     Args:
-        file, format, latents_stats, scaling_factor: as for `from_single_file`.
+        file, format, latents_stats, scaling_factor: as for `from_single_file`; for "taesd", the folder with the files
+            of encoder and decoder.
         folder: must not exist, or be empty.
     Raises:
         CheckpointError: if the file cannot be read as this format, or the folder is not empty.
     """
     check_new_folder(Path(folder))
-    _save(from_single_file(file, format, latents_stats, scaling_factor), Path(folder))
+    if format == "taesd":
+        model = autoencoder_from_taesd(*(_only_file(Path(file), f"*{part}.safetensors") for part in TAESD_PARTS))
+    else:
+        model = from_single_file(file, format, latents_stats, scaling_factor)
+    _save(model, Path(folder))
 
 
 def convert_to_pipeline(file: str | Path, folder: str | Path, *, vae: str) -> None:
@@ -66,6 +73,13 @@ def check_new_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty; name a new folder")
+
+
+def _only_file(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise CheckpointError(f"{folder} must be a folder with one file {pattern}, and has {len(found)}")
+    return found[0]
 
 
 def _save(model: ModelMixin | DiffusionPipeline, folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from favae.cli_options import add_data_options, open_data
 from favae.commands import add_command
 from favae.errors import ConfigError, DataError
-from favae.files import atomic_path, check_output
+from favae.files import atomic_path
 from favae.ranges import Count, Pixels, Positive, in_range
 
 CONVERT = """Convert checkpoints of other programs to folders that from_pretrained opens.
@@ -14,8 +14,8 @@ CONVERT = """Convert checkpoints of other programs to folders that from_pretrain
     favae convert vavae.pt vavae --format ldm --latents-stats latents_stats.pt
     favae convert lightningdit.pt pipeline --format lightningdit --vae vavae
 
-ldm: autoencoders of Stable Diffusion, VA-VAE, and others of latent diffusion; flux2: FLUX.2's. favae export is the way
-back."""
+ldm: autoencoders of Stable Diffusion, VA-VAE, and others of latent diffusion; flux2: FLUX.2's; taesd: TAESD's and
+TAEF2's, SRC being the folder with the files of encoder and decoder. favae export is the way back from the others."""
 
 EXPORT = """Export a model to another program.
 
@@ -32,7 +32,8 @@ HALF_PRECISION = """Scale an autoencoder's weights so that float16 holds its act
 
 Works for AutoencoderKL and models of the same layers, ours too. The new config says that pipelines need not upcast."""
 
-FORMAT_NAMES = ("ldm", "flux2", "lightningdit", "mar", "taming-vq", "favae-vq")  # the keys of adapters' FORMATS
+# The keys of adapters' FORMATS, and what has a file for each half.
+FORMAT_NAMES = ("ldm", "flux2", "taesd", "lightningdit", "mar", "taming-vq", "favae-vq")
 EXPORT_FORMAT_NAMES = ("ldm", "flux2", "onnx", "lightningdit", "mar", "taming-vq")
 
 
@@ -44,7 +45,9 @@ def add_commands(commands) -> None:
         help="convert checkpoints of other programs to diffusers folders",
         description=CONVERT,
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="a .pt, .ckpt, .pth or .safetensors file")
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="a .pt, .ckpt, .pth or .safetensors file; for taesd, a folder"
+    )
     parser.add_argument("destination", type=Path, metavar="DST", help="a new folder")
     parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help="the layout of the file")
     parser.add_argument("--latents-stats", type=Path, metavar="FILE", help="LightningDiT's latents_stats.pt (VA-VAE)")
@@ -104,14 +107,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def half_precision(arguments: argparse.Namespace) -> None:
-    if arguments.destination.exists():
-        raise ConfigError(f"OUT: {arguments.destination} exists; name a new folder")
-    check_output(arguments.destination, "folder", "OUT")
-
+    from favae.adapters.convert import check_new_folder
     from favae.adapters.half_precision import limit_activations
     from favae.autoencoders import image_channels, load_autoencoder
     from favae.data.images import ImageDataset, skip_missing
 
+    check_new_folder(arguments.destination)
     vae = load_autoencoder(arguments.model)
     data = ImageDataset(open_data(arguments), arguments.resolution, channels=image_channels(vae))
     batch = skip_missing([data[i] for i in range(min(len(data), arguments.num_images))])

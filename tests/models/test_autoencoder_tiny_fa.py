@@ -1,10 +1,11 @@
 import pytest
 import torch
+from conftest import command, command_error
 from safetensors.torch import save_file
 
 from favae import AutoencoderTinyFA
 from favae.adapters.taesd import autoencoder_from_taesd
-from favae.autoencoders import decode, encode, measure_budget
+from favae.autoencoders import decode, encode, load_autoencoder, measure_budget
 from favae.errors import CheckpointError
 
 TINY = {
@@ -119,6 +120,10 @@ def test_files_of_taesd(pooling, tmp_path):
         save_file({name: value.half() for name, value in state.items()}, files[-1])
     opened, images = autoencoder_from_taesd(*files), torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.allclose(decode(opened, encode(opened, images)), decode(model, encode(model, images)), atol=1e-2)
+    command("convert", tmp_path, tmp_path / "converted", "--format", "taesd")
+    converted = load_autoencoder(str(tmp_path / "converted"))
+    assert torch.equal(decode(converted, encode(converted, images)), decode(opened, encode(opened, images)))
+    assert "one file *encoder.safetensors" in command_error("convert", files[0], tmp_path / "new", "--format", "taesd")
     for broken in (files[::-1], (files[0], files[0])):
         with pytest.raises(CheckpointError):
             autoencoder_from_taesd(*broken)
