@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor, nn
 
+from favae.normalization import latent_mean_and_std
+
 
 @torch.no_grad()
 def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
@@ -48,24 +50,18 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def latent_statistics(vae: ModelMixin) -> tuple[Tensor, Tensor]:
-    """The mean and std (C,) that the latents are normalized with, float32.
-
-    They are `latents_mean` and `latents_std / scaling_factor` of the config, or `shift_factor` and
-    `1 / scaling_factor` if it has no `latents_mean`.
+    """The mean and std (C,) that the config says latents are normalized with, float32; see `latent_mean_and_std`.
 
     Raises:
         ValueError: if the config does not have both of `latents_mean` and `latents_std`, one number per channel, or
             neither.
     """
-    config = vae.config
     channels = count_channels(vae, "latent_channels")
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None and std is None:
-        mean, std = [config.get("shift_factor") or 0.0] * channels, [1.0] * channels
-    if mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
+    given = [vae.config.get(name) for name in ("latents_mean", "latents_std")]
+    if given != [None, None] and (None in given or [len(v) for v in given] != [channels] * 2 or min(given[1]) <= 0):
         raise ValueError(f"latents_mean and latents_std must both be {channels} numbers, the latter positive")
-    scale = config.get("scaling_factor") or 1.0
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32) / scale
+    mean, std = latent_mean_and_std(vae)
+    return mean.flatten().expand(channels), std.flatten().expand(channels)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from favae.adapters.latent_normalization import LatentNormalization, read_normal
 from favae.adapters.latent_statistics import count_channels, fold_latent_statistics, is_video, latent_statistics
 from favae.autoencoders import encode
 from favae.models.pipeline_autoencoders import PackedNormAutoencoder, SingleFrameAutoencoder
+from favae.normalization import normalize_latents
 
 __all__ = ["fold_latent_statistics", "swap_vae"]
 
@@ -66,13 +67,13 @@ def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> Diff
     (old_latents, old_ratio), (latents, ratio) = (_encode_test_image(model) for model in (old, vae))
     same = _nearly_equal(old_latents, latents, vae.dtype)
     settings = _settings_for(name, normalization, old if same else vae, as_video=is_video(old))
-    known = same or _nearly_equal(_normalized(old, old_latents), _normalized(vae, latents), vae.dtype)
+    known = same or _nearly_equal(normalize_latents(old, old_latents), normalize_latents(vae, latents), vae.dtype)
     if not known or (not same and normalization.has_raw_conditions):
         logger.warning(
             "the %s has other latents than the pipeline's autoencoder%s: images come out right only if the generator "
             "was trained on its latents%s",
             type(vae).__name__,
-            _difference(_normalized(old, old_latents), _normalized(vae, latents)),
+            _difference(normalize_latents(old, old_latents), normalize_latents(vae, latents)),
             _way_to_old_latents(old),
         )
     new = _with_interface(vae, old, settings, same, ratio)
@@ -146,17 +147,6 @@ def _encode_test_image(vae: ModelMixin) -> tuple[Tensor, int]:
     latents = encode(vae, image.to(vae.device))
     nn.Module.to(vae, dtype)
     return latents, size // latents.shape[-1]
-
-
-def _normalized(vae: ModelMixin, latents: Tensor) -> Tensor:
-    """Latents as a generator gets them."""
-    if hasattr(vae, "bn"):  # whose statistics are those of 2 x 2 latents, channel by channel
-        repeats = (1, latents.shape[-2] // 2, latents.shape[-1] // 2)
-        mean = vae.bn.running_mean.to(latents).view(-1, 2, 2).repeat(repeats)
-        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().to(latents).view(-1, 2, 2).repeat(repeats)
-    else:
-        mean, std = (value.to(latents)[:, None, None] for value in latent_statistics(vae))
-    return (latents - mean) / std
 
 
 def _difference(old: Tensor, new: Tensor) -> str:
