@@ -12,6 +12,8 @@ default runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), sa
 reconstructions), checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pretrained`.
 """
 
+from typing import Any
+
 import torch
 from diffusers import ModelMixin
 from torchvision.utils import save_image
@@ -185,7 +187,10 @@ def build_training_module(config: TokenizerConfig, vae: ModelMixin) -> Tokenizer
     if any(losses.perceptual for losses in stages):
         with hint("loss.perceptual_weights=FILE takes a local file, loss.perceptual=0 does without"):
             lpips = LPIPS(config.loss.perceptual_weights)
-    latent_teacher = None if config.teacher.autoencoder is None else open_latent_teacher(config, vae)
+    latent_teacher = None
+    if config.teacher.autoencoder is not None:
+        latent_teacher = open_latent_teacher(config, vae)
+        vae.register_to_config(**statistics_for(vae, latent_teacher, config.teacher.normalize))
     return TokenizerTrainingModule(
         vae, stages, teacher, lpips, latent_teacher, config.teacher.posterior, config.teacher.normalize
     )
@@ -205,6 +210,13 @@ def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:
             f"shape {latents}; the model has {image_channels(vae)} channels and {expected}"
         )
     return teacher
+
+
+def statistics_for(vae: ModelMixin, teacher: ModelMixin, normalized: bool) -> dict[str, Any]:
+    """What the config of a model of the teacher's latents says about them, as far as it has a place for it."""
+    none = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+    statistics = none if normalized else {key: teacher.config.get(key, value) for key, value in none.items()}
+    return {key: value for key, value in statistics.items() if key in vae.config}
 
 
 def open_teacher_latents(
