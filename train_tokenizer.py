@@ -93,9 +93,9 @@ def train(config: TokenizerConfig) -> None:
     preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
 
     for batch in run.batches(training_data):
-        images, moments = batch["image"], None
+        images, teacher_moments = batch["image"], None
         if "mean" in batch:
-            moments = torch.cat([batch["mean"], batch["logvar"]], dim=1).float()
+            teacher_moments = torch.cat([batch["mean"], batch["logvar"]], dim=1)
         losses = losses_at(stages, run.step)
         adversarial = discriminator is not None and run.step >= adversarial_start
         model.train()
@@ -103,7 +103,8 @@ def train(config: TokenizerConfig) -> None:
             # 1. Forward: reconstruct the images and add up the losses. The discriminator judges and does not learn.
             if discriminator is not None:
                 discriminator.requires_grad_(False)
-            loss, logs, reconstruction, target = model(images, losses, discriminator if adversarial else None, moments)
+            judge = discriminator if adversarial else None
+            loss, logs, reconstruction, target = model(images, losses, judge, teacher_moments)
 
             # 2. Backward.
             accelerator.backward(loss)

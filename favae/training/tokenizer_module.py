@@ -146,7 +146,7 @@ class TokenizerTrainingModule(nn.Module):
         images: Tensor,
         losses: TokenizerLossConfig,
         discriminator: Discriminator | None = None,
-        moments: Tensor | None = None,
+        teacher_moments: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """One pass through the autoencoder and all losses of this step.
 
@@ -154,13 +154,13 @@ class TokenizerTrainingModule(nn.Module):
             images: (B, C, H, W) in [-1, 1].
             losses: of the stage that this step belongs to.
             discriminator: judges the reconstruction, and is not trained by it; None before it takes part.
-            moments: (B, 2C', h, w), of the latent teacher's posteriors; None lets it encode the images.
+            teacher_moments: (B, 2C', h, w), of the latent teacher's posteriors; None lets it encode the images.
         Returns:
             The total loss; each loss before weighting, with the adaptive factors and statistics, detached; the
             reconstruction and what it should be, (B, C, H, W) float32.
         """
         # 1. Through the autoencoder, in mixed precision if autocast is on.
-        passed = self._autoencode(images, losses, moments)
+        passed = self._autoencode(images, losses, teacher_moments)
 
         # 2. The losses, in float32. The adaptive weights refer to `fidelity`: as published, without frequency losses.
         with no_autocast(images.device):
@@ -190,9 +190,9 @@ class TokenizerTrainingModule(nn.Module):
 
     # The autoencoder --------------------------------------------------------------------------------------------------
 
-    def _autoencode(self, images: Tensor, losses: TokenizerLossConfig, moments: Tensor | None) -> Autoencoding:
+    def _autoencode(self, images: Tensor, losses: TokenizerLossConfig, teacher_moments: Tensor | None) -> Autoencoding:
         if self.latent_teacher is not None:
-            return self._decode_teacher_latents(self.latent_teacher, images, losses, moments)
+            return self._decode_teacher_latents(self.latent_teacher, images, losses, teacher_moments)
         terms: Terms = {}
         statistics: dict[str, Tensor] = {}
         target = images
@@ -204,12 +204,12 @@ class TokenizerTrainingModule(nn.Module):
             if self.codebook_statistics is not None:
                 exact = self.vae.encode(images).latents
                 quantized = self.vae.quantize(exact)
-                latents, own_moments = quantized.latents, None
+                latents, moments = quantized.latents, None
                 terms["commitment"] = losses.commitment, quantized.loss
                 statistics |= self.codebook_statistics(quantized.indices)
             else:
                 posterior = self.vae.encode(images).latent_dist
-                exact, latents, own_moments = posterior.mean, posterior.sample(), posterior.parameters
+                exact, latents, moments = posterior.mean, posterior.sample(), posterior.parameters
 
             # 2. Regularize what is decoded.
             decoded = _add_noise(latents, losses.latent_noise)
@@ -231,14 +231,15 @@ class TokenizerTrainingModule(nn.Module):
             half = self._decode(F.interpolate(latents, scale_factor=0.5, mode="area"))
             half_target = F.interpolate(images, size=half.shape[-2:], mode="area")
             terms["scale_equivariance"] = losses.scale_equivariance, (half.float() - half_target).abs().mean()
-        return Autoencoding(reconstruction, target, latents, own_moments, terms, statistics)
+        return Autoencoding(reconstruction, target, latents, moments, terms, statistics)
 
     def _decode_teacher_latents(
         self, teacher: ModelMixin, images: Tensor, losses: TokenizerLossConfig, moments: Tensor | None
     ) -> Autoencoding:
         terms: Terms = {}
         with torch.no_grad():
-            posterior = DiagonalGaussianDistribution(encode_moments(teacher, images) if moments is None else moments)
+            moments = encode_moments(teacher, images) if moments is None else moments
+            posterior = DiagonalGaussianDistribution(moments.float())
             raw = posterior.sample() if self.posterior == "sample" else posterior.mode()
             latents, mean = self._normalized(teacher, raw), self._normalized(teacher, posterior.mean)
         if losses.latents and self.trains_encoder:
@@ -256,7 +257,7 @@ class TokenizerTrainingModule(nn.Module):
         return Autoencoding(reconstruction, images, latents, None, terms, {})
 
     def _normalized(self, teacher: ModelMixin, latents: Tensor) -> Tensor:
-        return normalize_latents(teacher, latents) if self.normalize else latents.float()
+        return normalize_latents(teacher, latents) if self.normalize else latents
 
     @torch.no_grad()
     def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:

@@ -11,7 +11,15 @@ from PIL import Image
 from favae.cli_options import add_data_options, open_data
 from favae.data.decoding import UnusableImage, to_rgb
 from favae.data.folders import FolderSource
-from favae.data.images import ImageDataset, center_crop, random_crop, shorter_side_to, skip_missing, to_uint8
+from favae.data.images import (
+    ImageDataset,
+    center_crop,
+    jitter_colors,
+    random_crop,
+    shorter_side_to,
+    skip_missing,
+    to_uint8,
+)
 from favae.data.photos import PhotoSource
 from favae.data.sources import open_source
 from favae.errors import DataError
@@ -81,6 +89,27 @@ def test_center_crop_scales_the_shorter_side():
     assert crop.size == (16, 16)
     assert np.array(crop)[:, 2:14, 0].min() > 200  # the red middle fills it
     assert center_crop(Image.new("RGB", (7, 9)), 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_jitter_changes_colors_and_nothing_else(mode):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 4), dtype=np.uint8), "RGBA")
+    image = picture.convert(mode) if mode != "RGBA" else picture
+    same, again, other = (jitter_colors(image, 0.5, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert same.mode == mode and same.size == image.size and np.array_equal(same, again)
+    assert not np.array_equal(same, other) and not np.array_equal(same, image)
+    if mode == "RGBA":
+        assert np.array_equal(same.getchannel("A"), image.getchannel("A"))
+    unchanged = np.asarray(jitter_colors(image, 0.0, np.random.default_rng(1)), int)
+    assert np.abs(unchanged - np.asarray(image, int)).max() <= 6  # the way through hue and back rounds
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_training_views_are_jittered_alike_for_one_seed(mode, image_folder):
+    source, channels = open_source(str(image_folder)), {"L": 1, "RGB": 3, "RGBA": 4}[mode]
+    plain, jittered = (ImageDataset(source, 16, color_jitter=j, channels=channels) for j in (0.0, 0.5))
+    views = [data.random_view(0, np.random.default_rng(3))["image"] for data in (plain, jittered, jittered)]
+    assert torch.equal(views[1], views[2]) and not torch.equal(views[0], views[1])
 
 
 @pytest.mark.parametrize("shape", [(40, 3), (3, 40), (67, 5), (160, 5)])

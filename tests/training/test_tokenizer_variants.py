@@ -17,10 +17,12 @@ from favae.data.latents import open_latents
 from favae.errors import ConfigError
 from favae.training.config import TokenizerConfig, load_config
 from favae.training.models import build_model
+from favae.training.optimization import matrices_of
 
 VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
 codebook_size: 16, frequency_complement: res}"
 TRAIN = ("train.lr_scheduler=constant", "train.lr_warmup_steps=0")
+MUON = ("train.optimizer=muon", "loss.adversarial.weight=0")
 SPECTRUM = ("loss.spectrum={weight: 0.1, sigma: 1.0, learning_rate: 0.01}", "loss.focal_frequency.weight=1")
 
 
@@ -93,7 +95,7 @@ def test_a_decoder_for_an_existing_latent_space(tmp_path, image_folder, tiny_kl,
     assert changed == {"decoder", "post_quant_conv"}
     if model_class is AutoencoderKL:
         return
-    with pytest.raises(ConfigError, match="is a AsymmetricAutoencoderKLFA, not a stock AutoencoderKL"):
+    with pytest.raises(ConfigError, match="is a AsymmetricAutoencoderKLFA, no stock AutoencoderKL"):
         build_model({"name": "AsymmetricAutoencoderKLFA", "from_autoencoder_kl": str(tmp_path / "run/final")})
     nothing = f"model.from_autoencoder_kl={tmp_path / 'nothing'}"
     assert "model.from_autoencoder_kl" in refusal("train_tokenizer", file, f"output={tmp_path / 'other'}", nothing)
@@ -127,6 +129,19 @@ def test_stages_change_the_loss_in_one_run(tmp_path, image_folder):
     stages = "stages=[{start_step: 4, loss: {ssim: 1.0}}, {start_step: 6, loss: {ssim: 0.0}}]"
     train("train_tokenizer", file, stages, f"output={tmp_path / 'run'}")
     assert [record["step"] for record in metrics(tmp_path / "run") if "ssim" in record] == [5, 6]  # steps 4 and 5
+
+
+def test_muon_trains_convolutions_and_resumes(tmp_path, image_folder):
+    file = recipe(tmp_path, image_folder)
+    for output, parts in (("whole", [4]), ("resumed", [2, 4])):
+        for steps in parts:
+            train("train_tokenizer", file, f"output={tmp_path / output}", f"train.steps={steps}", *TRAIN, *MUON)
+    final = "final/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "resumed" / final).read_bytes()
+    vae = build_model(load_config(TokenizerConfig, file).model)
+    adamw, muon = torch.load(tmp_path / "whole/checkpoints/step-4/optimizers-0.pt", weights_only=True)[:2]
+    assert len(muon["state"]) == len(matrices_of([vae]))
+    assert len(adamw["state"]) + len(muon["state"]) == len(list(vae.parameters()))
 
 
 def test_two_processes_share_one_codebook_and_stages_switch_alignment(tmp_path, image_folder):
