@@ -184,9 +184,8 @@ def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     if config.teacher.autoencoder is None:
         if name in NEED_TEACHER:
             raise ConfigError(f"teacher.autoencoder is missing: an {name} is trained to decode latents of another one")
-        for key, weight in (("distillation", loss.distillation), ("cycle", loss.cycle)):
-            if weight:
-                raise ConfigError(f"loss.{key} needs teacher.autoencoder, by which it compares")
+        if loss.distillation:
+            raise ConfigError("loss.distillation needs teacher.autoencoder, whose reconstruction is compared")
         if config.teacher.latents is not None:
             raise ConfigError("teacher.latents needs teacher.autoencoder, whose latents they are")
         return

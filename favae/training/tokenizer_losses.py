@@ -93,7 +93,6 @@ class TokenizerLossConfig:
     ssim: Weight = 0.0  # of 1 - SSIM
     distillation: Weight = 0.0  # of the distance to the teacher's reconstruction
     latents: Weight = 1.0  # of the distance of the model's latents to the teacher's, if the encoder learns
-    cycle: Weight = 0.0  # of the distance of the reconstruction's latents, encoded by the teacher, to the teacher's
     kl: Weight = 1e-6  # for models with a posterior
     commitment: Weight = 1.0  # for models with a codebook
     perceptual: Weight = 0.0  # LPIPS on VGG16

@@ -250,9 +250,6 @@ class TokenizerTrainingModule(nn.Module):
                 distance = distance + (own.std - std).square().mean()
             terms["latents"] = losses.latents, distance
         reconstruction = self._decode(_add_noise(latents, losses.latent_noise))
-        if losses.cycle:
-            again = DiagonalGaussianDistribution(encode_moments(teacher, reconstruction).float()).mean
-            terms["cycle"] = losses.cycle, (self._normalized(teacher, again) - mean).square().mean()
         if losses.distillation:
             with torch.no_grad():
                 taught = decode(teacher, raw)
