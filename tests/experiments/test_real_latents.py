@@ -1,13 +1,17 @@
 """The decoders of experiments/real_latents.py: what they cost, and one row from training to measures."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file
 
-from experiments import real_latents
+from experiments import real_latents, zoo
 from experiments.real_latents import OWN, VARIANTS
 from experiments.rows import Task
 from favae import AutoencoderTinyFA
@@ -70,3 +74,22 @@ def test_a_row(files):
     # What goes on from another row needs it.
     after = Task(name="wavelet_2_eye", variant=VARIANTS["wavelet_2_eye"], **common)
     assert after.variant.recipe(after)["model"]["from_pretrained"] == str(files / "wavelet_2-0/final")
+
+
+@torch.no_grad()
+def test_the_zoo_s_model_is_small_and_described(files, monkeypatch):
+    recipe = load_config(TokenizerConfig, ROOT / "configs/tokenizer/flux2_wavelet_tiny.yaml")
+    (files / "run").mkdir()
+    build_model(recipe.model).save_pretrained(files / "run/final")
+    (files / "run/metrics.jsonl").write_text('{"step": 7}\n')
+    (files / "run/config.yaml").write_text("model: {}\n")
+    (files / "costs.json").write_text('{"results": {"flux2 stock": {"gflop": 622.0}}}')
+    monkeypatch.setattr(zoo, "COSTS", files / "costs.json")
+    places = ["--output", str(files / "zoo"), "--results", str(files / "zoo.json")]
+    zoo.main(["--run", str(files / "run"), *places])
+    weights = files / "zoo/diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 4e6
+    card = (files / "zoo/README.md").read_text()
+    assert "7 steps" in card and "622" in card and "| TAEF2 |" in card and "latent_channels: 32" in card
+    assert {value.dtype for value in load_file(weights).values()} == {torch.float16}
+    assert len(json.loads((files / "zoo.json").read_text())["rows"]) == 4
