@@ -108,6 +108,21 @@ def test_any_autoencoder_may_be_the_teacher(tmp_path):
                 assert torch.allclose(generator_s, normalize_latents(teacher, encode(teacher, crops)), atol=1e-4)
 
 
+def test_flux2_s_own_class_with_a_narrower_decoder(tmp_path, image_folder):
+    """Its encoder and batch norm stay, and the decoder begins anew."""
+    flux2 = autoencoders()["AutoencoderKLFlux2"]
+    flux2.bn.running_mean += 1.0
+    flux2.save_pretrained(tmp_path / "flux2/vae")
+    model = {"name": "diffusers.AutoencoderKLFlux2", "from_pretrained": f"{tmp_path / 'flux2'}:vae"}
+    recipe = recipe_of(tmp_path, {**model, "decoder_block_out_channels": [4, 4]}, 2, train={"parts": "decoder"})
+    train("train_tokenizer", recipe, f"output={tmp_path / 'run'}")
+    student = load_autoencoder(str(tmp_path / "run/final"))
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    assert torch.equal(encode(student, images), encode(flux2.eval(), images))
+    assert torch.equal(student.bn.running_mean, flux2.bn.running_mean)
+    assert student.decoder.conv_out.in_channels == 4 and decode(student, encode(student, images)).shape == images.shape
+
+
 def test_cached_latents_take_the_teacher_s_place(existing, tmp_path, image_folder, monkeypatch):
     """The first step is the same; a cache of other images, or at another size, is refused."""
     teacher = load_autoencoder(existing)
