@@ -1,0 +1,71 @@
+"""Meters of latents against values that are known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from favae.errors import DataError
+from favae.eval.latent_meters import (
+    high_frequency_share,
+    neighbor_consistency,
+    power_spectrum,
+    standardized,
+    velocity_variance,
+)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_white_noise_reaches_the_bound_of_viv():
+    """Also if the classes have means: these take their share of the variance, and the shape stays white."""
+    labels = torch.arange(4).repeat_interleave(60)
+    measured = velocity_variance(noise(240, 16, 4, 4), labels)
+    assert measured.viv == pytest.approx(math.pi / 2 * math.sqrt(measured.rho), rel=0.03)
+    assert measured.phi == pytest.approx(1, abs=0.03) and measured.rho == pytest.approx(59 / 60, abs=0.01)
+    with_means = velocity_variance(noise(240, 16, 4, 4) + 2 * noise(4, 16, 4, 4, seed=1)[labels], labels)
+    assert with_means.rho < 0.4 and with_means.phi == pytest.approx(1, abs=0.03)
+    assert with_means.viv == pytest.approx(math.pi / 2 * math.sqrt(with_means.rho), rel=0.03)
+
+
+def test_viv_does_not_depend_on_the_channels_scale_and_is_small_for_few_directions():
+    labels = torch.arange(2).repeat_interleave(60)
+    latents = noise(120, 16, 4, 4)
+    scaled = latents * torch.linspace(0.1, 10, 16).view(-1, 1, 1) + 3
+    assert velocity_variance(scaled, labels).viv == pytest.approx(velocity_variance(latents, labels).viv)
+    one_direction = noise(120, 1, 1, 1) * noise(16, 1, 1, seed=2) * noise(1, 4, 4, seed=3)
+    assert velocity_variance(one_direction, labels).phi < 0.2
+
+
+def test_viv_refuses_what_would_bias_it():
+    with pytest.raises(DataError, match="needs 20 images of each class, and one has 19"):
+        velocity_variance(noise(39, 4, 4, 4), torch.arange(39) // 20)
+
+
+@pytest.mark.parametrize("side, quarter, half", [(8, 0.844, 0.438), (16, 0.859, 0.469), (32, 0.867, 0.484)])
+def test_energy_of_white_noise_at_high_frequencies(side, quarter, half):
+    latents = noise(64, 4, side, side)
+    assert high_frequency_share(latents, 0.25) == pytest.approx(quarter, abs=0.01)
+    assert high_frequency_share(latents, 0.5) == pytest.approx(half, abs=0.01)
+    smooth = torch.nn.functional.interpolate(noise(64, 4, 2, 2), scale_factor=side // 2, mode="bilinear")
+    assert high_frequency_share(smooth, 0.25) < 0.1
+
+
+def test_the_spectrum_keeps_the_energy_and_finds_a_wave():
+    latents = noise(8, 3, 8, 8)
+    assert power_spectrum(latents).mean() == pytest.approx(1)  # of standardized latents
+    wave = torch.cos(math.pi / 8 * (torch.arange(8) + 0.5) * 3).expand(4, 2, 8, 8)
+    assert np.unravel_index(power_spectrum(wave)[1].argmax(), (8, 8)) == (0, 3)
+    assert standardized(torch.ones(2, 1, 4, 4)).abs().max() == 0
+
+
+def test_neighbors_of_one_class():
+    labels = torch.arange(8).repeat_interleave(8)
+    clusters = noise(8, 12, 1, 1)[labels] + 0.01 * noise(64, 12, 4, 4, seed=1)
+    assert neighbor_consistency(clusters, labels) == 1
+    assert neighbor_consistency(noise(400, 12, 4, 4), torch.arange(400) % 4) == pytest.approx(0.25, abs=0.05)
+    with pytest.raises(DataError, match="more than 5 images"):
+        neighbor_consistency(clusters[:5], labels[:5])
