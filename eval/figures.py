@@ -93,6 +93,27 @@ def worst_windows(error: Tensor) -> Tensor:
     return torch.cat([torch.stack([best // sums.shape[-1], best % sums.shape[-1]], dim=1), size], dim=1)
 
 
+def save_latent_spectra(path: Path, spectra: dict[str, np.ndarray]) -> None:
+    """Energy of each channel at each frequency, one panel per model; the mean of all channels in ink.
+
+    Args:
+        spectra: (C, h, w) of each model, as `favae.eval.latent_meters.power_spectrum` gives them.
+    """
+    size = (4 * len(spectra), 3.6)
+    figure, axes = plt.subplots(1, len(spectra), figsize=size, sharey=True, squeeze=False, constrained_layout=True)
+    for axis, (name, energy) in zip(axes[0], spectra.items()):
+        diagonal = np.add(*np.indices(energy.shape[1:])).ravel()
+        count = np.bincount(diagonal)
+        lines = np.stack([np.bincount(diagonal, channel.ravel()) / count for channel in energy])
+        frequency = np.arange(len(count)) / (len(count) - 1)
+        axis.plot(frequency, lines.T, color=MUTED, linewidth=0.5, alpha=0.5)
+        axis.plot(frequency, lines.mean(axis=0), color=INK, linewidth=2)
+        axis.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
+        axis.set(title=f"{name}: energy of each channel", xlabel="u + v, share of the highest", yscale="log")
+        _tidy(axis)
+    _save(figure, path)
+
+
 def save_spectra(path: Path, original: Tensor, reconstructions: dict[str, Tensor], errors: dict[str, Tensor]) -> None:
     """Left: power of originals and reconstructions; right: the errors' share of the original's power, per frequency.
 

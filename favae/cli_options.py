@@ -94,12 +94,12 @@ def data_name(arguments: argparse.Namespace) -> str:
     return f"{path}:{arguments.split}" if path == "photos" or has_splits(path) else path
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
+def add_model_option(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds `--model`, a list of (name, path)."""
     parser.add_argument(
         "--model",
         action="append",
-        required=True,
+        required=required,
         type=named_model,
         metavar="[NAME=]PATH",
         help="a saved autoencoder: a folder or a hub name; may be repeated",

@@ -1,11 +1,17 @@
 """Meters of latents against values that are known."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_VQ, command, command_error, write_images
 
+from favae import VQModelFA
+from favae.data.images import ImageDataset
+from favae.data.latents import write_latent_cache
+from favae.data.sources import open_source
 from favae.errors import DataError
 from favae.eval.latent_meters import (
     high_frequency_share,
@@ -69,3 +75,38 @@ def test_neighbors_of_one_class():
     assert neighbor_consistency(noise(400, 12, 4, 4), torch.arange(400) % 4) == pytest.approx(0.25, abs=0.05)
     with pytest.raises(DataError, match="more than 5 images"):
         neighbor_consistency(clusters[:5], labels[:5])
+
+
+def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys, caplog):
+    images = write_images(tmp_path / "many", classes=2, per_class=20)
+    tiny_favae.eval().save_pretrained(tmp_path / "vae")
+    write_latent_cache(tiny_favae, ImageDataset(open_source(str(images)), 16), tmp_path / "cache")
+    data = ("--data", images, "--resolution", "16")
+    options = ("--latents", f"a={tmp_path / 'cache'}", "--model", f"b={tmp_path / 'vae'}", *data)
+    command("evaluate", "latents", *options, "--output", tmp_path / "out")
+    result = json.loads((tmp_path / "out/results.json").read_text())
+    first, second = (row["metrics"] for row in result["rows"])
+    assert first == pytest.approx(second, rel=1e-3)
+    assert first.keys() == {"VIV", "rho", "phi", "LNC", "SEC 1/4", "SEC 1/2"} and None not in first.values()
+    assert result["protocol"]["num_images"] == 40 and (tmp_path / "out/spectra.png").exists()
+    assert "VIV" in capsys.readouterr().out
+
+    # Meters that the images do not allow are left out, with the reason.
+    command("evaluate", "latents", *options, "--num-images", "8", "--output", tmp_path / "few")
+    assert "no VIV: VIV of latents of 6 x 4 x 4 needs 14 images of each class" in caplog.text
+    command("evaluate", "latents", *options[2:], "--label-column", "none", "--output", tmp_path / "one_class")
+    assert "no LNC: there are no classes" in caplog.text
+
+
+def test_latents_that_cannot_be_measured(tiny_cache):
+    images = ("--data", tiny_cache / "images", "--resolution", "32")
+    tokens = VQModelFA(**TINY_VQ).eval()
+    write_latent_cache(tokens, ImageDataset(open_source(str(tiny_cache / "images")), 16), tiny_cache / "tokens")
+    for words, named in (
+        ((), "name latents by --latents CACHE"),
+        (("--model", tiny_cache / "tokenizer"), "--model needs images"),
+        (("--latents", tiny_cache / "tokens"), "holds tokens"),
+        (("--latents", tiny_cache / "cache", "--model", tiny_cache / "tokenizer", *images), "at 32 px"),
+        (("--latents", "nowhere"), "nowhere"),
+    ):
+        assert named in command_error("evaluate", "latents", *words, "--output", tiny_cache / "out")

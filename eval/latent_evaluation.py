@@ -1,0 +1,122 @@
+"""`favae evaluate latents`: the meters of `favae.eval.latent_meters`, on latent caches and on models with images."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from favae.autoencoders import encode, image_channels, load_autoencoder
+from favae.data.images import ImageDataset, skip_missing
+from favae.data.latents import TokenDataset, open_latents
+from favae.distributed import process_state
+from favae.errors import DataError
+from favae.eval.figures import save_latent_spectra
+from favae.eval.latent_meters import high_frequency_share, neighbor_consistency, power_spectrum, velocity_variance
+from favae.eval.results import number_duplicates, write_results
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LatentSet:
+    """Latents of images, and the class of each.
+
+    Attributes:
+        latents: (N, C, h, w), means of posteriors. labels: (N,), all equal if there are no classes.
+        data: what the images are. resolution: of their center crops.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    data: str
+    resolution: int
+
+
+def cached_latents(folder: str, num_images: int) -> LatentSet:
+    """Latents of a cache, at even distances.
+
+    Raises:
+        CacheError: if there is no finished cache.
+        DataError: if it holds tokens.
+    """
+    dataset = open_latents(folder, flip=False)
+    if isinstance(dataset, TokenDataset):
+        raise DataError(f"{folder} holds tokens; these meters are of continuous latents")
+    indices = _even(len(dataset), num_images)
+    batch = dataset.read(indices, np.zeros_like(indices))
+    return LatentSet(batch["mean"].float(), batch["label"], dataset.manifest["data"], dataset.manifest["resolution"])
+
+
+@torch.no_grad()
+def encoded_latents(
+    path: str, images: ImageDataset, data_name: str, num_images: int, batch_size: int, num_workers: int
+) -> LatentSet:
+    """Latents that an autoencoder gives for images, at even distances.
+
+    Raises:
+        ModelError: if there is no autoencoder.
+        DataError: if not one image can be read.
+    """
+    vae = load_autoencoder(path).to(process_state().device)
+    images = images.with_channels(image_channels(vae))
+    chosen = Subset(images, _even(len(images), num_images).tolist())
+    batches = DataLoader(chosen, batch_size, num_workers=num_workers, collate_fn=skip_missing)
+    found = [batch for batch in tqdm(batches, desc="latents") if batch is not None]
+    if not found:
+        raise DataError("not one of the images can be read")
+    latents = torch.cat([encode(vae, batch["image"].to(vae.device)).float().cpu() for batch in found])
+    indices = torch.cat([batch["index"] for batch in found]).tolist()
+    labels = torch.tensor([images.label(index) if len(images.classes) > 1 else 0 for index in indices])
+    return LatentSet(latents, labels, data_name, images.resolution)
+
+
+def _even(total: int, count: int) -> np.ndarray:
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
+
+
+def evaluate_latents(sets: list[tuple[str, LatentSet]], output: Path) -> list[dict]:
+    """Measures sets of latents; writes results.json and spectra.png.
+
+    Returns:
+        The rows of results.json. A meter that the set does not allow is None, and a warning says why.
+    Raises:
+        DataError: if the sets are of other images.
+    """
+    first = sets[0][1]
+    about = {"data_name": first.data, "resolution": first.resolution, "num_images": len(first.latents)}
+    rows, spectra = [], {}
+    for name, (_, found) in zip(number_duplicates([name for name, _ in sets]), sets):
+        if (found.resolution, len(found.latents)) != (first.resolution, len(first.latents)):
+            raise DataError(
+                f"{name} is of {len(found.latents)} images at {found.resolution} px, {sets[0][0]} of "
+                f"{len(first.latents)} at {first.resolution} px; only latents of the same images can be compared"
+            )
+        rows.append({"model": name, "latent_shape": list(found.latents.shape[1:]), "metrics": meters(name, found)})
+        spectra[name] = power_spectrum(found.latents)
+    protocol = {**about, "posterior": "mode", "standardized": True}
+    write_results(output, "latents", protocol, rows)
+    save_latent_spectra(output / "spectra.png", spectra)
+    return rows
+
+
+def meters(name: str, found: LatentSet) -> dict[str, float | None]:
+    """The meters of one set by their names."""
+    metrics: dict[str, float | None] = dict.fromkeys(("VIV", "rho", "phi", "LNC"))
+    try:
+        measured = velocity_variance(found.latents, found.labels)
+        metrics |= {"VIV": measured.viv, "rho": measured.rho, "phi": measured.phi}
+    except DataError as error:
+        logger.warning("%s: no VIV: %s", name, error)
+    if len(found.labels.unique()) > 1:
+        metrics["LNC"] = neighbor_consistency(found.latents, found.labels)
+    else:
+        logger.warning("%s: no LNC: there are no classes", name)
+    shares = {
+        f"SEC {label}": high_frequency_share(found.latents, above) for label, above in (("1/4", 0.25), ("1/2", 0.5))
+    }
+    return metrics | shares
