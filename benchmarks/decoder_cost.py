@@ -26,7 +26,7 @@ from benchmarks.timing import (
     write_result,
 )
 from favae import AsymmetricAutoencoderKLFA
-from favae.autoencoders import decode
+from favae.autoencoders import CPU_ATTENTION_FLOPS, decode
 from favae.training.config import TokenizerConfig, load_config
 from favae.training.models import build_model
 
@@ -75,7 +75,7 @@ def compare(space: str, rounds: int) -> dict[str, dict]:
     timings = time_paired({name: lambda vae=vae: decode(vae, latents) for name, vae in models.items()}, rounds=rounds)
     results = {}
     for name, vae in models.items():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
             decode(vae, latents)
         row = results[f"{space} {name}"] = {
             "gflop": counter.get_total_flops() / 1e9,
