@@ -28,7 +28,7 @@ from torchvision.utils import save_image
 
 from benchmarks.timing import environment, speedup, time_paired
 from experiments.image_sets import InMemoryImages, seams
-from experiments.report import format_table, rows_by_model, with_std
+from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
 from favae import AutoencoderTinyFA
 from favae.adapters.taesd import autoencoder_from_taesd
@@ -319,6 +319,10 @@ def tables(report: dict) -> str:
     return format_table(columns, lines)
 
 
+def figures(report: dict, stem: Path) -> None:
+    save_strips(stem, ["teacher", "teacher_tuned", "wavelet_1", "wavelet_2", "plain_2"], Path(f"{stem}_decoders.png"))
+
+
 COMPARISON = Comparison(
     name="real_latents",
     variants=VARIANTS,
@@ -327,6 +331,7 @@ COMPARISON = Comparison(
     steps=STEPS,
     seeds=2,
     finish=finish,
+    figures=figures,
     resolution=64,
     batch_size=8,
     other_sizes=False,
