@@ -66,13 +66,14 @@ def encoded_latents(
     images = images.with_channels(image_channels(vae))
     chosen = Subset(images, _even(len(images), num_images).tolist())
     batches = DataLoader(chosen, batch_size, num_workers=num_workers, collate_fn=skip_missing)
-    found = [batch for batch in tqdm(batches, desc="latents") if batch is not None]
-    if not found:
+    latents, labels, has_classes = [], [], len(images.classes) > 1
+    for batch in tqdm(batches, desc="latents"):
+        if batch is not None:
+            latents.append(encode(vae, batch["image"].to(vae.device)).float().cpu())
+            labels += [images.label(index) if has_classes else 0 for index in batch["index"].tolist()]
+    if not latents:
         raise DataError("not one of the images can be read")
-    latents = torch.cat([encode(vae, batch["image"].to(vae.device)).float().cpu() for batch in found])
-    indices = torch.cat([batch["index"] for batch in found]).tolist()
-    labels = torch.tensor([images.label(index) if len(images.classes) > 1 else 0 for index in indices])
-    return LatentSet(latents, labels, data_name, images.resolution)
+    return LatentSet(torch.cat(latents), torch.tensor(labels), data_name, images.resolution)
 
 
 def _even(total: int, count: int) -> np.ndarray:
@@ -96,8 +97,11 @@ def evaluate_latents(sets: list[tuple[str, LatentSet]], output: Path) -> list[di
                 f"{name} is of {len(found.latents)} images at {found.resolution} px, {sets[0][0]} of "
                 f"{len(first.latents)} at {first.resolution} px; only latents of the same images can be compared"
             )
-        rows.append({"model": name, "latent_shape": list(found.latents.shape[1:]), "metrics": meters(name, found)})
-        spectra[name] = power_spectrum(found.latents)
+        spectrum = spectra[name] = power_spectrum(found.latents)
+        metrics = meters(name, found)
+        for label, above in (("1/4", 0.25), ("1/2", 0.5)):
+            metrics[f"SEC {label}"] = high_frequency_share(spectrum, above)
+        rows.append({"model": name, "latent_shape": list(found.latents.shape[1:]), "metrics": metrics})
     protocol = {**about, "posterior": "mode", "standardized": True}
     write_results(output, "latents", protocol, rows)
     save_latent_spectra(output / "spectra.png", spectra)
@@ -105,7 +109,7 @@ def evaluate_latents(sets: list[tuple[str, LatentSet]], output: Path) -> list[di
 
 
 def meters(name: str, found: LatentSet) -> dict[str, float | None]:
-    """The meters of one set by their names."""
+    """The meters of one set that need its classes, by their names."""
     metrics: dict[str, float | None] = dict.fromkeys(("VIV", "rho", "phi", "LNC"))
     try:
         measured = velocity_variance(found.latents, found.labels)
@@ -116,7 +120,4 @@ def meters(name: str, found: LatentSet) -> dict[str, float | None]:
         metrics["LNC"] = neighbor_consistency(found.latents, found.labels)
     else:
         logger.warning("%s: no LNC: there are no classes", name)
-    shares = {
-        f"SEC {label}": high_frequency_share(found.latents, above) for label, above in (("1/4", 0.25), ("1/2", 0.5))
-    }
-    return metrics | shares
+    return metrics

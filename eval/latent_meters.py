@@ -99,16 +99,16 @@ def power_spectrum(latents: Tensor) -> np.ndarray:
     return np.square(dctn(standardized(latents).numpy(), axes=(2, 3), norm="ortho")).mean(axis=0)
 
 
-def high_frequency_share(latents: Tensor, above: float) -> float:
+def high_frequency_share(spectrum: np.ndarray, above: float) -> float:
     """SEC: the share of the energy at u + v > above * (h - 1 + w - 1), for DCT frequencies u and v from 0 on.
 
     White noise has 0.84 to 0.87 above a quarter, and 0.44 to 0.48 above a half, from 8 x 8 to 32 x 32.
 
     Args:
-        latents: (N, C, h, w), not all constant.
+        spectrum: (C, h, w), of `power_spectrum`, not all 0.
     Source: arXiv 2606.03578, but that channels are standardized here.
     """
-    energy = power_spectrum(latents).mean(axis=0)
+    energy = spectrum.mean(axis=0)
     u, v = np.indices(energy.shape)
     return float(energy[u + v > above * (energy.shape[0] + energy.shape[1] - 2)].sum() / energy.sum())
 

@@ -31,7 +31,7 @@ from experiments.image_sets import InMemoryImages, seams
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
 from favae import AutoencoderTinyFA
-from favae.adapters.taesd import autoencoder_from_taesd
+from favae.adapters.convert import convert_to_folder
 from favae.autoencoders import decode, encode
 from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.data.sources import open_source
@@ -121,7 +121,7 @@ class Variant:
         return {
             "model": model,
             "teacher": {"autoencoder": str(teacher_folder())},
-            # 160 pictures have few colors: without jitter a decoder learns them by heart.
+            # 160 pictures have few colors.
             "data": {"path": str(photographs() / "train.parquet"), "crop": "window", "color_jitter": 0.4},
             "loss": {"reconstruction": "l2", "latents": 0.0, **self.loss},
             "train": {**TRAIN, **own, "learning_rate": self.rate, "mixed_precision": fastest_precision()},
@@ -192,8 +192,7 @@ def teacher_folder() -> Path:
         )
     folder = Path("runs/real_latents/taef2").resolve()
     if not (folder / "config.json").exists():
-        files = (Path(source) / f"{part}.safetensors" for part in ("encoder", "decoder"))
-        autoencoder_from_taesd(*files).save_pretrained(folder)
+        convert_to_folder(source, folder, format="taesd")
     return folder
 
 

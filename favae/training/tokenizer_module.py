@@ -241,9 +241,10 @@ class TokenizerTrainingModule(nn.Module):
             moments = encode_moments(teacher, images) if moments is None else moments
             posterior = DiagonalGaussianDistribution(moments.float())
             raw = posterior.sample() if self.posterior == "sample" else posterior.mode()
-            latents, mean = self._normalized(teacher, raw), self._normalized(teacher, posterior.mean)
+            latents = self._normalized(teacher, raw)
         if losses.latents and self.trains_encoder:
             own = DiagonalGaussianDistribution(encode_moments(self.vae, images).float())
+            mean = self._normalized(teacher, posterior.mean)
             distance = (own.mean - mean).square().mean()
             if (own.logvar > MIN_LOGVAR).any():  # it has a posterior
                 std = self._normalized(teacher, posterior.mean + posterior.std) - mean

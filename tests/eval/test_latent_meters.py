@@ -54,10 +54,10 @@ def test_viv_refuses_what_would_bias_it():
 @pytest.mark.parametrize("side, quarter, half", [(8, 0.844, 0.438), (16, 0.859, 0.469), (32, 0.867, 0.484)])
 def test_energy_of_white_noise_at_high_frequencies(side, quarter, half):
     latents = noise(64, 4, side, side)
-    assert high_frequency_share(latents, 0.25) == pytest.approx(quarter, abs=0.01)
-    assert high_frequency_share(latents, 0.5) == pytest.approx(half, abs=0.01)
+    assert high_frequency_share(power_spectrum(latents), 0.25) == pytest.approx(quarter, abs=0.01)
+    assert high_frequency_share(power_spectrum(latents), 0.5) == pytest.approx(half, abs=0.01)
     smooth = torch.nn.functional.interpolate(noise(64, 4, 2, 2), scale_factor=side // 2, mode="bilinear")
-    assert high_frequency_share(smooth, 0.25) < 0.1
+    assert high_frequency_share(power_spectrum(smooth), 0.25) < 0.1
 
 
 def test_the_spectrum_keeps_the_energy_and_finds_a_wave():
