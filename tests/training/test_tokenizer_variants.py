@@ -8,9 +8,10 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, command, refusal, tiny_tokenizer_recipe, train, train_in_processes
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
+from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import decoder_cost
 from favae import AsymmetricAutoencoderKLFA, VQModelFA
 from favae.autoencoders import decode, encode, takes_frames
 from favae.data.latents import open_latents
@@ -157,15 +158,6 @@ def test_two_processes_share_one_codebook_and_stages_switch_alignment(tmp_path, 
     assert records[-1]["skipped"] == 0 and all(math.isfinite(value) for value in records[-1].values())
 
 
-SIZES = ("small", "tiny")
-STOCK = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
-
-
 def decoding_flops(vae, channels: int) -> int:
     frames = (1,) if takes_frames(vae) else ()
     with FlopCounterMode(display=False) as counter:
@@ -173,20 +165,16 @@ def decoding_flops(vae, channels: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name, channels", [("sd", 4), ("flux1", 16), ("flux2", 32), ("qwen", 16)])
+@pytest.mark.parametrize("name, channels", decoder_cost.CHANNELS.items())
 def test_recipes_for_existing_latents_cost_what_they_say(name, channels, monkeypatch):
     """With the published shapes and random weights in place of what the hub has."""
-    classes = {"flux2": AutoencoderKLFlux2, "qwen": AutoencoderKLQwenImage}
-    stock_class, shape = classes.get(name, AutoencoderKL), {}
-    if name != "qwen":
-        shape = {**STOCK, "latent_channels": channels}
-    if name == "flux1":
-        shape |= {"use_quant_conv": False, "use_post_quant_conv": False}
     with torch.device("meta"):
-        stock = stock_class(**shape)
-    monkeypatch.setattr(AutoencoderKL, "load_config", lambda *_, **options: {"_class_name": stock_class.__name__})
-    monkeypatch.setattr(stock_class, "from_pretrained", lambda *_, **options: stock_class(**shape))
-    small, tiny = (load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}_{size}.yaml") for size in SIZES)
+        stock = decoder_cost.stock(name)
+    monkeypatch.setattr(AutoencoderKL, "load_config", lambda *_, **options: {"_class_name": type(stock).__name__})
+    monkeypatch.setattr(type(stock), "from_pretrained", lambda *_, **options: decoder_cost.stock(name))
+    small, tiny = (
+        load_config(TokenizerConfig, ROOT / f"configs/tokenizer/{name}_{size}.yaml") for size in ("small", "tiny")
+    )
     flops = decoding_flops(stock, channels)
     for config, share in ((small, 0.41), (tiny, 0.02)):
         vae = build_model(config.model).to("meta")
