@@ -16,6 +16,7 @@ from favae.distributed import process_state
 from favae.errors import DataError
 from favae.eval.features import FeatureExtractor, combined_digest, gather_rows, own_indices, pixel_digests
 from favae.eval.frechet import RunningStatistics
+from favae.eval.seams import neighbor_differences
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class ImageStatistics:
         spatial_mean, spatial_covariance: of Inception's spatial features, (S,) and (S, S); else None.
         features: (n, D), of some of the images or all; None if there are no images.
         logits: (n, K), of the same images; None for an extractor without classes, and in references.
+        differences: mean of `neighbor_differences` over the images; None for a file of statistics that lacks them.
     """
 
     extractor: str
@@ -43,6 +45,7 @@ class ImageStatistics:
     spatial_covariance: np.ndarray | None = None
     features: np.ndarray | None = None
     logits: np.ndarray | None = None
+    differences: np.ndarray | None = None
     weights: str | None = None
 
 
@@ -87,11 +90,14 @@ def image_statistics(
         generator=torch.Generator(),  # the global random numbers belong to training
     )
     places, digests = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    height, width = images.size
+    differences = np.zeros(width + height - 2)  # their sum over images
     for batch in tqdm(loader, desc=description, disable=not process_state().is_main_process):
         if batch is None:
             continue
         places.append(batch["index"])
         digests.append(pixel_digests(batch["image"]))
+        differences += neighbor_differences(batch["image"]).double().sum(dim=0).numpy()
         for collector in collectors:
             collector.add(batch["image"], is_kept[batch["index"]])
 
@@ -103,7 +109,8 @@ def image_statistics(
     if len(digests) < total and process_state().is_main_process:
         logger.warning("%s: %d of %d images cannot be read", description, total - len(digests), total)
     ranks, digest = rank[places[is_kept[places]]], combined_digest(digests)
-    return [collector.finish(ranks, len(chosen), digest) for collector in collectors]
+    differences = _sum(differences) / len(digests)
+    return [collector.finish(ranks, len(chosen), digest, differences) for collector in collectors]
 
 
 class _Collector:
@@ -138,12 +145,12 @@ class _Collector:
             rows[self.num_rows : filled] = found[name][is_kept]
         self.num_rows = filled
 
-    def finish(self, ranks: Tensor, kept: int, digest: str) -> ImageStatistics:
+    def finish(self, ranks: Tensor, kept: int, digest: str, differences: np.ndarray) -> ImageStatistics:
         """The statistics of all processes' images.
 
         Args:
             ranks: the places of this process's kept images among the `kept` of all processes.
-            digest: of the images' pixels.
+            digest: of the images' pixels. differences: of their neighboring pixels.
         """
         rows = {name: gather_rows(own[: self.num_rows], ranks, kept).numpy() for name, own in self.rows.items()}
         statistics = {name: sum_over_processes(entry) for name, entry in self.statistics.items()}
@@ -161,6 +168,7 @@ class _Collector:
             spatial_covariance=spatial_covariance,
             features=rows["features"],
             logits=rows.get("logits"),
+            differences=differences,
             weights=self.extractor.hash,
         )
 
@@ -168,10 +176,13 @@ class _Collector:
 def sum_over_processes(statistics: RunningStatistics) -> RunningStatistics:
     """The statistics of all processes' rows together, on every process."""
     statistics.flush()
+    statistics.count = int(_sum(np.array(statistics.count)))
+    statistics.total, statistics.scatter = _sum(statistics.total), _sum(statistics.scatter)
+    return statistics
+
+
+def _sum(values: np.ndarray) -> np.ndarray:
+    """The sum over processes, on every process."""
     device = process_state().device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    statistics.count = int(reduce(torch.tensor([statistics.count], device=device), "sum").item())
-    for name in ("total", "scatter"):
-        values = torch.from_numpy(getattr(statistics, name)).to(device)
-        setattr(statistics, name, reduce(values, "sum").cpu().numpy())
-    return statistics
+    return reduce(torch.from_numpy(values).to(device), "sum").cpu().numpy()

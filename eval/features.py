@@ -21,6 +21,9 @@ INCEPTION_HASH = "6726825d"
 SPATIAL_CHANNELS = 7  # of Inception's mixed_6/conv, for sFID
 DINOV2 = "dinov2"
 DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # timm's; its position embeddings differ a little: docs/evaluation.md
+CLIP = "clip"  # for CMMD
+CLIP_MODEL = "vit_large_patch14_clip_quickgelu_336.openai"
+CLIP_SIZE = 336
 
 
 class FeatureExtractor:
@@ -30,8 +33,8 @@ class FeatureExtractor:
     mixed_6/conv, position by position (17 x 17 x 7 = 2,023), as in ADM's sFID.
 
     Args:
-        name: "inception" (the network of FID, in torch-fidelity's port), "dinov2" (ViT-L/14), "efficientnet-lite0"
-            (needs no network), or any timm model.
+        name: "inception" (the network of FID, in torch-fidelity's port), "dinov2" (ViT-L/14), "clip" (the image
+            embeddings of CLIP ViT-L/14 at 336 px), "efficientnet-lite0" (needs no network), or any timm model.
         weights: a local file; None downloads them.
 
     Attributes:
@@ -45,6 +48,8 @@ class FeatureExtractor:
         self.name = name
         if name == INCEPTION:
             self.model = _inception(weights)
+        elif name == CLIP:
+            self.model = FoundationModel(CLIP_MODEL, weights, keep_head=True)
         else:
             self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights)
         self.model.to(process_state().device)
@@ -60,6 +65,8 @@ class FeatureExtractor:
         with torch.backends.cudnn.flags(allow_tf32=False):
             if self.name == INCEPTION:
                 return self._inception_features(images)
+            if self.name == CLIP:
+                return {"features": self.model.pooled(images.float() / 127.5 - 1, CLIP_SIZE)[1]}
             features, logits = self.model.pooled(images.float() / 127.5 - 1)
         return {"features": features} if logits is None else {"features": features, "logits": logits}
 

@@ -16,17 +16,25 @@ from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
 import favae  # noqa: F401  makes our pipelines known to DiffusionPipeline
+from favae.autoencoders import spatial_compression_ratio
 from favae.distributed import process_state
 from favae.errors import DataError
 from favae.eval.extraction import ImageStatistics, image_statistics
-from favae.eval.features import FeatureExtractor, metric_name
+from favae.eval.features import CLIP, FeatureExtractor, metric_name
 from favae.eval.figures import save_samples
 from favae.eval.frechet import frechet_distance
 from favae.eval.image_sets import SampleFolder, open_samples, write_npz
-from favae.eval.metrics import inception_score, kernel_distance, precision_recall
+from favae.eval.metrics import (
+    clip_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    projected_distance,
+)
 from favae.eval.references import Reference
-from favae.eval.results import UINT8, write_results
+from favae.eval.results import UINT8, plain_name, write_results
 from favae.eval.sampling import class_names, hash_prompts, sample_to_folder
+from favae.eval.seams import relative_seams
 from favae.models.token_heads import DEFAULT_STEPS
 
 logger = logging.getLogger(__name__)
@@ -44,12 +52,15 @@ LABELS_BY_KEY = {"guidance_scale": "guidance", "seed": "seed"}
 # Metrics of one set of images
 
 
-def generation_metrics(samples: ImageStatistics, reference: ImageStatistics) -> dict[str, float | None]:
+def generation_metrics(
+    samples: ImageStatistics, reference: ImageStatistics, validation: ImageStatistics | None = None
+) -> dict[str, float | None]:
     """All metrics that one extractor's features give.
 
     Args:
         samples: of the generated images, with all features and, for IS, logits.
         reference: of the real images.
+        validation: of other real images, for FDr: the distance of the samples by that of these images.
     Returns:
         By the names that `metric_name` allows. None where there are too few images, or where the reference lacks what
         a metric needs, which is logged.
@@ -69,24 +80,41 @@ def generation_metrics(samples: ImageStatistics, reference: ImageStatistics) -> 
         order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(0)).numpy()
         metrics["IS"], metrics["IS_std"] = inception_score(samples.logits[order], splits=inception_splits(len(fake)))
 
+    # How much further the samples are from the reference than other real images are.
+    if validation is not None:
+        floor = _frechet(reference.mean, reference.covariance, validation.mean, validation.covariance)
+        metrics["FDr"] = metrics["FID"] / floor if floor and metrics["FID"] is not None else None
+
     # Metrics that compare single images.
     smaller = 0 if real is None else min(len(real), len(fake))
-    metrics |= dict.fromkeys(("precision", "recall", "KID", "KID_std"))
+    metrics |= dict.fromkeys(("precision", "recall", "KID", "KID_std", "MIND", "MIND_floor"))
     if smaller > NEIGHBORS:
         device = process_state().device
         metrics["precision"], metrics["recall"] = precision_recall(real, fake, neighbors=NEIGHBORS, device=device)
     if smaller >= 2:
         size = min(KERNEL_SUBSET_SIZE, smaller)
         metrics["KID"], metrics["KID_std"] = kernel_distance(real, fake, subset_size=size)
+    if smaller >= 4:
+        metrics["MIND"], metrics["MIND_floor"] = _projected_distances(real, fake)
 
     missing = [name for name, value in metrics.items() if value is None]
     if missing:
         logger.warning("no %s: there are too few images, or the reference lacks them", ", ".join(missing))
-    return {metric_name(name, reference.extractor): value for name, value in metrics.items()}
+    named = {metric_name(name, reference.extractor): value for name, value in metrics.items()}
+    return named | {"CMMD": clip_distance(real, fake)} if reference.extractor == CLIP and smaller else named
 
 
 def _frechet(*moments: np.ndarray | None) -> float | None:
     return None if any(moment is None for moment in moments) else frechet_distance(*moments)
+
+
+def _projected_distances(real: np.ndarray, fake: np.ndarray) -> tuple[float, float]:
+    """MIND of samples against one half of the real images, and of the other half, as many images each."""
+    rng = np.random.default_rng(0)
+    number = min(len(real) // 2, len(fake))
+    real, fake = rng.permutation(real), rng.permutation(fake)[:number]
+    half, other = real[:number], real[-number:]
+    return projected_distance(half, fake), projected_distance(half, other)
 
 
 def inception_splits(count: int) -> int:
@@ -99,20 +127,32 @@ def measure_samples(
     references: Sequence[ImageStatistics],
     extractors: Sequence[FeatureExtractor],
     *,
+    validation: Sequence[ImageStatistics] | None = None,
+    patch_size: int | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> tuple[dict[str, float | None], int]:
     """All metrics of a set of images with all extractors, and the number of images that could be read.
 
     All processes take part; only the main one returns metrics.
+
+    Args:
+        validation: of other real images, one for each extractor, for FDr.
+        patch_size: pixels per latent, for seams.
     """
     found = image_statistics(
         samples, extractors, logits=True, batch_size=batch_size, num_workers=num_workers, description="samples"
     )
     metrics = {}
     if process_state().is_main_process:
-        for entry, reference in zip(found, references):
-            metrics |= generation_metrics(entry, reference)
+        for entry, reference, other in zip(found, references, validation or [None] * len(found)):
+            metrics |= generation_metrics(entry, reference, other)
+        ratios = [value for name, value in metrics.items() if plain_name(name) == "FDr"]
+        if len(ratios) > 1 and None not in ratios:
+            metrics[f"FDr^{len(ratios)}"] = float(np.mean(ratios))
+        if patch_size is not None:
+            first, real = found[0].differences, references[0].differences
+            metrics["seams"] = relative_seams(first, real, samples.size, patch_size)
     process_state().wait_for_everyone()
     return metrics, found[0].count
 
@@ -148,22 +188,26 @@ class SampleSets:
         sets: for each set, what tells it apart ({"guidance_scale": 1.5, "seed": 0}; {} for given images), and images.
         protocol: how the images were sampled; None for what is not known of given images.
         class_names: the classes that images were sampled of in turn; None if there are none, or in another order.
+        patch_size: pixels along each side of what one latent stands for; None if it is not known.
     """
 
     name: str
     sets: list[tuple[dict, Dataset]]
     protocol: dict
     class_names: list[str] | None = None
+    patch_size: int | None = None
 
 
-def given_samples(path: str) -> SampleSets:
+def given_samples(path: str, patch_size: int | None = None) -> SampleSets:
     """A folder or an .npz file of images that another program may have sampled.
 
+    Args:
+        patch_size: pixels per latent of that program's autoencoder.
     Raises:
         DataError: if it is neither.
     """
     protocol = {**dict.fromkeys(SAMPLING_PROTOCOL_KEYS), "uint8": "as given"}
-    return SampleSets(path, [({}, open_samples(path))], protocol)
+    return SampleSets(path, [({}, open_samples(path))], protocol, patch_size=patch_size)
 
 
 def sampling_protocol(pipeline: DiffusionPipeline, settings: Mapping[str, object], **condition: str | None) -> dict:
@@ -268,7 +312,9 @@ def sample_pipeline(
 
     condition = {"labels": labels if names else None, "prompts": hash_prompts(prompts) if prompts else None}
     protocol = sampling_protocol(pipeline, settings, **condition)
-    return SampleSets(path, sets, protocol, names if labels == "balanced" else None)
+    vae = getattr(pipeline, "vae", None)
+    patch_size = None if vae is None else spatial_compression_ratio(vae)
+    return SampleSets(path, sets, protocol, names if labels == "balanced" else None, patch_size)
 
 
 def _set_shift(pipeline: DiffusionPipeline, shift: float) -> None:
@@ -319,6 +365,7 @@ def evaluate_samples(
     output: Path,
     *,
     reference_name: str,
+    validation: Reference | None = None,
     archives: bool = False,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -329,15 +376,20 @@ def evaluate_samples(
         reference: opened with the same extractors.
         output: a folder.
         reference_name: what results call the reference.
+        validation: other real images, for FDr.
         archives: whether each set is written for ADM's evaluator too.
     Returns:
         The rows of results.json; on other processes than the main one without metrics.
     """
     size = samples.sets[0][1].size
-    references = reference.statistics(size, batch_size=batch_size, num_workers=num_workers)
+    loading = {"batch_size": batch_size, "num_workers": num_workers}
+    references = reference.statistics(size, **loading)
+    others = None if validation is None else validation.statistics(size, **loading)
     rows = []
     for key, images in samples.sets:
-        metrics, count = measure_samples(images, references, extractors, batch_size=batch_size, num_workers=num_workers)
+        metrics, count = measure_samples(
+            images, references, extractors, validation=others, patch_size=samples.patch_size, **loading
+        )
         rows.append({"model": samples.name, **key, "metrics": metrics})
         # After each set, so that nothing is lost when a later one fails.
         if process_state().is_main_process:

@@ -1,22 +1,31 @@
 """`favae evaluate latents`: the meters of `favae.eval.latent_meters`, on latent caches and on models with images."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from favae.autoencoders import encode, image_channels, load_autoencoder
-from favae.data.images import ImageDataset, skip_missing
+from favae.autoencoders import decode, encode
+from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.data.latents import TokenDataset, open_latents
-from favae.distributed import process_state
 from favae.errors import DataError
+from favae.eval.features import FeatureExtractor
 from favae.eval.figures import save_latent_spectra
-from favae.eval.latent_meters import high_frequency_share, neighbor_consistency, power_spectrum, velocity_variance
+from favae.eval.frechet import feature_statistics, frechet_distance
+from favae.eval.latent_meters import (
+    high_frequency_share,
+    interpolated,
+    neighbor_consistency,
+    power_spectrum,
+    velocity_variance,
+)
 from favae.eval.results import number_duplicates, write_results
 
 logger = logging.getLogger(__name__)
@@ -29,12 +38,14 @@ class LatentSet:
     Attributes:
         latents: (N, C, h, w), means of posteriors. labels: (N,), all equal if there are no classes.
         data: what the images are. resolution: of their center crops.
+        distances: what `interpolated_distances` has found, if there is a model.
     """
 
     latents: Tensor
     labels: Tensor
     data: str
     resolution: int
+    distances: dict[str, float] = field(default_factory=dict)
 
 
 def cached_latents(folder: str, num_images: int) -> LatentSet:
@@ -54,35 +65,76 @@ def cached_latents(folder: str, num_images: int) -> LatentSet:
 
 @torch.no_grad()
 def encoded_latents(
-    path: str, images: ImageDataset, data_name: str, num_images: int, batch_size: int, num_workers: int
+    vae: ModelMixin, images: ImageDataset, data_name: str, num_images: int, *, batch_size: int, num_workers: int = 0
 ) -> LatentSet:
     """Latents that an autoencoder gives for images, at even distances.
 
     Raises:
-        ModelError: if there is no autoencoder.
         DataError: if not one image can be read.
     """
-    vae = load_autoencoder(path).to(process_state().device)
-    images = images.with_channels(image_channels(vae))
-    chosen = Subset(images, _even(len(images), num_images).tolist())
-    batches = DataLoader(chosen, batch_size, num_workers=num_workers, collate_fn=skip_missing)
     latents, labels, has_classes = [], [], len(images.classes) > 1
-    for batch in tqdm(batches, desc="latents"):
-        if batch is not None:
-            latents.append(encode(vae, batch["image"].to(vae.device)).float().cpu())
-            labels += [images.label(index) if has_classes else 0 for index in batch["index"].tolist()]
+    for batch in _batches(images, num_images, batch_size, num_workers, "latents"):
+        latents.append(encode(vae, batch["image"].to(vae.device)).float().cpu())
+        labels += [images.label(index) if has_classes else 0 for index in batch["index"].tolist()]
     if not latents:
         raise DataError("not one of the images can be read")
     return LatentSet(torch.cat(latents), torch.tensor(labels), data_name, images.resolution)
+
+
+@torch.no_grad()
+def interpolated_distances(
+    vae: ModelMixin,
+    latents: Tensor,
+    images: ImageDataset,
+    num_images: int,
+    extractors: Sequence[FeatureExtractor],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """iFID: the Fréchet distance between images and what an autoencoder makes of their latents, moved half the way to
+    neighbors, by the names that `metric_name` allows.
+
+    Args:
+        latents: of these images, by `encoded_latents` with the same `num_images`.
+    Raises:
+        DataError: if there are too few images.
+    """
+    moved, done = interpolated(latents), 0
+    features: list[tuple[list, list]] = [([], []) for _ in extractors]
+    for batch in _batches(images, num_images, batch_size, num_workers, "interpolated"):
+        own = moved[done : done + len(batch["image"])].to(vae.device)
+        done += len(own)
+        for extractor, kept in zip(extractors, features):
+            for pictures, rows in zip((batch["image"], decode(vae, own)), kept):
+                rows.append(extractor(to_uint8(pictures))["features"].cpu().numpy())
+    distances = {}
+    for extractor, (real, found) in zip(extractors, features):
+        moments = [feature_statistics(np.concatenate(rows)) for rows in (real, found)]
+        distances[extractor.metric("iFID")] = frechet_distance(*moments[0], *moments[1])
+    return distances
+
+
+def _batches(
+    images: ImageDataset, num_images: int, batch_size: int, num_workers: int, description: str
+) -> Iterator[dict]:
+    """Batches of the images that can be read, of so many at even distances."""
+    chosen = Subset(images, _even(len(images), num_images).tolist())
+    batches = DataLoader(chosen, batch_size, num_workers=num_workers, collate_fn=skip_missing)
+    yield from (batch for batch in tqdm(batches, desc=description) if batch is not None)
 
 
 def _even(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
-def evaluate_latents(sets: list[tuple[str, LatentSet]], output: Path) -> list[dict]:
+def evaluate_latents(
+    sets: list[tuple[str, LatentSet]], output: Path, features: dict[str, str] | None = None
+) -> list[dict]:
     """Measures sets of latents; writes results.json and spectra.png.
 
+    Args:
+        features: hashes of the extractors of `interpolated_distances`, by their names.
     Returns:
         The rows of results.json. A meter that the set does not allow is None, and a warning says why.
     Raises:
@@ -101,8 +153,9 @@ def evaluate_latents(sets: list[tuple[str, LatentSet]], output: Path) -> list[di
         metrics = meters(name, found)
         for label, above in (("1/4", 0.25), ("1/2", 0.5)):
             metrics[f"SEC {label}"] = high_frequency_share(spectrum, above)
+        metrics |= found.distances
         rows.append({"model": name, "latent_shape": list(found.latents.shape[1:]), "metrics": metrics})
-    protocol = {**about, "posterior": "mode", "standardized": True}
+    protocol = {**about, "posterior": "mode", "standardized": True, "features": features}
     write_results(output, "latents", protocol, rows)
     save_latent_spectra(output / "spectra.png", spectra)
     return rows

@@ -19,6 +19,7 @@ from favae.errors import DataError
 FLIP_FLOPS = 5  # rounds of the estimate of a covariance, as published
 SAMPLES_PER_PARAMETER = 5  # numbers per row of a covariance; fewer bias VIV down
 NEIGHBORS = 5  # of LNC
+INTERPOLATION_NEIGHBORS = 10  # of the interpolated FID
 
 
 def standardized(latents: Tensor) -> Tensor:
@@ -111,6 +112,37 @@ def high_frequency_share(spectrum: np.ndarray, above: float) -> float:
     energy = spectrum.mean(axis=0)
     u, v = np.indices(energy.shape)
     return float(energy[u + v > above * (energy.shape[0] + energy.shape[1] - 2)].sum() / energy.sum())
+
+
+def interpolated(latents: Tensor, fraction: float = 0.5, *, seed: int = 0) -> Tensor:
+    """Each latent moved along a great circle towards one of the ten others that are nearest by the cosine.
+
+    Which of the ten is random, with the softmax of their negative mean squared distances. This is done on standardized
+    latents, which are centered as such a circle wants it; the result has the scale of what was given.
+
+    Args:
+        latents: (N, C, h, w), N > 10. fraction: of the way, 0 ... 1.
+    Raises:
+        DataError: if there are too few images.
+    Source: arXiv 2603.05630, but that the others are of the same set, not of the training set.
+    """
+    if len(latents) <= INTERPOLATION_NEIGHBORS:
+        raise DataError(f"interpolation needs more than {INTERPOLATION_NEIGHBORS} images, got {len(latents)}")
+    points = standardized(latents).flatten(1)
+    directions = F.normalize(points, dim=1)
+    generator, moved = torch.Generator().manual_seed(seed), []
+    for rows in torch.arange(len(points)).split(1024):
+        cosines = directions[rows] @ directions.mT
+        cosines[torch.arange(len(rows)), rows] = -torch.inf
+        nearest = cosines.topk(INTERPOLATION_NEIGHBORS).indices
+        distances = (points[nearest] - points[rows, None]).square().mean(dim=2)
+        chosen = torch.multinomial(F.softmax(-distances, dim=1), 1, generator=generator)
+        partners = nearest.gather(1, chosen).squeeze(1)
+        angle = cosines.gather(1, partners[:, None]).clamp(-1, 1).acos().clamp(min=1e-6)
+        weights = [torch.sin(part * angle) / torch.sin(angle) for part in (1 - fraction, fraction)]
+        moved.append(weights[0] * points[rows] + weights[1] * points[partners])
+    std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3), correction=0, keepdim=True)
+    return (torch.cat(moved).view_as(latents) * std + mean).to(latents.dtype)
 
 
 def neighbor_consistency(latents: Tensor, labels: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 Recon, Low and High are mean squared errors in [-1, 1], unclamped, of the image, its Haar LL band, and the mean of LH,
 HL and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SSIM and MS-SSIM are means over images,
-on 8 bits.
+on 8 bits. Seams are those of `favae.eval.seams`, at the borders of what one latent stands for, relative to the images'.
 """
 
 import logging
@@ -23,7 +23,15 @@ from torchmetrics.functional.image import (
 )
 from tqdm import tqdm
 
-from favae.autoencoders import Budget, decode, encode, image_channels, load_autoencoder, measure_budget
+from favae.autoencoders import (
+    Budget,
+    decode,
+    encode,
+    image_channels,
+    load_autoencoder,
+    measure_budget,
+    spatial_compression_ratio,
+)
 from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
@@ -34,6 +42,7 @@ from favae.eval.frechet import RunningStatistics, frechet_distance
 from favae.eval.image_sets import CroppedImages
 from favae.eval.references import Reference
 from favae.eval.results import UINT8, number_duplicates, shown_metrics, write_results
+from favae.eval.seams import neighbor_differences, relative_seams
 from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS
 from favae.wavelets import WaveletTransform2D
@@ -141,6 +150,7 @@ class _Evaluator:
         rows = {
             "errors": image_errors(images, reconstructions, self.lpips),
             "bands": band_errors(difference, self.levels),
+            "differences": torch.stack([neighbor_differences(to_uint8(x)) for x in (images, reconstructions)], dim=1),
             "latent_moments": torch.stack([latents.mean((2, 3)), latents.square().mean((2, 3))], dim=1),
             "original": radial_spectrum(images),
             "reconstruction": radial_spectrum(reconstructions),
@@ -217,6 +227,8 @@ def evaluate_reconstruction(
         enough = running.count > 1 and reference.mean is not None
         distance = frechet_distance(reference.mean, reference.covariance, *running.finish()) if enough else None
         metrics[metric_name("rFID", reference.extractor)] = distance
+    originals, reconstructions = rows["differences"].double().mean(dim=0).numpy()
+    metrics["seams"] = relative_seams(reconstructions, originals, size, spatial_compression_ratio(vae))
     moments = rows["latent_moments"].double().mean(dim=0)
     return Reconstruction(
         metrics=metrics,

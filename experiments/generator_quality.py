@@ -29,7 +29,7 @@ from torchvision.utils import save_image
 
 from benchmarks.timing import ROOT, environment
 from experiments import equal_budget
-from experiments.image_sets import InMemoryImages, read_images, seams
+from experiments.image_sets import InMemoryImages, read_images, seams_of
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from favae.autoencoders import reconstruct
@@ -158,7 +158,7 @@ def image_metrics(images: Dataset, extractor: FeatureExtractor, reference: Image
     (statistics,) = image_statistics(images, [extractor], logits=True)
     metrics = generation_metrics(statistics, reference)
     found = {name.lower(): metrics[extractor.metric(name)] for name in ("FID", "IS", "precision", "recall")}
-    return found | {"seams": seams(read_images(images), PATCH_SIZE)}
+    return found | {"seams": seams_of(read_images(images), PATCH_SIZE)}
 
 
 def save_pictures(task: Task) -> None:

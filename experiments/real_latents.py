@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment, speedup, time_paired
-from experiments.image_sets import InMemoryImages, seams
+from experiments.image_sets import InMemoryImages, seams_of
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
 from favae import AutoencoderTinyFA
@@ -148,6 +148,8 @@ VARIANTS = {
     "teacher_tuned": Variant("TAEF2's decoder, trained on", OWN, rate=1e-4),
     "wavelet_1": Variant("ends one octave before the image", ONE, rate=2e-4),
     "wavelet_2": Variant("ends two octaves before", TWO),
+    "wavelet_1_long": Variant("`wavelet_1`, trained for longer", ONE, length=5, rate=2e-4),
+    "wavelet_2_long": Variant("`wavelet_2`, trained for longer", TWO, length=6),
     "shuffle_1": Variant("`wavelet_1` with a pixel shuffle", ONE | SHUFFLE, rate=2e-4),
     "shuffle_2": Variant("`wavelet_2` with a pixel shuffle", TWO | SHUFFLE),
     "plain_1": Variant(
@@ -265,7 +267,7 @@ def perception(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
     both = [to_uint8(images), to_uint8(reconstructions)]
     real, found = (image_statistics(InMemoryImages(each), [extractor])[0] for each in both)
     distance = frechet_distance(real.mean, real.covariance, found.mean, found.covariance)
-    return {"fd": distance, "seams": seams(both[1], PATCH_SIZE) / seams(both[0], PATCH_SIZE)}
+    return {"fd": distance, "seams": seams_of(both[1], PATCH_SIZE) / seams_of(both[0], PATCH_SIZE)}
 
 
 def save_pictures(images: Tensor, reconstructions: Tensor, folder: Path, name: str) -> None:
@@ -325,6 +327,7 @@ def figures(report: dict, stem: Path) -> None:
 COMPARISON = Comparison(
     name="real_latents",
     variants=VARIANTS,
+    prepare=teacher_folder,
     make_row=make_row,
     tables=tables,
     steps=STEPS,

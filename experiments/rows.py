@@ -60,6 +60,7 @@ class Comparison:
         name: of its files in docs/results.
         variants: by the names of the rows. Each has `note`, a phrase for the list below the table, and `length`, its
             number of steps in multiples of the others'.
+        prepare: makes what all rows need, before the first; None for nothing.
         make_row: trains and measures one row; returns what the JSON file keeps of it.
         finish: adds to the report what is measured with all variants together, such as their speed; None for nothing.
         tables: the report as Markdown.
@@ -76,6 +77,7 @@ class Comparison:
     tables: Callable[[dict], str]
     steps: int
     seeds: int
+    prepare: Callable[[], object] | None = None
     finish: Callable[[dict, Path], None] | None = None
     figures: Callable[[dict, Path], None] | None = None
     resolution: int = 64
@@ -176,6 +178,8 @@ def make_missing_rows(comparison: Comparison, arguments: argparse.Namespace, rep
 
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started from here
+    if tasks and comparison.prepare is not None:
+        comparison.prepare()
     with ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
         for future in [pool.submit(work, task) for task in tasks]:
             future.result()

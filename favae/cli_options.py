@@ -6,6 +6,7 @@ Nothing heavy is imported before something is opened, so that `--help` answers a
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,16 +125,16 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_feature_options(parser: argparse.ArgumentParser) -> None:
+def add_feature_options(parser: argparse.ArgumentParser, default: Sequence[str] = ("inception",)) -> None:
     """Adds the options that choose feature extractors."""
     group = parser.add_argument_group("features")
     group.add_argument(
         "--features",
         nargs="+",
-        default=["inception"],
+        default=list(default),
         metavar="NAME",
-        help="inception (default), dinov2, efficientnet-lite0 (needs no network), or any timm model; "
-        "with several names, every metric is computed on each of them",
+        help=f"inception{' (default)' if default else ''}, dinov2, clip, efficientnet-lite0 (needs no network), or any "
+        "timm model; with several names, every metric is computed on each of them",
     )
     group.add_argument(
         "--weights",

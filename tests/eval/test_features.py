@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import write_images
 
@@ -84,6 +85,21 @@ def test_inception_gives_pool_logits_and_spatial_features(random_inception, monk
     extractor.model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     extractor(images)
     assert torch.equal(found["spatial"][1, :7], outputs[0][1, :7, 0, 0])  # channels of the first position come first
+
+
+def test_clip_gives_its_projected_embeddings(tmp_path, monkeypatch):
+    """With a small model of the same library in its place; the real one has 1.2 GB."""
+    assert timm.get_pretrained_cfg(module.CLIP_MODEL).input_size[-1] == module.CLIP_SIZE
+    monkeypatch.setattr(module, "CLIP_MODEL", "vit_tiny_patch16_224")
+    monkeypatch.setattr(module, "CLIP_SIZE", 32)
+    model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True).eval()
+    torch.save(model.state_dict(), tmp_path / "clip.pth")
+    extractor = FeatureExtractor("clip", str(tmp_path / "clip.pth"))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = extractor(images)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    assert list(found) == ["features"]
+    assert torch.allclose(found["features"], model((images / 255 - mean) / std), atol=1e-4)
 
 
 def test_statistics_of_a_set_keep_its_order_and_digest(extractor, tmp_path):

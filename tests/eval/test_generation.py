@@ -224,7 +224,7 @@ def test_adm_statistics_are_the_reference_and_their_images_only_for_precision(tm
     assert np.array_equal(reference.spatial_covariance, np.eye(2)) and reference.features.shape == (30, 4)
     metrics, count = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
     assert count == 20 and set(metrics) == {
-        "FID", "sFID", "IS", "IS_std", "precision", "recall", "KID", "KID_std"
+        "FID", "sFID", "IS", "IS_std", "precision", "recall", "KID", "KID_std", "MIND", "MIND_floor"
     }  # fmt: skip
     assert metrics["precision"] == 1 and metrics["FID"] > 4 * (2 - 1) ** 2 and metrics["sFID"] > 2 * (3 - 1) ** 2
 
@@ -246,7 +246,31 @@ def test_too_few_images_leave_out_a_measure_and_keep_the_rest(caplog):
     assert metrics["precision"] is None and "precision, recall" in caplog.text
     assert "sFID" not in metrics and "IS" not in generation_metrics(statistics(50), statistics(50))
     single = ImageStatistics("inception", "", 1, None, None, features=np.zeros((1, 4)))
-    assert generation_metrics(single, statistics(50)) == dict.fromkeys(("FID", "precision", "recall", "KID", "KID_std"))
+    names = ("FID", "precision", "recall", "KID", "KID_std", "MIND", "MIND_floor")
+    assert generation_metrics(single, statistics(50)) == dict.fromkeys(names)
+
+
+def test_real_images_set_the_scale(tmp_path):
+    """FDr is 1 for the validation images themselves, with one extractor or the mean of two; patches leave seams."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, size=(3, 30, 16, 16, 3), dtype=np.uint8)
+    images[2] = images[2] // 4 + images[2, :, :2, :2].repeat(8, 1).repeat(8, 2) // 2  # patches of 8 x 8
+    for name, pixels in zip(("train", "validation", "fake"), images):
+        np.savez(tmp_path / f"{name}.npz", arr_0=pixels)
+    extractors = [Named(), Named()]
+    extractors[1].name = "other"
+    references, validation = (
+        Reference(str(tmp_path / f"{name}.npz"), extractors).statistics((16, 16)) for name in ("train", "validation")
+    )
+
+    def measure(name):
+        samples = open_samples(tmp_path / f"{name}.npz")
+        return measure_samples(samples, references, extractors, validation=validation, patch_size=8)[0]
+
+    same, fake = measure("validation"), measure("fake")
+    assert same["FDr"] == same["FDr(other)"] == same["FDr^2"] == pytest.approx(1)
+    assert fake["FDr^2"] > 2 and fake["MIND"] > 2 * fake["MIND_floor"] > 0
+    assert same["seams"] == pytest.approx(1, abs=0.1) and fake["seams"] > 1.5
 
 
 def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):

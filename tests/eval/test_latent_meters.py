@@ -13,8 +13,10 @@ from favae.data.images import ImageDataset
 from favae.data.latents import write_latent_cache
 from favae.data.sources import open_source
 from favae.errors import DataError
+from favae.eval import latent_evaluation
 from favae.eval.latent_meters import (
     high_frequency_share,
+    interpolated,
     neighbor_consistency,
     power_spectrum,
     standardized,
@@ -77,7 +79,21 @@ def test_neighbors_of_one_class():
         neighbor_consistency(clusters[:5], labels[:5])
 
 
-def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys, caplog):
+def test_interpolated_latents_lie_between_neighbors():
+    clusters = 3 * noise(2, 4, 4, 4)[torch.arange(40) % 2] + noise(40, 4, 4, 4, seed=1)
+    assert torch.allclose(interpolated(clusters, 0.0), clusters, atol=1e-5)
+    half, whole = interpolated(clusters), interpolated(clusters, 1.0)
+    assert half.shape == clusters.shape and half.dtype == clusters.dtype
+    for i, partner in enumerate(whole):
+        found = (clusters - partner).square().sum((1, 2, 3)).argmin()
+        assert found != i and found % 2 == i % 2 and torch.allclose(clusters[found], partner, atol=1e-4)
+    points, middle = standardized(clusters).flatten(1), standardized(half).flatten(1)
+    assert float(middle.norm(dim=1).mean() / points.norm(dim=1).mean()) == pytest.approx(1, abs=0.05)  # not shrunk
+    with pytest.raises(DataError, match="more than 10 images"):
+        interpolated(clusters[:10])
+
+
+def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys, caplog, monkeypatch):
     images = write_images(tmp_path / "many", classes=2, per_class=20)
     tiny_favae.eval().save_pretrained(tmp_path / "vae")
     write_latent_cache(tiny_favae, ImageDataset(open_source(str(images)), 16), tmp_path / "cache")
@@ -96,6 +112,23 @@ def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys
     assert "no VIV: VIV of latents of 6 x 4 x 4 needs 14 images of each class" in caplog.text
     command("evaluate", "latents", *options[2:], "--label-column", "none", "--output", tmp_path / "one_class")
     assert "no LNC: there are no classes" in caplog.text
+
+    # What is decoded between latents is compared with the images; at the latents themselves, this is the rFD.
+    features = ("--features", "efficientnet-lite0")
+
+    def distance() -> float:
+        command("evaluate", "latents", *options[2:], *features, "--output", tmp_path / "between")
+        (row,) = json.loads((tmp_path / "between/results.json").read_text())["rows"]
+        return row["metrics"]["iFD(efficientnet-lite0)"]
+
+    between = distance()
+    monkeypatch.setattr(latent_evaluation, "interpolated", lambda latents: latents)
+    command("evaluate", "reconstruction", *options[2:], *features, "--levels", "1", "--output", tmp_path / "rfd")
+    (row,) = json.loads((tmp_path / "rfd/results.json").read_text())["rows"]
+    assert distance() == pytest.approx(row["metrics"]["rFD(efficientnet-lite0)"], rel=1e-3) != between
+    assert "--features is for --model" in command_error(
+        "evaluate", "latents", *options[:2], *features, "--output", tmp_path / "between"
+    )
 
 
 def test_latents_that_cannot_be_measured(tiny_cache):

@@ -5,7 +5,14 @@ import pytest
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from favae.eval.frechet import feature_statistics, frechet_distance
-from favae.eval.metrics import inception_score, kernel_distance, precision_recall, retrieval
+from favae.eval.metrics import (
+    clip_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    projected_distance,
+    retrieval,
+)
 
 
 def test_frechet_of_gaussians_in_closed_form():
@@ -48,6 +55,28 @@ def test_kernel_distance_is_unbiased_and_by_hand():
     a, b = np.array([[1.0], [2.0]]), np.array([[0.0], [3.0]])  # kernel (xy + 1)^3
     expected = 3.0**3 + 1.0**3 - 2 * (1 + 4.0**3 + 1 + 7.0**3) / 4
     assert kernel_distance(a, b, subsets=3, subset_size=2) == pytest.approx((expected, 0))
+
+
+def test_projected_distance_of_a_shift_and_its_floor():
+    rng = np.random.default_rng(0)
+    real, other = rng.normal(size=(2, 4000, 16))
+    shift = np.linspace(-1, 1, 16)
+    assert projected_distance(real, real[::-1]) == 0
+    assert projected_distance(real, real + shift) == pytest.approx(3 * np.square(shift).sum(), rel=0.1)
+    assert projected_distance(real, other) == projected_distance(other, real) > 0
+    floor = [projected_distance(real[:n], other[:n]) for n in (500, 4000)]
+    assert floor[0] > 4 * floor[1] and floor[1] == pytest.approx(3 * 16 * 1.6e-3, rel=0.5)  # 3 tr(S) w(n)
+    with pytest.raises(ValueError, match="different sizes"):
+        projected_distance(real, other[:10])
+
+
+def test_clip_distance_is_ten_times_the_squared_distance_of_the_mean_embeddings():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(1500, 32)), 3 * rng.normal(size=(300, 32)) + 2
+    means = [(x / np.linalg.norm(x, axis=1, keepdims=True)).mean(axis=0) for x in (real, fake)]
+    assert clip_distance(real, fake) == pytest.approx(10 * np.square(means[0] - means[1]).sum(), rel=0.02)
+    assert clip_distance(real, fake) == pytest.approx(clip_distance(fake, real))
+    assert abs(clip_distance(real, 5 * real)) < 1e-9
 
 
 def test_precision_and_recall_know_which_is_which():

@@ -7,16 +7,9 @@ import torch
 from experiments import emoji as emoji_module
 from experiments import generator_quality, text_to_image
 from experiments.emoji import Emoji, retrieval_rates
-from experiments.image_sets import InMemoryImages, read_images, seams
+from experiments.image_sets import InMemoryImages, read_images
 from experiments.rows import Task
 from favae.training.config import TokenizerConfig, load_config
-
-
-def test_seams_are_seen():
-    noise = torch.randn(8, 3, 64, 64)
-    assert seams(noise, 8) == pytest.approx(1, abs=0.02)
-    patches = torch.randn(8, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    assert seams(noise + patches, 8) == pytest.approx(2**0.5, abs=0.05)  # the differences' variance is 4 against 2
 
 
 def test_images_in_memory():
