@@ -52,7 +52,7 @@ from favae.data.sources import open_source
 from favae.data.text_embeddings import FOLDER as TEXT_EMBEDDINGS_FOLDER
 from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import ConfigError, NonFiniteError, hint
-from favae.eval.online import OnlineEvaluation
+from favae.eval.online import GeneratorEvaluation
 from favae.files import atomic_path
 from favae.foundation import FoundationModel
 from favae.models.class_conditional import initialize_dit, num_classes
@@ -113,7 +113,7 @@ def train(config: GeneratorConfig) -> None:
     evaluate = None
     if config.evaluation.every:
         size = transformer.config.sample_size * spatial_compression_ratio(tokenizer)
-        evaluate = OnlineEvaluation(config.evaluation, run.folder, (size, size))
+        evaluate = GeneratorEvaluation(config.evaluation, run.folder, (size, size))
     run.start(module.trained_parts(), ema, model, optimizers, schedules, dataset.about)
 
     # Images are read as long as hidden states are aligned with their features, and latents alone from then on.

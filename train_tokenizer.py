@@ -10,6 +10,8 @@ Settings are `section.key=value`; the schema with its defaults is favae/training
 continues from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by
 default runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (originals over
 reconstructions), checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pretrained`.
+With evaluation.every=K evaluation.data=IMAGES, PSNR, rFID and other metrics of the EMA weights, and meters of how hard
+their latents are for a generator, go to evaluation.jsonl every K steps.
 """
 
 from typing import Any
@@ -25,10 +27,11 @@ from favae.data.latents import open_latents
 from favae.data.latents_with_images import LatentsWithImages
 from favae.data.sources import open_source
 from favae.errors import ConfigError, hint
+from favae.eval.online import TokenizerEvaluation
 from favae.files import atomic_path
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
-from favae.losses.perceptual import LPIPS
+from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.training.command_line import run_script
 from favae.training.config import TokenizerConfig, losses_at, to_yaml
 from favae.training.dry_run import describe_run, describe_tokenizer
@@ -89,6 +92,7 @@ def train(config: TokenizerConfig) -> None:
         d_model, d_optimizers = run.prepare(discriminator, d_optimizers)
         trained.append(d_model)
     ema = Ema(vae, settings.ema_decay, run.device, warmup=settings.ema_warmup)
+    evaluate = open_evaluation(config, run, module) if config.evaluation.every else None
     run.start(parts, ema, model, optimizers + d_optimizers, schedules + d_schedules, about)
     preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
 
@@ -136,6 +140,10 @@ def train(config: TokenizerConfig) -> None:
             if run.due(settings.sample_every) and preview is not None:
                 with ema:
                     save_preview(run, gather_full_model(vae), module, preview["image"])
+            if evaluate is not None and run.due(config.evaluation.every):
+                with ema:
+                    metrics = evaluate(gather_full_model(vae), run.step, run.epoch(training_data))
+                accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
             if run.checkpoint_due():
                 run.save_checkpoint()
 
@@ -245,6 +253,22 @@ def freeze_parts(vae: ModelMixin, trained: str) -> None:
 def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
     settings = config.loss.adversarial
     return PatchDiscriminator(channels=settings.channels, num_layers=settings.num_layers)
+
+
+def open_evaluation(config: TokenizerConfig, run: Run, module: TokenizerTrainingModule) -> TokenizerEvaluation:
+    """Raises MissingWeights or DataError if the images or the networks that look at them cannot be opened."""
+    lpips = module.lpips
+    if lpips is None and (config.loss.perceptual_weights or cached_vgg16()):
+        lpips = LPIPS(config.loss.perceptual_weights or cached_vgg16()).to(run.device)
+    with hint("evaluation.weights=FILE takes a local file, evaluation.features=efficientnet-lite0 needs no network"):
+        return TokenizerEvaluation(
+            config.evaluation,
+            run.folder,
+            resolution=config.train.resolution,
+            channels=image_channels(module.vae),
+            lpips=lpips,
+            encode=lambda vae, images, indices: module.latents_of(vae, images),
+        )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from favae.autoencoders import decode, encode
@@ -58,27 +58,33 @@ def cached_latents(folder: str, num_images: int) -> LatentSet:
     dataset = open_latents(folder, flip=False)
     if isinstance(dataset, TokenDataset):
         raise DataError(f"{folder} holds tokens; these meters are of continuous latents")
-    indices = _even(len(dataset), num_images)
+    indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int)
     batch = dataset.read(indices, np.zeros_like(indices))
     return LatentSet(batch["mean"].float(), batch["label"], dataset.manifest["data"], dataset.manifest["resolution"])
 
 
 @torch.no_grad()
 def encoded_latents(
-    vae: ModelMixin, images: ImageDataset, data_name: str, num_images: int, *, batch_size: int, num_workers: int = 0
+    vae: ModelMixin, images: ImageDataset, data_name: str, *, batch_size: int, num_workers: int = 0
 ) -> LatentSet:
-    """Latents that an autoencoder gives for images, at even distances.
+    """Latents that an autoencoder gives for images.
 
     Raises:
         DataError: if not one image can be read.
     """
-    latents, labels, has_classes = [], [], len(images.classes) > 1
-    for batch in _batches(images, num_images, batch_size, num_workers, "latents"):
+    latents, indices = [], []
+    for batch in _batches(images, batch_size, num_workers, "latents"):
         latents.append(encode(vae, batch["image"].to(vae.device)).float().cpu())
-        labels += [images.label(index) if has_classes else 0 for index in batch["index"].tolist()]
+        indices += batch["index"].tolist()
     if not latents:
         raise DataError("not one of the images can be read")
-    return LatentSet(torch.cat(latents), torch.tensor(labels), data_name, images.resolution)
+    return LatentSet(torch.cat(latents), labels_of(images, indices), data_name, images.resolution)
+
+
+def labels_of(images: ImageDataset, indices: Sequence[int]) -> Tensor:
+    """The class of each of some images, (N,); all 0 if there are no classes."""
+    has_classes = len(images.classes) > 1
+    return torch.tensor([images.label(index) if has_classes else 0 for index in indices])
 
 
 @torch.no_grad()
@@ -86,7 +92,6 @@ def interpolated_distances(
     vae: ModelMixin,
     latents: Tensor,
     images: ImageDataset,
-    num_images: int,
     extractors: Sequence[FeatureExtractor],
     *,
     batch_size: int,
@@ -96,13 +101,13 @@ def interpolated_distances(
     neighbors, by the names that `metric_name` allows.
 
     Args:
-        latents: of these images, by `encoded_latents` with the same `num_images`.
+        latents: of these images, by `encoded_latents`.
     Raises:
         DataError: if there are too few images.
     """
     moved, done = interpolated(latents), 0
     features: list[tuple[list, list]] = [([], []) for _ in extractors]
-    for batch in _batches(images, num_images, batch_size, num_workers, "interpolated"):
+    for batch in _batches(images, batch_size, num_workers, "interpolated"):
         own = moved[done : done + len(batch["image"])].to(vae.device)
         done += len(own)
         for extractor, kept in zip(extractors, features):
@@ -115,17 +120,10 @@ def interpolated_distances(
     return distances
 
 
-def _batches(
-    images: ImageDataset, num_images: int, batch_size: int, num_workers: int, description: str
-) -> Iterator[dict]:
-    """Batches of the images that can be read, of so many at even distances."""
-    chosen = Subset(images, _even(len(images), num_images).tolist())
-    batches = DataLoader(chosen, batch_size, num_workers=num_workers, collate_fn=skip_missing)
+def _batches(images: ImageDataset, batch_size: int, num_workers: int, description: str) -> Iterator[dict]:
+    """Batches of the images that can be read."""
+    batches = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=skip_missing)
     yield from (batch for batch in tqdm(batches, desc=description) if batch is not None)
-
-
-def _even(total: int, count: int) -> np.ndarray:
-    return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def evaluate_latents(
@@ -149,28 +147,31 @@ def evaluate_latents(
                 f"{name} is of {len(found.latents)} images at {found.resolution} px, {sets[0][0]} of "
                 f"{len(first.latents)} at {first.resolution} px; only latents of the same images can be compared"
             )
-        spectrum = spectra[name] = power_spectrum(found.latents)
-        metrics = meters(name, found)
-        for label, above in (("1/4", 0.25), ("1/2", 0.5)):
-            metrics[f"SEC {label}"] = high_frequency_share(spectrum, above)
-        metrics |= found.distances
-        rows.append({"model": name, "latent_shape": list(found.latents.shape[1:]), "metrics": metrics})
+        metrics, spectra[name], missing = latent_metrics(found.latents, found.labels)
+        for reason in missing:
+            logger.warning("%s: %s", name, reason)
+        shape = list(found.latents.shape[1:])
+        rows.append({"model": name, "latent_shape": shape, "metrics": metrics | found.distances})
     protocol = {**about, "posterior": "mode", "standardized": True, "features": features}
     write_results(output, "latents", protocol, rows)
     save_latent_spectra(output / "spectra.png", spectra)
     return rows
 
 
-def meters(name: str, found: LatentSet) -> dict[str, float | None]:
-    """The meters of one set that need its classes, by their names."""
+def latent_metrics(latents: Tensor, labels: Tensor) -> tuple[dict[str, float | None], np.ndarray, list[str]]:
+    """The meters of latents (N, C, h, w) of classes (N,), their power spectrum, and why some meters are None."""
     metrics: dict[str, float | None] = dict.fromkeys(("VIV", "rho", "phi", "LNC"))
+    missing = []
     try:
-        measured = velocity_variance(found.latents, found.labels)
+        measured = velocity_variance(latents, labels)
         metrics |= {"VIV": measured.viv, "rho": measured.rho, "phi": measured.phi}
     except DataError as error:
-        logger.warning("%s: no VIV: %s", name, error)
-    if len(found.labels.unique()) > 1:
-        metrics["LNC"] = neighbor_consistency(found.latents, found.labels)
-    else:
-        logger.warning("%s: no LNC: there are no classes", name)
-    return metrics
+        missing.append(f"no VIV: {error}")
+    try:
+        metrics["LNC"] = neighbor_consistency(latents, labels)
+    except DataError as error:
+        missing.append(f"no LNC: {error}")
+    spectrum = power_spectrum(latents)
+    for label, above in (("1/4", 0.25), ("1/2", 0.5)):
+        metrics[f"SEC {label}"] = high_frequency_share(spectrum, above)
+    return metrics, spectrum, missing

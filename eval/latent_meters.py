@@ -153,11 +153,13 @@ def neighbor_consistency(latents: Tensor, labels: Tensor) -> float:
     Returns:
         In [0, 1]; the share of the class is what chance gives.
     Raises:
-        DataError: if there are too few images.
+        DataError: if there are too few images, or no classes.
     Source: arXiv 2606.03578, over the whole image, without masks of the foreground.
     """
     if len(latents) <= NEIGHBORS:
         raise DataError(f"LNC needs more than {NEIGHBORS} images, got {len(latents)}")
+    if len(labels.unique()) == 1:
+        raise DataError("LNC needs classes, and all images are of one")
     means = F.normalize(standardized(latents).mean(dim=(2, 3)), dim=1)
     same = []
     for rows in torch.arange(len(means)).split(1024):

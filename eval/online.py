@@ -1,4 +1,7 @@
-"""Metrics of generated images during training: FID over epochs, and the epochs that were needed to reach a value."""
+"""Metrics during training: of a tokenizer's reconstructions and latents, and of a generator's samples.
+
+They go to evaluation.jsonl in the run folder, one line for each time. Training itself is the same without them.
+"""
 
 import json
 import logging
@@ -6,19 +9,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
-from favae.data.sources import open_source
+from favae.data.images import ImageDataset
+from favae.data.sources import Selection, open_source
 from favae.distributed import process_state
-from favae.errors import NonFiniteError
+from favae.errors import ModelError, NonFiniteError
+from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.generation import measure_samples, protocol_of, sampling_protocol
-from favae.eval.image_sets import SampleFolder
+from favae.eval.image_sets import CroppedImages, SampleFolder
+from favae.eval.latent_evaluation import labels_of, latent_metrics
+from favae.eval.reconstruction import Encode, evaluate_reconstruction, mode
 from favae.eval.references import Reference
 from favae.eval.results import finite
 from favae.eval.sampling import sample_to_folder
 from favae.files import read_json_lines, write_text
-from favae.training.config import EvaluationConfig
+from favae.losses.perceptual import LPIPS
+from favae.training.config import EvaluationConfig, TokenizerEvaluationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +34,97 @@ LOG_FILE = "evaluation.jsonl"
 TARGETS = (2.0, 5.0, 10.0)  # values of FID, for the epochs until FID is at most this
 
 
-class OnlineEvaluation:
-    """Samples and measures a pipeline, and adds a line to evaluation.jsonl. All processes call it together.
+class EvaluationLog:
+    """evaluation.jsonl in a run folder."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / LOG_FILE
+
+    def before(self, step: int) -> list[dict]:
+        """The lines of earlier steps. A run that was killed may have been ahead."""
+        records = read_json_lines(self.file) if self.file.exists() else []
+        return [record for record in records if record["step"] < step]
+
+    def add(self, record: dict) -> None:
+        """Adds a line after those of earlier steps."""
+        lines = [json.dumps(line, allow_nan=False) for line in [*self.before(record["step"]), record]]
+        write_text(self.file, "".join(f"{line}\n" for line in lines))
+
+
+class TokenizerEvaluation:
+    """Measures reconstructions and latents of an autoencoder. All processes call it together.
+
+    Args:
+        config: what to measure.
+        folder: of the run.
+        resolution, channels: of the images.
+        lpips: None measures no LPIPS.
+        encode: gives the latents that are decoded.
+    Raises:
+        MissingWeights, DataError: if the extractor or the images cannot be opened.
+    """
+
+    def __init__(
+        self,
+        config: TokenizerEvaluationConfig,
+        folder: Path,
+        *,
+        resolution: int,
+        channels: int,
+        lpips: LPIPS | None = None,
+        encode: Encode = mode,
+    ):
+        self.log, self.lpips, self.encode = EvaluationLog(folder), lpips, encode
+        self.loading = {"batch_size": config.batch_size, "num_workers": config.num_workers}
+        columns = {"image_column": config.image_column, "label_column": config.label_column}
+        source = Selection(open_source(config.data, config.split, **columns), config.num_images)
+        self.images = ImageDataset(source, resolution, channels=channels)
+        self.extractors = [FeatureExtractor(config.features, config.weights)] if config.features else []
+        self.references = image_statistics(CroppedImages(self.images), self.extractors, keep=0, **self.loading)
+        self.protocol = {
+            "data_name": config.data,
+            "num_images": len(self.images),
+            "resolution": resolution,
+            "features": {extractor.name: extractor.hash for extractor in self.extractors},
+        }
+        self._warned = False
+
+    def __call__(self, vae: ModelMixin, step: int, epoch: float) -> dict[str, float | None]:
+        """Measures the autoencoder, and adds a line to the log.
+
+        Returns:
+            Metrics by name; nothing if a reconstruction is not finite.
+        """
+        try:
+            found = evaluate_reconstruction(
+                vae,
+                self.images,
+                self.extractors,
+                self.references,
+                lpips=self.lpips,
+                encode=self.encode,
+                keep_latents=not hasattr(vae, "quantize"),
+                **self.loading,
+            )
+        except ModelError as error:  # raised by all processes; training itself also looks for such values
+            logger.warning("step %d was not evaluated: %s", step, error)
+            return {}
+        metrics = dict(found.metrics)
+        if process_state().is_main_process:
+            if found.latents is not None:
+                labels = labels_of(self.images, found.indices.tolist())
+                meters, _, missing = latent_metrics(found.latents, labels)
+                metrics |= meters
+                for reason in [] if self._warned else missing:
+                    logger.warning("%s", reason)
+                self._warned = True
+            self.log.add(finite({"step": step, "epoch": epoch, **metrics, "protocol": self.protocol}))
+        process_state().wait_for_everyone()
+        return metrics
+
+
+class GeneratorEvaluation:
+    """Samples and measures a pipeline. All processes call it together.
 
     Args:
         config: what to measure.
@@ -38,8 +135,7 @@ class OnlineEvaluation:
     """
 
     def __init__(self, config: EvaluationConfig, folder: Path, size: tuple[int, int]):
-        self.config = config
-        self.log = folder / LOG_FILE
+        self.config, self.log = config, EvaluationLog(folder)
         self.samples = folder / "evaluation"
         self.extractor = FeatureExtractor(config.features, config.weights)
         self.metric = self.extractor.metric("FID")
@@ -49,10 +145,6 @@ class OnlineEvaluation:
             **protocol_of(self.references, [self.extractor], size, config.num_images),
             "num_images": config.num_images,
         }
-
-    def records(self) -> list[dict]:
-        """The lines so far."""
-        return read_json_lines(self.log) if self.log.exists() else []
 
     def __call__(self, pipeline: DiffusionPipeline, step: int, epoch: float) -> dict[str, float | None]:
         """Measures the pipeline.
@@ -91,12 +183,10 @@ class OnlineEvaluation:
         self, step: int, epoch: float, metrics: dict[str, float | None], protocol: dict[str, Any]
     ) -> dict[str, float | None]:
         """Adds a line to the log, and returns the epochs that were needed to reach each target."""
-        records = [record for record in self.records() if record["step"] < step]  # a killed run may have been ahead
         record = finite({"step": step, "epoch": epoch, **metrics, "protocol": protocol})
-        comparable = [other for other in records if other.get("protocol") == record["protocol"]]
+        comparable = [other for other in self.log.before(step) if other.get("protocol") == record["protocol"]]
         reached = epochs_to_reach([*comparable, record], self.metric, TARGETS)
-        lines = [json.dumps(line, allow_nan=False) for line in [*records, record | reached]]
-        write_text(self.log, "".join(f"{line}\n" for line in lines))
+        self.log.add(record | reached)
         return reached
 
 

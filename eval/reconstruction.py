@@ -8,7 +8,7 @@ on 8 bits. Seams are those of `favae.eval.seams`, at the borders of what one lat
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -109,7 +109,8 @@ class Reconstruction:
         errors: (N, 7), the columns of `PER_IMAGE`. indices: (N,), the images' places in the data.
         images_per_second: encoding and decoding, of one process.
         spectra: of "original", "reconstruction", "error" and "latent": see `radial_spectrum`.
-        latent_mean, latent_std: (C,), over images and positions.
+            latent_mean, latent_std: (C,), over images and positions.
+        latents: (N, C, h, w), if they were to be kept.
     """
 
     metrics: dict[str, float | None]
@@ -120,6 +121,23 @@ class Reconstruction:
     spectra: dict[str, Tensor]
     latent_mean: Tensor
     latent_std: Tensor
+    latents: Tensor | None = None
+
+
+Encode = Callable[[ModelMixin, Tensor, Tensor], Tensor]  # model, images (B, C, H, W) and their indices -> latents
+
+
+def mode(vae: ModelMixin, images: Tensor, indices: Tensor) -> Tensor:
+    """The most probable latents."""
+    return encode(vae, images)
+
+
+def sample(vae: ModelMixin, images: Tensor, indices: Tensor) -> Tensor:
+    """Samples of the posteriors, seeded by the images' indices."""
+    return encode(vae, images, "sample", [image_generator(0, int(i)) for i in indices])
+
+
+ENCODE_BY_POSTERIOR: dict[str, Encode] = {"mode": mode, "sample": sample}
 
 
 class _Evaluator:
@@ -129,9 +147,11 @@ class _Evaluator:
         seconds: per image, of encoding and decoding each batch.
     """
 
-    def __init__(self, vae: ModelMixin, extractors: Sequence[FeatureExtractor], lpips, posterior: str, levels: int):
-        self.vae, self.extractors, self.lpips = vae, extractors, lpips
-        self.posterior, self.levels = posterior, levels
+    def __init__(
+        self, vae: ModelMixin, encode: Encode, extractors, lpips: LPIPS | None, levels: int, keep_latents: bool
+    ):
+        self.vae, self.encode, self.extractors, self.lpips = vae, encode, extractors, lpips
+        self.levels, self.keep_latents = levels, keep_latents
         self.seconds: list[float] = []
 
     def __call__(self, images: Tensor, indices: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -142,7 +162,7 @@ class _Evaluator:
             indices: (B,), which seed the samples of the posterior.
         """
         started = _now(images.device)
-        latents = encode(self.vae, images, self.posterior, [image_generator(0, int(i)) for i in indices])
+        latents = self.encode(self.vae, images, indices)
         reconstructions = decode(self.vae, latents)
         self.seconds.append((_now(images.device) - started) / len(images))
 
@@ -157,6 +177,8 @@ class _Evaluator:
             "error": radial_spectrum(difference),
             "latent": radial_spectrum(latents),
         }
+        if self.keep_latents:
+            rows["latents"] = latents
         features = [extractor(to_uint8(reconstructions))["features"].cpu() for extractor in self.extractors]
         return {name: values.cpu() for name, values in rows.items()}, features
 
@@ -169,8 +191,9 @@ def evaluate_reconstruction(
     references: Sequence[ImageStatistics],
     *,
     lpips: LPIPS | None = None,
-    posterior: Literal["mode", "sample"] = "mode",
+    encode: Encode = mode,
     levels: int = 1,
+    keep_latents: bool = False,
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> Reconstruction:
@@ -178,13 +201,15 @@ def evaluate_reconstruction(
 
     Args:
         references: of each extractor: statistics that those of the reconstructions are compared with.
+        encode: which latents are decoded.
         levels: wavelet levels for the errors per band.
+        keep_latents: whether they are returned.
     Raises:
         ModelError: if a reconstruction is not finite.
         DataError: if no image can be read.
     """
     device = process_state().device
-    evaluate = _Evaluator(vae.to(device).eval(), extractors, lpips, posterior, levels)
+    evaluate = _Evaluator(vae.to(device).eval(), encode, extractors, lpips, levels, keep_latents)
 
     size = (images.resolution, images.resolution)
     # A warm-up, from which a process that reads no image at all learns the shapes.
@@ -196,7 +221,11 @@ def evaluate_reconstruction(
 
     # This process's images.
     loader = DataLoader(
-        Subset(images, own_indices(len(images))), batch_size, num_workers=num_workers, collate_fn=skip_missing
+        Subset(images, own_indices(len(images))),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=skip_missing,
+        generator=torch.Generator(),  # the global random numbers belong to training
     )
     for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
         if batch is None:
@@ -239,6 +268,7 @@ def evaluate_reconstruction(
         spectra={name: rows[name].mean(dim=0) for name in ("original", "reconstruction", "error", "latent")},
         latent_mean=moments[0],
         latent_std=(moments[1] - moments[0].square()).clamp_min(0).sqrt(),
+        latents=rows.get("latents"),
     )
 
 
@@ -315,7 +345,14 @@ def evaluate_autoencoders(
     for name, path, vae, budget in opened:
         try:
             result = evaluate_reconstruction(
-                vae, images, extractors, references, lpips=lpips, posterior=posterior, levels=levels, **loading
+                vae,
+                images,
+                extractors,
+                references,
+                lpips=lpips,
+                encode=ENCODE_BY_POSTERIOR[posterior],
+                levels=levels,
+                **loading,
             )
         except ModelError as error:
             failures.append(f"{name}: {error}")
@@ -411,7 +448,7 @@ def save_figures(
     reconstructions = {}
     for name, (_, vae, _) in zip(names, finished):
         vae = vae.to(originals.device)
-        latents = encode(vae, originals, posterior, [image_generator(0, i) for i in indices])
+        latents = ENCODE_BY_POSTERIOR[posterior](vae, originals, torch.tensor(indices))
         reconstructions[name] = decode(vae, latents).cpu()
         vae.cpu()
     save_comparison(output / "comparison.png", originals.cpu(), reconstructions, error[worst].tolist())

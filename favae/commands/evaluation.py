@@ -269,6 +269,7 @@ def evaluate_reconstruction(arguments: argparse.Namespace) -> None:
 def evaluate_latents(arguments: argparse.Namespace) -> None:
     from favae.autoencoders import image_channels, load_autoencoder
     from favae.data.images import ImageDataset
+    from favae.data.sources import Selection
     from favae.distributed import process_state
     from favae.eval import latent_evaluation
     from favae.eval.results import format_table, shown_metrics
@@ -283,15 +284,15 @@ def evaluate_latents(arguments: argparse.Namespace) -> None:
     extractors = open_extractors(arguments)
     sets = [(name, latent_evaluation.cached_latents(folder, count)) for name, folder in arguments.latents]
     if arguments.model:
-        source = open_data(arguments)
+        source = Selection(open_data(arguments), count)
         loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         for name, path in arguments.model:
             vae = load_autoencoder(path).to(process_state().device)
             images = ImageDataset(source, arguments.resolution).with_channels(image_channels(vae))
-            found = latent_evaluation.encoded_latents(vae, images, data_name(arguments), count, **loading)
+            found = latent_evaluation.encoded_latents(vae, images, data_name(arguments), **loading)
             if extractors:
                 found.distances = latent_evaluation.interpolated_distances(
-                    vae, found.latents, images, count, extractors, **loading
+                    vae, found.latents, images, extractors, **loading
                 )
             sets.append((name, found))
     features = {extractor.name: extractor.hash for extractor in extractors}

@@ -7,8 +7,11 @@ tensors of images.
 import logging
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from favae.data.folders import FolderSource, check_name
-from favae.data.images import Source
+from favae.data.images import ImageIdentity, Source
 from favae.data.photos import PhotoSource
 from favae.data.tables import AUTO, NONE, HuggingFaceSource, is_table
 from favae.errors import DataError
@@ -57,3 +60,44 @@ def open_source(
             "folders that `save_to_disk` wrote, or hf:NAME"
         )
     return FolderSource(path, min_size, labels=label_column != NONE, captions=caption_column != NONE)
+
+
+class Selection:
+    """Images of a source at even distances, as a source.
+
+    Args:
+        count: how many, at most.
+    """
+
+    def __init__(self, source: Source, count: int):
+        self.source = source
+        self.indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
+
+    @property
+    def classes(self) -> list[str]:
+        return self.source.classes
+
+    @property
+    def has_captions(self) -> bool:
+        return self.source.has_captions
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def label(self, index: int) -> int:
+        return self.source.label(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def identity(self, index: int) -> ImageIdentity:
+        return self.source.identity(self.indices[index])
+
+    def checksum(self, index: int) -> int:
+        return self.source.checksum(self.indices[index])
+
+    def read(self, index: int, channels: int = 3) -> Image.Image:
+        return self.source.read(self.indices[index], channels)
+
+    def captions(self, index: int) -> list[str]:
+        return self.source.captions(self.indices[index])

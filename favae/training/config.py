@@ -123,6 +123,26 @@ class TokenizerTrainConfig(TrainConfig):
 
 
 @dataclass(config=STRICT)
+class TokenizerEvaluationConfig:
+    """Metrics during training, of the EMA weights; see eval/online.py."""
+
+    every: Step = 0  # steps; 0: never
+    data: Text | None = None  # as data.path; images that are in no training
+    split: Text = "validation"
+    image_column: Text = "auto"
+    label_column: Text = "auto"
+    num_images: Count = 5_000  # at most, at even distances
+    features: Text | None = "inception"  # or "dinov2", "efficientnet-lite0", any timm model; None: no rFID
+    weights: Text | None = None  # a local file for `features`
+    batch_size: Count = 32
+    num_workers: Workers = 0
+
+    def __post_init__(self):
+        if self.every and self.data is None:
+            raise ConfigError("evaluation.every needs evaluation.data: images that are in no training")
+
+
+@dataclass(config=STRICT)
 class StageConfig:
     """A change of the losses in the middle of a run."""
 
@@ -136,6 +156,7 @@ class TokenizerConfig(RunConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     stages: list[StageConfig] = field(default_factory=list)
+    evaluation: TokenizerEvaluationConfig = field(default_factory=TokenizerEvaluationConfig)
     train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
 
     def __post_init__(self):

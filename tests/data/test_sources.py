@@ -19,7 +19,7 @@ from favae.data.decoding import TRANSPOSITIONS, UnusableImage, image_extensions,
 from favae.data.folders import FolderSource
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.latents import MomentsDataset, write_latent_cache
-from favae.data.sources import open_source
+from favae.data.sources import Selection, open_source
 from favae.errors import ConfigError, DataError
 from favae.eval.extraction import image_statistics
 from favae.eval.image_sets import CroppedImages, SampleFolder, open_samples
@@ -438,3 +438,15 @@ def test_photos_are_the_built_in_ones(tmp_path, monkeypatch, caplog):
     write_images(tmp_path / "photos")
     assert len(open_source("photos")) == 1024 and "./photos is the folder" in caplog.text
     assert len(open_source("./photos")) == 12
+
+
+def test_a_selection_is_at_even_distances(tmp_path):
+    source = open_source(str(write_images(tmp_path / "images", classes=3, per_class=4)))
+    some = Selection(source, 4)
+    assert len(some) == 4 and some.classes == source.classes and some.has_captions == source.has_captions
+    for place, index in enumerate((0, 3, 7, 11)):
+        assert some.name(place) == source.name(index) and some.label(place) == source.label(index)
+        assert some.identity(place) == source.identity(index) and some.checksum(place) == source.checksum(index)
+        assert some.read(place).tobytes() == source.read(index).tobytes()
+        assert some.captions(place) == source.captions(index)
+    assert Selection(source, 100).indices == list(range(12))

@@ -111,7 +111,7 @@ def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys
     command("evaluate", "latents", *options, "--num-images", "8", "--output", tmp_path / "few")
     assert "no VIV: VIV of latents of 6 x 4 x 4 needs 14 images of each class" in caplog.text
     command("evaluate", "latents", *options[2:], "--label-column", "none", "--output", tmp_path / "one_class")
-    assert "no LNC: there are no classes" in caplog.text
+    assert "no LNC: LNC needs classes" in caplog.text
 
     # What is decoded between latents is compared with the images; at the latents themselves, this is the rFD.
     features = ("--features", "efficientnet-lite0")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, command, tiny_generator_recipe
+from conftest import ROOT, command, refusal, tiny_generator_recipe, tiny_tokenizer_recipe, train, write_images
 from safetensors.torch import load_file
 
 from favae import LightningDiTPipeline
@@ -78,3 +78,34 @@ def test_training_is_the_same_with_evaluation(tiny_cache, tmp_path, monkeypatch)
     assert more[:2] == records and [record["step"] for record in more] == [3, 6, 9]
     assert more[2]["protocol"]["num_images"] == 4 and records[0]["protocol"]["num_images"] == 8
     assert more[2][f"EP_{metric}@1e+09"] == 3.0  # the lines of eight images are another protocol
+
+
+def test_a_tokenizer_is_evaluated_and_trained_as_before(tmp_path, caplog):
+    """The metrics are those of `favae evaluate` on the weights that are saved."""
+    recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
+    others = write_images(tmp_path / "others", classes=2, per_class=16)
+    settings = {"every": 4, "data": others, "features": "efficientnet-lite0", "num_images": 32, "batch_size": 7}
+    evaluation = ["train.lr_scheduler=constant", *(f"evaluation.{key}={value}" for key, value in settings.items())]
+    train("train_tokenizer", recipe, f"output={tmp_path / 'plain'}", "train.lr_scheduler=constant")
+    train("train_tokenizer", recipe, f"output={tmp_path / 'run'}", "train.steps=4", *evaluation)
+    train("train_tokenizer", recipe, f"output={tmp_path / 'run'}", *evaluation)  # goes on
+    plain, evaluated = (load_file(next((tmp_path / name / "final").glob("*.safetensors"))) for name in ("plain", "run"))
+    assert all(torch.equal(value, evaluated[name]) for name, value in plain.items())
+
+    records = [json.loads(line) for line in (tmp_path / "run/evaluation.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [4, 8] and records[1]["epoch"] == 8 * 2 / 12
+    last = records[1]
+    assert last["protocol"]["num_images"] == 32 and last["LPIPS"] is None
+    data = ("--model", tmp_path / "run/final", "--data", others, "--resolution", "16", "--output", tmp_path / "out")
+    for words in (("latents",), ("reconstruction", "--levels", "1", "--features", "efficientnet-lite0")):
+        command("evaluate", *words, *data)
+        (row,) = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+        for name, value in row["metrics"].items():
+            assert last[name] == (None if value is None else pytest.approx(value, rel=1e-3)), name
+
+
+def test_a_tokenizer_without_images_to_evaluate(tmp_path):
+    recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
+    assert "evaluation.data" in refusal("train_tokenizer", recipe, "evaluation.every=2")
+    missing = refusal("train_tokenizer", recipe, "evaluation.every=2", f"evaluation.data={tmp_path / 'nowhere'}")
+    assert "nowhere" in missing and not (tmp_path / "run").exists()

@@ -17,7 +17,14 @@ from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.figures import high_frequency_error, radial_spectrum, worst_windows
 from favae.eval.image_sets import CroppedImages
-from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, evaluate_reconstruction, image_errors
+from favae.eval.reconstruction import (
+    PER_IMAGE,
+    band_errors,
+    band_names,
+    evaluate_reconstruction,
+    image_errors,
+    sample,
+)
 
 
 def test_recon_is_made_of_low_and_high():
@@ -159,9 +166,11 @@ def test_reconstruction_results(tiny_favae, tmp_path, extractor):
     assert torch.allclose(result.errors[[0, 11], 0].float(), torch.stack(expected), rtol=1e-4)
     assert torch.allclose(result.latent_mean.float(), latents.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(result.latent_std.float(), latents.std((0, 2, 3), correction=0), atol=1e-5)
+    assert metrics["seams"] > 0 and result.latents is None
+    assert torch.allclose(evaluate(keep_latents=True, batch_size=7).latents, latents, atol=1e-5)
     assert metrics["LPIPS"] is None and metrics["MS-SSIM"] is None and metrics["rFD(efficientnet-lite0)"] > 0
 
-    samples = [evaluate(posterior="sample", batch_size=size).errors[:, :5] for size in (5, 3)]
+    samples = [evaluate(encode=sample, batch_size=size).errors[:, :5] for size in (5, 3)]
     assert torch.allclose(*samples, rtol=1e-3) and not torch.allclose(samples[0], result.errors[:, :5], rtol=1e-3)
 
     broken = images.source.files[5]

@@ -27,12 +27,16 @@ def test_each_picture_is_found_once_and_drawings_are_not(photographs, tmp_path):
         "usr/share/backgrounds/mate/abstract/Waves.png": (50, 50),
         "usr/share/tuxpaint/stamps/animals/cartoon/cat.png": (50, 50),
         "usr/share/tuxpaint/stamps/animals/cat_mirror.png": (50, 50),
+        "usr/share/backgrounds/Picture_0B_by_somebody.png": (50, 50),
+        "usr/share/palapeli/collection/castle.jpg": (50, 50),
     }
     for name, size in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         noise(*size).save(tmp_path / name)
     found = photographs.find_pictures(tmp_path)
-    assert list(found) == ["Path", "animals/cat", "nature/Dune"] and found["Path"].name == "100x80.png"
+    more = ["train/Picture_0B_by_somebody", "train/castle"]
+    assert list(found) == ["Path", "animals/cat", "nature/Dune", *more] and found["Path"].name == "100x80.png"
+    assert {photographs.split_of(name) for name in more} == {"train"}
 
 
 def test_crops_are_the_same_each_time_and_have_details(photographs):
@@ -43,6 +47,18 @@ def test_crops_are_the_same_each_time_and_have_details(photographs):
     assert [crop.tobytes() for crop in crops] == [crop.tobytes() for crop in again]
     assert photographs.crops_of("a", Image.new("RGB", (2 * size, 2 * size))) == []
     assert photographs.crops_of("a", noise(size, size - 1)) == []
+
+
+def test_large_pictures_have_more_crops_in_training(photographs, monkeypatch):
+    monkeypatch.setattr(photographs, "LARGE", photographs.SIZE)
+    picture = noise(photographs.SIZE, photographs.SIZE)
+    names = {
+        split: next(n for n in map(str, range(100)) if photographs.split_of(n) == split)
+        for split in ("heldout", "train")
+    }
+    crops = {split: photographs.crops_of(name, picture) for split, name in names.items()}
+    assert len(crops["heldout"]) == photographs.CROPS_OF_LARGE
+    assert len(crops["train"]) == photographs.CROPS_IN_TRAINING > len(crops["heldout"])
 
 
 def test_a_picture_is_in_one_split(photographs):
