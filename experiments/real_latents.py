@@ -121,7 +121,7 @@ class Variant:
         return {
             "model": model,
             "teacher": {"autoencoder": str(teacher_folder())},
-            # 160 pictures have few colors.
+            # A few hundred pictures have few colors.
             "data": {"path": str(photographs() / "train.parquet"), "crop": "window", "color_jitter": 0.4},
             "loss": {"reconstruction": "l2", "latents": 0.0, **self.loss},
             "train": {**TRAIN, **own, "learning_rate": self.rate, "mixed_precision": fastest_precision()},
@@ -148,8 +148,8 @@ VARIANTS = {
     "teacher_tuned": Variant("TAEF2's decoder, trained on", OWN, rate=1e-4),
     "wavelet_1": Variant("ends one octave before the image", ONE, rate=2e-4),
     "wavelet_2": Variant("ends two octaves before", TWO),
-    "wavelet_1_long": Variant("`wavelet_1`, trained for longer", ONE, length=5, rate=2e-4),
-    "wavelet_2_long": Variant("`wavelet_2`, trained for longer", TWO, length=6),
+    "wavelet_1_long": Variant("`wavelet_1`, trained for longer", ONE, length=4, rate=1e-4),
+    "wavelet_2_long": Variant("`wavelet_2`, trained for longer", TWO, length=5, rate=3e-4),
     "shuffle_1": Variant("`wavelet_1` with a pixel shuffle", ONE | SHUFFLE, rate=2e-4),
     "shuffle_2": Variant("`wavelet_2` with a pixel shuffle", TWO | SHUFFLE),
     "plain_1": Variant(
