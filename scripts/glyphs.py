@@ -35,7 +35,6 @@ from favae.errors import FavaeError
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"
 SIZE = 32
 SUPERSAMPLING = 4
-PICTURES_PER_GLYPH = 2
 LARGEST_PACKAGE = 3_000_000  # bytes; larger ones are mostly Chinese, Japanese and Korean
 MIN_FAMILIES = 100
 SPLITS = {"validation": range(10, 20), "heldout": range(20, 30)}  # of 100 numbers that families are hashed to
@@ -47,7 +46,7 @@ COLORS = {  # hue, saturation, value
     "white": (0.0, 0.0, 0.96), "gray": (0.0, 0.0, 0.5), "black": (0.0, 0.0, 0.08),
 }  # fmt: skip
 JITTER = (0.015, 0.08, 0.06)  # of hue, saturation and value
-MIN_CONTRAST = 0.25  # between the luminances of character and ground
+MIN_CONTRAST = 0.3  # between the luminances of character and ground
 TEMPLATE_SIZE = 16
 MIN_LIKENESS = 0.35  # mean correlation of a font's characters with the median font's, below which it is no text font
 
@@ -119,16 +118,16 @@ def find_fonts(folder: Path) -> list[Font]:
 
 def text_fonts(fonts: list[Font]) -> list[Font]:
     """Those whose characters look like the median font's: pictograms and other scripts on letters' keys do not."""
-    templates = np.stack([[template(font, character) for character in CHARACTERS] for font in fonts])
+    opened = [ImageFont.truetype(str(font.file), 64) for font in fonts]
+    templates = np.stack([[template(font, character) for character in CHARACTERS] for font in opened])
     median = np.median(templates, axis=0)
     likeness = (normalized(templates) * normalized(median)).sum(axis=(2, 3)).mean(axis=1)
     return [font for font, value in zip(fonts, likeness) if value >= MIN_LIKENESS]
 
 
-def template(font: Font, character: str) -> np.ndarray:
+def template(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
     """The character's own box, scaled to a square of 16 pixels: (16, 16) in [0, 1]."""
-    opened = ImageFont.truetype(str(font.file), 64)
-    mask = opened.getmask(character)
+    mask = font.getmask(character)
     box = Image.frombytes("L", mask.size, bytes(mask))
     return np.asarray(box.resize((TEMPLATE_SIZE, TEMPLATE_SIZE), Image.Resampling.BOX), np.float32) / 255
 
@@ -152,19 +151,19 @@ def is_new_combination(color: str, character: str) -> bool:
 def pictures_of(font: Font, split: str) -> Iterator[tuple[str, dict]]:
     """The file and the row of each picture of a font, the same at each call."""
     rng = np.random.default_rng(zlib.crc32(f"{font.family} {font.bold} {font.italic}".encode()))
+    opened = ImageFont.truetype(str(font.file), 200)
     for character in CHARACTERS:
-        for _ in range(PICTURES_PER_GLYPH):
-            size = str(rng.choice(list(HEIGHTS)))
-            position = str(rng.choice(list(POSITIONS))) if size == "small" else ""
-            color, ground, colors = draw_colors(rng)
-            new = is_new_combination(color, character)
-            if new and split != "train":
-                continue
-            image = draw(font, character, size, position, colors, rng)
-            attributes = {"size": size, "color": color, "bold": font.bold, "italic": font.italic, "ground": ground}
-            attributes |= {"position": position, "family": font.family}
-            row = {"image": image, "label": character, "caption": caption(character, attributes), **attributes}
-            yield ("combinations" if new else split), row
+        size = str(rng.choice(list(HEIGHTS)))
+        position = str(rng.choice(list(POSITIONS))) if size == "small" else ""
+        color, ground, colors = draw_colors(rng)
+        new = is_new_combination(color, character)
+        if new and split != "train":
+            continue
+        image = draw(opened, character, size, position, colors, rng)
+        attributes = {"size": size, "color": color, "bold": font.bold, "italic": font.italic, "ground": ground}
+        attributes |= {"position": position, "family": font.family}
+        row = {"image": image, "label": character, "caption": caption(character, attributes), **attributes}
+        yield ("combinations" if new else split), row
 
 
 def draw_colors(rng: np.random.Generator) -> tuple[str, str, tuple[np.ndarray, np.ndarray]]:
@@ -181,21 +180,27 @@ def draw_colors(rng: np.random.Generator) -> tuple[str, str, tuple[np.ndarray, n
 
 
 def draw(
-    font: Font, character: str, size: str, position: str, colors: tuple[np.ndarray, np.ndarray], rng: np.random.Generator
+    font: ImageFont.FreeTypeFont,
+    character: str,
+    size: str,
+    position: str,
+    colors: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator,
 ) -> Image.Image:
     """A character whose capital height, and place, are drawn at random within what `size` and `position` say."""
     side = SIZE * SUPERSAMPLING
     height = rng.uniform(*HEIGHTS[size]) * side
     x, y = (np.array(POSITIONS.get(position, (0.5, 0.5))) + rng.uniform(-0.03, 0.03, 2)) * side
-    top, bottom = ImageFont.truetype(str(font.file), 200).getbbox("H", anchor="ls")[1::2]
-    opened = ImageFont.truetype(str(font.file), max(4, round(200 * height / (bottom - top))))
-    left, _, right, _ = opened.getbbox(character, anchor="ls")
-    width = right - left
-    if width > 0.9 * side:  # very wide fonts
-        opened = opened.font_variant(size=int(opened.size * 0.9 * side / width))
-        left, _, right, _ = opened.getbbox(character, anchor="ls")
+    top, bottom = font.getbbox("H", anchor="ls")[1::2]
+    opened = font.font_variant(size=max(4, round(font.size * height / (bottom - top))))
+    left, top, right, bottom = opened.getbbox(character, anchor="ls")
+    widest = max(right - left, bottom - top)
+    if widest > 0.9 * side:
+        opened = opened.font_variant(size=int(opened.size * 0.9 * side / widest))
+        left, top, right, bottom = opened.getbbox(character, anchor="ls")
     mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).text((x - (left + right) / 2, y + height / 2), character, fill=255, font=opened, anchor="ls")
+    middle = (x - (left + right) / 2, y - (top + bottom) / 2)
+    ImageDraw.Draw(mask).text(middle, character, fill=255, font=opened, anchor="ls")
     cover = np.asarray(mask.resize((SIZE, SIZE), Image.Resampling.BOX), np.float64)[..., None] / 255
     return Image.fromarray((255 * (cover * colors[0] + (1 - cover) * colors[1])).round().astype(np.uint8))
 
@@ -205,7 +210,8 @@ def caption(character: str, attributes: dict) -> str:
     style = [word for word in ("bold", "italic") if attributes[word]]
     place = f", {attributes['position']}" if attributes["position"] else ""
     words = [attributes["size"], attributes["color"], *style, kind, character]
-    return f"{' '.join(words)} on a {attributes['ground']} ground{place}"
+    article = "an" if attributes["ground"] == "orange" else "a"
+    return f"{' '.join(words)} on {article} {attributes['ground']} ground{place}"
 
 
 def write_parquet(rows: list[dict], file: Path) -> None:
