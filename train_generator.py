@@ -91,6 +91,7 @@ def train(config: GeneratorConfig) -> None:
     if isinstance(transformer, DiTTransformer2DModel):
         initialize_dit(transformer)
     check_shapes(config, transformer, dataset)
+    warmup = open_warmup(config, tokenizer, dataset)
     with_images = LatentsWithImages(dataset, open_images(config, dataset)) if alignment.weight else None
     pipeline = build_pipeline(config, transformer, tokenizer, dataset).to(run.device)
     with accelerator.main_process_first():  # one process downloads, the others find it
@@ -117,9 +118,12 @@ def train(config: GeneratorConfig) -> None:
     run.start(module.trained_parts(), ema, model, optimizers, schedules, dataset.about)
 
     # Images are read as long as hidden states are aligned with their features, and latents alone from then on.
+    # Before that, latents of images without high frequencies, if there are any.
     batches = run.batches(dataset)
     if with_images is not None:
         batches = itertools.chain(run.batches(with_images, until=alignment.stop_step), batches)
+    if warmup is not None:
+        batches = itertools.chain(run.batches(warmup, until=config.data.warmup_steps), batches)
 
     for batch in batches:
         model.train()
@@ -168,6 +172,20 @@ def open_cache(config: GeneratorConfig, tokenizer: ModelMixin | None = None) -> 
             embeddings = TextEmbeddings(data.text_embeddings or Path(data.latents) / TEXT_EMBEDDINGS_FOLDER)
     with hint("`favae cache-latents` writes data.latents with data.tokenizer"):
         return open_latents(data.latents, tokenizer, flip=data.flip, text_embeddings=embeddings)
+
+
+def open_warmup(
+    config: GeneratorConfig, tokenizer: ModelMixin, dataset: MomentsDataset | TokenDataset
+) -> MomentsDataset | TokenDataset | None:
+    """The latents that are learned first, which are normalized as the others are. Source: arXiv 2511.22249."""
+    if config.data.warmup_latents is None:
+        return None
+    with hint("`favae cache-latents --low-pass 0.2` writes data.warmup_latents with data.tokenizer"):
+        warmup = open_latents(config.data.warmup_latents, tokenizer, flip=config.data.flip)
+    for key in ("latent_shape", "classes"):
+        if warmup.manifest[key] != dataset.manifest[key]:
+            raise ConfigError(f"data.warmup_latents have another {key} than data.latents")
+    return warmup
 
 
 def open_images(config: GeneratorConfig, dataset: MomentsDataset | TokenDataset) -> ImageDataset:

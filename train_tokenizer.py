@@ -32,9 +32,11 @@ from favae.files import atomic_path
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS, cached_vgg16
+from favae.models.linear_shortcut import fade_shortcut
 from favae.training.command_line import run_script
 from favae.training.config import TokenizerConfig, losses_at, to_yaml
 from favae.training.dry_run import describe_run, describe_tokenizer
+from favae.training.latent_regularization import IMAGE_BLOCK
 from favae.training.models import build_model
 from favae.training.optimization import (
     Ema,
@@ -46,6 +48,7 @@ from favae.training.optimization import (
 )
 from favae.training.run import Run, find_checkpoint_to_resume
 from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
+from favae.training.tokenizer_losses import TokenizerLossConfig
 from favae.training.tokenizer_module import TokenizerTrainingModule
 from favae.wavelets import WaveletBands
 
@@ -117,8 +120,10 @@ def train(config: TokenizerConfig) -> None:
                 # 3. Clip the gradient. If it is not finite, the step is skipped by every process.
                 finite = clip_gradients(accelerator, model, settings.max_grad_norm)
 
-                # 4. Optimizer step.
+                # 4. Optimizer step. A shortcut that fades is a little smaller after it.
                 optimizer_step(accelerator, optimizers, schedules, finite)
+                if settings.fade_shortcut_steps:
+                    fade_shortcut(vae, run.step, settings.fade_shortcut_steps)
 
                 # 5. Moving average of the weights.
                 if finite:
@@ -172,6 +177,7 @@ def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
         ratio, side = ratio * 2, side // 2  # the half-size latent must be one too
     if resolution % ratio:
         raise ConfigError(f"train.resolution must be a multiple of {ratio} for this model and loss, got {resolution}")
+    side = min(side, max(ratio, int(resolution * min(losses.smallest_scale for _, losses in config.loss_stages))))
     for bands in (module for module in vae.modules() if isinstance(module, WaveletBands)):
         smallest, taps = side // 2 ** (bands.levels - 1), bands.transform.length
         if smallest < taps:
@@ -179,7 +185,29 @@ def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
                 f"model.wavelet={bands.transform.wavelet} has filters of {taps} pixels, and at train.resolution="
                 f"{resolution} the smallest band that it splits has {smallest}"
             )
+    for _, losses in config.loss_stages:
+        check_latents(losses, vae, resolution)
     return vae
+
+
+def check_latents(losses: TokenizerLossConfig, vae: ModelMixin, resolution: int) -> None:
+    """Raises ConfigError if what the losses do with latents does not suit their shape."""
+    ratio = spatial_compression_ratio(vae)
+    channels, side, masking = vae.config.latent_channels, resolution // ratio, losses.frequency_masking
+    if masking.probability and (side % masking.latent_block or resolution % IMAGE_BLOCK):
+        raise ConfigError(
+            f"loss.frequency_masking.latent_block={masking.latent_block} does not divide latents of {side} x {side}, "
+            f"or {IMAGE_BLOCK} does not divide train.resolution={resolution}"
+        )
+    if losses.prefix.widths is not None and max(losses.prefix.widths) >= channels:
+        raise ConfigError(
+            f"loss.prefix.widths must be below the {channels} latent channels, got {losses.prefix.widths}"
+        )
+    if losses.equivariance and losses.band.weight and ratio % 2**losses.band.levels:
+        raise ConfigError(
+            f"loss.band.levels={losses.band.levels} does not fit images that loss.equivariance makes smaller by steps "
+            f"of {ratio} pixels"
+        )
 
 
 def build_training_module(config: TokenizerConfig, vae: ModelMixin) -> TokenizerTrainingModule:

@@ -21,8 +21,7 @@ from favae.errors import ModelError
 from favae.models import VQModelFA
 from favae.models.hub import silent_about_previews
 from favae.models.sizes import compression_ratio
-
-MIN_LOGVAR = -30.0  # diffusers clamps the log-variance of a posterior to at least this
+from favae.normalization import MIN_LOGVAR
 
 
 def load_autoencoder(path: str) -> ModelMixin:

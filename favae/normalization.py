@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor
 
+MIN_LOGVAR = -30.0  # diffusers clamps the log-variance of a posterior to at least this
+
 
 def normalize_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
     """The latents as a generator sees them.

@@ -6,7 +6,7 @@ from pathlib import Path
 from favae.cli_options import add_data_options, add_loading_options, add_output_option, data_name, open_data
 from favae.commands import add_command
 from favae.errors import hint
-from favae.ranges import Count, Pixels, in_range
+from favae.ranges import Count, Pixels, Share, in_range
 
 
 def add_commands(commands) -> None:
@@ -26,6 +26,12 @@ def add_commands(commands) -> None:
     add_output_option(parser, "folder")
     parser.add_argument("--shard-size", type=in_range(Count), default=4096, help="images per file (default: 4096)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--low-pass",
+        type=in_range(Share),
+        metavar="RADIUS",
+        help="encode images without frequencies above this share of the highest, for data.warmup_latents",
+    )
     add_data_options(parser, "--data", split="train")
     add_loading_options(parser)
 
@@ -75,6 +81,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,
         dtype=getattr(torch, arguments.dtype),
+        low_pass=arguments.low_pass,
         num_workers=arguments.num_workers,
     )
     state = process_state()

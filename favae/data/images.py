@@ -102,6 +102,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def without_high_frequencies(images: Tensor, radius: float) -> Tensor:
+    """Keeps the disc of frequencies up to `radius` of the highest along an axis: (B, C, H, W) -> the same."""
+    rows, columns = (torch.fft.fftfreq(size, d=0.5, device=images.device) for size in images.shape[-2:])
+    kept = torch.hypot(rows[:, None], columns[None]) <= radius
+    return torch.fft.ifft2(torch.fft.fft2(images.float()) * kept).real.to(images.dtype)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets
 

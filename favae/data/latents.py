@@ -36,7 +36,7 @@ from favae.autoencoders import encode_moments, image_channels, load_autoencoder,
 from favae.data.cached_dataset import CONTENTS, CachedDataset, LatentManifest
 from favae.data.captions import captions_file, check_captions, summarize_captions
 from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
-from favae.data.images import ImageDataset, skip_missing
+from favae.data.images import ImageDataset, skip_missing, without_high_frequencies
 from favae.data.sharded_cache import (
     FILL_THE_GAP,
     FLOATS,
@@ -246,6 +246,7 @@ def write_latent_cache(
     batch_size: int = 32,
     shard_size: int = 4096,
     dtype: torch.dtype = torch.float32,
+    low_pass: float | None = None,
     num_workers: int = 0,
 ) -> dict:
     """Encodes every image and its mirror image. All processes call this together.
@@ -258,6 +259,7 @@ def write_latent_cache(
         batch_size: images that are encoded at a time.
         shard_size: images per shard.
         dtype: of the stored moments; tokens are int32.
+        low_pass: encodes the images `without_high_frequencies` above this radius.
         num_workers: processes that read images, for each process that encodes.
     Returns:
         The manifest.
@@ -280,6 +282,7 @@ def write_latent_cache(
         "resolution": images.resolution,
         "shard_size": shard_size,
         "dtype": str(dtype).removeprefix("torch."),
+        "low_pass": low_pass,
     }
     writer = CacheWriter(output, plan, CONTENTS, names=["data", "images"])
     tokenizer = tokenizer.to(writer.state.device).eval()
@@ -299,7 +302,7 @@ def write_latent_cache(
         part = Subset(RecordedImages(images), ranges[number])
         loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
         batches = (batch for batch in loader if batch is not None)
-        save_file(_encode(dataset_class, tokenizer, batches, dtype, images.source.name), path)
+        save_file(_encode(dataset_class, tokenizer, batches, dtype, images.source.name, low_pass), path)
 
     writer.write_missing(files, write_shard, "latents")
 
@@ -331,11 +334,14 @@ def _encode(
     batches: Iterable[dict],
     dtype: torch.dtype,
     name: Callable[[int], str],
+    low_pass: float | None,
 ) -> dict[str, Tensor]:
     """The tensors of a shard: both views of all images in the batches. `name` gives an image's, for messages."""
     columns: dict[str, list[Tensor]] = {key: [] for key in (*dataset_class.columns, "labels", "indices", "checksums")}
     for batch in batches:
         image = batch["image"].to(tokenizer.device, tokenizer.dtype)
+        if low_pass is not None:
+            image = without_high_frequencies(image, low_pass)
         views = []
         for view in (image, image.flip(-1)):
             values, exact = dataset_class.encode(tokenizer, view)

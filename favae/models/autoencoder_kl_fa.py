@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from favae.models.linear_shortcut import start_linear
 from favae.models.sizes import check_widths
 from favae.models.tiling import FullTilesAutoencoderKL
-from favae.models.wavelet_networks import WaveletDecoder, WaveletEncoder
+from favae.models.wavelet_networks import UnitMeanConv2d, WaveletDecoder, WaveletEncoder
 from favae.wavelets import WaveletBands
 
 
@@ -36,7 +36,9 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
         wavelet_levels: how often the image is split; see `WaveletBands`.
         shortcut: a linear path from patches to latents and back, which the networks only correct: an untrained model is
             then a linear codec. "overlapping" decodes a patch from its latent and the eight around it, "patches" from
-            its own alone; `None` is without.
+            its own alone; "decoder" is "overlapping" without the way from patches to latents; `None` is without.
+        latent_norm: "rms" divides the latents of each position by their root mean square over the channels, and there
+            is no posterior: train it with noise (`loss.latent_noise`), and with `loss.kl` 0.
         sample_size, scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: as in [`AutoencoderKL`].
 
     Raises:
@@ -59,7 +61,8 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
         high_latent_channels: PositiveInt = 6,
         wavelet: str = "haar",
         wavelet_levels: PositiveInt = 1,
-        shortcut: Literal["overlapping", "patches"] | None = "overlapping",
+        shortcut: Literal["overlapping", "patches", "decoder"] | None = "overlapping",
+        latent_norm: Literal["rms"] | None = None,
         sample_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 256,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
@@ -89,7 +92,7 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
             norm_num_groups=norm_num_groups,
             bands=bands,
             spatial_compression_ratio=self.spatial_compression_ratio,
-            shortcut=shortcut,
+            shortcut="overlapping" if shortcut == "decoder" else shortcut,
         )
         self.encoder = WaveletEncoder(
             in_channels=in_channels,
@@ -101,14 +104,15 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
             norm_num_groups=norm_num_groups,
             bands=bands,
             spatial_compression_ratio=self.spatial_compression_ratio,
-            shortcut=shortcut is not None,
+            shortcut=shortcut in ("overlapping", "patches"),
         )
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        quant_conv = nn.Conv2d if latent_norm is None else UnitMeanConv2d
+        self.quant_conv = quant_conv(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         if shortcut is not None:
             start_linear(
                 quant_convs=[self.quant_conv, self.post_quant_conv],
-                encoders=[self.encoder.low, self.encoder.high],
+                encoders=[] if shortcut == "decoder" else [self.encoder.low, self.encoder.high],
                 decoders=[self.decoder.low, self.decoder.high],
             )
         self.reset_tiling(sample_size)

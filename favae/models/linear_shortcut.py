@@ -171,3 +171,16 @@ def start_linear(quant_convs: Sequence[nn.Conv2d], encoders: Sequence[Encoder], 
     for convolution in quant_convs:
         nn.init.dirac_(convolution.weight)
         nn.init.zeros_(convolution.get_parameter("bias"))
+
+
+@torch.no_grad()
+def fade_shortcut(model: nn.Module, step: int, steps: int) -> None:
+    """Makes shortcuts smaller after a training step, so that they are linearly less and, after `steps`, nothing.
+
+    Args:
+        step: how many steps were done before this one.
+    """
+    left = max(0.0, (steps - step - 1) / (steps - step)) if step < steps else 0.0
+    for module in model.modules():
+        if isinstance(module, (PatchesToLatents, LatentsToPatches)):
+            module.weight.mul_(left)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents
 from favae.models.sizes import check_image_size
+from favae.normalization import MIN_LOGVAR
 from favae.wavelets import WaveletBands
 
 
@@ -152,3 +153,15 @@ class WaveletDecoder(nn.Module):
         high = self.high(sample)
         image = self.bands.inverse(low, high)
         return image if self.shortcut is None else image + self.shortcut(sample)
+
+
+class UnitMeanConv2d(nn.Conv2d):
+    """A convolution to moments (B, 2 C', h, w): means of the root mean square 1 at each position, without a variance.
+
+    Source: GAE, arXiv 2603.10365.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, _ = super().forward(input).chunk(2, dim=1)
+        mean = mean * torch.rsqrt(mean.float().square().mean(dim=1, keepdim=True) + 1e-6).to(mean)
+        return torch.cat([mean, torch.full_like(mean, MIN_LOGVAR)], dim=1)

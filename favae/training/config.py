@@ -120,6 +120,7 @@ class TokenizerTrainConfig(TrainConfig):
     discriminator_learning_rate: Rate | None = None  # None: the same as learning_rate
     channels_last: bool = False  # memory format of images and convolutions
     parts: Literal["all", "encoder", "decoder"] = "all"  # what is trained; the rest stays as it is
+    fade_shortcut_steps: Step = 0  # over so many steps, the shortcut of the model vanishes; 0: it stays
 
 
 @dataclass(config=STRICT)
@@ -161,6 +162,8 @@ class TokenizerConfig(RunConfig):
 
     def __post_init__(self):
         check_model(self.model, TOKENIZERS)
+        if self.train.fade_shortcut_steps and not self.model.get("shortcut"):
+            raise ConfigError("train.fade_shortcut_steps needs a model with a shortcut: model.shortcut=overlapping")
         for _, loss in self.loss_stages:
             check_loss(loss, self)
             check_teacher(loss, self)
@@ -218,7 +221,8 @@ def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
         "alignment.weight": loss.alignment.weight,
         "spectrum.weight": loss.spectrum.weight,
         "high_dropout": loss.high_dropout,
-        "scale_equivariance": loss.scale_equivariance,
+        "high_noise": loss.high_noise,
+        **loss.shaping_latents,
     }
     for key, is_set in own_latents.items():
         if is_set:
@@ -231,12 +235,17 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     model_class = find_model_class(model["name"])
     if loss.spectrum.weight and not (hasattr(model_class, "quantize") and model.get("frequency_complement", "conv")):
         raise ConfigError("loss.spectrum.weight needs a VQModelFA with model.frequency_complement")
-    if loss.high_dropout and not hasattr(model_class, "low_latent_channels"):
-        raise ConfigError("loss.high_dropout needs a model with high latents: model.name=AutoencoderKLFA")
-    if loss.latent_noise and hasattr(model_class, "quantize"):
-        raise ConfigError(f"loss.latent_noise needs continuous latents; a {model['name']} has tokens")
-    if loss.alignment.weight and FROM_AUTOENCODER_KL in model:
-        raise ConfigError(f"loss.alignment.weight needs an encoder that learns; model.{FROM_AUTOENCODER_KL} freezes it")
+    for key in ("high_dropout", "high_noise"):
+        if getattr(loss, key) and not hasattr(model_class, "low_latent_channels"):
+            raise ConfigError(f"loss.{key} needs a model with high latents: model.name=AutoencoderKLFA")
+    continuous = {"latent_noise": loss.latent_noise, **loss.shaping_latents}
+    for key in (key for key, is_set in continuous.items() if is_set and hasattr(model_class, "quantize")):
+        raise ConfigError(f"loss.{key} needs continuous latents; a {model['name']} has tokens")
+    for name in ("alignment", "spectrum_matching"):
+        if getattr(loss, name).weight and FROM_AUTOENCODER_KL in model:
+            raise ConfigError(
+                f"loss.{name}.weight needs an encoder that learns; model.{FROM_AUTOENCODER_KL} freezes it"
+            )
     if config.train.mixed_precision == "fp16" and (loss.adversarial.weight or loss.has_adaptive_weights):
         raise ConfigError(
             "train.mixed_precision=fp16 has one gradient scale, and loss.adversarial and loss.alignment.adaptive need "
@@ -247,13 +256,15 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
             "train.shard frees weights that adaptive weights need again; set loss.alignment.adaptive=false and "
             "loss.adversarial.adaptive=false"
         )
-    smallest = 3 * 2**loss.adversarial.num_layers
+    smallest = round(3 * 2**loss.adversarial.num_layers / loss.smallest_scale)
     if loss.adversarial.weight and resolution < smallest:
         raise ConfigError(
             f"train.resolution must be at least {smallest} for loss.adversarial.num_layers, got {resolution}"
         )
-    if loss.stft.weight and loss.stft.window > resolution:
-        raise ConfigError(f"loss.stft.window must be at most train.resolution = {resolution}, got {loss.stft.window}")
+    largest = int(resolution * loss.smallest_scale)
+    if loss.stft.weight and loss.stft.window > largest:
+        what = "a quarter of train.resolution, with loss.equivariance," if loss.equivariance else "train.resolution"
+        raise ConfigError(f"loss.stft.window must be at most {what} = {largest}, got {loss.stft.window}")
     if loss.band.weight and resolution % 2**loss.band.levels:
         raise ConfigError(f"loss.band.levels={loss.band.levels} does not fit train.resolution = {resolution}")
     builders = {"stft": loss.stft.build, "spectrum": lambda: loss.spectrum.build(levels=1), "band": loss.band.build}
@@ -262,7 +273,7 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
             build()
         except ValueError as error:
             raise ConfigError(f"loss.{name}: {error}") from error
-    smallest, taps = resolution // 2 ** (loss.band.levels - 1), loss.band.build().length
+    smallest, taps = largest // 2 ** (loss.band.levels - 1), loss.band.build().length
     if loss.band.weight and smallest < taps:
         raise ConfigError(
             f"loss.band.wavelet={loss.band.wavelet} has filters of {taps} pixels, and the smallest band that is split "
@@ -277,6 +288,8 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
 class LatentDataConfig:
     latents: Text | None = None  # a cache written by `favae cache-latents`
     tokenizer: Text | None = None  # the autoencoder that wrote it: a folder or hub name
+    warmup_latents: Text | None = None  # of the same images, written with --low-pass: learned first (FreqWarm)
+    warmup_steps: Step = 0  # how long
     flip: bool = True
     text_embeddings: Text | None = None  # written by `favae embed-captions`; None: the folder in that of the latents
     text_encoder: Text | None = None  # where the encoder of these embeddings is now; None: where it was
@@ -386,6 +399,7 @@ class GeneratorConfig(RunConfig):
         class_only = {
             "loss.alignment.weight": self.loss.alignment.weight,
             "evaluation.every": self.evaluation.every,
+            "data.warmup_latents": self.data.warmup_latents,
             "loss.objective": self.loss.objective != "flow_matching",
         }
         for key, is_set in class_only.items():
@@ -413,6 +427,12 @@ class GeneratorConfig(RunConfig):
             )
         if alignment.weight and not 1 <= alignment.layer <= model.get("num_layers", 28):
             raise ConfigError(f"loss.alignment.layer must be one of the model's layers, got {alignment.layer}")
+        if (self.data.warmup_latents is None) != (self.data.warmup_steps == 0):
+            raise ConfigError("data.warmup_latents and data.warmup_steps are set together")
+        if alignment.weight and self.data.warmup_steps:
+            raise ConfigError(
+                "loss.alignment.weight needs images from the first step, and data.warmup_latents has none"
+            )
         if alignment.weight and self.data.images is None:
             raise ConfigError("loss.alignment.weight needs data.images: the images that the latents were made of")
 

@@ -13,6 +13,8 @@ from favae.ranges import Count, Halvings, Positive, Probability, Step, Text, Wei
 from favae.training.validation import STRICT
 from favae.wavelets import WaveletTransform2D
 
+SMALLEST_SCALE = 0.25  # of latents and images with loss.equivariance
+
 
 @dataclass(config=STRICT)
 class FocalFrequencyConfig:
@@ -75,6 +77,7 @@ class AlignmentConfig:
     distmat_margin: Weight = 0.25
     cosine_margin: Weight = 0.5
     adaptive: bool = True  # scale to the gradient of the reconstruction at the encoder's last layer
+    channels: Literal["low", "all"] = "low"  # of the latent
 
 
 @dataclass(config=STRICT)
@@ -85,6 +88,30 @@ class AdversarialConfig:
     num_layers: Halvings = 3  # of stride 2; patches of 70 pixels
     adaptive: bool = True  # scale to the gradient of the reconstruction at the decoder's last layer
     max_weight: Weight = 10.0  # the most that the adaptive factor may be
+
+
+@dataclass(config=STRICT)
+class SpectrumMatchingConfig:
+    """Brings the spectrum of the latents to that of the images; see `spectrum_matching_loss`. Published: 0.01, kl 0."""
+
+    weight: Weight = 0.0
+    delta: Weight = 1.0
+
+
+@dataclass(config=STRICT)
+class FrequencyMaskingConfig:
+    """Cuts the high frequencies of latents and images alike; see `keep_low_frequencies`. Published: 0.75."""
+
+    probability: Probability = 0.0  # of a step
+    latent_block: Literal[4, 8] = 8  # side of the blocks of the latents; of images it is 8
+
+
+@dataclass(config=STRICT)
+class PrefixConfig:
+    """Decodes the first channels alone, so that the first hold the most (DC-AE 1.5, arXiv 2508.00413)."""
+
+    probability: Probability = 0.0  # of an image
+    widths: Annotated[list[Count], Field(min_length=1)] | None = None  # how many channels may be kept
 
 
 @dataclass(config=STRICT)
@@ -105,9 +132,17 @@ class TokenizerLossConfig:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     scale_equivariance: Weight = 0.0  # of the reconstruction error of the half-size latent
     latent_noise: Weight = 0.0  # tau: each image's latents get noise of std |N(0, tau^2)| before they are decoded
-    high_dropout: Probability = 0.0  # how often the high latents are zero and the target is the low-pass image
+    high_dropout: Probability = 0.0  # how often the high latents of an image are zero
+    high_dropout_target: Literal["low_pass", "image"] = "low_pass"  # "image": arXiv 2609.39222, there 0.4
+    high_noise: Weight = 0.0  # s: the high latents of an image get noise of std U(0, s); arXiv 2609.39222, there 0.8
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    equivariance: Probability = 0.0  # how often latents and target are smaller and turned (EQ-VAE, there 0.5)
+    spectrum_matching: SpectrumMatchingConfig = field(default_factory=SpectrumMatchingConfig)
+    frequency_masking: FrequencyMaskingConfig = field(default_factory=FrequencyMaskingConfig)
 
     def __post_init__(self):
+        if self.prefix.probability and self.prefix.widths is None:
+            raise ConfigError("loss.prefix.probability needs loss.prefix.widths: numbers of channels that may be kept")
         if self.reconstruction == "none" and self.has_adaptive_weights and not (self.ssim or self.perceptual):
             raise ConfigError(
                 "loss.reconstruction=none without loss.ssim and loss.perceptual leaves nothing that the adaptive "
@@ -120,12 +155,29 @@ class TokenizerLossConfig:
         return any(section.weight and section.adaptive for section in (self.alignment, self.adversarial))
 
     @property
+    def shaping_latents(self) -> dict[str, float]:
+        """The settings that shape continuous latents as the model learns them, by their keys."""
+        return {
+            "prefix.probability": self.prefix.probability,
+            "equivariance": self.equivariance,
+            "scale_equivariance": self.scale_equivariance,
+            "spectrum_matching.weight": self.spectrum_matching.weight,
+            "frequency_masking.probability": self.frequency_masking.probability,
+        }
+
+    @property
+    def smallest_scale(self) -> float:
+        """How small an image is, relative to train.resolution, that the losses compare."""
+        return SMALLEST_SCALE if self.equivariance else 1.0
+
+    @property
     def fixed_settings(self) -> dict[str, Any]:
         """The settings that networks are built with, which therefore hold for the whole run, by their keys."""
         fixed = {
             "perceptual_weights": self.perceptual_weights,
             "alignment.backbone": self.alignment.backbone,
             "alignment.weights": self.alignment.weights,
+            "alignment.channels": self.alignment.channels,
             "adversarial.channels": self.adversarial.channels,
             "adversarial.num_layers": self.adversarial.num_layers,
         }

@@ -10,18 +10,20 @@ from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from torch import Tensor, nn
 
-from favae.autoencoders import MIN_LOGVAR, decode, encode, encode_moments
+from favae.autoencoders import decode, encode, encode_moments
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import adaptive_weight, adversarial_loss
 from favae.losses.alignment import vision_foundation_alignment
 from favae.losses.frequency import SpectrumLoss, band_loss, focal_frequency_loss
+from favae.losses.latent_spectra import spectrum_matching_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.stft import ssim_loss
 from favae.models.autoencoder_tiny_fa import TinyDecoder
 from favae.models.frequency_complement import FeatureRecorder
 from favae.models.vq_model_fa import VQModelFA
-from favae.normalization import normalize_latents
+from favae.normalization import MIN_LOGVAR, normalize_latents
 from favae.precision import no_autocast
+from favae.training.latent_regularization import add_noise, regularize
 from favae.training.tokenizer_losses import TokenizerLossConfig
 
 STATISTICS_WINDOW = 100  # batches that the codebook statistics look back on
@@ -35,8 +37,8 @@ class Autoencoding(NamedTuple):
     """What one pass through the autoencoder gives the losses.
 
     Attributes:
-        reconstruction: (B, C, H, W).
-        target: (B, C, H, W), what it should be: the images, or their low-pass version where high latents were dropped.
+        reconstruction: (B, C, H, W), or smaller with the equivariance.
+        target: what it should be, of the same shape: the images, or what `regularize` made of them.
         latents: (B, C', h, w), a sample of the posterior or codebook vectors.
         moments: (B, 2C', h, w), mean and log-variance of the posterior; None for a codebook.
         terms: losses that need the inside of the model.
@@ -61,12 +63,10 @@ class TokenizerTrainingModule(nn.Module):
     That is the published sum per image divided by CHW throughout, so published weights keep their meaning. Images are
     gray, RGB or RGBA: LPIPS, alignment and the discriminator see them `in_color`, the other losses have all channels.
 
-    Three losses change the forward pass itself:
-
-    - scale equivariance, |D(z/2) - x/2|, where /2 halves the size. Source: Skorokhodov et al., 2025 (arXiv 2502.14831);
-    - latent noise of std |N(0, tau^2)|, one draw per image, on what is decoded. Source: Zheng et al., 2025 (RAE, arXiv
-      2510.11690);
-    - high dropout: with this probability, per image, the high latents are zero and the target is the low-pass image.
+    Scale equivariance, |D(z/2) - x/2|, where /2 halves the size, decodes a second time (Skorokhodov et al., 2025, arXiv
+    2502.14831). Other losses change what is decoded, and perhaps the target (see `regularize`): latent noise of std
+    |N(0, tau^2)|, one draw per image (RAE, arXiv 2510.11690), dropout and noise of the high latents, prefixes of the
+    channels, smaller and turned latents, latents without high frequencies.
 
     With a latent teacher, its latents are decoded, so that the model becomes another decoder for them; an encoder that
     learns is trained by the distance of its latents to them, separately.
@@ -102,7 +102,10 @@ class TokenizerTrainingModule(nn.Module):
         self.vae: ModelMixin = vae
         self.teacher, self.lpips = teacher, lpips
         self.stft = first.stft.build()
-        self.aligned_channels: int = getattr(vae, "low_latent_channels", vae.config.latent_channels)
+        channels = vae.config.latent_channels
+        self.low_channels: int = getattr(vae, "low_latent_channels", channels)
+        self.has_posterior = vae.config.get("latent_norm") is None
+        self.aligned_channels = channels if first.alignment.channels == "all" else self.low_channels
         self.projector: nn.Conv2d | None = None
         self.spectrum: SpectrumLoss | None = None
         self.codebook_statistics: CodebookStatistics | None = None
@@ -169,7 +172,7 @@ class TokenizerTrainingModule(nn.Module):
             fidelity = _total(terms, like=reconstruction)
             terms |= self._frequency_terms(reconstruction, target, losses)
             terms |= passed.terms
-            if losses.kl and passed.moments is not None:
+            if losses.kl and passed.moments is not None and self.has_posterior:
                 divergence = DiagonalGaussianDistribution(passed.moments.float()).kl()
                 terms["kl"] = losses.kl, divergence.mean() / images[0].numel()
             factors = {}
@@ -195,7 +198,6 @@ class TokenizerTrainingModule(nn.Module):
             return self._decode_teacher_latents(self.latent_teacher, images, losses, teacher_moments)
         terms: Terms = {}
         statistics: dict[str, Tensor] = {}
-        target = images
         recorder = None
         if self.spectrum is not None and losses.spectrum.weight:
             recorder = FeatureRecorder(self.vae.encoder, self.vae.decoder)
@@ -212,12 +214,8 @@ class TokenizerTrainingModule(nn.Module):
                 exact, latents, moments = posterior.mean, posterior.sample(), posterior.parameters
 
             # 2. Regularize what is decoded.
-            decoded = _add_noise(latents, losses.latent_noise)
-            if losses.high_dropout:
-                dropped = torch.rand(len(images), 1, 1, 1, device=images.device) < losses.high_dropout
-                channel = torch.arange(decoded.shape[1], device=images.device).view(1, -1, 1, 1)
-                decoded = torch.where(dropped & (channel >= self.aligned_channels), 0, decoded)
-                target = torch.where(dropped, self.vae.low_pass(images), images)
+            low_pass = getattr(self.vae, "low_pass", None)
+            decoded, target = regularize(latents, images, losses, low_channels=self.low_channels, low_pass=low_pass)
 
             # 3. Decode.
             reconstruction = self._decode(decoded)
@@ -227,6 +225,9 @@ class TokenizerTrainingModule(nn.Module):
             terms["spectrum"] = losses.spectrum.weight, self.spectrum(*recorder.pairs(exact))
             if losses.spectrum.type == "dynamic":
                 statistics |= {f"sigma_{i}": sigma.detach() for i, sigma in enumerate(self.spectrum.sigma)}
+        if losses.spectrum_matching.weight:
+            value = spectrum_matching_loss(latents, images, delta=losses.spectrum_matching.delta)
+            terms["spectrum_matching"] = losses.spectrum_matching.weight, value
         if losses.scale_equivariance:
             half = self._decode(F.interpolate(latents, scale_factor=0.5, mode="area"))
             half_target = F.interpolate(images, size=half.shape[-2:], mode="area")
@@ -250,7 +251,7 @@ class TokenizerTrainingModule(nn.Module):
                 std = self._normalized(teacher, posterior.mean + posterior.std) - mean
                 distance = distance + (own.std - std).square().mean()
             terms["latents"] = losses.latents, distance
-        reconstruction = self._decode(_add_noise(latents, losses.latent_noise))
+        reconstruction = self._decode(add_noise(latents, losses.latent_noise))
         if losses.distillation:
             with torch.no_grad():
                 taught = decode(teacher, raw)
@@ -332,14 +333,6 @@ class TokenizerTrainingModule(nn.Module):
 def _distance(reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfig) -> Tensor:
     error = reconstruction - target
     return error.square().mean() if losses.reconstruction == "l2" else error.abs().mean()
-
-
-def _add_noise(latents: Tensor, size: float) -> Tensor:
-    """Noise of std |N(0, size^2)|, one draw for each image."""
-    if not size:
-        return latents
-    std = size * torch.randn(len(latents), 1, 1, 1, device=latents.device).abs()
-    return latents + std * torch.randn_like(latents)
 
 
 def last_layers(decoder: nn.Module) -> list[Tensor]:

@@ -3,13 +3,17 @@
 import json
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_LIGHTNINGDIT, refusal, tiny_generator_recipe, train
+from conftest import TINY_LIGHTNINGDIT, command, command_error, refusal, tiny_generator_recipe, train
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
 from favae import LightningDiTTransformer2DModel
+from favae.data.images import ImageDataset, without_high_frequencies
+from favae.data.latents import load_tokenizer, open_latents
+from favae.data.sources import open_source
 from favae.eval.sampling import class_names
 from favae.models.class_conditional import initialize_dit
 from favae.training.class_to_image import ClassToImageModule, GeneratorLossConfig
@@ -195,3 +199,36 @@ def test_muon_takes_the_matrices_and_compiled_blocks_train(tiny_cache):
         DiffusionPipeline.from_pretrained(tiny_cache / "run/final").transformer.blocks[0].modulation.weight.abs().sum()
         > 0
     )
+
+
+def test_latents_of_smooth_images_are_learned_first(tiny_cache, monkeypatch):
+    words = ("--tokenizer", tiny_cache / "tokenizer", "--data", tiny_cache / "images", "--resolution", "16")
+    command("cache-latents", *words, "--low-pass", "0.25", "--output", tiny_cache / "smooth")
+    exact, smooth = (open_latents(tiny_cache / name, flip=False) for name in ("cache", "smooth"))
+    whole, low = (dataset.read(np.arange(12), np.zeros(12, int))["mean"] for dataset in (exact, smooth))
+    tokenizer = load_tokenizer(str(tiny_cache / "tokenizer"))
+    image = ImageDataset(open_source(str(tiny_cache / "images")), 16)[3]["image"][None]
+    with torch.no_grad():
+        expected = tokenizer.encode(without_high_frequencies(image, 0.25)).latent_dist.mean
+    assert torch.allclose(low[3], expected[0], atol=1e-4) and not torch.allclose(low, whole, atol=1e-2)
+
+    seen = []
+    plain = ClassToImageModule.forward
+    monkeypatch.setattr(ClassToImageModule, "forward", lambda self, z, b: seen.append(b["mean"]) or plain(self, z, b))
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    settings = [f"data.warmup_latents={tiny_cache / 'smooth'}", "data.warmup_steps=2", f"output={tiny_cache / 'run'}"]
+    train("train_generator", recipe, "data.flip=false", *settings)
+    smooth_rows, exact_rows = ({row.numpy().tobytes() for row in rows} for rows in (low, whole))
+    from_smooth = [all(row.numpy().tobytes() in smooth_rows for row in batch) for batch in seen]
+    from_exact = [all(row.numpy().tobytes() in exact_rows for row in batch) for batch in seen]
+    assert from_smooth == [True] * 2 + [False] * 4 and from_exact == [False] * 2 + [True] * 4
+
+    command("cache-latents", *words[:-1], "32", "--low-pass", "0.25", "--output", tiny_cache / "large")
+    for setting, named in (
+        (["data.warmup_steps=2"], "data.warmup_latents"),
+        ([f"data.warmup_latents={tiny_cache / 'smooth'}"], "data.warmup_steps"),
+        ([f"data.warmup_latents={tiny_cache / 'large'}", "data.warmup_steps=2"], "another latent_shape"),
+        ([*settings[:2], "loss.alignment={weight: 0.5, layer: 1}"], "loss.alignment.weight"),
+    ):
+        assert named in refusal("train_generator", recipe, *setting, f"output={tiny_cache / 'refused'}")
+    assert "another low_pass" in command_error("cache-latents", *words, "--output", tiny_cache / "smooth")
