@@ -28,6 +28,7 @@ from torchvision.utils import save_image
 
 from benchmarks.timing import environment, speedup, time_paired
 from experiments.image_sets import InMemoryImages, seams_of
+from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
 from favae import AutoencoderTinyFA
@@ -168,20 +169,6 @@ VARIANTS = {
         "low and high bands from networks of their own, from nothing", BRANCHES, warm=False, rate=1e-3
     ),
 }
-
-
-@cache
-def fastest_precision() -> str:
-    """The precision in which this processor trains faster: on some, bf16 is 20 times as slow as float32."""
-    layers = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(4))).to(memory_format=torch.channels_last)
-    images = torch.randn(8, 64, 32, 32).to(memory_format=torch.channels_last)
-
-    def step(enabled: bool) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            layers(images).float().square().mean().backward()
-
-    timings = time_paired({"no": lambda: step(False), "bf16": lambda: step(True)}, rounds=5)
-    return min(timings, key=lambda name: timings[name].median)
 
 
 @cache
