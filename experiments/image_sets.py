@@ -1,5 +1,7 @@
 """Sets of images that the generators' experiments measure."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -30,5 +32,6 @@ def read_images(dataset: Dataset) -> Tensor:
 
 
 def seams_of(images: Tensor, patch_size: int) -> float:
-    """`favae.eval.seams.seams` of images in memory, (N, 3, H, W), uint8."""
-    return seams(neighbor_differences(images).double().mean(dim=0).numpy(), images.shape[-2:], patch_size)
+    """`favae.eval.seams.seams` of images in memory, (N, 3, H, W), uint8; NaN where that is None."""
+    found = seams(neighbor_differences(images).double().mean(dim=0).numpy(), images.shape[-2:], patch_size)
+    return math.nan if found is None else found
