@@ -36,8 +36,8 @@ wavelet transform: {gflop:.1f} GFLOP for 256 px, where FLUX.2's own decoder need
 small encoder for the same latents is with it. The latents are normalized, as generators see them and as TAEF2's are.
 
 It began from nothing: no weight is anybody else's. It learned from {steps:,} steps of 8 windows of 64 px, taken from
-fewer than 200 photographs, and from what TAEF2's encoder (madebyollin/taesd, MIT) makes of them. That is little: expect fair
-colors and soft textures. It is a model to begin with, and the start of a better one
+fewer than 200 photographs, and from what TAEF2's encoder (madebyollin/taesd, MIT) makes of them. That is little: expect
+fair colors and soft textures. It is a model to begin with, and the start of a better one
 (`model.from_pretrained=zoo/{name}`), not a replacement for FLUX.2's decoder.
 
 On {images} held-out crops of 128 px:

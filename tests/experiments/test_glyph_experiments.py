@@ -1,4 +1,4 @@
-"""The tokenizers of experiments/latents.py: what they cost, and one row from training to measures."""
+"""The experiments on glyphs: what their models cost, and a row of each from training to measures."""
 
 import datasets
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import glyphs, latents
+from experiments import codebooks, glyph_texts, glyphs, latents
 from experiments.glyphs import ATTRIBUTES, CHARACTERS, GlyphClassifier, GlyphExtractor, accuracies
 from experiments.latents import VARIANTS, on_plateau, tokenizer_config
 from experiments.rows import Task
@@ -24,7 +24,8 @@ def small(tmp_path, monkeypatch):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2 * len(CHARACTERS))
         ]
         columns = {name: [values[i % len(values)] for i in range(len(pictures))] for name, values in ATTRIBUTES.items()}
-        table = datasets.Dataset.from_dict({"image": pictures, **columns})
+        captions = [f"{color} {label}" for color, label in zip(columns["color"], columns["label"])]
+        table = datasets.Dataset.from_dict({"image": pictures, "caption": captions, **columns})
         table.cast_column("label", datasets.ClassLabel(names=list(CHARACTERS))).to_parquet(
             tmp_path / f"{split}.parquet"
         )
@@ -100,3 +101,45 @@ def test_a_row_has_all_measures(small, monkeypatch):
 
 def test_plateaus():
     assert on_plateau([1.0, 0.5, 0.4, 0.398]) and not on_plateau([1.0, 0.5, 0.4, 0.39])
+
+
+@pytest.mark.parametrize("name", codebooks.VARIANTS)
+def test_the_recipes_of_codebooks(name, small, monkeypatch):
+    monkeypatch.setattr(codebooks, "fastest_precision", lambda: "no")
+    task = Task(name, codebooks.VARIANTS[name], seed=0, steps=20, runs=small, resolution=32, batch_size=32)
+    with torch.device("meta"):
+        vae = build_tokenizer(codebooks.recipe(task))
+    assert vae.config.frequency_complement == codebooks.VARIANTS[name].complement
+
+
+def test_a_row_of_codebooks(small, monkeypatch):
+    model = GlyphClassifier()
+    monkeypatch.setattr(codebooks, "fastest_precision", lambda: "no")
+    monkeypatch.setattr(glyphs, "trained_classifier", lambda: model)
+    monkeypatch.setattr(latents, "trained_classifier", lambda: model)
+    monkeypatch.setattr(codebooks, "POINTS", (0.5, 1.0))
+    monkeypatch.setitem(codebooks.TRAIN, "batch_size", 4)
+    task = Task("dsl", codebooks.VARIANTS["dsl"], seed=0, steps=20, runs=small, resolution=32, batch_size=32)
+    row = codebooks.make_row(task)
+    assert row["bits_per_image"] == 16 * 8 and 0 < row["codebook_usage"] <= 1 and row["fd"] > 0
+    assert [point["steps"] for point in row["curve"]] == [10, 20]
+    assert "`dsl` | 1" in codebooks.tables({"rows": [row]})
+
+
+def test_a_row_of_glyph_texts(small, monkeypatch):
+    model = GlyphClassifier()
+    for module in (glyphs, latents, glyph_texts):
+        monkeypatch.setattr(module, "trained_classifier", lambda: model)
+    for module in (codebooks, glyph_texts):
+        monkeypatch.setattr(module, "fastest_precision", lambda: "no")
+    monkeypatch.setattr(glyph_texts, "PROMPTS", 5)
+    monkeypatch.setattr(glyph_texts, "SPLITS", {"heldout": "texts"})
+    monkeypatch.setattr(glyph_texts, "GUIDANCE_SCALES", (2.0,))
+    monkeypatch.setattr(codebooks, "STEPS", 20)
+    monkeypatch.setitem(codebooks.TRAIN, "batch_size", 4)
+    monkeypatch.setitem(glyph_texts.TRAIN, "batch_size", 4)
+    task = Task("mean", glyph_texts.VARIANTS["mean"], seed=0, steps=20, runs=small, resolution=32, batch_size=64)
+    row = glyph_texts.make_row(task)
+    assert set(row["heldout"][0]["attributes"]) == set(ATTRIBUTES) and row["heldout"][0]["fd"] > 0
+    report = {"rows": [row]}
+    assert "| `mean` | 1 | texts | 2.0 |" in glyph_texts.tables(report)

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Do frequency losses help a codebook? The ladder of FA-VAE (CVPR 2023) on glyphs, trained until it converges.
+
+    python scripts/glyphs.py --output glyphs
+    FAVAE_GLYPHS=glyphs python -m experiments.codebooks
+
+One VQGAN of 128 bits per image, without a loss on frequencies; with the focal frequency loss of the image;
+of all levels, unblurred; with fixed Gaussians (spectrum loss) and with learned ones (dynamic spectrum loss); and the
+three kinds of frequency complements. Measured on families of fonts that are in no training. Writes
+docs/results/codebooks.json and .md.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+
+import torch
+import yaml
+
+from benchmarks.timing import environment
+from experiments.glyphs import glyphs_folder, load_glyphs, trained_classifier
+from experiments.image_sets import InMemoryImages
+from experiments.latents import BOTH, POINTS, SIZE, image_metrics, on_plateau, reconstruction_metrics
+from experiments.precision import fastest_precision
+from experiments.report import format_table, rows_by_model, with_std
+from experiments.rows import Comparison, Task, main
+from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
+from favae.data.images import to_uint8
+from favae.training.checkpoints import find_checkpoints
+from favae.training.config import TokenizerConfig, load_config
+from train_tokenizer import train
+
+STEPS = 8_000
+MODEL = {
+    "name": "VQModelFA",
+    "block_out_channels": [16, 32, 48, 96],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 16,
+    "codebook_size": 256,
+    "dead_code_threshold": 0.1,
+    "sample_size": SIZE,
+}
+TRAIN = {
+    "batch_size": 32,
+    "resolution": SIZE,
+    "learning_rate": 1.0e-3,
+    "betas": [0.9, 0.99],
+    "lr_warmup_steps": 100,
+    "ema_decay": 0.999,
+    "channels_last": True,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: the kind of frequency complements, and the losses that differ from the L1 distance."""
+
+    note: str
+    complement: str | None = "conv"
+    loss: dict = field(default_factory=dict)
+    length: float = 1.0
+
+
+FOCAL = {"focal_frequency": {"weight": 1.0}}
+
+
+def spectrum(kind: str) -> dict:
+    return {"spectrum": {"weight": 0.01, "type": kind}}
+
+
+VARIANTS = {
+    "none": Variant("no loss on frequencies, no complements", None),
+    "complements": Variant("complements, without a loss on them"),
+    "ffl": Variant("+ focal frequency loss of the image", loss=FOCAL),
+    "ffl_levels": Variant("+ the same of the features at all levels, unblurred", loss=FOCAL | spectrum("none")),
+    "sl": Variant("+ spectrum loss: Gaussians of a fixed sigma", loss=FOCAL | spectrum("fixed")),
+    "dsl": Variant("+ dynamic spectrum loss: learned sigmas", loss=FOCAL | spectrum("dynamic")),
+    "dsl_res": Variant("`dsl` with complements of the kind res", "res", FOCAL | spectrum("dynamic")),
+    "dsl_attn": Variant("`dsl` with complements of the kind attn", "attn", FOCAL | spectrum("dynamic")),
+}
+
+
+def make_row(task: Task) -> dict:
+    """Trains one model with one seed, and measures it along the way."""
+    train(recipe(task))
+    images, attributes = load_glyphs("heldout")
+    images = images.float() / 127.5 - 1
+    curve = [
+        {"steps": step, **reconstruction_metrics(str(path / "ema"), images)}
+        for step, path in find_checkpoints(task.run / "checkpoints")
+    ]
+    shutil.rmtree(task.run / "checkpoints")
+    vae = load_autoencoder(str(task.run / "final"))
+    budget = measure_budget(vae, SIZE)
+    with torch.no_grad():
+        reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
+    log = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": "glyphs", "curve": curve}
+    row |= {"gflop": budget.flops / 1e9, "params": budget.params, "bits_per_image": budget.bits_per_image}
+    row |= {key: value for key, value in curve[-1].items() if key != "steps"}
+    row |= {"plateau": on_plateau([point["recon"] for point in curve])}
+    row |= {key: log[key] for key in ("codebook_usage", "codebook_perplexity")}
+    return row | image_metrics(InMemoryImages(reconstructions), attributes["label"]) | environment()
+
+
+def recipe(task: Task) -> TokenizerConfig:
+    every = {"log_every": task.steps // 20, "checkpoint_every": task.steps // len(POINTS)}
+    sections = {
+        "model": MODEL | {"frequency_complement": task.variant.complement},
+        "data": {"path": str(glyphs_folder() / "train.parquet"), "flip": False},
+        "loss": task.variant.loss,
+        "train": {**TRAIN, **BOTH, **every, "steps": task.steps, "mixed_precision": fastest_precision()},
+    }
+    file = task.run.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(sections, sort_keys=False))
+    return load_config(TokenizerConfig, file, [f"output={task.run}", f"seed={task.seed}"])
+
+
+def tables(report: dict) -> str:
+    rows, lines = rows_by_model(report), []
+    digits = {"recon": 5, "low": 4, "high": 5, "psnr": 2, "ssim": 3, "fd": 1, "accuracy": 3, "codebook_perplexity": 0}
+    for name in (name for name in VARIANTS if name in rows):
+        own = rows[name]
+        cells = [with_std([row[key] for row in own], count) for key, count in digits.items()]
+        plateaus = sum(row["plateau"] for row in own)
+        lines.append([f"`{name}`", len(own), f"{own[0]['gflop']:.2f}", *cells, plateaus])
+    columns = ["row", "seeds", "GFLOP", "Recon", "Low", "High", "PSNR", "SSIM", "FD", "accuracy", "codes", "plateaus"]
+    return format_table(columns, lines)
+
+
+COMPARISON = Comparison(
+    name="codebooks",
+    variants=VARIANTS,
+    prepare=trained_classifier,
+    make_row=make_row,
+    tables=tables,
+    steps=STEPS,
+    seeds=2,
+    resolution=SIZE,
+    batch_size=32,
+    other_sizes=False,
+    pictures=False,
+)
+
+if __name__ == "__main__":
+    main(COMPARISON, __doc__)

@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""Does CAT need all words of a text, or their mean? On glyphs, whose texts name up to seven attributes.
+
+    python scripts/glyphs.py --output glyphs
+    FAVAE_GLYPHS=glyphs python -m experiments.glyph_texts
+
+CAT learns the codes of one tokenizer (`dsl` of experiments/codebooks.py) from "small blue bold digit 7 on a white
+ground, top left" and the like, by attention to the embeddings of all tokens of the text, or to their mean alone. Samples
+for texts of held-out families, and for pairs of color and character that no text in training has, are read by the
+classifier of experiments/glyphs.py: the share in which each attribute is the one that was asked for. Writes
+docs/results/glyph_texts.json and .md.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import yaml
+from diffusers import DiffusionPipeline
+from filelock import FileLock
+from torchvision.utils import save_image
+
+from benchmarks.timing import environment
+from experiments import codebooks
+from experiments.glyphs import ATTRIBUTES, accuracies, glyphs_folder, load_glyphs, trained_classifier
+from experiments.image_sets import read_images
+from experiments.latents import BOTH, SIZE, image_metrics
+from experiments.precision import fastest_precision
+from experiments.report import format_table, rows_by_model, with_std
+from experiments.rows import Comparison, Task, main
+from favae.data.images import ImageDataset
+from favae.data.latents import load_tokenizer, write_latent_cache
+from favae.data.sources import open_source
+from favae.data.text_embeddings import write_text_embeddings
+from favae.eval.image_sets import SampleFolder
+from favae.eval.sampling import sample_to_folder
+from favae.text_encoder import TextEncoder
+from favae.training.config import GeneratorConfig, load_config
+from train_generator import train as train_generator
+from train_tokenizer import train as train_tokenizer
+
+STEPS = 10_000
+TOKENIZER = "dsl"
+PROMPTS = 960  # of each split
+SPLITS = {"heldout": "texts of other fonts", "combinations": "new pairs of color and character"}
+GUIDANCE_SCALES = (1.0, 3.0)
+PICTURED = 48
+MODEL = {
+    "name": "CATTransformerModel",
+    "sample_size": 4,
+    "num_layers": 6,
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "hidden_size": 192,
+    "text_dim": 384,
+    "codebook_size": codebooks.MODEL["codebook_size"],
+    "text_dropout_prob": 0.1,
+}
+TRAIN = {"batch_size": 64, "learning_rate": 1.0e-3, "weight_decay": 0.01, "lr_warmup_steps": 100, "ema_decay": 0.999}
+
+
+@dataclass(frozen=True)
+class Variant:
+    note: str
+    model: dict = field(default_factory=dict)
+    length: float = 1.0
+
+
+VARIANTS = {
+    "tokens": Variant("attention to the embeddings of all tokens of the text"),
+    "mean": Variant("attention to their mean alone", {"text_pooling": "mean"}),
+}
+
+
+def make_row(task: Task) -> dict:
+    """Trains one generator with one seed, and reads what it makes of texts."""
+    tokenizer, cache = prepare(task)
+    train_generator(generator_config(task, tokenizer, cache))
+    shutil.rmtree(task.run / "checkpoints")
+    pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
+    log = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
+    params = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": params, "loss": log["cross_entropy"]}
+    for split in SPLITS:
+        row[split] = [{"guidance_scale": scale, **measure(task, pipeline, split, scale)} for scale in GUIDANCE_SCALES]
+    return row | environment()
+
+
+def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -> dict:
+    """How often each attribute, and all of them, are as the text says; and FD, IS, precision and recall."""
+    table = datasets.Dataset.from_parquet(str(glyphs_folder() / f"{split}.parquet"))
+    chosen = np.linspace(0, len(table) - 1, min(PROMPTS, len(table))).astype(int)
+    prompts = [table["caption"][int(i)] for i in chosen]
+    folder = task.run / f"samples-{split}-{scale}"
+    sample_to_folder(
+        pipeline, folder, len(prompts), prompts=prompts, seed=task.seed, guidance_scale=scale, batch_size=120
+    )
+    samples = SampleFolder(folder)
+    attributes = {name: values[chosen] for name, values in load_glyphs(split)[1].items()}
+    if task.pictures is not None and task.seed == 0:
+        task.pictures.mkdir(parents=True, exist_ok=True)
+        picture = task.pictures / f"{task.name}-{split}-{scale}.png"
+        save_image(read_images(samples)[:PICTURED] / 255, picture, nrow=12, padding=1)
+    found = accuracies(trained_classifier(), read_images(samples), attributes)
+    return {"attributes": found, **image_metrics(samples, attributes["label"])}
+
+
+def prepare(task: Task) -> tuple[Path, Path]:
+    """The tokenizer, and the cache of its codes with the embeddings of captions; made once for all rows."""
+    cache = task.runs / "cache"
+    with FileLock(task.runs / "tokenizer.lock"):
+        variant = codebooks.VARIANTS[TOKENIZER]
+        own = Task("tokenizer", variant, 0, codebooks.STEPS, task.runs, task.resolution, task.batch_size)
+        if not (own.run / "final").exists():
+            train_tokenizer(codebooks.recipe(own))
+        tokenizer = load_tokenizer(str(own.run / "final"))
+        images = ImageDataset(open_source(str(glyphs_folder() / "train.parquet")), SIZE)
+        write_latent_cache(tokenizer, images, cache, data_name="glyphs", batch_size=256)
+        write_text_embeddings(TextEncoder("minilm"), cache, batch_size=256)
+    return own.run / "final", cache
+
+
+def generator_config(task: Task, tokenizer: Path, cache: Path) -> GeneratorConfig:
+    every = {"log_every": task.steps // 20, "checkpoint_every": task.steps}
+    train = {**TRAIN, **BOTH, **every, "steps": task.steps, "mixed_precision": fastest_precision()}
+    sections = {
+        "model": MODEL | task.variant.model,
+        "data": {"latents": str(cache), "tokenizer": str(tokenizer), "flip": False},
+        "train": train,
+    }
+    file = task.run.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(sections, sort_keys=False))
+    return load_config(GeneratorConfig, file, [f"output={task.run}", f"seed={task.seed}"])
+
+
+def tables(report: dict) -> str:
+    rows, lines = rows_by_model(report), []
+    for split, note in SPLITS.items():
+        for number, scale in enumerate(GUIDANCE_SCALES):
+            for name in (name for name in VARIANTS if name in rows):
+                own = [row[split][number] for row in rows[name]]
+                cells = [with_std([entry["attributes"][key] for entry in own], 3) for key in ATTRIBUTES]
+                lines.append([f"`{name}`", len(own), note, scale, *cells, with_std([entry["fd"] for entry in own], 1)])
+    return format_table(["row", "seeds", "texts", "guidance", *ATTRIBUTES, "FD"], lines)
+
+
+COMPARISON = Comparison(
+    name="glyph_texts",
+    variants=VARIANTS,
+    prepare=trained_classifier,
+    make_row=make_row,
+    tables=tables,
+    steps=STEPS,
+    seeds=2,
+    resolution=SIZE,
+    batch_size=64,
+    other_sizes=False,
+)
+
+if __name__ == "__main__":
+    main(COMPARISON, __doc__)
