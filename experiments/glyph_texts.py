@@ -5,9 +5,9 @@
     FAVAE_GLYPHS=glyphs python -m experiments.glyph_texts
 
 CAT learns the codes of one tokenizer (`dsl` of experiments/codebooks.py) from "small blue bold digit 7 on a white
-ground, top left" and the like, by attention to the embeddings of all tokens of the text, or to their mean alone. Samples
-for texts of held-out families, and for pairs of color and character that no text in training has, are read by the
-classifier of experiments/glyphs.py: the share in which each attribute is the one that was asked for. Writes
+ground, top left" and the like, by attention to the embeddings of all tokens of the text, or to their mean alone.
+Samples for texts of held-out families, and for pairs of color and character that no text in training has, are read by
+the classifier of experiments/glyphs.py: the share in which each attribute is the one that was asked for. Writes
 docs/results/glyph_texts.json and .md.
 """
 
