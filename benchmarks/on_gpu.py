@@ -3,14 +3,17 @@
 
     python -m benchmarks.on_gpu                                     (about an hour on one GPU)
     python -m benchmarks.on_gpu --only tokenizer_throughput training_memory
+    FAVAE_GLYPHS=glyphs python -m benchmarks.on_gpu --only latents codebooks glyph_texts --minutes 9
 
 Each slice is one of the other benchmarks with settings for a GPU, or a training with each of several settings, by its
 own script; trainings are compared with the first setting. Those of `..._on_all_gpus` take all GPUs and are left out
 where there is one. Slices are independent of each other: one that fails is reported, and the others run. Each writes a
-JSON file into docs/results/gpu/.
+JSON file into docs/results/gpu/. With --minutes, a slice is ended after so long, and the same command goes on: the
+experiments on glyphs (with 20 times the steps; scripts/glyphs.py writes their data, 30 MB) continue where they were.
 """
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -29,6 +32,7 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense, bf
 
 BF16 = ["--dtype", "bfloat16"]
 BENCHMARKS = {
+    "checks": ["checks"],
     "tokenizer_throughput": ["tokenizer_throughput", *BF16, "--batch-size", "32", "--rounds", "20"],
     "training_memory": ["training_memory", "--batch-size", "32"],
     "generator_step_b": ["generator_step", "--size", "B", *BF16, "--batch-size", "256", "--compile", "--rounds", "20"],
@@ -68,15 +72,40 @@ ON_ALL_GPUS = {
         "sharded_compiled": [*GENERATOR, "train.shard=true", "train.compile=true"],
     },
 }
-SLICES = [*BENCHMARKS, *TRAININGS, *ON_ALL_GPUS]
+EXPERIMENTS = {"latents": 160_000, "codebooks": 160_000, "glyph_texts": 200_000}  # and their steps
+SLICES = [*BENCHMARKS, *TRAININGS, *ON_ALL_GPUS, *EXPERIMENTS]
 
 
-def run_benchmark(name: str) -> None:
+def run(command: list[str], minutes: float | None = None) -> None:
+    """Runs a command, which gets Ctrl-C after so many minutes.
+
+    Raises:
+        CalledProcessError: if it fails.
+    """
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        code = process.wait(None if minutes is None else 60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        print("not finished; the same command goes on", flush=True)
+        return
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+def run_experiment(name: str, minutes: float | None) -> None:
+    """One row after the other, in one process."""
+    words = ["--steps", str(EXPERIMENTS[name]), "--jobs", "0", "--output", str(OUTPUT / f"{name}.json")]
+    run([sys.executable, "-m", f"experiments.{name}", *words], minutes)
+
+
+def run_benchmark(name: str, minutes: float | None) -> None:
     words = [*BENCHMARKS[name], "--output", str(OUTPUT / f"{name}.json")]
     peak = [value for gpu, value in PEAK_TFLOPS.items() if gpu in torch.cuda.get_device_name()]
     if words[0] == "generator_step" and peak:
         words += ["--peak-tflops", str(peak[0])]
-    subprocess.run([sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]], cwd=ROOT, check=True)
+    run([sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]], minutes)
 
 
 def compare_trainings(name: str, variants: dict[str, list[str]], processes: int) -> None:
@@ -117,6 +146,7 @@ def prepare_latents(resolution: int = 256) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=SLICES, default=SLICES, metavar="SLICE", help=", ".join(SLICES))
+    parser.add_argument("--minutes", type=float, help="the most that a slice takes (default: as long as it needs)")
     arguments = parser.parse_args(argv)
     gpus = torch.cuda.device_count()
     if not gpus:
@@ -128,7 +158,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"== {name}", flush=True)
         try:
             if name in BENCHMARKS:
-                run_benchmark(name)
+                run_benchmark(name, arguments.minutes)
+            elif name in EXPERIMENTS:
+                run_experiment(name, arguments.minutes)
             elif name in TRAININGS:
                 compare_trainings(name, TRAININGS[name], processes=1)
             elif gpus > 1:

@@ -20,13 +20,12 @@ import yaml
 from benchmarks.timing import environment
 from experiments.glyphs import glyphs_folder, load_glyphs, trained_classifier
 from experiments.image_sets import InMemoryImages
-from experiments.latents import BOTH, POINTS, SIZE, image_metrics, on_plateau, reconstruction_metrics
+from experiments.latents import BOTH, POINTS, SIZE, image_metrics, on_plateau, points, reconstruction_metrics
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
 from favae.data.images import to_uint8
-from favae.training.checkpoints import find_checkpoints
 from favae.training.config import TokenizerConfig, load_config
 from train_tokenizer import train
 
@@ -88,9 +87,8 @@ def make_row(task: Task) -> dict:
     images = images.float() / 127.5 - 1
     curve = [
         {"steps": step, **reconstruction_metrics(str(path / "ema"), images)}
-        for step, path in find_checkpoints(task.run / "checkpoints")
+        for step, path in points(task.run, task.steps)
     ]
-    shutil.rmtree(task.run / "checkpoints")
     vae = load_autoencoder(str(task.run / "final"))
     budget = measure_budget(vae, SIZE)
     with torch.no_grad():
@@ -101,7 +99,9 @@ def make_row(task: Task) -> dict:
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve])}
     row |= {key: log[key] for key in ("codebook_usage", "codebook_perplexity")}
-    return row | image_metrics(InMemoryImages(reconstructions), attributes["label"]) | environment()
+    row |= image_metrics(InMemoryImages(reconstructions), attributes["label"])
+    shutil.rmtree(task.run / "checkpoints")
+    return row | environment()
 
 
 def recipe(task: Task) -> TokenizerConfig:

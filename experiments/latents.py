@@ -16,6 +16,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import torch
 import yaml
@@ -40,6 +41,7 @@ from favae.eval.image_sets import SampleFolder
 from favae.eval.latent_evaluation import latent_metrics
 from favae.eval.reconstruction import PER_IMAGE, image_errors
 from favae.eval.sampling import sample_to_folder
+from favae.files import write_text
 from favae.training.checkpoints import find_checkpoints
 from favae.training.config import GeneratorConfig, TokenizerConfig, load_config
 from favae.training.models import find_model_class
@@ -194,15 +196,20 @@ VARIANTS = {
 
 def make_row(task: Task) -> dict:
     """Trains a tokenizer and the generator of its latents with one seed, and measures both along the way."""
-    config = tokenizer_config(task)
-    train_tokenizer(config)
+    file = task.run.with_name(f"{task.run.name}-tokenizer.json")  # a row that was interrupted goes on after it
+    if not file.exists():
+        write_text(file, json.dumps(tokenizer_metrics(task)))
+    return json.loads(file.read_text()) | {"generator": generator_metrics(task)} | environment()
+
+
+def tokenizer_metrics(task: Task) -> dict:
+    train_tokenizer(tokenizer_config(task))
     images, attributes = load_glyphs("heldout")
     images = images.float() / 127.5 - 1
     curve = [
         {"steps": step, **reconstruction_metrics(str(path / "ema"), images)}
-        for step, path in find_checkpoints(task.run / "checkpoints")
+        for step, path in points(task.run, task.steps)
     ]
-    shutil.rmtree(task.run / "checkpoints")
     vae = load_autoencoder(str(task.run / "final"))
     budget = measure_budget(vae, SIZE)
     reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
@@ -213,7 +220,14 @@ def make_row(task: Task) -> dict:
     row["latents"] = measure_latents(vae, images, attributes["label"])
     row["seams"] = seams_of(reconstructions, patch_size(vae)) / seams_of(to_uint8(images), patch_size(vae))
     row["reconstructions"] = image_metrics(InMemoryImages(reconstructions), attributes["label"])
-    return row | {"generator": generator_metrics(task)} | environment()
+    shutil.rmtree(task.run / "checkpoints")
+    return row
+
+
+def points(run: Path, steps: int) -> list[tuple[int, Path]]:
+    """The checkpoints at which a training is measured; one that was interrupted has left others as well."""
+    wanted = {round(steps * share) for share in POINTS}
+    return [(step, path) for step, path in find_checkpoints(run / "checkpoints") if step in wanted]
 
 
 def tokenizer_config(task: Task) -> TokenizerConfig:
@@ -273,7 +287,7 @@ def generator_metrics(task: Task) -> dict:
     train_generator(config)
 
     curve = []
-    for step, path in find_checkpoints(run / "checkpoints"):
+    for step, path in points(run, task.steps):
         transformer = find_model_class(TRANSFORMER["name"]).from_pretrained(path / "ema").eval()
         pipeline = build_pipeline(config, transformer, tokenizer, open_latents(latents))
         point = {"steps": step}

@@ -2,15 +2,18 @@
 
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_LIGHTNINGDIT, tiny_tokenizer_recipe
+from conftest import ROOT, TINY_LIGHTNINGDIT, tiny_tokenizer_recipe, train
 
-from benchmarks import cat_sampling, cpu_training, decoder_cost, latent_loading, on_gpu, timing, training_run
+from benchmarks import cat_sampling, checks, cpu_training, decoder_cost, latent_loading, on_gpu, timing, training_run
 from benchmarks.cat_sampling import uncached
 from benchmarks.generator_step import with_published_blocks
+from experiments.rows import parse_arguments
 from favae import CATTransformerModel, LightningDiTTransformer2DModel
 from favae.training.config import load_config
 
@@ -124,6 +127,45 @@ def test_the_trainings_on_a_gpu_have_valid_settings(name):
     for training, recipe, *settings in variants.values():
         schema, _ = training_run.TRAININGS[training]
         load_config(schema, ROOT / recipe, settings)
+
+
+def test_the_checks_find_what_differs(tmp_path, image_folder, monkeypatch, capsys):
+    """On a tiny model: a pass in bf16, tiles, and a training that is continued, which on a CPU is exact."""
+    recipe = tiny_tokenizer_recipe(tmp_path, image_folder)
+
+    def run_here(command, **_):
+        train("train_tokenizer", *command[2:])
+
+    monkeypatch.setattr(checks.subprocess, "run", run_here)
+    settings = ["loss.adversarial.weight=0", "train.log_every=1", "train.lr_warmup_steps=0"]
+    words = [*settings, "--recipe", str(recipe), "--steps", "4", "--only", "bf16", "tiles", "resumed"]
+    checks.main([*words, "--output", str(tmp_path / "checks.json")])
+    found = json.loads((tmp_path / "checks.json").read_text())["checks"]
+    assert found["resumed"]["difference"] == 0 and 0 < found["bf16"]["difference"] < 0.03
+    assert set(found) == {"bf16", "tiles", "resumed"} and "bf16: " in capsys.readouterr().out
+    monkeypatch.setitem(checks.LIMITS, "bf16", 1e-9)
+    with pytest.raises(SystemExit, match="error: bf16: the difference is too large"):
+        checks.main([*settings, "--recipe", str(recipe), "--only", "bf16", "--output", str(tmp_path / "checks.json")])
+
+
+def test_a_slice_is_ended_and_goes_on_later(tmp_path, capsys):
+    """Ctrl-C after the minutes that it may take; a failure is a failure."""
+    waits = "import time, sys, pathlib\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n "
+    script = f"{waits} pathlib.Path(sys.argv[1]).touch()"
+    on_gpu.run([sys.executable, "-c", script, str(tmp_path / "saved")], minutes=1 / 60)
+    assert (tmp_path / "saved").exists() and "goes on" in capsys.readouterr().out
+    with pytest.raises(subprocess.CalledProcessError):
+        on_gpu.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize("name", on_gpu.EXPERIMENTS)
+def test_the_experiments_on_a_gpu_can_be_called(name, monkeypatch):
+    calls = []
+    monkeypatch.setattr(on_gpu, "run", lambda command, minutes: calls.append(command))
+    on_gpu.run_experiment(name, 9)
+    comparison = importlib.import_module(f"experiments.{name}").COMPARISON
+    arguments = parse_arguments(comparison, "", calls[0][3:])
+    assert arguments.steps == on_gpu.EXPERIMENTS[name] == 20 * comparison.steps and arguments.jobs == 0
 
 
 def test_nothing_is_measured_without_a_gpu(capsys):

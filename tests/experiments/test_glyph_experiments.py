@@ -118,6 +118,7 @@ def test_a_row_of_codebooks(small, monkeypatch):
     monkeypatch.setattr(glyphs, "trained_classifier", lambda: model)
     monkeypatch.setattr(latents, "trained_classifier", lambda: model)
     monkeypatch.setattr(codebooks, "POINTS", (0.5, 1.0))
+    monkeypatch.setattr(latents, "POINTS", (0.5, 1.0))
     monkeypatch.setitem(codebooks.TRAIN, "batch_size", 4)
     task = Task("dsl", codebooks.VARIANTS["dsl"], seed=0, steps=20, runs=small, resolution=32, batch_size=32)
     row = codebooks.make_row(task)
