@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, spatial_compression_ratio
@@ -25,7 +26,7 @@ from favae.channels import in_color
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.latents import open_latents
 from favae.data.latents_with_images import LatentsWithImages
-from favae.data.sources import open_source
+from favae.data.sources import Selection, open_source
 from favae.errors import ConfigError, hint
 from favae.eval.online import TokenizerEvaluation
 from favae.files import atomic_path
@@ -52,6 +53,8 @@ from favae.training.tokenizer_losses import TokenizerLossConfig
 from favae.training.tokenizer_module import TokenizerTrainingModule
 from favae.wavelets import WaveletBands
 
+PRINCIPAL_IMAGES = 512  # in which the principal components of features are found
+
 
 def train(config: TokenizerConfig) -> None:
     settings, stages, adversarial_start = config.train, config.loss_stages, config.adversarial_start
@@ -65,6 +68,8 @@ def train(config: TokenizerConfig) -> None:
     dataset = dataset.with_channels(image_channels(vae))
     with accelerator.main_process_first():  # one process downloads, the others find it
         module = build_training_module(config, vae)
+    if module.principal is not None and run.checkpoint is None:
+        fit_principal_components(module, dataset, run.device)
     training_data, about = dataset, None
     if config.teacher.latents is not None:
         training_data = open_teacher_latents(config, module, dataset)
@@ -231,6 +236,17 @@ def build_training_module(config: TokenizerConfig, vae: ModelMixin) -> Tokenizer
     return TokenizerTrainingModule(
         vae, stages, teacher, lpips, latent_teacher, config.teacher.posterior, config.teacher.normalize
     )
+
+
+def fit_principal_components(module: TokenizerTrainingModule, dataset: ImageDataset, device: torch.device) -> None:
+    """Finds the directions of the features that latents are aligned to, in images at even distances."""
+    ratio = spatial_compression_ratio(module.vae)
+    grid = (dataset.resolution // ratio, dataset.resolution // ratio)
+    images = ImageDataset(Selection(dataset.source, PRINCIPAL_IMAGES), dataset.resolution, channels=dataset.channels)
+    batches = DataLoader(images, batch_size=64, collate_fn=skip_missing, generator=torch.Generator())
+    teacher = module.teacher.to(device)
+    features = [teacher(batch["image"].to(device), grid).cpu() for batch in batches if batch is not None]
+    module.principal.fit(torch.cat(features))
 
 
 def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:

@@ -181,6 +181,10 @@ VARIANTS = {
     "kl": ours("with a hundred times the KL weight", kl=1e-4),
     "aligned": ours("+ alignment of the low channels", alignment=ALIGNMENT),
     "aligned_all": ours("+ alignment of all channels", alignment={**ALIGNMENT, "channels": "all"}),
+    "aligned_principal": ours(
+        "+ all channels aligned to principal components",
+        alignment={**ALIGNMENT, "channels": "all", "target": "principal"},
+    ),
     "stock_aligned": Variant("`stock` + alignment", STOCK, {"alignment": ALIGNMENT}),
     "stock_spectrum": Variant("`stock` + spectrum matching", STOCK, {"spectrum_matching": {"weight": 0.01}, "kl": 0.0}),
     "smooth_first": ours("whose generator learns smooth images first", smooth=0.2),

@@ -1,7 +1,8 @@
 """Alignment with the features of a frozen vision model: of latents, and of the hidden states of a generator."""
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from favae.losses.shapes import check_same_shape
 from favae.precision import no_autocast
@@ -34,6 +35,43 @@ def vision_foundation_alignment(
         distances = (z.transpose(1, 2) @ z - f.transpose(1, 2) @ f).abs()  # (B, N, N)
         cosine = (z * f).sum(dim=1)  # (B, N)
         return F.relu(distances - distmat_margin).mean() + F.relu(1 - cosine_margin - cosine).mean()
+
+
+class PrincipalComponents(nn.Module):
+    """The strongest directions of a feature map, each with variance 1: a small teacher made of a large one.
+
+    Aligned to these, latents themselves say what the features say, without a projector that learns between them. The
+    components are the best linear compression of the features, in place of the network that GAE (arXiv 2603.10365)
+    trains for it.
+
+    Args:
+        channels: of the features, D. components: how many directions, C <= D.
+    """
+
+    mean: Tensor
+    directions: Tensor
+
+    def __init__(self, channels: int, components: int):
+        super().__init__()
+        if components > channels:
+            raise ValueError(f"features of {channels} channels have fewer than {components} components")
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("directions", torch.zeros(components, channels))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Finds them in feature maps (N, D, h, w)."""
+        rows = features.double().movedim(1, -1).flatten(0, -2)
+        self.mean.copy_(rows.mean(dim=0))
+        values, vectors = torch.linalg.eigh(torch.cov(rows.T, correction=0))  # smallest first
+        strongest = slice(-len(self.directions), None)
+        scale = values[strongest].clamp_min(values[-1] * 1e-12).rsqrt()
+        self.directions.copy_((vectors[:, strongest] * scale).T.flip(0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, C, h, w), float32, strongest first."""
+        centered = features.float() - self.mean[:, None, None]
+        return torch.einsum("cd,bdhw->bchw", self.directions, centered)
 
 
 def representation_alignment(projected: Tensor, features: Tensor) -> Tensor:

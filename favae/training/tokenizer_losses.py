@@ -78,6 +78,7 @@ class AlignmentConfig:
     cosine_margin: Weight = 0.5
     adaptive: bool = True  # scale to the gradient of the reconstruction at the encoder's last layer
     channels: Literal["low", "all"] = "low"  # of the latent
+    target: Literal["features", "principal"] = "features"  # by a projector; or as many principal components, without
 
 
 @dataclass(config=STRICT)
@@ -178,6 +179,7 @@ class TokenizerLossConfig:
             "alignment.backbone": self.alignment.backbone,
             "alignment.weights": self.alignment.weights,
             "alignment.channels": self.alignment.channels,
+            "alignment.target": self.alignment.target,
             "adversarial.channels": self.adversarial.channels,
             "adversarial.num_layers": self.adversarial.num_layers,
         }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from favae.autoencoders import decode, encode, encode_moments
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import adaptive_weight, adversarial_loss
-from favae.losses.alignment import vision_foundation_alignment
+from favae.losses.alignment import PrincipalComponents, vision_foundation_alignment
 from favae.losses.frequency import SpectrumLoss, band_loss, focal_frequency_loss
 from favae.losses.latent_spectra import spectrum_matching_loss
 from favae.losses.perceptual import LPIPS
@@ -107,9 +107,12 @@ class TokenizerTrainingModule(nn.Module):
         self.has_posterior = vae.config.get("latent_norm") is None
         self.aligned_channels = channels if first.alignment.channels == "all" else self.low_channels
         self.projector: nn.Conv2d | None = None
+        self.principal: PrincipalComponents | None = None
         self.spectrum: SpectrumLoss | None = None
         self.codebook_statistics: CodebookStatistics | None = None
-        if teacher is not None:
+        if teacher is not None and first.alignment.target == "principal":
+            self.principal = PrincipalComponents(teacher.channels, self.aligned_channels)
+        elif teacher is not None:
             self.projector = nn.Conv2d(self.aligned_channels, teacher.channels, 1, bias=False)
         if any(losses.spectrum.weight for losses in stages):
             self.spectrum = first.spectrum.build(FeatureRecorder.LEVELS)
@@ -139,6 +142,7 @@ class TokenizerTrainingModule(nn.Module):
         parts = {
             "tokenizer": self.vae,
             "projector": self.projector,
+            "principal": self.principal,
             "spectrum": self.spectrum,
             "codebook_statistics": self.codebook_statistics,
         }
@@ -176,10 +180,14 @@ class TokenizerTrainingModule(nn.Module):
                 divergence = DiagonalGaussianDistribution(passed.moments.float()).kl()
                 terms["kl"] = losses.kl, divergence.mean() / images[0].numel()
             factors = {}
-            if self.projector is not None and self.teacher is not None and losses.alignment.weight:
-                projected = self.projector(passed.latents[:, : self.aligned_channels].float())
-                features = self.teacher(images, tuple(projected.shape[-2:]))
-                factor, value = self._alignment(projected, features, fidelity, losses)
+            if self.teacher is not None and losses.alignment.weight:
+                aligned = passed.latents[:, : self.aligned_channels].float()
+                features = self.teacher(images, tuple(aligned.shape[-2:]))
+                if self.projector is not None:
+                    aligned = self.projector(aligned)
+                if self.principal is not None:
+                    features = self.principal(features)
+                factor, value = self._alignment(aligned, features, fidelity, losses)
                 terms["alignment"], factors["alignment_scale"] = (losses.alignment.weight * factor, value), factor
             if discriminator is not None:
                 factor, value = self._adversarial(reconstruction, discriminator, fidelity, losses)

@@ -4,7 +4,7 @@ from torch import nn
 
 from favae.errors import MissingWeights
 from favae.losses.adversarial import adaptive_weight, hinge_discriminator_loss
-from favae.losses.alignment import representation_alignment, vision_foundation_alignment
+from favae.losses.alignment import PrincipalComponents, representation_alignment, vision_foundation_alignment
 from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
 from favae.losses.perceptual import LPIPS
 
@@ -112,3 +112,19 @@ def test_times():
     logits = torch.logit(times.double())
     assert abs(logits.mean()) < 0.05 and abs(logits.std() - 1) < 0.05
     assert abs(sample_times(20_000, "uniform").mean() - 0.5) < 0.02
+
+
+def test_principal_components_are_the_strongest_directions_with_variance_1():
+    torch.manual_seed(0)
+    mixing = torch.linalg.qr(torch.randn(6, 6)).Q
+    sources = torch.randn(50, 6, 4, 4) * torch.tensor([5.0, 0.1, 3.0, 0.2, 0.1, 1.0])[:, None, None] + 2
+    features = torch.einsum("ij,bjhw->bihw", mixing, sources)
+    components = PrincipalComponents(6, 3)
+    components.fit(features)
+    found = components(features).movedim(1, -1).flatten(0, -2)
+    assert torch.allclose(torch.cov(found.T, correction=0), torch.eye(3), atol=1e-3)
+    strongest = sources[:, [0, 2, 5]].movedim(1, -1).flatten(0, -2)
+    correlation = torch.corrcoef(torch.cat([found, strongest], dim=1).T)[:3, 3:].abs()
+    assert torch.allclose(correlation, torch.eye(3), atol=0.1)
+    with pytest.raises(ValueError, match="fewer than 7 components"):
+        PrincipalComponents(6, 7)

@@ -1,5 +1,7 @@
 """What is decoded in place of the latents: which channels, which images, and what the target is."""
 
+import json
+
 import pytest
 import torch
 from conftest import TINY_FAVAE, refusal, tiny_tokenizer_recipe, train, write_images
@@ -113,6 +115,21 @@ def test_all_channels_may_be_aligned():
         losses = TokenizerLossConfig(alignment=AlignmentConfig(weight=1.0, channels=channels))
         module = TokenizerTrainingModule(vae, [losses], Teacher())
         assert module.projector.in_channels == module.aligned_channels == expected and module.low_channels == 4
+
+
+def test_latents_are_aligned_to_principal_components_and_the_run_goes_on(tmp_path):
+    recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
+    alignment = "loss.alignment={weight: 0.5, backbone: efficientnet-lite0, channels: all, target: principal}"
+    words = (recipe, alignment, "loss.adversarial.weight=0", "train.lr_scheduler=constant")
+    train("train_tokenizer", *words, f"output={tmp_path / 'whole'}")
+    train("train_tokenizer", *words, "train.steps=4", f"output={tmp_path / 'halves'}")
+    train("train_tokenizer", *words, f"output={tmp_path / 'halves'}")
+    ends = [load_file(next((tmp_path / name / "final").glob("*.safetensors"))) for name in ("whole", "halves")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    records = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert all(record["alignment"] > 0 for record in records)
+    components = load_file(tmp_path / "whole/checkpoints/step-8/principal.safetensors")
+    assert components["directions"].shape[0] == 6 and components["directions"].any()
 
 
 def test_latents_of_unit_length(tmp_path):
