@@ -4,10 +4,11 @@
     FAVAE_TAEF2=FOLDER FAVAE_PHOTOGRAPHS=photographs python -m experiments.real_latents
 
 FOLDER has TAEF2's `encoder.safetensors` and `decoder.safetensors` (madebyollin/taesd, MIT). Its encoder gives the
-latents, and stays as it is. Every decoder is trained by train_tokenizer.py with the same loss, data and number of
-steps, at a rate that was chosen for it on the validation crops in short trials; crops of pictures that are in no
-training set are decoded and compared. The controls: the same network with a pixel shuffle in place of the inverse
-wavelet transform, and TAEF2's architecture, narrower, at the same FLOPs.
+latents, and stays as it is. Every decoder is trained by train_tokenizer.py with the same loss and, but for rows that
+say so, number of steps, at a rate that was chosen for it on the validation crops in short trials; crops of pictures
+that are in no training set are decoded and compared. Rows say how many crops there were to learn from, since
+scripts/photographs.py got more after the first ones. The controls: the same network with a pixel shuffle in place of
+the inverse wavelet transform, and TAEF2's architecture, narrower, at the same FLOPs.
 """
 
 import json
@@ -151,6 +152,7 @@ VARIANTS = {
     "wavelet_2": Variant("ends two octaves before", TWO),
     "wavelet_1_long": Variant("`wavelet_1`, trained for longer", ONE, length=4, rate=1e-4),
     "wavelet_2_long": Variant("`wavelet_2`, trained for longer", TWO, length=5, rate=3e-4),
+    "wavelet_2_longer": Variant("`wavelet_2_long`, trained on", TWO, after="wavelet_2_long", length=2, rate=2e-4),
     "shuffle_1": Variant("`wavelet_1` with a pixel shuffle", ONE | SHUFFLE, rate=2e-4),
     "shuffle_2": Variant("`wavelet_2` with a pixel shuffle", TWO | SHUFFLE),
     "plain_1": Variant(
@@ -210,6 +212,7 @@ def make_row(task: Task) -> dict:
         }
         model = find_model_class(config.model["name"]).from_pretrained(task.run / "final").eval()
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, **cost(model)}
+    row["training_crops"] = len(open_source(str(photographs() / "train.parquet"))) if task.steps else 0
     validation = crops("validation", VALIDATION_CROPS)
     row["validation_psnr"] = errors(validation, decoded(model, teacher, validation))["psnr"]
     images = crops("heldout")
@@ -285,7 +288,8 @@ def tables(report: dict) -> str:
     rows, lines = rows_by_model(report), []
     for name in (name for name in VARIANTS if name in rows):
         own = rows[name]
-        cells = [f"`{name}`", len(own), f"{own[0]['params'] / 1e6:.2f} M", f"{own[0]['gflop']:.1f}"]
+        cells = [f"`{name}`", len(own), f"{own[0]['steps']:,}", f"{own[0]['training_crops']:,}"]
+        cells += [f"{own[0]['params'] / 1e6:.2f} M", f"{own[0]['gflop']:.1f}"]
         cells.append(f"{own[0]['speedup']:.1f}" if own[0].get("speedup") else "")
         digits = {"psnr": 2, "recon": 5, "low": 4, "high": 5, "ssim": 4, "fd": 1, "seams": 3}
         cells += [with_std([row[key] for row in own], count) for key, count in digits.items()]
@@ -293,6 +297,8 @@ def tables(report: dict) -> str:
     columns = [
         "decoder",
         "seeds",
+        "steps",
+        "crops",
         "parameters",
         "GFLOP",
         "speed",
@@ -308,7 +314,9 @@ def tables(report: dict) -> str:
 
 
 def figures(report: dict, stem: Path) -> None:
-    save_strips(stem, ["teacher", "teacher_tuned", "wavelet_1", "wavelet_2", "plain_2"], Path(f"{stem}_decoders.png"))
+    save_strips(
+        stem, ["teacher", "teacher_tuned", "wavelet_1", "wavelet_2_longer", "plain_2"], Path(f"{stem}_decoders.png")
+    )
 
 
 COMPARISON = Comparison(
