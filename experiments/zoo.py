@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     images = crops("heldout")
     result = {"steps": steps, **cost(model), "images": len(images), "rows": measure(model, images)}
     write_result(arguments.results, environment() | result)
+    model.register_to_config(_name_or_path=f"zoo/{NAME}")  # not where the run was
     with atomic_path(arguments.output) as folder:
         model.half().save_pretrained(folder)
         write_text(folder / "README.md", card(model, result, (arguments.run / "config.yaml").read_text()))

@@ -1,0 +1,1 @@
+from favae import AutoencoderTinyFA  # noqa: F401
