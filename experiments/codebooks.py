@@ -15,18 +15,17 @@ import shutil
 from dataclasses import dataclass, field
 
 import torch
-import yaml
 
 from benchmarks.timing import environment
 from experiments.glyphs import glyphs_folder, load_glyphs, trained_classifier
 from experiments.image_sets import InMemoryImages
-from experiments.latents import BOTH, POINTS, SIZE, image_metrics, on_plateau, points, reconstruction_metrics
+from experiments.latents import BOTH, POINTS, SIZE, image_metrics, load, on_plateau, points, reconstruction_metrics
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
 from favae.data.images import to_uint8
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import TokenizerConfig
 from train_tokenizer import train
 
 STEPS = 8_000
@@ -112,9 +111,7 @@ def recipe(task: Task) -> TokenizerConfig:
         "loss": task.variant.loss,
         "train": {**TRAIN, **BOTH, **every, "steps": task.steps, "mixed_precision": fastest_precision()},
     }
-    file = task.run.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(sections, sort_keys=False))
-    return load_config(TokenizerConfig, file, [f"output={task.run}", f"seed={task.seed}"])
+    return load(TokenizerConfig, task, sections, task.run)
 
 
 def tables(report: dict) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import yaml
 from diffusers import DiffusionPipeline
 from filelock import FileLock
 from torchvision.utils import save_image
@@ -27,7 +26,7 @@ from benchmarks.timing import environment
 from experiments import codebooks
 from experiments.glyphs import ATTRIBUTES, accuracies, glyphs_folder, load_glyphs, trained_classifier
 from experiments.image_sets import read_images
-from experiments.latents import BOTH, SIZE, image_metrics
+from experiments.latents import BOTH, SIZE, image_metrics, load
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
@@ -38,7 +37,7 @@ from favae.data.text_embeddings import write_text_embeddings
 from favae.eval.image_sets import SampleFolder
 from favae.eval.sampling import sample_to_folder
 from favae.text_encoder import TextEncoder
-from favae.training.config import GeneratorConfig, load_config
+from favae.training.config import GeneratorConfig
 from train_generator import train as train_generator
 from train_tokenizer import train as train_tokenizer
 
@@ -131,9 +130,7 @@ def generator_config(task: Task, tokenizer: Path, cache: Path) -> GeneratorConfi
         "data": {"latents": str(cache), "tokenizer": str(tokenizer), "flip": False},
         "train": train,
     }
-    file = task.run.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(sections, sort_keys=False))
-    return load_config(GeneratorConfig, file, [f"output={task.run}", f"seed={task.seed}"])
+    return load(GeneratorConfig, task, sections, task.run)
 
 
 def tables(report: dict) -> str:

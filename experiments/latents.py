@@ -246,7 +246,8 @@ def tokenizer_config(task: Task) -> TokenizerConfig:
     return load(TokenizerConfig, task, sections, task.run)
 
 
-def load(schema, task: Task, sections: dict, output) -> TokenizerConfig | GeneratorConfig:
+def load(schema, task: Task, sections: dict, output: Path) -> TokenizerConfig | GeneratorConfig:
+    """Settings of a training with a row's seed, from the sections of a recipe that is left beside its run folder."""
     recipe = output.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(sections, sort_keys=False))
     return load_config(schema, recipe, [f"output={output}", f"seed={task.seed}"])
