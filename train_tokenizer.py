@@ -204,6 +204,8 @@ def check_latents(losses: TokenizerLossConfig, vae: ModelMixin, resolution: int)
             f"loss.frequency_masking.latent_block={masking.latent_block} does not divide latents of {side} x {side}, "
             f"or {IMAGE_BLOCK} does not divide train.resolution={resolution}"
         )
+    if losses.spectrum_matching.weight and side < 2:
+        raise ConfigError("loss.spectrum_matching.weight needs latents of 2 x 2 or more: a larger train.resolution")
     if losses.prefix.widths is not None and max(losses.prefix.widths) >= channels:
         raise ConfigError(
             f"loss.prefix.widths must be below the {channels} latent channels, got {losses.prefix.widths}"

@@ -394,7 +394,9 @@ def evaluate_samples(
         # After each set, so that nothing is lost when a later one fails.
         if process_state().is_main_process:
             protocol = protocol_of(references, extractors, size, count) | samples.protocol
-            write_results(output, "generation", protocol | {"reference_name": reference_name}, rows)
+            protocol |= {"reference_name": reference_name, "patch_size": samples.patch_size}
+            protocol["validation"] = [entry.hash for entry in others] if others else None
+            write_results(output, "generation", protocol, rows)
 
     if process_state().is_main_process:
         for key, images in samples.sets:

@@ -16,8 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from favae.errors import DataError
+from favae.eval.autoencoder_evaluation import table_row
 from favae.eval.figures import INK, MUTED
-from favae.eval.reconstruction import table_row
 from favae.eval.results import read_results, shown_metrics
 from favae.files import read_json_lines, write_text
 

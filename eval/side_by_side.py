@@ -19,8 +19,9 @@ from favae.data.folders import FolderSource
 from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError, NonFiniteError
+from favae.eval.autoencoder_evaluation import check_same_channels
 from favae.eval.figures import INK, MUTED, ZOOM, high_frequency_error, worst_windows
-from favae.eval.reconstruction import check_same_channels, peak_signal_to_noise_ratio
+from favae.eval.reconstruction import peak_signal_to_noise_ratio
 from favae.eval.results import number_duplicates
 from favae.files import atomic_path
 

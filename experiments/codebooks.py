@@ -19,7 +19,7 @@ import torch
 from benchmarks.timing import environment
 from experiments.glyphs import glyphs_folder, load_glyphs, trained_classifier
 from experiments.image_sets import InMemoryImages
-from experiments.latents import BOTH, POINTS, SIZE, image_metrics, load, on_plateau, points, reconstruction_metrics
+from experiments.latents import BOTH, POINTS, SIZE, error_curve, image_metrics, load, on_plateau
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
@@ -84,10 +84,7 @@ def make_row(task: Task) -> dict:
     train(recipe(task))
     images, attributes = load_glyphs("heldout")
     images = images.float() / 127.5 - 1
-    curve = [
-        {"steps": step, **reconstruction_metrics(str(path / "ema"), images)}
-        for step, path in points(task.run, task.steps)
-    ]
+    curve = error_curve(task, images)
     vae = load_autoencoder(str(task.run / "final"))
     budget = measure_budget(vae, SIZE)
     with torch.no_grad():

@@ -31,6 +31,7 @@ from experiments.image_sets import InMemoryImages, read_images, seams_of
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
+from experiments.tokenizers import mean_errors
 from favae.autoencoders import encode, load_autoencoder, measure_budget, reconstruct
 from favae.data.images import ImageDataset, to_uint8
 from favae.data.latents import load_tokenizer, open_latents, write_latent_cache
@@ -39,7 +40,6 @@ from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.generation import generation_metrics
 from favae.eval.image_sets import SampleFolder
 from favae.eval.latent_evaluation import latent_metrics
-from favae.eval.reconstruction import PER_IMAGE, image_errors
 from favae.eval.sampling import sample_to_folder
 from favae.files import write_text
 from favae.training.checkpoints import find_checkpoints
@@ -210,10 +210,7 @@ def tokenizer_metrics(task: Task) -> dict:
     train_tokenizer(tokenizer_config(task))
     images, attributes = load_glyphs("heldout")
     images = images.float() / 127.5 - 1
-    curve = [
-        {"steps": step, **reconstruction_metrics(str(path / "ema"), images)}
-        for step, path in points(task.run, task.steps)
-    ]
+    curve = error_curve(task, images)
     vae = load_autoencoder(str(task.run / "final"))
     budget = measure_budget(vae, SIZE)
     reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
@@ -226,6 +223,14 @@ def tokenizer_metrics(task: Task) -> dict:
     row["reconstructions"] = image_metrics(InMemoryImages(reconstructions), attributes["label"])
     shutil.rmtree(task.run / "checkpoints")
     return row
+
+
+def error_curve(task: Task, images: Tensor) -> list[dict]:
+    """Errors of the EMA weights of a tokenizer at each point of its training."""
+    return [
+        {"steps": step, **mean_errors(load_autoencoder(str(path / "ema")), images)}
+        for step, path in points(task.run, task.steps)
+    ]
 
 
 def points(run: Path, steps: int) -> list[tuple[int, Path]]:
@@ -251,15 +256,6 @@ def load(schema, task: Task, sections: dict, output: Path) -> TokenizerConfig | 
     recipe = output.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(sections, sort_keys=False))
     return load_config(schema, recipe, [f"output={output}", f"seed={task.seed}"])
-
-
-@torch.no_grad()
-def reconstruction_metrics(path: str, images: Tensor) -> dict[str, float]:
-    """Means over images of what `image_errors` measures, of the autoencoder in a folder."""
-    vae = load_autoencoder(path)
-    rows = torch.cat([image_errors(batch, reconstruct(vae, batch)) for batch in images.split(256)])
-    means = rows.double().mean(dim=0).tolist()
-    return {name.lower(): value for name, value in zip(PER_IMAGE, means) if value == value}
 
 
 @torch.no_grad()

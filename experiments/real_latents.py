@@ -32,6 +32,7 @@ from experiments.image_sets import InMemoryImages, seams_of
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
+from experiments.tokenizers import named_means
 from favae import AutoencoderTinyFA
 from favae.adapters.convert import convert_to_folder
 from favae.autoencoders import decode, encode
@@ -40,7 +41,7 @@ from favae.data.sources import open_source
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import frechet_distance
-from favae.eval.reconstruction import PER_IMAGE, image_errors
+from favae.eval.reconstruction import image_errors
 from favae.training.config import TokenizerConfig, load_config
 from favae.training.models import build_model, find_model_class
 from train_tokenizer import train
@@ -247,8 +248,7 @@ def decoded(model: ModelMixin, teacher: ModelMixin, images: Tensor) -> Tensor:
 
 def errors(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
     """Means over images of what `image_errors` measures."""
-    rows = image_errors(images, reconstructions).double().mean(dim=0).tolist()
-    return {name.lower(): value for name, value in zip(PER_IMAGE, rows) if value == value}
+    return named_means(image_errors(images, reconstructions))
 
 
 def perception(images: Tensor, reconstructions: Tensor) -> dict[str, float]:

@@ -234,7 +234,7 @@ def open_lpips(weights: str | None) -> LPIPS | None:
 def evaluate_reconstruction(arguments: argparse.Namespace) -> None:
     from favae.data.images import ImageDataset
     from favae.distributed import process_state
-    from favae.eval.reconstruction import evaluate_autoencoders, table_row
+    from favae.eval.autoencoder_evaluation import evaluate_autoencoders, table_row
     from favae.eval.references import Reference
     from favae.eval.results import format_table
 

@@ -273,6 +273,17 @@ def test_real_images_set_the_scale(tmp_path):
     assert same["seams"] == pytest.approx(1, abs=0.1) and fake["seams"] > 1.5
 
 
+def test_given_samples_have_seams_and_a_scale_of_real_images(tmp_path):
+    images, others = (write_images(tmp_path / name, per_class=4, size=(16, 16)) for name in ("images", "others"))
+    common = ["evaluate", "generation", "--reference", images, *OFFLINE, "--output", tmp_path / "out"]
+    command(*common, "--samples", others, "--patch-size", 4, "--validation", others)
+    result = json.loads((tmp_path / "out/results.json").read_text())
+    assert result["rows"][0]["metrics"]["FDr(efficientnet-lite0)"] == pytest.approx(1)
+    assert result["rows"][0]["metrics"]["seams"] > 0
+    assert result["protocol"]["patch_size"] == 4 and len(result["protocol"]["validation"]) == 1
+    assert "--patch-size is for --samples" in command_error(*common, "--pipeline", "nowhere", "--patch-size", 4)
+
+
 def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "pipeline")
     images = write_images(tmp_path / "images", per_class=8)

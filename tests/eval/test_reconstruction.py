@@ -235,12 +235,12 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, capsys):
 
 
 def test_models_are_opened_before_images_are_measured(tmp_path, monkeypatch):
-    from favae.eval import reconstruction
+    from favae.eval import autoencoder_evaluation
 
     def fail(*_, **__):
         raise AssertionError("images were measured")
 
-    monkeypatch.setattr(reconstruction, "image_statistics", fail)
+    monkeypatch.setattr(autoencoder_evaluation, "image_statistics", fail)
     folder = write_images(tmp_path / "images", classes=1, per_class=2)
     options = ("--data", folder, "--resolution", 16, "--features", "efficientnet-lite0", "--output", tmp_path / "out")
     assert "mistyped" in command_error("evaluate", "reconstruction", "--model", tmp_path / "mistyped", *options)

@@ -179,6 +179,7 @@ def test_training_fades_the_shortcut(tmp_path):
     [
         ("loss.frequency_masking.probability=0.5", "loss.frequency_masking.latent_block=8"),
         ("loss.prefix.probability=0.5", "loss.prefix.widths"),
+        ("loss={spectrum_matching: {weight: 0.1}, adversarial: {weight: 0}}", "loss.spectrum_matching.weight"),
         ("loss.prefix={probability: 0.5, widths: [2, 6]}", "loss.prefix.widths"),
         ("loss.frequency_masking.latent_block=5", "loss.frequency_masking.latent_block"),
         ("loss.high_dropout_target=blue", "loss.high_dropout_target"),
@@ -189,6 +190,7 @@ def test_training_fades_the_shortcut(tmp_path):
 def test_settings_that_do_not_fit(setting, named, tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
     extra = ["model.shortcut=null"] if "fade" in setting else []
+    extra += ["train.resolution=4"] if "spectrum" in setting else []
     assert named in refusal("train_tokenizer", recipe, setting, *extra, f"output={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
 
