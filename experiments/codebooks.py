@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.timing import environment
-from experiments.glyphs import glyphs_folder, load_glyphs, trained_classifier
+from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages
-from experiments.latents import BOTH, POINTS, SIZE, error_curve, image_metrics, load, on_plateau
+from experiments.latents import BOTH, error_curve, load, on_plateau, steps_of
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
+from experiments.training_sets import GLYPHS, load_images
 from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
 from favae.data.images import to_uint8
 from favae.training.config import TokenizerConfig
@@ -37,11 +38,11 @@ MODEL = {
     "latent_channels": 16,
     "codebook_size": 256,
     "dead_code_threshold": 0.1,
-    "sample_size": SIZE,
+    "sample_size": GLYPHS.size,
 }
 TRAIN = {
     "batch_size": 32,
-    "resolution": SIZE,
+    "resolution": GLYPHS.size,
     "learning_rate": 1.0e-3,
     "betas": [0.9, 0.99],
     "lr_warmup_steps": 100,
@@ -82,11 +83,11 @@ VARIANTS = {
 def make_row(task: Task) -> dict:
     """Trains one model with one seed, and measures it along the way."""
     train(recipe(task))
-    images, attributes = load_glyphs("heldout")
+    images, labels = load_images(GLYPHS, "heldout")
     images = images.float() / 127.5 - 1
     curve = error_curve(task, images)
     vae = load_autoencoder(str(task.run / "final"))
-    budget = measure_budget(vae, SIZE)
+    budget = measure_budget(vae, GLYPHS.size)
     with torch.no_grad():
         reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
     log = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -95,18 +96,17 @@ def make_row(task: Task) -> dict:
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve])}
     row |= {key: log[key] for key in ("codebook_usage", "codebook_perplexity")}
-    row |= image_metrics(InMemoryImages(reconstructions), attributes["label"])
+    row |= GLYPHS.metrics(InMemoryImages(reconstructions), labels)
     shutil.rmtree(task.run / "checkpoints")
     return row | environment()
 
 
 def recipe(task: Task) -> TokenizerConfig:
-    every = {"log_every": task.steps // 20, "checkpoint_every": task.steps // len(POINTS)}
     sections = {
         "model": MODEL | {"frequency_complement": task.variant.complement},
-        "data": {"path": str(glyphs_folder() / "train.parquet"), "flip": False},
+        "data": {"path": str(GLYPHS.file("train")), "flip": False},
         "loss": task.variant.loss,
-        "train": {**TRAIN, **BOTH, **every, "steps": task.steps, "mixed_precision": fastest_precision()},
+        "train": {**TRAIN, **BOTH, **steps_of(task), "mixed_precision": fastest_precision()},
     }
     return load(TokenizerConfig, task, sections, task.run)
 
@@ -131,7 +131,7 @@ COMPARISON = Comparison(
     tables=tables,
     steps=STEPS,
     seeds=2,
-    resolution=SIZE,
+    resolution=GLYPHS.size,
     batch_size=32,
     other_sizes=False,
     pictures=False,

@@ -24,15 +24,14 @@ from torchvision.utils import save_image
 
 from benchmarks.timing import environment
 from experiments import codebooks
-from experiments.glyphs import ATTRIBUTES, accuracies, glyphs_folder, load_glyphs, trained_classifier
+from experiments.glyphs import ATTRIBUTES, accuracies, load_glyphs, trained_classifier
 from experiments.image_sets import read_images
-from experiments.latents import BOTH, SIZE, image_metrics, load
+from experiments.latents import BOTH, load
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
-from favae.data.images import ImageDataset
+from experiments.training_sets import GLYPHS
 from favae.data.latents import load_tokenizer, write_latent_cache
-from favae.data.sources import open_source
 from favae.data.text_embeddings import write_text_embeddings
 from favae.eval.image_sets import SampleFolder
 from favae.eval.sampling import sample_to_folder
@@ -90,7 +89,7 @@ def make_row(task: Task) -> dict:
 
 def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -> dict:
     """How often each attribute, and all of them, are as the text says; and FD, IS, precision and recall."""
-    table = datasets.Dataset.from_parquet(str(glyphs_folder() / f"{split}.parquet"))
+    table = datasets.Dataset.from_parquet(str(GLYPHS.file(split)))
     chosen = np.linspace(0, len(table) - 1, min(PROMPTS, len(table))).astype(int)
     prompts = [table["caption"][int(i)] for i in chosen]
     folder = task.run / f"samples-{split}-{scale}"
@@ -104,7 +103,7 @@ def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -
         picture = task.pictures / f"{task.name}-{split}-{scale}.png"
         save_image(read_images(samples)[:PICTURED] / 255, picture, nrow=12, padding=1)
     found = accuracies(trained_classifier(), read_images(samples), attributes)
-    return {"attributes": found, **image_metrics(samples, attributes["label"])}
+    return {"attributes": found, **GLYPHS.metrics(samples, attributes["label"])}
 
 
 def prepare(task: Task) -> tuple[Path, Path]:
@@ -116,8 +115,7 @@ def prepare(task: Task) -> tuple[Path, Path]:
         if not (own.run / "final").exists():
             train_tokenizer(codebooks.recipe(own))
         tokenizer = load_tokenizer(str(own.run / "final"))
-        images = ImageDataset(open_source(str(glyphs_folder() / "train.parquet")), SIZE)
-        write_latent_cache(tokenizer, images, cache, data_name="glyphs", batch_size=256)
+        write_latent_cache(tokenizer, GLYPHS.dataset("train"), cache, data_name="glyphs", batch_size=256)
         write_text_embeddings(TextEncoder("minilm"), cache, batch_size=256)
     return own.run / "final", cache
 
@@ -152,7 +150,7 @@ COMPARISON = Comparison(
     tables=tables,
     steps=STEPS,
     seeds=2,
-    resolution=SIZE,
+    resolution=GLYPHS.size,
     batch_size=64,
     other_sizes=False,
 )

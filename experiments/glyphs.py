@@ -8,10 +8,8 @@ trains it on glyphs/train.parquet and writes docs/results/glyph_classifier.safet
 accuracies on families of fonts that are in no training. It reads all attributes that captions name.
 """
 
-import os
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from benchmarks.timing import ROOT, environment, make_parser, write_result
+from experiments.image_sets import written_folder
 from favae.errors import DataError
 from favae.eval.features import metric_name
 from favae.hashing import hash_model
@@ -104,17 +103,10 @@ def trained_classifier() -> GlyphClassifier:
     return model.eval()
 
 
-def glyphs_folder() -> Path:
-    """The folder that scripts/glyphs.py wrote. Raises SystemExit if it is not named."""
-    if "FAVAE_GLYPHS" not in os.environ:
-        raise SystemExit("error: FAVAE_GLYPHS must be the folder that scripts/glyphs.py wrote")
-    return Path(os.environ["FAVAE_GLYPHS"]).resolve()
-
-
 @cache
 def load_glyphs(split: str) -> tuple[Tensor, dict[str, Tensor]]:
     """All pictures of a split, (N, 3, 32, 32) uint8, and their attributes as indices into `ATTRIBUTES`, (N,) each."""
-    table = datasets.Dataset.from_parquet(str(glyphs_folder() / f"{split}.parquet"))
+    table = datasets.Dataset.from_parquet(str(written_folder("glyphs") / f"{split}.parquet"))
     pictures = np.stack([np.asarray(picture) for picture in table["image"]])
     places = {name: {value: i for i, value in enumerate(values)} for name, values in ATTRIBUTES.items()}
     attributes = {name: torch.tensor([places[name][value] for value in table[name]]) for name in ATTRIBUTES}

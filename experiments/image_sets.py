@@ -1,12 +1,22 @@
 """Sets of images that the generators' experiments measure."""
 
 import math
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from favae.eval.seams import neighbor_differences, seams
+
+
+def written_folder(name: str) -> Path:
+    """The folder that scripts/NAME.py wrote: the value of FAVAE_NAME. Raises SystemExit if that is not set."""
+    variable = f"FAVAE_{name.upper()}"
+    if variable not in os.environ:
+        raise SystemExit(f"error: {variable} must be the folder that scripts/{name}.py wrote")
+    return Path(os.environ[variable]).resolve()
 
 
 class InMemoryImages(Dataset):

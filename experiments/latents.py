@@ -1,21 +1,22 @@
 #!/usr/bin/env python
-"""Which latents can a generator learn? Tokenizers and generators that converge, on glyphs.
+"""Which latents can a generator learn? Tokenizers and generators that converge, on glyphs and on photographs.
 
     python scripts/glyphs.py --output glyphs
-    FAVAE_GLYPHS=glyphs python -m experiments.latents --models stock ours --seeds 0
+    python scripts/photographs.py --output photographs
+    FAVAE_GLYPHS=glyphs FAVAE_PHOTOGRAPHS=photographs python -m experiments.latents --models stock ours --seeds 0
 
 A row is a tokenizer, trained at a constant learning rate, and a small LightningDiT trained on its latents, both for as
-long as all others; "plateau" says whether the error fell by less than 1 % over the last quarter. All tokenizers of one
-compression ratio have 256 floats per image, 12 times fewer than pixels, and about the same FLOPs, unless a note says
-otherwise. Features, classes and accuracies are those of experiments/glyphs.py. Settings were chosen on
-validation.parquet; what is reported is measured on heldout.parquet, and the Fréchet distance of samples to the training
-set. Writes docs/results/latents.json, .md and pictures.
+long as all others; "plateau" says whether the error fell by less than 1 % over the last quarter. All tokenizers have 12
+times fewer floats than pixels, and those of one compression ratio about the same FLOPs, unless a note says otherwise.
+Features, classes and accuracies of glyphs are those of experiments/glyphs.py; photographs have no classes, and
+EfficientNet-Lite0's features. Settings were chosen on validation.parquet; what is reported is measured on
+heldout.parquet, and the Fréchet distance of samples to the training set. Writes docs/results/latents.json, .md and
+pictures.
 """
 
 import json
 import shutil
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,18 +27,16 @@ from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment
-from experiments.glyphs import CHARACTERS, GlyphExtractor, accuracies, glyphs_folder, load_glyphs, trained_classifier
+from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages, read_images, seams_of
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.tokenizers import mean_errors
+from experiments.training_sets import GLYPHS, PHOTOGRAPHS, TrainingSet, load_images
 from favae.autoencoders import encode, load_autoencoder, measure_budget, reconstruct
-from favae.data.images import ImageDataset, to_uint8
+from favae.data.images import to_uint8
 from favae.data.latents import load_tokenizer, open_latents, write_latent_cache
-from favae.data.sources import open_source
-from favae.eval.extraction import ImageStatistics, image_statistics
-from favae.eval.generation import generation_metrics
 from favae.eval.image_sets import SampleFolder
 from favae.eval.latent_evaluation import latent_metrics
 from favae.eval.sampling import sample_to_folder
@@ -50,29 +49,26 @@ from train_generator import train as train_generator
 from train_tokenizer import train as train_tokenizer
 
 STEPS = 8_000
-SIZE = 32
 POINTS = (0.25, 0.5, 0.75, 1.0)  # of both trainings, at which they are measured
 GUIDANCE_SCALES = {"unguided": 1.0, "guided": 2.0}
-SAMPLES_PER_CLASS = 40
 NUM_INFERENCE_STEPS = 25
 PLATEAU = 0.01  # of the error, over the last quarter
-PICTURED = 12  # samples of a class in a picture
+PICTURED = 12  # rows of samples in a picture
 TOKENIZER = {
-    "batch_size": 32,
-    "resolution": SIZE,
     "optimizer": "muon",
     "learning_rate": 1.0e-3,
     "betas": [0.9, 0.99],
     "lr_warmup_steps": 100,
     "ema_decay": 0.999,
     "channels_last": True,
+    "compile": True,
 }
 GENERATOR = {
-    "batch_size": 64,
     "optimizer": "muon",
     "learning_rate": 1.0e-3,
     "lr_warmup_steps": 100,
     "ema_decay": 0.999,
+    "compile": True,
 }
 BOTH = {"max_grad_norm": 1.0, "num_workers": 0, "sample_every": 0, "checkpoints_total_limit": None, "tracker": None}
 TRANSFORMER = {
@@ -80,7 +76,6 @@ TRANSFORMER = {
     "num_layers": 6,
     "num_attention_heads": 4,
     "attention_head_dim": 32,
-    "num_classes": len(CHARACTERS),
 }
 
 
@@ -92,6 +87,7 @@ class Variant:
         note: what it is, a phrase for the list below the table.
         model: the `model:` section of the tokenizer's recipe. loss, train: what differs from the others.
         smooth_share: of the generator's steps that learn latents of smooth images first.
+        images: what it is trained on.
         length: its number of steps, in multiples of the others'.
     """
 
@@ -100,6 +96,7 @@ class Variant:
     loss: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     smooth_share: float = 0.0
+    images: TrainingSet = GLYPHS
     length: float = 1.0
 
 
@@ -112,7 +109,6 @@ def stock(widths: list[int], channels: int) -> dict:
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "latent_channels": channels,
-        "sample_size": SIZE,
     }
 
 
@@ -126,7 +122,6 @@ def split(widths: list[int], high: list[int], channels: int, high_channels: int,
         "latent_channels": channels,
         "high_latent_channels": high_channels,
         "shortcut": None,
-        "sample_size": SIZE,
         **settings,
     }
 
@@ -191,6 +186,15 @@ VARIANTS = {
     "stock_f4": Variant("`stock` at f4", stock([16, 32, 96], 4)),
     "one_trunk_f4": Variant("`one_trunk` at f4", control([16, 48, 96], 4, wavelet=True)),
     "ours_f4": Variant("`ours` at f4", split([16, 40, 96], [24, 40], 4, 1, shortcut="overlapping"), BANDS),
+    **{
+        f"photographs_{name}": Variant(f"{note}, on photographs", model, loss, images=PHOTOGRAPHS, length=1.25)
+        for name, note, model, loss in (
+            ("stock", "`stock`", STOCK, {}),
+            ("one_trunk", "`one_trunk`", control([16, 40, 64, 96], 16, wavelet=True), {}),
+            ("no_shortcut", "`no_shortcut`", {**OURS, "shortcut": None}, BANDS),
+            ("ours", "`ours`", OURS, BANDS),
+        )
+    },
 }
 
 
@@ -208,19 +212,20 @@ def make_row(task: Task) -> dict:
 
 def tokenizer_metrics(task: Task) -> dict:
     train_tokenizer(tokenizer_config(task))
-    images, attributes = load_glyphs("heldout")
+    own = task.variant.images
+    images, labels = load_images(own, "heldout")
     images = images.float() / 127.5 - 1
     curve = error_curve(task, images)
     vae = load_autoencoder(str(task.run / "final"))
-    budget = measure_budget(vae, SIZE)
+    budget = measure_budget(vae, own.size)
     reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
-    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": "glyphs", "f": patch_size(vae)}
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": own.name, "f": patch_size(vae)}
     row |= {"gflop": budget.flops / 1e9, "params": budget.params, "floats_per_image": budget.floats_per_image}
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve]), "curve": curve}
-    row["latents"] = measure_latents(vae, images, attributes["label"])
+    row["latents"] = measure_latents(vae, images, labels)
     row["seams"] = seams_of(reconstructions, patch_size(vae)) / seams_of(to_uint8(images), patch_size(vae))
-    row["reconstructions"] = image_metrics(InMemoryImages(reconstructions), attributes["label"])
+    row["reconstructions"] = own.metrics(InMemoryImages(reconstructions), labels)
     shutil.rmtree(task.run / "checkpoints")
     return row
 
@@ -240,15 +245,21 @@ def points(run: Path, steps: int) -> list[tuple[int, Path]]:
 
 
 def tokenizer_config(task: Task) -> TokenizerConfig:
-    every = {"log_every": task.steps // 20, "checkpoint_every": task.steps // len(POINTS)}
-    train = {**TOKENIZER, **BOTH, **every, "steps": task.steps, "mixed_precision": fastest_precision()}
+    images = task.variant.images
+    own = {"resolution": images.size, "batch_size": images.batch_sizes[0], "mixed_precision": fastest_precision()}
+    train = {**TOKENIZER, **BOTH, **own, **steps_of(task)}
+    data = {"path": str(images.file("train")), "label_column": images.label_column, "flip": False}
     sections = {
         "model": task.variant.model,
-        "data": {"path": str(glyphs_folder() / "train.parquet"), "flip": False},
+        "data": data,
         "loss": {"reconstruction": "l2", "kl": 1e-6, **task.variant.loss},
         "train": train | task.variant.train,
     }
     return load(TokenizerConfig, task, sections, task.run)
+
+
+def steps_of(task: Task) -> dict:
+    return {"steps": task.steps, "log_every": task.steps // 20, "checkpoint_every": task.steps // len(POINTS)}
 
 
 def load(schema, task: Task, sections: dict, output: Path) -> TokenizerConfig | GeneratorConfig:
@@ -264,7 +275,7 @@ def measure_latents(vae, images: Tensor, labels: Tensor) -> dict[str, float | No
 
 
 def patch_size(vae) -> int:
-    return SIZE // encode(vae, torch.zeros(1, 3, SIZE, SIZE)).shape[-1]
+    return 32 // encode(vae, torch.zeros(1, 3, 32, 32)).shape[-1]
 
 
 def on_plateau(errors: list[float]) -> bool:
@@ -279,31 +290,28 @@ def on_plateau(errors: list[float]) -> bool:
 def generator_metrics(task: Task) -> dict:
     run = task.run.with_name(f"{task.name}-{task.seed}-generator")
     tokenizer = load_tokenizer(str(task.run / "final"))
-    dataset = ImageDataset(open_source(str(glyphs_folder() / "train.parquet")), SIZE)
-    latents = write_cache(tokenizer, dataset, run.with_name(f"{run.name}-latents"))
+    images = task.variant.images
+    latents = write_cache(tokenizer, images, run.with_name(f"{run.name}-latents"))
     smooth = None
     if task.variant.smooth_share:
-        smooth = write_cache(tokenizer, dataset, run.with_name(f"{run.name}-smooth"), low_pass=0.2)
+        smooth = write_cache(tokenizer, images, run.with_name(f"{run.name}-smooth"), low_pass=0.2)
     config = generator_config(task, run, latents, smooth)
     train_generator(config)
 
+    real = seams_of(load_images(images, "train")[0][:5000], patch_size(tokenizer))
     curve = []
     for step, path in points(run, task.steps):
         transformer = find_model_class(TRANSFORMER["name"]).from_pretrained(path / "ema").eval()
         pipeline = build_pipeline(config, transformer, tokenizer, open_latents(latents))
         point = {"steps": step}
-        for name, scale in GUIDANCE_SCALES.items():
+        for name, scale in GUIDANCE_SCALES.items() if images.num_classes > 1 else [("unguided", 1.0)]:
             folder = run / f"samples-{step}-{name}"
-            options = {"guidance_scale": scale, "num_inference_steps": NUM_INFERENCE_STEPS, "batch_size": 188}
-            sample_to_folder(pipeline, folder, SAMPLES_PER_CLASS * len(CHARACTERS), seed=task.seed, **options)
+            options = {"guidance_scale": scale, "num_inference_steps": NUM_INFERENCE_STEPS, "batch_size": 200}
+            sample_to_folder(pipeline, folder, images.samples, seed=task.seed, **options)
             samples = SampleFolder(folder)
-            labels = torch.arange(len(samples)) % len(CHARACTERS)
-            point[name] = image_metrics(samples, labels)
-            real = to_uint8(load_glyphs("train")[0][:5000].float() / 127.5 - 1)
-            point[name]["seams"] = seams_of(read_images(samples), patch_size(tokenizer)) / seams_of(
-                real, patch_size(tokenizer)
-            )
-            if task.pictures is not None and task.seed == 0 and step == config.train.steps:
+            point[name] = images.metrics(samples, torch.arange(len(samples)) % images.num_classes)
+            point[name]["seams"] = seams_of(read_images(samples), patch_size(tokenizer)) / real
+            if task.pictures is not None and task.seed == 0 and step == task.steps:
                 save_pictures(task, samples, name)
         curve.append(point)
     for leftover in (run / "checkpoints", latents, *([smooth] if smooth else [])):
@@ -314,46 +322,33 @@ def generator_metrics(task: Task) -> dict:
     return {**last, "velocity": log[-1]["velocity"], "plateau": on_plateau(distances), "curve": curve}
 
 
-def write_cache(tokenizer, dataset: ImageDataset, folder, low_pass: float | None = None):
-    write_latent_cache(tokenizer, dataset, folder, data_name="glyphs", low_pass=low_pass, batch_size=256)
+def write_cache(tokenizer, images: TrainingSet, folder: Path, low_pass: float | None = None) -> Path:
+    dataset = images.dataset("train")
+    write_latent_cache(tokenizer, dataset, folder, data_name=images.name, low_pass=low_pass, batch_size=256)
     return folder
 
 
 def generator_config(task: Task, run, latents, smooth) -> GeneratorConfig:
     shape = open_latents(latents).latent_shape
-    every = {"log_every": task.steps // 20, "checkpoint_every": task.steps // len(POINTS)}
+    images = task.variant.images
     data = {"latents": str(latents), "tokenizer": str(task.run / "final"), "flip": False}
     if smooth is not None:
         data |= {"warmup_latents": str(smooth), "warmup_steps": round(task.variant.smooth_share * task.steps)}
+    own = {"num_classes": images.num_classes, "in_channels": shape[0], "sample_size": shape[1]}
     sections = {
-        "model": {**TRANSFORMER, "in_channels": shape[0], "sample_size": shape[1]},
+        "model": TRANSFORMER | own,
         "data": data,
-        "train": {**GENERATOR, **BOTH, **every, "steps": task.steps, "mixed_precision": fastest_precision()},
+        "train": {**GENERATOR, **BOTH, "batch_size": images.batch_sizes[1], **steps_of(task)},
     }
     return load(GeneratorConfig, task, sections, run)
 
 
-@cache
-def reference() -> ImageStatistics:
-    """Statistics of the training pictures."""
-    return image_statistics(InMemoryImages(load_glyphs("train")[0]), [GlyphExtractor()], keep=10_000, batch_size=256)[0]
-
-
-def image_metrics(images: Dataset, labels: Tensor) -> dict[str, float]:
-    """FD to the training pictures, IS, precision and recall, and how often the character is what it should be."""
-    extractor = GlyphExtractor()
-    (statistics,) = image_statistics(images, [extractor], logits=True, batch_size=256)
-    metrics = generation_metrics(statistics, reference())
-    found = {name.lower(): metrics[extractor.metric(name)] for name in ("FID", "IS", "precision", "recall", "MIND")}
-    found["fd"] = found.pop("fid")
-    return found | {"accuracy": accuracies(trained_classifier(), read_images(images), {"label": labels})["label"]}
-
-
 def save_pictures(task: Task, samples: Dataset, name: str) -> None:
-    """NAME-unguided.png and NAME-guided.png: a dozen samples of each character, a character per column."""
+    """NAME-unguided.png and NAME-guided.png: a dozen rows of samples, each class in a column of its own."""
     task.pictures.mkdir(parents=True, exist_ok=True)
-    grid = torch.stack([samples[i]["image"] for i in range(PICTURED * len(CHARACTERS))])
-    save_image(grid / 255, task.pictures / f"{task.name}-{name}.png", nrow=len(CHARACTERS), padding=1)
+    columns = task.variant.images.num_classes if task.variant.images.num_classes > 1 else 24
+    grid = torch.stack([samples[i]["image"] for i in range(min(PICTURED * columns, len(samples)))])
+    save_image(grid / 255, task.pictures / f"{task.name}-{name}.png", nrow=columns, padding=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,59 +356,60 @@ def save_pictures(task: Task, samples: Dataset, name: str) -> None:
 
 
 def finish(report: dict, stem) -> None:
-    """Adds what real pictures of other families reach: no generator can be expected to be closer."""
-    images, attributes = load_glyphs("heldout")
-    report["real"] = image_metrics(InMemoryImages(images), attributes["label"])
+    """Adds what real pictures that nobody has seen reach: no generator can be expected to be closer."""
+    trained_on = {VARIANTS[row["model"]].images for row in report["rows"]}
+    report["real"] = {}
+    for own in sorted(trained_on, key=lambda own: own.name):
+        images, labels = load_images(own, "heldout")
+        report["real"][own.name] = own.metrics(InMemoryImages(images), labels)
+
+
+COLUMNS: dict[str, tuple[int, str]] = {  # decimals, and where a row has it
+    "Recon": (5, "recon"),
+    "High": (5, "high"),
+    "PSNR": (2, "psnr"),
+    "VIV": (3, "latents.VIV"),
+    "SEC 1/4": (3, "latents.SEC 1/4"),
+    "LNC": (3, "latents.LNC"),
+    "seams": (3, "seams"),
+    "FD of samples": (2, "generator.unguided.fd"),
+    "guided": (2, "generator.guided.fd"),
+    "IS, guided": (1, "generator.guided.is"),
+    "accuracy": (3, "generator.unguided.accuracy"),
+    "precision": (2, "generator.unguided.precision"),
+    "recall": (2, "generator.unguided.recall"),
+    "seams of samples": (3, "generator.unguided.seams"),
+}
 
 
 def tables(report: dict) -> str:
-    rows = rows_by_model(report)
-    columns = ["tokenizer", "seeds", "f", "GFLOP", "Recon", "High", "PSNR", "VIV", "SEC 1/4", "LNC", "seams"]
-    columns += ["FD of samples", "guided", "IS", "accuracy", "precision, recall", "seams of samples", "plateaus"]
-    lines = []
+    rows, lines = rows_by_model(report), []
     for name in (name for name in VARIANTS if name in rows):
         own = rows[name]
-
-        def mean(*keys: str, digits: int, own: list[dict] = own) -> str:
-            values = own
-            for key in keys:
-                values = [value[key] for value in values]
-            return "" if None in values else with_std(values, digits)
-
         plateaus = [sum(row["plateau"] for row in own), sum(row["generator"]["plateau"] for row in own)]
-        lines.append(
-            [
-                f"`{name}`",
-                len(own),
-                own[0]["f"],
-                f"{own[0]['gflop']:.2f}",
-                mean("recon", digits=5),
-                mean("high", digits=5),
-                mean("psnr", digits=2),
-                mean("latents", "VIV", digits=3),
-                mean("latents", "SEC 1/4", digits=3),
-                mean("latents", "LNC", digits=3),
-                mean("seams", digits=3),
-                mean("generator", "unguided", "fd", digits=2),
-                mean("generator", "guided", "fd", digits=2),
-                mean("generator", "guided", "is", digits=1),
-                mean("generator", "unguided", "accuracy", digits=3),
-                ", ".join(mean("generator", "unguided", key, digits=2) for key in ("precision", "recall")),
-                mean("generator", "unguided", "seams", digits=3),
-                f"{plateaus[0]}, {plateaus[1]}",
-            ]
-        )
-    real = report["real"]
-    floor = (
-        f"Real pictures of other families have FD {real['fd']:.2f}, IS {real['is']:.1f} and an accuracy of "
-        f"{real['accuracy']:.3f}."
-    )
-    return "\n\n".join([format_table(columns, lines), floor, correlations(report)])
+        cells = [_cell(own, place, digits) for digits, place in COLUMNS.values()]
+        shape = [f"`{name}`", len(own), own[0]["f"], f"{own[0]['gflop']:.2f}"]
+        lines.append([*shape, *cells, f"{plateaus[0]}, {plateaus[1]}"])
+    floors = [
+        f"Real {name} that nobody has seen have FD {real['fd']:.2f}"
+        + (f", IS {real['is']:.1f} and an accuracy of {real['accuracy']:.3f}." if "accuracy" in real else ".")
+        for name, real in report["real"].items()
+    ]
+    table = format_table(["tokenizer", "seeds", "f", "GFLOP", *COLUMNS, "plateaus"], lines)
+    return "\n\n".join([table, " ".join(floors), correlations(report)])
+
+
+def _cell(rows: list[dict], place: str, digits: int) -> str:
+    """The mean of a value over seeds; nothing where rows do not have it."""
+    values: list = rows
+    for key in place.split("."):
+        values = [(value or {}).get(key) for value in values]
+    return "" if None in values else with_std(values, digits)
 
 
 def correlations(report: dict) -> str:
-    """Spearman's rank correlation of each meter with the FD of samples, over the rows of one compression ratio."""
-    rows = [row for row in report["rows"] if row["f"] == 8]
+    """Spearman's rank correlation of each meter with the FD of samples, over the rows of glyphs at f8."""
+    rows = [row for row in report["rows"] if row["f"] == 8 and row["data"] == GLYPHS.name]
     if len(rows) < 4:
         return ""
     distances = [row["generator"]["unguided"]["fd"] for row in rows]
@@ -423,7 +419,7 @@ def correlations(report: dict) -> str:
         "FD of reconstructions": [r["reconstructions"]["fd"] for r in rows],
     }
     found = [f"{name} {spearmanr(values, distances).statistic:+.2f}" for name, values in meters.items()]
-    return f"Rank correlation with the FD of samples, {len(rows)} rows at f8: {', '.join(found)}."
+    return f"Rank correlation with the FD of samples, {len(rows)} rows of glyphs at f8: {', '.join(found)}."
 
 
 COMPARISON = Comparison(
@@ -435,8 +431,8 @@ COMPARISON = Comparison(
     steps=STEPS,
     seeds=1,
     finish=finish,
-    resolution=SIZE,
-    batch_size=32,
+    resolution=GLYPHS.size,
+    batch_size=GLYPHS.batch_sizes[0],
     other_sizes=False,
 )
 

@@ -33,6 +33,7 @@ from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.tokenizers import named_means
+from experiments.training_sets import PHOTOGRAPHS
 from favae import AutoencoderTinyFA
 from favae.adapters.convert import convert_to_folder
 from favae.autoencoders import decode, encode
@@ -100,7 +101,7 @@ class Variant:
         model: the `model:` section of the recipe, without what all have in common.
         warm: whether it begins with TAEF2's weights as far as they fit.
         after: the variant whose weights it goes on from, in place of TAEF2's.
-        loss: what differs from the mean squared error.
+        loss: what differs from the mean squared error. train: what differs from `TRAIN`.
         length: its number of steps, in multiples of the others'.
         rate: its learning rate.
     """
@@ -110,6 +111,7 @@ class Variant:
     warm: bool = True
     after: str | None = None
     loss: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
     length: float = 1.0
     rate: float = 5e-4
 
@@ -120,12 +122,16 @@ class Variant:
             model["from_pretrained"] = str(task.runs / f"{self.after}-{task.seed}/final")
         elif self.warm:
             model["from_pretrained"] = str(teacher_folder())
-        own = {"resolution": task.resolution, "batch_size": task.batch_size, "steps": task.steps or 1}
+        own = {"resolution": task.resolution, "batch_size": task.batch_size, "steps": task.steps or 1, **self.train}
         return {
             "model": model,
             "teacher": {"autoencoder": str(teacher_folder())},
             # A few hundred pictures have few colors.
-            "data": {"path": str(photographs() / "train.parquet"), "crop": "window", "color_jitter": 0.4},
+            "data": {
+                "path": str(PHOTOGRAPHS.file("train")),
+                "crop": "window",
+                "color_jitter": 0.4,
+            },
             "loss": {"reconstruction": "l2", "latents": 0.0, **self.loss},
             "train": {**TRAIN, **own, "learning_rate": self.rate, "mixed_precision": fastest_precision()},
         }
@@ -188,14 +194,6 @@ def teacher_folder() -> Path:
     return folder
 
 
-def photographs() -> Path:
-    """The folder that scripts/photographs.py wrote. Raises SystemExit if it is not there."""
-    folder = os.environ.get("FAVAE_PHOTOGRAPHS")
-    if folder is None:
-        raise SystemExit("error: FAVAE_PHOTOGRAPHS must be the folder that scripts/photographs.py wrote")
-    return Path(folder).resolve()
-
-
 def make_row(task: Task) -> dict:
     """Trains one decoder with one seed, and measures it on pictures that were in no training."""
     recipe = task.run.with_suffix(".yaml")
@@ -213,7 +211,7 @@ def make_row(task: Task) -> dict:
         }
         model = find_model_class(config.model["name"]).from_pretrained(task.run / "final").eval()
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, **cost(model)}
-    row["training_crops"] = len(open_source(str(photographs() / "train.parquet"))) if task.steps else 0
+    row["training_crops"] = len(open_source(str(PHOTOGRAPHS.file("train")))) if task.steps else 0
     validation = crops("validation", VALIDATION_CROPS)
     row["validation_psnr"] = errors(validation, decoded(model, teacher, validation))["psnr"]
     images = crops("heldout")
@@ -235,7 +233,7 @@ def cost(model: ModelMixin) -> dict:
 
 def crops(split: str, count: int | None = None) -> Tensor:
     """Crops of a split, (N, 3, SIZE, SIZE) in [-1, 1]: all, or some at even distances."""
-    dataset = ImageDataset(open_source(str(photographs() / f"{split}.parquet"), label_column="none"), SIZE)
+    dataset = ImageDataset(open_source(str(PHOTOGRAPHS.file(split)), label_column="none"), SIZE)
     chosen = np.linspace(0, len(dataset) - 1, count or len(dataset)).astype(int)
     return skip_missing([dataset[i] for i in chosen])["image"]
 

@@ -44,7 +44,7 @@ def files(tmp_path, monkeypatch):
         pictures = [Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)) for _ in range(4)]
         datasets.Dataset.from_dict({"image": pictures}).to_parquet(tmp_path / f"{split}.parquet")
     monkeypatch.setattr(real_latents, "teacher_folder", lambda: tmp_path / "teacher")
-    monkeypatch.setattr(real_latents, "photographs", lambda: tmp_path)
+    monkeypatch.setenv("FAVAE_PHOTOGRAPHS", str(tmp_path))
     monkeypatch.setattr(real_latents, "fastest_precision", lambda: "no")
     monkeypatch.setattr(real_latents, "VALIDATION_CROPS", 2)
     monkeypatch.setattr(real_latents, "PICTURES", (0, 1))

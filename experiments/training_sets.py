@@ -1,0 +1,81 @@
+"""The two sets that tokenizers and their generators are compared on: glyphs and photographs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from experiments.glyphs import CHARACTERS, GlyphExtractor, accuracies, trained_classifier
+from experiments.image_sets import InMemoryImages, read_images, written_folder
+from favae.data.images import ImageDataset, to_uint8
+from favae.data.sources import open_source
+from favae.eval.extraction import ImageStatistics, image_statistics
+from favae.eval.features import FeatureExtractor
+from favae.eval.generation import generation_metrics
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """train.parquet, validation.parquet and heldout.parquet, as a script wrote them into one folder.
+
+    Attributes:
+        name: of the set; scripts/NAME.py writes it.
+        size: of the images, in pixels.
+        num_classes: 1 if a generator is told nothing.
+        samples: number of a generator's samples that are measured.
+        batch_sizes: of tokenizers and of generators.
+        extractor: makes what turns images into features.
+        label_column: of the files.
+    """
+
+    name: str
+    size: int
+    num_classes: int
+    samples: int
+    batch_sizes: tuple[int, int]
+    extractor: Callable[[], GlyphExtractor | FeatureExtractor]
+    label_column: str = "label"
+
+    def file(self, split: str) -> Path:
+        """Raises SystemExit if the folder is not named."""
+        return written_folder(self.name) / f"{split}.parquet"
+
+    def dataset(self, split: str) -> ImageDataset:
+        return ImageDataset(open_source(str(self.file(split)), label_column=self.label_column), self.size)
+
+    def metrics(self, images: Dataset, labels: Tensor) -> dict[str, float]:
+        """FD to the training pictures, IS, precision, recall and MIND, and how often a glyph's character is right."""
+        extractor = self.extractor()
+        (statistics,) = image_statistics(images, [extractor], logits=True, batch_size=256)
+        metrics = generation_metrics(statistics, reference(self))
+        found = {name.lower(): metrics[extractor.metric(name)] for name in ("FID", "IS", "precision", "recall", "MIND")}
+        found["fd"] = found.pop("fid")
+        if self.num_classes > 1:
+            found["accuracy"] = accuracies(trained_classifier(), read_images(images), {"label": labels})["label"]
+        return found
+
+
+@cache
+def load_images(images: TrainingSet, split: str) -> tuple[Tensor, Tensor]:
+    """All pictures of a split, (N, 3, size, size) uint8, and their classes, (N,)."""
+    dataset = images.dataset(split)
+    count = len(dataset)
+    pictures = torch.stack([to_uint8(dataset[i]["image"]) for i in range(count)])
+    return pictures, torch.tensor([dataset.label(i) for i in range(count)])
+
+
+@cache
+def reference(images: TrainingSet) -> ImageStatistics:
+    """Statistics of the training pictures."""
+    pictures = InMemoryImages(load_images(images, "train")[0])
+    return image_statistics(pictures, [images.extractor()], keep=10_000, batch_size=256)[0]
+
+
+GLYPHS = TrainingSet("glyphs", 32, len(CHARACTERS), 40 * len(CHARACTERS), (32, 64), GlyphExtractor)
+PHOTOGRAPHS = TrainingSet(
+    "photographs", 64, 1, 2000, (8, 16), lambda: FeatureExtractor("efficientnet-lite0"), label_column="none"
+)
