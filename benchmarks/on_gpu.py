@@ -3,13 +3,14 @@
 
     python -m benchmarks.on_gpu                                     (about an hour on one GPU)
     python -m benchmarks.on_gpu --only tokenizer_throughput training_memory
-    FAVAE_GLYPHS=glyphs python -m benchmarks.on_gpu --only latents codebooks glyph_texts --minutes 9
+    FAVAE_GLYPHS=glyphs FAVAE_PHOTOGRAPHS=photographs python -m benchmarks.on_gpu --only latents stft --minutes 9
 
 Each slice is one of the other benchmarks with settings for a GPU, or a training with each of several settings, by its
 own script; trainings are compared with the first setting. Those of `..._on_all_gpus` take all GPUs and are left out
 where there is one. Slices are independent of each other: one that fails is reported, and the others run. Each writes a
 JSON file into docs/results/gpu/. With --minutes, a slice is ended after so long, and the same command goes on: the
-experiments on glyphs (with 20 times the steps; scripts/glyphs.py writes their data, 30 MB) continue where they were.
+experiments on glyphs and photographs (of 32, 64 and 128 px, with 20 times the steps; scripts/glyphs.py and
+scripts/photographs.py write their data) continue where they were.
 """
 
 import json
@@ -72,7 +73,7 @@ ON_ALL_GPUS = {
         "sharded_compiled": [*GENERATOR, "train.shard=true", "train.compile=true"],
     },
 }
-EXPERIMENTS = {"latents": 160_000, "codebooks": 160_000, "glyph_texts": 200_000}  # and their steps
+EXPERIMENTS = {"latents": 160_000, "codebooks": 160_000, "glyph_texts": 200_000, "stft": 120_000}  # and their steps
 SLICES = [*BENCHMARKS, *TRAININGS, *ON_ALL_GPUS, *EXPERIMENTS]
 
 

@@ -33,7 +33,7 @@ from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.tokenizers import mean_errors
-from experiments.training_sets import GLYPHS, PHOTOGRAPHS, TrainingSet, load_images
+from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128, TrainingSet, load_images
 from favae.autoencoders import encode, load_autoencoder, measure_budget, reconstruct
 from favae.data.images import to_uint8
 from favae.data.latents import load_tokenizer, open_latents, write_latent_cache
@@ -132,6 +132,7 @@ def control(widths: list[int], channels: int, **settings) -> dict:
 
 
 STOCK = stock([16, 32, 48, 96], 16)
+ONE_TRUNK = control([16, 40, 64, 96], 16, wavelet=True)
 SPLIT = split([16, 40, 56, 96], [16, 24, 40], 16, 3)
 OURS = {**SPLIT, "shortcut": "overlapping"}
 BANDS = {"band": {"weight": 0.5, "weights": [0, 1, 1, 1]}}
@@ -153,7 +154,7 @@ VARIANTS = {
     ),
     "one_trunk": Variant(
         "Haar bands in one trunk, in place of the first and last octave: pixel unshuffle and shuffle in another basis",
-        control([16, 40, 64, 96], 16, wavelet=True),
+        ONE_TRUNK,
     ),
     "published": Variant("the published two branches", PUBLISHED),
     "split": Variant("two branches, without shortcut and band loss", SPLIT),
@@ -187,10 +188,13 @@ VARIANTS = {
     "one_trunk_f4": Variant("`one_trunk` at f4", control([16, 48, 96], 4, wavelet=True)),
     "ours_f4": Variant("`ours` at f4", split([16, 40, 96], [24, 40], 4, 1, shortcut="overlapping"), BANDS),
     **{
-        f"photographs_{name}": Variant(f"{note}, on photographs", model, loss, images=PHOTOGRAPHS, length=1.25)
+        f"{prefix}_{name}": Variant(
+            f"{note}, on photographs of {images.size} px", model, loss, images=images, length=1.25
+        )
+        for prefix, images in (("photographs", PHOTOGRAPHS), ("photographs128", PHOTOGRAPHS_128))
         for name, note, model, loss in (
             ("stock", "`stock`", STOCK, {}),
-            ("one_trunk", "`one_trunk`", control([16, 40, 64, 96], 16, wavelet=True), {}),
+            ("one_trunk", "`one_trunk`", ONE_TRUNK, {}),
             ("no_shortcut", "`no_shortcut`", {**OURS, "shortcut": None}, BANDS),
             ("ours", "`ours`", OURS, BANDS),
         )
@@ -219,7 +223,7 @@ def tokenizer_metrics(task: Task) -> dict:
     vae = load_autoencoder(str(task.run / "final"))
     budget = measure_budget(vae, own.size)
     reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
-    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": own.name, "f": patch_size(vae)}
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(own), "f": patch_size(vae)}
     row |= {"gflop": budget.flops / 1e9, "params": budget.params, "floats_per_image": budget.floats_per_image}
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve]), "curve": curve}
@@ -357,11 +361,11 @@ def save_pictures(task: Task, samples: Dataset, name: str) -> None:
 
 def finish(report: dict, stem) -> None:
     """Adds what real pictures that nobody has seen reach: no generator can be expected to be closer."""
-    trained_on = {VARIANTS[row["model"]].images for row in report["rows"]}
     report["real"] = {}
-    for own in sorted(trained_on, key=lambda own: own.name):
-        images, labels = load_images(own, "heldout")
-        report["real"][own.name] = own.metrics(InMemoryImages(images), labels)
+    for own in (GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128):
+        if any(row["data"] == str(own) for row in report["rows"]):
+            images, labels = load_images(own, "heldout")
+            report["real"][str(own)] = own.metrics(InMemoryImages(images), labels)
 
 
 COLUMNS: dict[str, tuple[int, str]] = {  # decimals, and where a row has it
@@ -409,7 +413,7 @@ def _cell(rows: list[dict], place: str, digits: int) -> str:
 
 def correlations(report: dict) -> str:
     """Spearman's rank correlation of each meter with the FD of samples, over the rows of glyphs at f8."""
-    rows = [row for row in report["rows"] if row["f"] == 8 and row["data"] == GLYPHS.name]
+    rows = [row for row in report["rows"] if row["f"] == 8 and row["data"] == str(GLYPHS)]
     if len(rows) < 4:
         return ""
     distances = [row["generator"]["unguided"]["fd"] for row in rows]

@@ -1,7 +1,7 @@
 """The two sets that tokenizers and their generators are compared on: glyphs and photographs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +39,9 @@ class TrainingSet:
     batch_sizes: tuple[int, int]
     extractor: Callable[[], GlyphExtractor | FeatureExtractor]
     label_column: str = "label"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.size} px"
 
     def file(self, split: str) -> Path:
         """Raises SystemExit if the folder is not named."""
@@ -79,3 +82,4 @@ GLYPHS = TrainingSet("glyphs", 32, len(CHARACTERS), 40 * len(CHARACTERS), (32, 6
 PHOTOGRAPHS = TrainingSet(
     "photographs", 64, 1, 2000, (8, 16), lambda: FeatureExtractor("efficientnet-lite0"), label_column="none"
 )
+PHOTOGRAPHS_128 = replace(PHOTOGRAPHS, size=128)
