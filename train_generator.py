@@ -14,8 +14,8 @@ texts, token by token.
                           $SLURM_JOB_NODELIST | head -n 1):29500 train_generator.py CONFIG.yaml'
     what would run    python train_generator.py CONFIG.yaml --dry-run
 
-Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again
-continues from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by
+Settings are `section.key=value`; the schema with its defaults is favae/training/generator_config.py. The same command
+again continues from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by
 default runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (guided, from the EMA weights),
 checkpoints/step-N/ and, at the end, final/: a pipeline for `DiffusionPipeline.from_pretrained`, tokenizer included.
 For what one GPU cannot hold: train.shard=true divides parameters, optimizer and EMA among the processes (FSDP), and
@@ -59,8 +59,9 @@ from favae.models.class_conditional import initialize_dit, num_classes
 from favae.pipelines import LightningDiTPipeline
 from favae.training.class_to_image import DIFFUSION_SCHEDULE, ClassToImageModule
 from favae.training.command_line import run_script
-from favae.training.config import GeneratorConfig, to_yaml
+from favae.training.config import to_yaml
 from favae.training.dry_run import describe_run
+from favae.training.generator_config import GeneratorConfig
 from favae.training.models import build_model
 from favae.training.optimization import (
     Ema,

@@ -6,8 +6,8 @@
     2 CPU processes   torchrun --nproc_per_node 2 train_tokenizer.py CONFIG.yaml
     what would run    python train_tokenizer.py CONFIG.yaml --dry-run
 
-Settings are `section.key=value`; the schema with its defaults is favae/training/config.py. The same command again
-continues from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by
+Settings are `section.key=value`; the schema with its defaults is favae/training/tokenizer_config.py. The same command
+again continues from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by
 default runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (originals over
 reconstructions), checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pretrained`.
 With evaluation.every=K evaluation.data=IMAGES, PSNR, rFID and other metrics of the EMA weights, and meters of how hard
@@ -35,7 +35,7 @@ from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_los
 from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.models.linear_shortcut import fade_shortcut
 from favae.training.command_line import run_script
-from favae.training.config import TokenizerConfig, losses_at, to_yaml
+from favae.training.config import to_yaml
 from favae.training.dry_run import describe_run, describe_tokenizer
 from favae.training.latent_regularization import IMAGE_BLOCK
 from favae.training.models import build_model
@@ -49,6 +49,7 @@ from favae.training.optimization import (
 )
 from favae.training.run import Run, find_checkpoint_to_resume
 from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
+from favae.training.tokenizer_config import TokenizerConfig, losses_at
 from favae.training.tokenizer_losses import TokenizerLossConfig
 from favae.training.tokenizer_module import TokenizerTrainingModule
 from favae.wavelets import WaveletBands

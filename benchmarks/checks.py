@@ -21,8 +21,9 @@ from torch import Tensor
 
 from benchmarks.timing import ROOT, device, environment, make_parser, parse_arguments, write_result
 from favae.autoencoders import load_autoencoder, spatial_compression_ratio
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model
+from favae.training.tokenizer_config import TokenizerConfig
 
 # The most that a relative difference may be.
 LIMITS = {"bf16": 0.03, "compiled": 1e-3, "tiles": 0.1, "resumed": 1e-3, "ddp": 1e-3, "fsdp": 1e-3}

@@ -33,8 +33,9 @@ from benchmarks.timing import (
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, adversarial_loss, hinge_discriminator_loss
 from favae.losses.alignment import vision_foundation_alignment
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model
+from favae.training.tokenizer_config import TokenizerConfig
 
 RECIPES = ("photos_favae", "photos_vavae")
 RESOLUTION = 64

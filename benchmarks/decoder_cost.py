@@ -27,8 +27,9 @@ from benchmarks.timing import (
 )
 from favae import AsymmetricAutoencoderKLFA
 from favae.autoencoders import CPU_ATTENTION_FLOPS, decode
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model
+from favae.training.tokenizer_config import TokenizerConfig
 
 LATENT_SIDE = 32  # of an image of 256 px
 SHAPE = {

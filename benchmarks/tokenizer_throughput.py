@@ -26,8 +26,9 @@ from benchmarks.timing import (
     write_result,
 )
 from favae.autoencoders import measure_budget, reconstruct
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model
+from favae.training.tokenizer_config import TokenizerConfig
 
 RECIPES = ("vavae_f16d32", "favae_f16d32", "favae_f16d32_fast")
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from benchmarks.timing import ROOT, environment, make_parser, parse_arguments, write_result
 from favae.losses.adversarial import PatchDiscriminator, adversarial_loss, hinge_discriminator_loss
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model
+from favae.training.tokenizer_config import TokenizerConfig
 
 
 def frozen_bytes(config: TokenizerConfig) -> int:

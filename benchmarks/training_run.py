@@ -20,7 +20,9 @@ import train_generator
 import train_tokenizer
 from benchmarks.timing import environment, make_parser, parse_arguments, write_result
 from favae.distributed import process_state
-from favae.training.config import GeneratorConfig, TokenizerConfig, load_config
+from favae.training.config import load_config
+from favae.training.generator_config import GeneratorConfig
+from favae.training.tokenizer_config import TokenizerConfig
 
 TRAININGS = {
     "tokenizer": (TokenizerConfig, train_tokenizer.train),

@@ -26,7 +26,8 @@ from favae.eval.results import finite
 from favae.eval.sampling import sample_to_folder
 from favae.files import read_json_lines, write_text
 from favae.losses.perceptual import LPIPS
-from favae.training.config import EvaluationConfig, TokenizerEvaluationConfig
+from favae.training.generator_config import EvaluationConfig
+from favae.training.tokenizer_config import TokenizerEvaluationConfig
 
 logger = logging.getLogger(__name__)
 

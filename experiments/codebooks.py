@@ -26,7 +26,7 @@ from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS, load_images
 from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
 from favae.data.images import to_uint8
-from favae.training.config import TokenizerConfig
+from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
 STEPS = 8_000

@@ -43,7 +43,8 @@ from favae.eval.generation import generation_metrics
 from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.sampling import sample_to_folder
 from favae.training.checkpoints import find_checkpoints
-from favae.training.config import GeneratorConfig, load_config
+from favae.training.config import load_config
+from favae.training.generator_config import GeneratorConfig
 from favae.training.models import find_model_class
 from train_generator import build_pipeline
 from train_generator import train as train_generator

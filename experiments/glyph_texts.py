@@ -36,7 +36,7 @@ from favae.data.text_embeddings import write_text_embeddings
 from favae.eval.image_sets import SampleFolder
 from favae.eval.sampling import sample_to_folder
 from favae.text_encoder import TextEncoder
-from favae.training.config import GeneratorConfig
+from favae.training.generator_config import GeneratorConfig
 from train_generator import train as train_generator
 from train_tokenizer import train as train_tokenizer
 

@@ -42,8 +42,10 @@ from favae.eval.latent_evaluation import latent_metrics
 from favae.eval.sampling import sample_to_folder
 from favae.files import write_text
 from favae.training.checkpoints import find_checkpoints
-from favae.training.config import GeneratorConfig, TokenizerConfig, load_config
+from favae.training.config import load_config
+from favae.training.generator_config import GeneratorConfig
 from favae.training.models import find_model_class
+from favae.training.tokenizer_config import TokenizerConfig
 from train_generator import build_pipeline
 from train_generator import train as train_generator
 from train_tokenizer import train as train_tokenizer

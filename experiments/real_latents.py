@@ -43,8 +43,9 @@ from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import frechet_distance
 from favae.eval.reconstruction import image_errors
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model, find_model_class
+from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
 STEPS = 6_000

@@ -25,7 +25,7 @@ from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS, load_images
 from favae.autoencoders import load_autoencoder, reconstruct
 from favae.eval.figures import radial_spectrum
-from favae.training.config import TokenizerConfig
+from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
 STEPS = 6_000

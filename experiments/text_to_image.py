@@ -36,7 +36,8 @@ from favae.data.images import to_uint8
 from favae.eval.image_sets import SampleFolder
 from favae.eval.reconstruction import image_errors
 from favae.eval.sampling import sample_to_folder
-from favae.training.config import GeneratorConfig, load_config
+from favae.training.config import load_config
+from favae.training.generator_config import GeneratorConfig
 from train_generator import train as train_generator
 
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)

@@ -26,8 +26,9 @@ from favae.eval.figures import radial_spectrum
 from favae.eval.image_sets import CroppedImages
 from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors
 from favae.training.checkpoints import find_checkpoints
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model, find_model_class
+from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
 CURVE_POINTS = 4

@@ -8,8 +8,8 @@ AFTER_INTERRUPT = "the same command continues from the last checkpoint"
 DESCRIPTION = """{help}.
 
 CONFIG.yaml is a recipe, such as those in configs/{folder}/. Settings that differ from it follow as section.key=value;
-favae/training/config.py has all of them with their defaults. The same command again continues from the newest complete
-checkpoint in the run folder (output=FOLDER).
+favae/training/{folder}_config.py has all of them with their defaults. The same command again continues from the newest
+complete checkpoint in the run folder (output=FOLDER).
 
     --dry-run        print the settings and what would be trained, and exit
     --processes N    with --dry-run: count with N processes

@@ -11,7 +11,8 @@ from favae import LightningDiTPipeline
 from favae.errors import ConfigError
 from favae.eval import online
 from favae.eval.online import epochs_to_reach
-from favae.training.config import GeneratorConfig, load_config
+from favae.training.config import load_config
+from favae.training.generator_config import GeneratorConfig
 
 
 def test_epochs_to_reach():

@@ -9,7 +9,8 @@ from experiments import generator_quality, text_to_image
 from experiments.emoji import Emoji, retrieval_rates
 from experiments.image_sets import InMemoryImages, read_images
 from experiments.rows import Task
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
+from favae.training.tokenizer_config import TokenizerConfig
 
 
 def test_images_in_memory():

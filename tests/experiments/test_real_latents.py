@@ -15,8 +15,9 @@ from experiments import real_latents, zoo
 from experiments.real_latents import OWN, VARIANTS
 from experiments.rows import Task
 from favae import AutoencoderTinyFA
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model
+from favae.training.tokenizer_config import TokenizerConfig
 
 
 def gflop(name: str) -> float:

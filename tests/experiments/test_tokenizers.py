@@ -11,7 +11,8 @@ from experiments import ablation, equal_budget, tokenizers
 from experiments.report import full_table, short_table
 from experiments.rows import Comparison, main
 from favae.autoencoders import measure_budget
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
+from favae.training.tokenizer_config import TokenizerConfig
 
 
 def test_flops_are_the_same_on_every_device():

@@ -7,8 +7,10 @@ from conftest import ROOT, command, refusal, tiny_tokenizer_recipe, train
 
 from favae.autoencoders import measure_budget
 from favae.errors import ConfigError
-from favae.training.config import GeneratorConfig, TokenizerConfig, load_config, losses_at, to_yaml
+from favae.training.config import load_config, to_yaml
+from favae.training.generator_config import GeneratorConfig
 from favae.training.models import build_model
+from favae.training.tokenizer_config import TokenizerConfig, losses_at
 
 RECIPES = sorted(file for folder in ("tokenizer", "generator") for file in ROOT.glob(f"configs/{folder}/*.yaml"))
 

@@ -14,7 +14,7 @@ from torch import nn
 from favae import CATTransformerModel
 from favae.errors import ConfigError, FolderInUse, NonFiniteError
 from favae.training.checkpoints import find_checkpoints
-from favae.training.config import TokenizerConfig, load_config, to_yaml
+from favae.training.config import load_config, to_yaml
 from favae.training.optimization import (
     Ema,
     clip_gradients,
@@ -24,6 +24,7 @@ from favae.training.optimization import (
     weight_decay_groups,
 )
 from favae.training.run import Run, changed_settings
+from favae.training.tokenizer_config import TokenizerConfig
 
 
 @pytest.mark.parametrize("warmup", [True, False])

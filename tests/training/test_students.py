@@ -18,8 +18,9 @@ from favae.data.latents import write_latent_cache
 from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.normalization import normalize_latents
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model
+from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import build_tokenizer, build_training_module
 
 WIDTHS = {"latent_channels": 6, "num_encoder_blocks": [1, 1, 1]}

@@ -16,7 +16,8 @@ from favae.data.sources import open_source
 from favae.data.text_embeddings import TextEmbeddings, write_text_embeddings
 from favae.errors import ConfigError
 from favae.text_encoder import TextEncoder
-from favae.training.config import GeneratorConfig, load_config
+from favae.training.config import load_config
+from favae.training.generator_config import GeneratorConfig
 from favae.training.text_to_image import check_text_shapes
 
 MODEL = {"name": "CATTransformerModel", **TINY_CAT}

@@ -16,9 +16,10 @@ from favae import AsymmetricAutoencoderKLFA, VQModelFA
 from favae.autoencoders import decode, encode, takes_frames
 from favae.data.latents import open_latents
 from favae.errors import ConfigError
-from favae.training.config import TokenizerConfig, load_config
+from favae.training.config import load_config
 from favae.training.models import build_model
 from favae.training.optimization import matrices_of
+from favae.training.tokenizer_config import TokenizerConfig
 
 VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
 codebook_size: 16, frequency_complement: res}"

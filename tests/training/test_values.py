@@ -11,8 +11,9 @@ from conftest import TINY_CAT, TINY_FAVAE, TINY_LIGHTNINGDIT, TINY_VQ
 from favae import cli
 from favae.errors import ConfigError
 from favae.ranges import Text
-from favae.training.config import GeneratorConfig, TokenizerConfig
+from favae.training.generator_config import GeneratorConfig
 from favae.training.models import GENERATORS, NEED_TEACHER, TOKENIZERS, build_model, find_model_class
+from favae.training.tokenizer_config import TokenizerConfig
 from favae.training.validation import signature_schema, validate
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, -1, -0.5, 1e300, "word", "", [], {"a": 1})

@@ -1,0 +1,167 @@
+"""The schema of train_generator.py."""
+
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from favae.errors import ConfigError
+from favae.ranges import Count, Decay, Probability, Rate, Share, Shift, Step, Text, Weight
+from favae.training.class_to_image import GeneratorLossConfig
+from favae.training.config import RunConfig, TrainConfig
+from favae.training.models import GENERATORS, check_model
+from favae.training.validation import STRICT
+
+
+@dataclass(config=STRICT)
+class LatentDataConfig:
+    latents: Text | None = None  # a cache written by `favae cache-latents`
+    tokenizer: Text | None = None  # the autoencoder that wrote it: a folder or hub name
+    warmup_latents: Text | None = None  # of the same images, written with --low-pass: learned first (FreqWarm)
+    warmup_steps: Step = 0  # how long
+    flip: bool = True
+    text_embeddings: Text | None = None  # written by `favae embed-captions`; None: the folder in that of the latents
+    text_encoder: Text | None = None  # where the encoder of these embeddings is now; None: where it was
+    images: Text | None = None  # what the cache was made of, for loss.alignment
+    split: Text = "train"  # of `images`
+    image_column: Text = "auto"
+    label_column: Text = "auto"
+    min_size: Count = 16
+    num_images: Count | None = None  # what the recipe was written for: steps per epoch in a dry run without the cache
+
+
+@dataclass(config=STRICT)
+class GeneratorTrainConfig(TrainConfig):
+    ema_decay: Decay = 0.9999
+    learning_rate: Rate = 2e-4
+
+
+@dataclass(config=STRICT)
+class GuidanceConfig:
+    """Classifier-free guidance, as LightningDiTPipeline takes it; a CATTransformerModel and a DiTPipeline take the
+    scale alone."""
+
+    guidance_scale: Weight = 1.0
+    guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)] | None = None  # None: all times
+    guidance_channels: Count | None = None  # the first so many latent channels, published 3; None: all
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """What a pipeline is called with."""
+        options = {"guidance_interval": self.guidance_interval, "guidance_channels": self.guidance_channels}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"guidance_scale": self.guidance_scale, **given}
+
+
+@dataclass(config=STRICT)
+class SamplingConfig(GuidanceConfig):
+    """Of the sample grids, and of the scheduler that is saved with the pipeline."""
+
+    guidance_scale: Weight = 4.0
+    num_inference_steps: Count = 50
+    shift: Shift = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
+    num_images: Count = 16
+    prompts: Annotated[list[str], Field(min_length=1)] | None = (
+        None  # of the sample grids, with texts; None: captions of the first images
+    )
+    temperature: Weight = 1.0  # with texts, as the next two
+    top_k: Count | None = None
+    top_p: Share | None = None
+
+
+@dataclass(config=STRICT)
+class EvaluationConfig(GuidanceConfig):
+    """Metrics during training, of the EMA weights; see eval/online.py."""
+
+    every: Step = 0  # steps; 0: never
+    reference: Text | None = None  # a file of `favae reference-statistics`, an .npz, or images
+    features: Text = "inception"  # or "dinov2", "efficientnet-lite0", any timm model
+    weights: Text | None = None  # a local file for `features`
+    num_images: Count = 10_000  # fewer than a published FID's 50,000, and so higher than one
+    num_inference_steps: Count = 50
+    batch_size: Count = 32
+
+    def __post_init__(self):
+        if self.every and self.reference is None:
+            raise ConfigError("evaluation.every needs evaluation.reference: statistics (.safetensors, .npz) or images")
+
+
+@dataclass(config=STRICT)
+class GeneratorConfig(RunConfig):
+    data: LatentDataConfig = field(default_factory=LatentDataConfig)
+    loss: GeneratorLossConfig = field(default_factory=GeneratorLossConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    train: GeneratorTrainConfig = field(default_factory=GeneratorTrainConfig)
+
+    @property
+    def from_text(self) -> bool:
+        """Whether the generator is conditioned on texts rather than on classes."""
+        return self.model["name"] == "CATTransformerModel"
+
+    def __post_init__(self):
+        check_model(self.model, GENERATORS)
+        if self.from_text:
+            self._check_text_to_image()
+        else:
+            self._check_class_to_image()
+        scales = {"sampling": self.sampling.guidance_scale, "evaluation": self.evaluation.guidance_scale}
+        for key in ("class_dropout_prob", "text_dropout_prob"):
+            for section, scale in scales.items():
+                if self.model.get(key) == 0 and scale != 1:
+                    raise ConfigError(f"{section}.guidance_scale must be 1 with model.{key}=0: nothing trains the null")
+        for section, settings in {"sampling": self.sampling, "evaluation": self.evaluation}.items():
+            self._check_guidance(section, settings)
+
+    def _check_guidance(self, section: str, settings: GuidanceConfig) -> None:
+        interval, channels = settings.guidance_interval, settings.guidance_channels
+        given = {"guidance_interval": interval, "guidance_channels": channels}
+        if self.from_text or self.loss.objective == "ddpm":
+            for key in (key for key, value in given.items() if value is not None):
+                raise ConfigError(f"{section}.{key} is for generators that LightningDiTPipeline samples")
+        if interval is not None and interval[0] > interval[1]:
+            raise ConfigError(f"{section}.guidance_interval must rise, got {interval}")
+        if channels is not None and channels > self.model.get("in_channels", 32):
+            raise ConfigError(f"{section}.guidance_channels must be at most model.in_channels, got {channels}")
+
+    def _check_text_to_image(self) -> None:
+        class_only = {
+            "loss.alignment.weight": self.loss.alignment.weight,
+            "evaluation.every": self.evaluation.every,
+            "data.warmup_latents": self.data.warmup_latents,
+            "loss.objective": self.loss.objective != "flow_matching",
+        }
+        for key, is_set in class_only.items():
+            if is_set:
+                raise ConfigError(f"{key} is for generators of classes, not for a CATTransformerModel")
+        if self.model.get("head") == "flow" and (self.sampling.top_k, self.sampling.top_p) != (None, None):
+            raise ConfigError("sampling.top_k and sampling.top_p are for model.head=categorical")
+
+    def _check_class_to_image(self) -> None:
+        model, alignment = self.model, self.loss.alignment
+        is_dit = model["name"] == "DiTTransformer2DModel"
+        if self.loss.objective == "ddpm" and not is_dit:
+            raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel")
+        if self.loss.objective == "ddpm" and model.get("num_embeds_ada_norm", 1000) != 1000:
+            raise ConfigError(
+                "loss.objective=ddpm is sampled by DiTPipeline, whose null class is always 1000: "
+                f"model.num_embeds_ada_norm must be 1000, got {model['num_embeds_ada_norm']}; fewer may be used"
+            )
+        channels = model.get("in_channels", 4)
+        allowed = [channels, 2 * channels] if self.loss.objective == "ddpm" else [channels]
+        if is_dit and model.get("out_channels", channels) not in allowed:
+            raise ConfigError(
+                f"model.out_channels must be {' or '.join(map(str, allowed))} for loss.objective="
+                f"{self.loss.objective} and model.in_channels={channels}, got {model['out_channels']}"
+            )
+        if alignment.weight and not 1 <= alignment.layer <= model.get("num_layers", 28):
+            raise ConfigError(f"loss.alignment.layer must be one of the model's layers, got {alignment.layer}")
+        if (self.data.warmup_latents is None) != (self.data.warmup_steps == 0):
+            raise ConfigError("data.warmup_latents and data.warmup_steps are set together")
+        if alignment.weight and self.data.warmup_steps:
+            raise ConfigError(
+                "loss.alignment.weight needs images from the first step, and data.warmup_latents has none"
+            )
+        if alignment.weight and self.data.images is None:
+            raise ConfigError("loss.alignment.weight needs data.images: the images that the latents were made of")
