@@ -1,10 +1,11 @@
 """Frequency complement modules, the decoder that carries them, and the features that spectrum losses compare."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -133,34 +134,28 @@ class ComplementedDecoder(Decoder):
 
 
 class FeatureRecorder:
-    """Records what a spectrum loss compares: features A_i of an encoder with C_{3-i} of its decoder, one pass of each.
+    """Records what a spectrum loss compares: outputs of a decoder's modules with those of an encoder's, one pass of
+    each.
 
-    A_0 follows the encoder's first convolution, A_1 all down blocks, A_2 the mid block, and A_3 is the latent before
-    noise or quantization; C_0 ... C_3 are the decoder's complements in order.
+        with FeatureRecorder(vae.compared_modules) as recorder:
+            vae.decode(vae.encode(images).latents)
+        complements, activations = recorder.pairs()
 
-        with FeatureRecorder(vae.encoder, vae.decoder) as recorder:
-            latents = vae.encode(images).latents
-            vae.decode(latents)
-        complements, activations = recorder.pairs(latents)
+    Args:
+        modules: of the decoder and of the encoder, in pairs; see `VQModelFA.compared_modules`.
 
     Raises:
-        ValueError: if the decoder has no complements.
-    Source: Lin et al., CVPR 2023; their code pairs tensors as here, but blurs the two of a pair differently.
+        ValueError: if there are none.
     """
 
-    LEVELS = 4
-
-    def __init__(self, encoder: Encoder, decoder: ComplementedDecoder):
-        complements = [module for module in decoder.complements if isinstance(module, FrequencyComplement)]
-        if not complements:
+    def __init__(self, modules: Sequence[tuple[nn.Module, nn.Module]]):
+        if not modules:
             raise ValueError("features can be compared only where the decoder has frequency_complement modules")
-        self.of_encoder: list[nn.Module] = [encoder.conv_in, encoder.down_blocks[-1], encoder.mid_block]
-        self.of_decoder: list[nn.Module] = [complement.constrained for complement in reversed(complements)]
+        self.modules = modules
 
     def __enter__(self) -> "FeatureRecorder":
         self._features: dict[nn.Module, Tensor] = {}
-        modules = [*self.of_encoder, *self.of_decoder]
-        self._handles = [module.register_forward_hook(self._record) for module in modules]
+        self._handles = [module.register_forward_hook(self._record) for pair in self.modules for module in pair]
         return self
 
     def __exit__(self, *exception) -> None:
@@ -171,13 +166,7 @@ class FeatureRecorder:
         """Keeps the output of the first pass, whatever is decoded after it."""
         self._features.setdefault(module, output)
 
-    def pairs(self, latents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """
-        Args:
-            latents: (B, C, h, w), before noise or quantization.
-        Returns:
-            Complements and activations, four each, the image's side first; (B, C_i, H_i, W_i).
-        """
-        complements = [self._features[module] for module in self.of_decoder]
-        activations = [self._features[module] for module in self.of_encoder]
-        return complements, [*activations, latents]
+    def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Complements and activations, (B, C_i, H_i, W_i) each."""
+        complements, activations = zip(*self.modules)
+        return [self._features[module] for module in complements], [self._features[module] for module in activations]

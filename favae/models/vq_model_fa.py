@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, ResidualVQ, VectorQuantize
 
-from favae.models.frequency_complement import ComplementedDecoder
+from favae.models.frequency_complement import ComplementedDecoder, FrequencyComplement
 from favae.models.hub import HubModelMixin
 from favae.models.sizes import check_image_size, check_widths, compression_ratio
 from favae.precision import no_autocast
@@ -152,6 +152,17 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         """A hook of the codebook, which gives directions: multiplies them by the lengths of their entries."""
         entries, indices, *rest = output
         return entries * self.entry_norms[indices].unsqueeze(-1), indices, *rest
+
+    @property
+    def compared_modules(self) -> list[tuple[nn.Module, nn.Module]]:
+        """What a spectrum loss compares: the complements, the image's side first, each with its part of the encoder.
+
+        These are the first convolution, all down blocks, the mid block, and the latent before noise or quantization.
+        Source: Lin et al., CVPR 2023; their code pairs tensors as here, but blurs the two of a pair differently.
+        """
+        complements = [each for each in self.decoder.complements if isinstance(each, FrequencyComplement)]
+        encoder = [self.encoder.conv_in, self.encoder.down_blocks[-1], self.encoder.mid_block, self.quant_conv]
+        return list(zip((complement.constrained for complement in reversed(complements)), encoder))
 
     @property
     def num_tokens(self) -> int:

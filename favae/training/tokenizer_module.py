@@ -115,7 +115,7 @@ class TokenizerTrainingModule(nn.Module):
         elif teacher is not None:
             self.projector = nn.Conv2d(self.aligned_channels, teacher.channels, 1, bias=False)
         if any(losses.spectrum.weight for losses in stages):
-            self.spectrum = first.spectrum.build(FeatureRecorder.LEVELS)
+            self.spectrum = first.spectrum.build(len(vae.compared_modules))
             self.sigma_learning_rate = first.spectrum.learning_rate
         if isinstance(vae, VQModelFA):
             self.codebook_statistics = CodebookStatistics(vae.num_tokens)
@@ -208,18 +208,17 @@ class TokenizerTrainingModule(nn.Module):
         statistics: dict[str, Tensor] = {}
         recorder = None
         if self.spectrum is not None and losses.spectrum.weight:
-            recorder = FeatureRecorder(self.vae.encoder, self.vae.decoder)
+            recorder = FeatureRecorder(self.vae.compared_modules)
         with recorder or contextlib.nullcontext():
-            # 1. Encode. `exact` are the latents before noise or quantization.
+            # 1. Encode.
             if self.codebook_statistics is not None:
-                exact = self.vae.encode(images).latents
-                quantized = self.vae.quantize(exact)
+                quantized = self.vae.quantize(self.vae.encode(images).latents)
                 latents, moments = quantized.latents, None
                 terms["commitment"] = losses.commitment, quantized.loss
                 statistics |= self.codebook_statistics(quantized.indices)
             else:
                 posterior = self.vae.encode(images).latent_dist
-                exact, latents, moments = posterior.mean, posterior.sample(), posterior.parameters
+                latents, moments = posterior.sample(), posterior.parameters
 
             # 2. Regularize what is decoded.
             low_pass = getattr(self.vae, "low_pass", None)
@@ -230,7 +229,7 @@ class TokenizerTrainingModule(nn.Module):
 
         # 4. The losses that need the inside of the model.
         if self.spectrum is not None and recorder is not None:
-            terms["spectrum"] = losses.spectrum.weight, self.spectrum(*recorder.pairs(exact))
+            terms["spectrum"] = losses.spectrum.weight, self.spectrum(*recorder.pairs())
             if losses.spectrum.type == "dynamic":
                 statistics |= {f"sigma_{i}": sigma.detach() for i, sigma in enumerate(self.spectrum.sigma)}
         if losses.spectrum_matching.weight:

@@ -47,23 +47,22 @@ def test_a_trained_decoder_with_conv_complements_decodes_as_before():
 @pytest.mark.parametrize("type", ["conv", "res", "attn"])
 def test_pairs(type):
     vae = VQModelFA(**TINY_VQ, frequency_complement=type)
-    with FeatureRecorder(vae.encoder, vae.decoder) as recorder:
+    with FeatureRecorder(vae.compared_modules) as recorder:
         latents = vae.encode(torch.rand(2, 3, 16, 16)).latents
         vae.decode(latents)
-    complements, activations = recorder.pairs(latents)
-    assert len(complements) == FeatureRecorder.LEVELS
+    complements, activations = recorder.pairs()
     assert [c.shape for c in complements] == [a.shape for a in activations]
     assert [tuple(c.shape[1:]) for c in complements] == [(8, 16, 16), (16, 4, 4), (16, 4, 4), (6, 4, 4)]
-    assert not any(module._forward_hooks for module in (*recorder.of_encoder, *recorder.of_decoder))
+    assert not any(module._forward_hooks for pair in vae.compared_modules for module in pair)
 
 
 def test_only_the_first_pass_is_recorded():
     vae = VQModelFA(**TINY_VQ, frequency_complement="res").eval()
-    with FeatureRecorder(vae.encoder, vae.decoder) as recorder:
+    with FeatureRecorder(vae.compared_modules) as recorder:
         latents = vae.encode(torch.rand(1, 3, 16, 16)).latents
         vae.decode(latents)
         vae.decode(latents[..., :2, :2])
-    assert [c.shape for c in recorder.pairs(latents)[0]] == [a.shape for a in recorder.pairs(latents)[1]]
+    assert [c.shape for c in recorder.pairs()[0]] == [a.shape for a in recorder.pairs()[1]]
 
 
 def test_what_is_compared():
@@ -72,20 +71,20 @@ def test_what_is_compared():
     for name in ("conv_in", "mid_block"):
         getattr(vae.encoder, name).register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out))
     vae.decoder.complements[3].register_forward_hook(lambda m, i, out: seen.__setitem__("last", out))
-    with FeatureRecorder(vae.encoder, vae.decoder) as recorder:
+    with FeatureRecorder(vae.compared_modules) as recorder:
         latents = vae.encode(torch.rand(1, 3, 16, 16)).latents
         vae.decode(latents)
-    complements, activations = recorder.pairs(latents)
+    complements, activations = recorder.pairs()
     assert activations[0] is seen["conv_in"] and activations[2] is seen["mid_block"]
     assert torch.equal(activations[3], latents)
     assert complements[0] is seen["last"]  # "res": the sum
     vae = VQModelFA(**TINY_VQ, frequency_complement="conv").eval()
-    with FeatureRecorder(vae.encoder, vae.decoder) as recorder:
+    with FeatureRecorder(vae.compared_modules) as recorder:
         vae.decode(vae.encode(torch.rand(1, 3, 16, 16)).latents)
-    assert not any(c.any() for c in recorder.pairs(latents)[0])  # "conv": the complement, zero at the start
+    assert not any(c.any() for c in recorder.pairs()[0])  # "conv": the complement, zero at the start
 
 
 def test_models_without_complements_cannot_be_compared():
     vae = VQModelFA(**TINY_VQ, frequency_complement=None)
     with pytest.raises(ValueError, match="frequency_complement"):
-        FeatureRecorder(vae.encoder, vae.decoder)
+        FeatureRecorder(vae.compared_modules)
