@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from favae.models import AutoencoderKLFA as AutoencoderKLFA
     from favae.models import AutoencoderTinyFA as AutoencoderTinyFA
     from favae.models import CATTransformerModel as CATTransformerModel
+    from favae.models import HyperpriorModelFA as HyperpriorModelFA
     from favae.models import LightningDiTTransformer2DModel as LightningDiTTransformer2DModel
     from favae.models import PackedNormAutoencoder as PackedNormAutoencoder
     from favae.models import SingleFrameAutoencoder as SingleFrameAutoencoder
@@ -32,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "AutoencoderKLFA",
             "AutoencoderTinyFA",
             "CATTransformerModel",
+            "HyperpriorModelFA",
             "LightningDiTTransformer2DModel",
             "PackedNormAutoencoder",
             "SingleFrameAutoencoder",

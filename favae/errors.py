@@ -53,6 +53,10 @@ class FolderInUse(FavaeError):
     """Another process is writing into this folder."""
 
 
+class CompressedFileError(FavaeError):
+    """A file of a compressed image is damaged, foreign, or of another model."""
+
+
 class NonFiniteError(FavaeError):
     """A loss or a sample is NaN or infinite."""
 

@@ -45,6 +45,12 @@ TINY_VQ = {
     "codebook_size": 32,
     "sample_size": 16,
 }
+TINY_HYPERPRIOR = {
+    "block_out_channels": (8, 8, 16),
+    "num_residual_blocks": 1,
+    "latent_channels": 6,
+    "hyper_channels": 8,
+}
 TINY_LIGHTNINGDIT = {
     "sample_size": 4,
     "in_channels": 6,

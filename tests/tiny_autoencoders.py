@@ -2,9 +2,9 @@
 
 import diffusers
 import pytest
-from conftest import TINY_VQ
+from conftest import TINY_HYPERPRIOR, TINY_VQ
 
-from favae import VQModelFA
+from favae import HyperpriorModelFA, VQModelFA
 
 
 def autoencoders() -> dict[str, diffusers.ModelMixin]:
@@ -42,4 +42,5 @@ def autoencoders() -> dict[str, diffusers.ModelMixin]:
         "VQModel": diffusers.VQModel(**common, num_vq_embeddings=16),
         "VQModel, as aMUSEd's": diffusers.VQModel(**common, num_vq_embeddings=16, lookup_from_codebook=True),
         "VQModelFA": VQModelFA(**TINY_VQ),
+        "HyperpriorModelFA": HyperpriorModelFA(**TINY_HYPERPRIOR),
     }

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from favae.models.autoencoder_kl_fa import AutoencoderKLFA as AutoencoderKLFA
     from favae.models.autoencoder_tiny_fa import AutoencoderTinyFA as AutoencoderTinyFA
     from favae.models.cat_transformer import CATTransformerModel as CATTransformerModel
+    from favae.models.hyperprior_model_fa import HyperpriorModelFA as HyperpriorModelFA
     from favae.models.lightningdit_transformer_2d import (
         LightningDiTTransformer2DModel as LightningDiTTransformer2DModel,
     )
@@ -22,6 +23,7 @@ CLASSES_BY_MODULE = {
     "autoencoder_kl_fa": ["AutoencoderKLFA"],
     "autoencoder_tiny_fa": ["AutoencoderTinyFA"],
     "cat_transformer": ["CATTransformerModel"],
+    "hyperprior_model_fa": ["HyperpriorModelFA"],
     "lightningdit_transformer_2d": ["LightningDiTTransformer2DModel"],
     "pipeline_autoencoders": ["PackedNormAutoencoder", "SingleFrameAutoencoder"],
     "two_branch_autoencoder_kl": ["TwoBranchAutoencoderKL"],

@@ -25,6 +25,7 @@ TOKENIZERS = (
     "AsymmetricAutoencoderKLFA",
     "TwoBranchAutoencoderKL",
     "VQModelFA",
+    "HyperpriorModelFA",
     "AutoencoderKL",
     "AutoencoderTinyFA",
     "AutoencoderTiny",

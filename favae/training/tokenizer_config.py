@@ -143,7 +143,7 @@ def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     if config.teacher.latents is not None and (config.data.crop, config.data.color_jitter) != ("center", 0):
         raise ConfigError("teacher.latents are of whole images: set data.crop=center and data.color_jitter=0")
     if hasattr(find_model_class(name), "quantize"):
-        raise ConfigError(f"teacher.autoencoder has continuous latents; a {name} has tokens")
+        raise ConfigError(f"teacher.autoencoder has continuous latents; those of a {name} are quantized")
     own_latents = {
         "alignment.weight": loss.alignment.weight,
         "spectrum.weight": loss.spectrum.weight,
@@ -161,13 +161,13 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     model, resolution = config.model, config.train.resolution
     model_class = find_model_class(model["name"])
     if loss.spectrum.weight and not (hasattr(model_class, "quantize") and model.get("frequency_complement", "conv")):
-        raise ConfigError("loss.spectrum.weight needs a VQModelFA with model.frequency_complement")
+        raise ConfigError("loss.spectrum.weight needs a VQModelFA or HyperpriorModelFA with model.frequency_complement")
     for key in ("high_dropout", "high_noise"):
         if getattr(loss, key) and not hasattr(model_class, "low_latent_channels"):
             raise ConfigError(f"loss.{key} needs a model with high latents: model.name=AutoencoderKLFA")
     continuous = {"latent_noise": loss.latent_noise, **loss.shaping_latents}
     for key in (key for key, is_set in continuous.items() if is_set and hasattr(model_class, "quantize")):
-        raise ConfigError(f"loss.{key} needs continuous latents; a {model['name']} has tokens")
+        raise ConfigError(f"loss.{key} needs continuous latents; those of a {model['name']} are quantized")
     for name in ("alignment", "spectrum_matching"):
         if getattr(loss, name).weight and FROM_AUTOENCODER_KL in model:
             raise ConfigError(

@@ -24,7 +24,7 @@ class FocalFrequencyConfig:
 
 @dataclass(config=STRICT)
 class SpectrumConfig:
-    """Compares the frequency complements of a `VQModelFA` with its encoder's features."""
+    """Compares frequency complements, of a `VQModelFA` or a `HyperpriorModelFA`, with the encoder's features."""
 
     weight: Weight = 0.0
     type: Literal["dynamic", "fixed", "none"] = "dynamic"  # sigmas learned; fixed; or focal frequency loss, unblurred
@@ -116,6 +116,15 @@ class PrefixConfig:
 
 
 @dataclass(config=STRICT)
+class RateConfig:
+    """The weight of the bits per pixel of a `HyperpriorModelFA`, which keeps them near a target (HiFiC, 2020)."""
+
+    target: Weight = 0.14  # bits per pixel, of rounded latents
+    weight: Weight = 5e-2  # while there are more; published 2, relative to a squared error 38 times as large as ours
+    weight_below: Weight = 1.6e-3  # while there are fewer; published 1/16
+
+
+@dataclass(config=STRICT)
 class TokenizerLossConfig:
     reconstruction: Literal["l1", "l2", "none"] = "l1"  # "none": the other losses alone
     ssim: Weight = 0.0  # of 1 - SSIM
@@ -123,6 +132,7 @@ class TokenizerLossConfig:
     latents: Weight = 1.0  # of the distance of the model's latents to the teacher's, if the encoder learns
     kl: Weight = 1e-6  # for models with a posterior
     commitment: Weight = 1.0  # for models with a codebook
+    rate: RateConfig = field(default_factory=RateConfig)  # for models that are written to files
     perceptual: Weight = 0.0  # LPIPS on VGG16
     perceptual_weights: Text | None = None  # a local file with torchvision's VGG16
     focal_frequency: FocalFrequencyConfig = field(default_factory=FocalFrequencyConfig)

@@ -20,6 +20,7 @@ from favae.losses.perceptual import LPIPS
 from favae.losses.stft import ssim_loss
 from favae.models.autoencoder_tiny_fa import TinyDecoder
 from favae.models.frequency_complement import FeatureRecorder
+from favae.models.hyperprior_model_fa import HiFiCEncoder, HiFiCGenerator, HyperpriorModelFA
 from favae.models.vq_model_fa import VQModelFA
 from favae.normalization import MIN_LOGVAR, normalize_latents
 from favae.precision import no_autocast
@@ -39,8 +40,8 @@ class Autoencoding(NamedTuple):
     Attributes:
         reconstruction: (B, C, H, W), or smaller with the equivariance.
         target: what it should be, of the same shape: the images, or what `regularize` made of them.
-        latents: (B, C', h, w), a sample of the posterior or codebook vectors.
-        moments: (B, 2C', h, w), mean and log-variance of the posterior; None for a codebook.
+        latents: (B, C', h, w), a sample of the posterior, codebook vectors, or rounded.
+        moments: (B, 2C', h, w), mean and log-variance of the posterior; None without one.
         terms: losses that need the inside of the model.
         statistics: scalars to log besides the losses.
     """
@@ -60,7 +61,8 @@ class TokenizerTrainingModule(nn.Module):
 
     Losses of weight 0 are not computed; a and g are adaptive (see `adaptive_weight`) or 1. Everything is per element of
     the image: reconstruction is the mean of |x - x'| or (x - x')^2, and KL is the sum over the latent divided by CHW.
-    That is the published sum per image divided by CHW throughout, so published weights keep their meaning. Images are
+    That is the published sum per image divided by CHW throughout, so published weights keep their meaning. In place of
+    KL, a codebook has the commitment loss, and a compression model its bits per pixel (see `RateConfig`). Images are
     gray, RGB or RGBA: LPIPS, alignment and the discriminator see them `in_color`, the other losses have all channels.
 
     Scale equivariance, |D(z/2) - x/2|, where /2 halves the size, decodes a second time (Skorokhodov et al., 2025, arXiv
@@ -72,7 +74,8 @@ class TokenizerTrainingModule(nn.Module):
     learns is trained by the distance of its latents to them, separately.
 
     Args:
-        vae: an `AutoencoderKL`, ours or stock, or a `VQModelFA`; with a latent teacher, any autoencoder.
+        vae: an `AutoencoderKL`, ours or stock, a `VQModelFA` or a `HyperpriorModelFA`; with a latent teacher, any
+            autoencoder.
         stages: the losses of every stage of the training, which say what has to be built.
         teacher: whose features latents are aligned to; needed if a stage has an alignment weight.
         lpips: needed if a stage has a perceptual weight.
@@ -211,7 +214,14 @@ class TokenizerTrainingModule(nn.Module):
             recorder = FeatureRecorder(self.vae.compared_modules)
         with recorder or contextlib.nullcontext():
             # 1. Encode.
-            if self.codebook_statistics is not None:
+            if isinstance(self.vae, HyperpriorModelFA):
+                rated = self.vae.quantize(self.vae.encode(images).latents)
+                latents, moments, pixels = rated.latents, None, images[0, 0].numel()
+                statistics["bits_per_pixel"] = rated.rounded_bits.mean() / pixels
+                above = statistics["bits_per_pixel"] > losses.rate.target
+                weight = torch.where(above, losses.rate.weight, losses.rate.weight_below)
+                terms["rate"] = weight, rated.bits.mean() / pixels
+            elif self.codebook_statistics is not None:
                 quantized = self.vae.quantize(self.vae.encode(images).latents)
                 latents, moments = quantized.latents, None
                 terms["commitment"] = losses.commitment, quantized.loss
@@ -276,9 +286,8 @@ class TokenizerTrainingModule(nn.Module):
         return self._normalized(self.latent_teacher, encode(self.latent_teacher, images))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        if self.codebook_statistics is not None:
-            return self.vae.decode(latents, force_not_quantize=True).sample
-        return self.vae.decode(latents).sample
+        options = {"force_not_quantize": True} if hasattr(self.vae, "quantize") else {}
+        return self.vae.decode(latents, **options).sample
 
     # The losses -------------------------------------------------------------------------------------------------------
 
@@ -314,7 +323,7 @@ class TokenizerTrainingModule(nn.Module):
         )
         if not settings.adaptive:
             return 1.0, value
-        last_layers = [m.conv_out.weight for m in self.vae.modules() if isinstance(m, Encoder)]
+        last_layers = [m.conv_out.weight for m in self.vae.modules() if isinstance(m, Encoder | HiFiCEncoder)]
         return adaptive_weight(fidelity, value, last_layers, MAX_ALIGNMENT_FACTOR), value
 
     def _adversarial(
@@ -349,7 +358,7 @@ def last_layers(decoder: nn.Module) -> list[Tensor]:
         if isinstance(decoder, TinyDecoder)
         else []
     )
-    stock = [module.conv_out.weight for module in decoder.modules() if isinstance(module, Decoder)]
+    stock = [module.conv_out.weight for module in decoder.modules() if isinstance(module, Decoder | HiFiCGenerator)]
     return stock + [layers[-1].weight for layers in tiny]
 
 

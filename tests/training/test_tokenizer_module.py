@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from conftest import TINY_FAVAE, TINY_VQ
+from conftest import TINY_FAVAE, TINY_HYPERPRIOR, TINY_VQ
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, VQModelFA
+from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, HyperpriorModelFA, VQModelFA
 from favae.losses.adversarial import PatchDiscriminator
 from favae.training.tokenizer_losses import (
     AdversarialConfig,
     AlignmentConfig,
     BandConfig,
     FocalFrequencyConfig,
+    RateConfig,
     SpectrumConfig,
     STFTConfig,
     TokenizerLossConfig,
@@ -226,3 +227,29 @@ def test_it_is_an_autoencoder_like_any_other_to_torch():
     assert vae.encoder.low.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     loss, *_ = module(batch().contiguous(memory_format=torch.channels_last), losses)
     loss.backward()
+
+
+@pytest.mark.parametrize("target", [0.0, 1e6])
+def test_bits_weigh_more_above_the_target(target):
+    rate = RateConfig(target=target, weight=0.5, weight_below=0.125)
+    module, losses = module_of(HyperpriorModelFA(**TINY_HYPERPRIOR), rate=rate, reconstruction="l2")
+    loss, logs, _, _ = module(batch(32), losses)
+    expected = logs["reconstruction"] + (0.125 if target else 0.5) * logs["rate"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logs["bits_per_pixel"] > 0 and logs["rate"] != logs["bits_per_pixel"]
+    loss.backward()
+    assert all(p.grad is not None for p in module.vae.parameters())
+
+
+def test_a_compression_model_has_every_loss():
+    module, losses = module_of(
+        HyperpriorModelFA(**TINY_HYPERPRIOR),
+        Teacher(),
+        focal_frequency=FocalFrequencyConfig(weight=1.0),
+        spectrum=SpectrumConfig(weight=0.1, type="dynamic"),
+        adversarial=AdversarialConfig(weight=0.1, start_step=0),
+        alignment=AlignmentConfig(weight=0.5),
+    )
+    loss, logs, _, _ = module(batch(32), losses, PatchDiscriminator(channels=4, num_layers=1))
+    named = {"reconstruction", "rate", "focal_frequency", "spectrum", "adversarial", "alignment", "sigma_0", "sigma_1"}
+    assert named <= set(logs) and loss.isfinite()

@@ -6,7 +6,7 @@ import math
 from typing import get_args, get_type_hints
 
 import pytest
-from conftest import TINY_CAT, TINY_FAVAE, TINY_LIGHTNINGDIT, TINY_VQ
+from conftest import TINY_CAT, TINY_FAVAE, TINY_HYPERPRIOR, TINY_LIGHTNINGDIT, TINY_VQ
 
 from favae import cli
 from favae.errors import ConfigError
@@ -25,6 +25,7 @@ MODELS = {
     "AsymmetricAutoencoderKLFA": {**WIDTHS, **BLOCKS},
     "TwoBranchAutoencoderKL": {**WIDTHS, "high_block_out_channels": [8, 16], "high_latent_channels": 2},
     "VQModelFA": TINY_VQ,
+    "HyperpriorModelFA": TINY_HYPERPRIOR,
     "AutoencoderKL": {**WIDTHS, **BLOCKS},
     "AutoencoderTinyFA": {"latent_channels": 6},
     "AutoencoderTiny": {"latent_channels": 6},

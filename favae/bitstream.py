@@ -1,0 +1,121 @@
+"""Files of compressed images: a header, and numbers in a range coder. Nothing in a file is ever executed.
+
+A file is 26 bytes and the coded numbers, in little-endian order:
+
+    4  b"fav" and the version of the format, 1
+    8  the first bytes of the SHA-256 of the model's weights
+    4  height and width of the image in pixels
+    2  the largest distance of a symbol from 0
+    4  CRC-32 of what the scales of all symbols are
+    4  CRC-32 of the rest of the file
+
+The first CRC tells a model that computes otherwise than the writer's; the second, a file that is damaged.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from favae.errors import CompressedFileError, ModelError
+
+MAGIC, VERSION = b"fav", 1
+LAYOUT = struct.Struct("<3sB8sHHHII")
+LARGEST_SIDE = LARGEST_DISTANCE = 2**16 - 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the reader of a file is told. `scales_checksum` is of the indices of the scales, int16, in their order."""
+
+    model: bytes
+    height: int
+    width: int
+    largest: int
+    scales_checksum: int
+
+
+def write(header: Header, payload: bytes) -> bytes:
+    """The content of a file."""
+    fields = (header.model, header.height, header.width, header.largest, header.scales_checksum)
+    return LAYOUT.pack(MAGIC, VERSION, *fields, zlib.crc32(payload)) + payload
+
+
+def read(data: bytes) -> tuple[Header, bytes]:
+    """The header of a file, and the coded numbers.
+
+    Raises:
+        CompressedFileError: if it is another kind of file, of a later version, or damaged.
+    """
+    if len(data) < LAYOUT.size or not data.startswith(MAGIC):
+        raise CompressedFileError("no compressed image of favae")
+    _, version, *fields, checksum = LAYOUT.unpack_from(data)
+    if version != VERSION:
+        raise CompressedFileError(f"a file of version {version}; this program reads version {VERSION}")
+    header, payload = Header(*fields), data[LAYOUT.size :]
+    if zlib.crc32(payload) != checksum or len(payload) % 4 or not (header.height and header.width and header.largest):
+        raise CompressedFileError("the file is damaged")
+    return header, payload
+
+
+def scales_checksum(indices: np.ndarray) -> int:
+    """CRC-32 of the indices of scales, of any integer type."""
+    return zlib.crc32(indices.astype("<i2").tobytes())
+
+
+class Writer:
+    """Collects numbers in a range coder.
+
+    Raises:
+        ModelError: if the package constriction is not installed.
+    """
+
+    def __init__(self):
+        self.library = _constriction()
+        self.coder = self.library.stream.queue.RangeEncoder()
+
+    def channels(self, symbols: np.ndarray, table: np.ndarray) -> None:
+        """Adds (C, N) integers from 0 on, whose probabilities are the rows of a table (C, K)."""
+        for row, probabilities in zip(symbols.astype(np.int32), table):
+            self.coder.encode(row, self.library.stream.model.Categorical(probabilities, perfect=False))
+
+    def gaussians(self, symbols: np.ndarray, scales: np.ndarray, largest: int) -> None:
+        """Adds (N,) integers in -largest ... largest, each with a Gaussian of mean 0 and its scale, (N,) float64."""
+        family = self.library.stream.model.QuantizedGaussian(-largest, largest)
+        self.coder.encode(symbols.astype(np.int32), family, np.zeros_like(scales), scales)
+
+    def payload(self) -> bytes:
+        return self.coder.get_compressed().astype("<u4").tobytes()
+
+
+class Reader:
+    """Gives the numbers of a `Writer` back, in the order in which they were added.
+
+    Raises:
+        ModelError: if the package constriction is not installed.
+    """
+
+    def __init__(self, payload: bytes):
+        self.library = _constriction()
+        words = np.frombuffer(payload, "<u4").astype(np.uint32)
+        self.coder = self.library.stream.queue.RangeDecoder(words)
+
+    def channels(self, count: int, table: np.ndarray) -> np.ndarray:
+        """(C, count) integers."""
+        models = (self.library.stream.model.Categorical(row, perfect=False) for row in table)
+        return np.stack([self.coder.decode(model, count) for model in models])
+
+    def gaussians(self, scales: np.ndarray, largest: int) -> np.ndarray:
+        """(N,) integers."""
+        family = self.library.stream.model.QuantizedGaussian(-largest, largest)
+        return self.coder.decode(family, np.zeros_like(scales), scales)
+
+
+def _constriction() -> Any:
+    try:
+        import constriction
+    except ImportError as error:
+        raise ModelError(f"compression needs the package {error.name}: pip install 'favae[compression]'") from error
+    return constriction
