@@ -114,6 +114,33 @@ def save_latent_spectra(path: Path, spectra: dict[str, np.ndarray]) -> None:
     _save(figure, path)
 
 
+def save_rate_distortion(path: Path, rows: Sequence[dict]) -> None:
+    """Each metric over the bits per pixel, one curve for each name; models in ink, other formats muted.
+
+    Args:
+        rows: {"model": name, "metrics": {"bpp": ...}} of `favae.eval.compression`; those with "quality" are formats.
+    """
+    first = rows[0]["metrics"]
+    names = [name for name in ("PSNR", "MS-SSIM", "SSIM", "LPIPS", "High", "power kept") if first.get(name) is not None]
+    names += [name for name in first if name.startswith(("rFID", "rFD"))]
+    size = (3.4 * len(names), 3.2)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, constrained_layout=True)
+    curves: dict[str, list[dict]] = {}
+    for row in rows:
+        curves.setdefault(row["model"], []).append(row)
+    for axis, metric in zip(axes[0], names):
+        for name, points in curves.items():
+            points = sorted(points, key=lambda row: row["metrics"]["bpp"])
+            x, y = ([row["metrics"][key] for row in points] for key in ("bpp", metric))
+            style = {"alpha": 0.5, "linestyle": "--", "marker": "."} if "quality" in points[0] else {"marker": "o"}
+            axis.plot(x, y, label=name, linewidth=1.5, markersize=4, **style)
+        axis.set(title=metric, xlabel="bits per pixel", xscale="log", yscale="log" if metric == "High" else "linear")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        _tidy(axis)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
 def save_spectra(path: Path, original: Tensor, reconstructions: dict[str, Tensor], errors: dict[str, Tensor]) -> None:
     """Left: power of originals and reconstructions; right: the errors' share of the original's power, per frequency.
 

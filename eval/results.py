@@ -20,13 +20,14 @@ from favae.ranges import describe
 UINT8 = "round((x + 1) * 127.5)"
 PACKAGES = ("torch", "diffusers", "timm", "torch-fidelity", "favae")
 
-HIGHER_IS_BETTER = ("PSNR", "SSIM", "MS-SSIM", "IS", "precision", "recall", "LNC")
+HIGHER_IS_BETTER = ("PSNR", "SSIM", "MS-SSIM", "IS", "precision", "recall", "LNC", "power kept")
 DIGITS = {"Recon": 5, "Low": 5, "High": 5, "PSNR": 2, "IS": 2, "KID": 5, "KD": 5}
 
 
-def write_results(
-    folder: Path, task: Literal["reconstruction", "generation", "latents"], protocol: dict, rows: list[dict]
-) -> None:
+Task = Literal["reconstruction", "generation", "latents", "compression"]
+
+
+def write_results(folder: Path, task: Task, protocol: dict, rows: list[dict]) -> None:
     """Writes results.json.
 
     Args:
@@ -52,7 +53,7 @@ class Row(BaseModel):
 class Results(BaseModel):
     """What all results.json have in common."""
 
-    task: Literal["reconstruction", "generation", "latents"]
+    task: Task
     protocol: dict[str, Any]
     rows: list[Row]
 

@@ -12,7 +12,7 @@ import logging
 import os
 from contextlib import nullcontext, redirect_stderr
 
-from favae.commands import caches, conversion, evaluation, previews, reconstruction, results, training
+from favae.commands import caches, compression, conversion, evaluation, previews, reconstruction, results, training
 from favae.errors import exit_on_error
 from favae.files import check_output
 
@@ -55,6 +55,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="favae", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (training, caches, reconstruction, evaluation, previews, results, conversion):
+    for module in (training, caches, reconstruction, evaluation, previews, results, compression, conversion):
         module.add_commands(commands)
     return parser

@@ -6,6 +6,7 @@ Nothing heavy is imported before something is opened, so that `--help` answers a
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,9 @@ from favae.ranges import Count, Text, Workers, in_range
 if TYPE_CHECKING:
     from favae.data.images import Source
     from favae.eval.features import FeatureExtractor
+    from favae.losses.perceptual import LPIPS
 
+logger = logging.getLogger(__name__)
 
 text = in_range(Text)
 
@@ -123,6 +126,31 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-workers", type=in_range(Workers), default=0, help="worker processes that read images (default: 0)"
     )
+
+
+def add_lpips_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--lpips-weights`."""
+    parser.add_argument(
+        "--lpips-weights",
+        metavar="FILE",
+        help="weights of VGG16: a file, or 'download'; without this option LPIPS is computed if they are cached",
+    )
+
+
+def open_lpips(weights: str | None) -> LPIPS | None:
+    """The LPIPS metric; None, with a warning, if no weights are named and none are cached.
+
+    Args:
+        weights: a file, or "download"; None uses VGG16's cached weights.
+    """
+    from favae.distributed import process_state
+    from favae.losses.perceptual import LPIPS, cached_vgg16
+
+    if weights is None and not cached_vgg16():
+        logger.warning("no LPIPS: VGG16's weights are not cached; --lpips-weights FILE names them, or 'download'")
+        return None
+    with hint("--lpips-weights FILE takes a local file"):
+        return LPIPS(None if weights == "download" else weights or cached_vgg16()).to(process_state().device)
 
 
 def add_feature_options(parser: argparse.ArgumentParser, default: Sequence[str] = ("inception",)) -> None:

@@ -1,31 +1,26 @@
-"""`favae evaluate reconstruction`, `latents` and `generation`, and `favae reference-statistics`."""
+"""`favae evaluate reconstruction`, `latents`, `generation` and `compression`, and `favae reference-statistics`."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from favae.cli_options import (
     add_data_options,
     add_feature_options,
     add_loading_options,
+    add_lpips_option,
     add_model_option,
     add_output_option,
     data_name,
     named_model,
     open_data,
     open_extractors,
+    open_lpips,
 )
-from favae.commands import add_command
-from favae.errors import ConfigError, DataError, ModelError, hint
+from favae.commands import add_command, compression
+from favae.errors import ConfigError, DataError, ModelError
 from favae.ranges import Count, Halvings, Pixels, Probability, Seed, Share, Shift, Weight, in_range
-
-if TYPE_CHECKING:
-    from favae.losses.perceptual import LPIPS
-
-logger = logging.getLogger(__name__)
 
 RECONSTRUCTION = """Measure how well autoencoders reconstruct a set of images.
 
@@ -81,11 +76,12 @@ SAMPLING_OPTIONS = (
 
 
 def add_commands(commands) -> None:
-    evaluate = commands.add_parser("evaluate", help="measure autoencoders or generators")
-    tasks = evaluate.add_subparsers(required=True, metavar="reconstruction | latents | generation")
+    evaluate = commands.add_parser("evaluate", help="measure autoencoders, generators or compression")
+    tasks = evaluate.add_subparsers(required=True, metavar="reconstruction | latents | generation | compression")
     _add_reconstruction(tasks)
     _add_latents(tasks)
     _add_generation(tasks)
+    compression.add_evaluation(tasks)
     _add_reference_statistics(commands)
 
 
@@ -104,11 +100,7 @@ def _add_reconstruction(tasks) -> None:
     )
     add_output_option(parser, "folder")
     parser.add_argument("--reference", help="statistics for rFID (.safetensors or .npz) instead of the same images")
-    parser.add_argument(
-        "--lpips-weights",
-        metavar="FILE",
-        help="weights of VGG16: a file, or 'download'; without this option LPIPS is computed if they are cached",
-    )
+    add_lpips_option(parser)
     parser.add_argument("--posterior", choices=["mode", "sample"], default="mode")
     parser.add_argument(
         "--levels", type=in_range(Halvings), default=3, help="wavelet levels for the errors per band (default: 3)"
@@ -213,22 +205,6 @@ def _add_reference_statistics(commands) -> None:
     add_data_options(parser, "--data", split="train")
     add_feature_options(parser)
     add_loading_options(parser)
-
-
-def open_lpips(weights: str | None) -> LPIPS | None:
-    """The LPIPS metric; None, with a warning, if no weights are named and none are cached.
-
-    Args:
-        weights: a file, or "download"; None uses VGG16's cached weights.
-    """
-    from favae.distributed import process_state
-    from favae.losses.perceptual import LPIPS, cached_vgg16
-
-    if weights is None and not cached_vgg16():
-        logger.warning("no LPIPS: VGG16's weights are not cached; --lpips-weights FILE names them, or 'download'")
-        return None
-    with hint("--lpips-weights FILE takes a local file"):
-        return LPIPS(None if weights == "download" else weights or cached_vgg16()).to(process_state().device)
 
 
 def evaluate_reconstruction(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,245 @@
+"""`favae evaluate compression`: bits and errors of models that write files, beside JPEG, WebP and AVIF."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, features
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from favae.autoencoders import image_channels, load_autoencoder
+from favae.data.images import ImageDataset, skip_missing, to_tensor, to_uint8
+from favae.distributed import process_state
+from favae.errors import DataError, ModelError
+from favae.eval.features import FeatureExtractor
+from favae.eval.figures import radial_spectrum, save_rate_distortion
+from favae.eval.frechet import feature_statistics, frechet_distance
+from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, image_errors
+from favae.eval.results import UINT8, number_duplicates, write_results
+from favae.hashing import hash_model
+from favae.losses.perceptual import LPIPS
+from favae.models import HyperpriorModelFA
+
+FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}  # Pillow's names
+PILLOW_FEATURES = {"webp": "webp", "avif": "avif"}
+QUALITIES = (5, 10, 20, 35, 50, 70, 85, 95)  # of the curves
+HIGHEST_QUALITY = 100
+LEVELS = 2  # of the bands
+CURVED = ("PSNR", "MS-SSIM", "SSIM", "LPIPS")  # metrics that BD-rates are computed of, where there are enough rates
+SMALLEST_CURVE = 4  # rates
+
+Codec = Callable[[Tensor], tuple[Tensor, list[int]]]  # (B, C, H, W) in [-1, 1] -> what is decoded, and bytes of each
+
+
+@dataclass(frozen=True)
+class PillowCodec:
+    """A format of Pillow's at one quality, 0 to 100."""
+
+    format: Literal["jpeg", "webp", "avif"]
+    quality: int
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, list[int]]:
+        decoded, sizes = [], []
+        for image in to_uint8(images):
+            pixels = image.permute(1, 2, 0).squeeze(-1).cpu().numpy()
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, FORMATS[self.format], quality=self.quality)
+            sizes.append(stream.tell())
+            with Image.open(stream) as opened:
+                decoded.append(to_tensor(opened.convert("RGB" if pixels.ndim == 3 else "L")))
+        return torch.stack(decoded).to(images.device), sizes
+
+
+def model_codec(model: HyperpriorModelFA) -> Codec:
+    """Writes and reads a file for each image: what is counted and measured is what a user has."""
+
+    def run(images: Tensor) -> tuple[Tensor, list[int]]:
+        files = model.compress(images)
+        return torch.stack(model.decompress(files)), [len(data) for data in files]
+
+    return run
+
+
+def available_formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow can write."""
+    return [name for name in FORMATS if name not in PILLOW_FEATURES or features.check(PILLOW_FEATURES[name])]
+
+
+@torch.no_grad()
+def measure_codec(
+    codec: Codec,
+    images: ImageDataset,
+    extractors: Sequence[FeatureExtractor],
+    *,
+    lpips: LPIPS | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    description: str = "compression",
+) -> dict[str, float | None]:
+    """Means over images: bits per pixel of whole files, the errors of `PER_IMAGE`, squared errors of bands, FD to the
+    originals, and the share of the power above half of the frequencies that is left, on clamped images.
+
+    Raises:
+        DataError: if not one image can be read.
+    """
+    device = process_state().device
+    rows, bands, sizes, powers = [], [], [], []
+    kept: list[tuple[list, list]] = [([], []) for _ in extractors]
+    for batch in tqdm(
+        DataLoader(images, batch_size, num_workers=num_workers, collate_fn=skip_missing), desc=description
+    ):
+        if batch is None:
+            continue
+        originals = batch["image"].to(device)
+        decoded, counts = codec(originals)
+        decoded = decoded.clamp(-1, 1)
+        sizes += counts
+        rows.append(image_errors(originals, decoded, lpips))
+        bands.append(band_errors(decoded - originals, LEVELS))
+        powers.append(torch.stack([high_power(x) for x in (originals, decoded)]).cpu())
+        for extractor, pair in zip(extractors, kept):
+            for pictures, found in zip((originals, decoded), pair):
+                found.append(extractor(to_uint8(pictures))["features"].cpu().numpy())
+    if not sizes:
+        raise DataError("not one of the images can be read")
+    means = torch.cat(rows).double().mean(dim=0).tolist()
+    metrics: dict[str, float | None] = {"bpp": 8 * float(np.mean(sizes)) / images.resolution**2}
+    metrics |= {name: None if math.isnan(value) else value for name, value in zip(PER_IMAGE, means)}
+    metrics |= dict(zip(band_names(LEVELS), torch.cat(bands).double().mean(dim=0).tolist()))
+    original, left = torch.cat(powers, dim=1).double().mean(dim=1).tolist()
+    metrics["power kept"] = left / original if original else None
+    for extractor, (real, found) in zip(extractors, kept):
+        moments = [feature_statistics(np.concatenate(rows)) for rows in (real, found)]
+        enough = len(sizes) > 1
+        metrics[extractor.metric("rFID")] = frechet_distance(*moments[0], *moments[1]) if enough else None
+    return metrics
+
+
+def high_power(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,): the power above half of the frequencies that the pixels allow."""
+    spectrum = radial_spectrum(images)
+    return spectrum[:, spectrum.shape[1] // 2 :].sum(dim=1)
+
+
+def matching_quality(format: Literal["jpeg", "webp", "avif"], images: ImageDataset, bpp: float) -> int:
+    """The quality at which a format's files of a few of the images are nearest to so many bits per pixel."""
+    chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(len(images), 24)).astype(int)]
+    batch = skip_missing(chosen)
+    if batch is None:
+        raise DataError("not one of the images can be read")
+
+    def rate(quality: int) -> float:
+        return 8 * float(np.mean(PillowCodec(format, quality)(batch["image"])[1])) / images.resolution**2
+
+    low, high = 0, HIGHEST_QUALITY
+    while high - low > 1:  # rates rise with the quality
+        middle = (low + high) // 2
+        low, high = (middle, high) if rate(middle) < bpp else (low, middle)
+    return min((low, high), key=lambda quality: abs(rate(quality) - bpp))
+
+
+def evaluate_compression(
+    models: Sequence[tuple[str, str]],
+    images: ImageDataset,
+    extractors: Sequence[FeatureExtractor],
+    output: Path,
+    *,
+    data_name: str,
+    formats: Sequence[Literal["jpeg", "webp", "avif"]],
+    lpips: LPIPS | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+) -> list[dict]:
+    """Measures models at their rates, and formats of Pillow's at these rates and at others; writes results.json and
+    rate_distortion.png.
+
+    Args:
+        models: (name, path) each; a name that occurs several times is one curve of as many rates.
+        formats: what they are compared with.
+    Returns:
+        The rows of results.json.
+    Raises:
+        ModelError: if a model cannot be opened, or writes no files.
+    """
+    opened = [(name, path, open_compression_model(path)) for name, path in models]
+    for name, _, model in opened[1:]:
+        if image_channels(model) != image_channels(opened[0][2]):
+            raise ModelError(f"{name} takes images of other channels than {opened[0][0]}; measure them apart")
+    images = images.with_channels(image_channels(opened[0][2]))
+    loading = {"lpips": lpips, "batch_size": batch_size, "num_workers": num_workers}
+    protocol = {
+        "num_images": len(images),
+        "data_name": data_name,
+        "resolution": images.resolution,
+        "crop": "center",
+        "uint8": UINT8,
+        "features": {extractor.name: extractor.hash for extractor in extractors},
+        "lpips": None if lpips is None else {"vgg16": hash_model(lpips)},
+    }
+    rows: list[dict] = []
+
+    def measure(name: str, codec: Codec, **about) -> float:
+        metrics = measure_codec(codec, images, extractors, description=name, **loading)
+        rows.append({"model": name, **about, "metrics": metrics})
+        write_results(output, "compression", protocol, rows)
+        return float(metrics["bpp"] or 0)
+
+    qualities = {format: set(QUALITIES) for format in formats}
+    for label, (name, path, model) in zip(number_duplicates([name for name, _ in models]), opened):
+        bpp = measure(name, model_codec(model), label=label, path=path, params=model.num_parameters())
+        for format in formats:
+            qualities[format].add(matching_quality(format, images, bpp))
+    for format, values in qualities.items():
+        for quality in sorted(values):
+            measure(format, PillowCodec(format, quality), label=f"{format} {quality}", quality=quality)
+    rates = bd_rates(rows, formats[0]) if formats else {}
+    write_results(output, "compression", protocol | {"bd_rates": rates}, rows)
+    save_rate_distortion(output / "rate_distortion.png", rows)
+    return rows
+
+
+def open_compression_model(path: str) -> HyperpriorModelFA:
+    """Raises ModelError if there is no model at a path, or it writes no files."""
+    model = load_autoencoder(path)
+    if not isinstance(model, HyperpriorModelFA):
+        raise ModelError(f"{path}: a {type(model).__name__} writes no files; a HyperpriorModelFA does")
+    return model.to(process_state().device)
+
+
+def bd_rates(rows: list[dict], anchor: str) -> dict[str, dict[str, float]]:
+    """By how many percent more bits each curve costs than the anchor's at equal quality, by metric (Bjontegaard, 2001).
+
+    Curves of fewer than four rates, and metrics that are not measured, are left out.
+    """
+    import bjontegaard
+
+    curves: dict[str, list[dict]] = {}
+    for row in rows:
+        curves.setdefault(row["model"], []).append(row["metrics"])
+    found: dict[str, dict[str, float]] = {}
+    for name, points in curves.items():
+        if name == anchor or min(len(points), len(curves.get(anchor, []))) < SMALLEST_CURVE:
+            continue
+        for metric in CURVED:
+            if all(point[metric] is not None for point in points):
+                pair = [_rising(each, metric) for each in (curves[anchor], points)]
+                value = bjontegaard.bd_rate(*pair[0], *pair[1], method="pchip", require_matching_points=False)
+                found.setdefault(name, {})[metric] = float(value)
+    return found
+
+
+def _rising(points: list[dict], metric: str) -> tuple[list[float], list[float]]:
+    """Rates and qualities of a curve by rate, without points that are no better than those of lower rates."""
+    sign = -1 if metric == "LPIPS" else 1
+    kept: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: point["bpp"]):
+        if not kept or sign * point[metric] > kept[-1][1]:
+            kept.append((point["bpp"], sign * point[metric]))
+    return [rate for rate, _ in kept], [quality for _, quality in kept]

@@ -1,0 +1,174 @@
+"""`favae compress`, `decompress` and `evaluate compression`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from favae.cli_options import (
+    add_data_options,
+    add_feature_options,
+    add_loading_options,
+    add_lpips_option,
+    add_model_option,
+    add_output_option,
+    data_name,
+    open_data,
+    open_extractors,
+    open_lpips,
+)
+from favae.commands import add_command
+from favae.ranges import Pixels, in_range
+
+COMPRESS = """Write images to small files by a compression model.
+
+    favae compress photographs/ cat.jpg --model runs/photos_fa_hific/final --output compressed
+
+NAME.jpg becomes NAME.jpg.fav, in the folders that it was in. Prints bytes and bits per pixel of each. Files are read by
+the same weights alone, on any device. It needs the extra [compression]."""
+
+DECOMPRESS = """Write what `favae compress` has written as PNG files.
+
+    favae decompress compressed --model runs/photos_fa_hific/final --output images
+
+NAME.jpg.fav becomes NAME.jpg.png, NAME.png.fav NAME.png. A file that is damaged, foreign or of other weights is an
+error."""
+
+EVALUATE = """Measure compression models by the files that they write, beside other formats at the same rates.
+
+    favae evaluate compression --model fa=runs/fa_low/final --model fa=runs/fa_high/final --data IMAGES \\
+        --resolution 256 --output runs/compression
+
+A name that is given several times is one curve of as many rates. Every image is written and read: bpp counts whole
+files. Other formats are measured at the rate of each model and at eight qualities. Prints a table; writes results.json
+and rate_distortion.png, and into the former BD-rates where a curve has four rates or more.
+
+High, LH1 and so on: mean squared errors of Haar bands. power kept: the share of the power above half of all frequencies
+that is left. Other columns are those of evaluate reconstruction. Images are center crops."""
+
+
+def add_commands(commands) -> None:
+    for name, run, help, description in (
+        ("compress", compress, "write images to small files", COMPRESS),
+        ("decompress", decompress, "read the files of favae compress", DECOMPRESS),
+    ):
+        parser = add_command(commands, name, run, help=help, description=description)
+        parser.add_argument("files", nargs="+", metavar="PATH", help="files, or folders of them")
+        parser.add_argument("--model", required=True, help="a saved HyperpriorModelFA: a folder or a hub name")
+        add_output_option(parser, "folder")
+
+
+def add_evaluation(tasks) -> None:
+    """Adds `evaluate compression` to the tasks of `evaluate`."""
+    parser = add_command(
+        tasks,
+        "compression",
+        evaluate_compression,
+        help="measure files of compressed images",
+        description=EVALUATE,
+        after_interrupt="results.json holds the rows that were finished; the same command measures all of them again",
+    )
+    add_model_option(parser)
+    parser.add_argument(
+        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
+    )
+    add_output_option(parser, "folder")
+    parser.add_argument(
+        "--formats",
+        nargs="*",
+        choices=["jpeg", "webp", "avif"],
+        help="that models are compared with (default: those that Pillow has here)",
+    )
+    add_lpips_option(parser)
+    add_data_options(parser, "--data", split="validation")
+    add_feature_options(parser)
+    add_loading_options(parser)
+
+
+def compress(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from favae.autoencoders import image_channels
+    from favae.eval.compression import open_compression_model
+    from favae.eval.results import format_table
+    from favae.eval.side_by_side import open_image
+    from favae.files import atomic_path
+
+    model = open_compression_model(arguments.model)
+    rows = []
+    for file, place in tqdm(_images(arguments.files), desc="compress"):
+        image, _ = open_image(file, 1, None, image_channels(model))
+        (data,) = model.compress(image.unsqueeze(0))
+        output = arguments.output / f"{place}.fav"
+        with atomic_path(output) as temporary:
+            temporary.write_bytes(data)
+        height, width = image.shape[-2:]
+        bits = f"{8 * len(data) / (height * width):.4f}"
+        rows.append({"": str(output), "size": f"{width} x {height}", "bytes": f"{len(data):,}", "bpp": bits})
+    print(format_table(rows))
+
+
+def decompress(arguments: argparse.Namespace) -> None:
+    from torchvision.transforms.functional import to_pil_image
+    from tqdm import tqdm
+
+    from favae.data.images import to_uint8
+    from favae.errors import hint
+    from favae.eval.compression import open_compression_model
+    from favae.files import atomic_path
+
+    model = open_compression_model(arguments.model)
+    for file, place in tqdm(_compressed(arguments.files), desc="decompress"):
+        with hint(str(file)):
+            (image,) = model.decompress([file.read_bytes()])
+        output = arguments.output / (place if place.suffix.lower() == ".png" else place.with_name(f"{place.name}.png"))
+        with atomic_path(output) as temporary:
+            to_pil_image(to_uint8(image)).save(temporary, format="PNG")
+
+
+def _images(paths: list[str]) -> list[tuple[Path, Path]]:
+    """Image files, and where they are below the folder that was named."""
+    from favae.eval.side_by_side import find_images
+
+    return [(file, _below(file, given)) for given in paths for file in find_images([given])]
+
+
+def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
+    """Files that end in .fav, and where they are below the folder that was named, without that ending.
+
+    Raises:
+        DataError: if there are none.
+    """
+    from favae.errors import DataError
+
+    found = []
+    for given in paths:
+        files = sorted(Path(given).rglob("*.fav")) if Path(given).is_dir() else [Path(given)]
+        if not files:
+            raise DataError(f"{given} holds no file that ends in .fav")
+        found += [(file, _below(file, given).with_suffix("")) for file in files]
+    return found
+
+
+def _below(file: Path, given: str) -> Path:
+    return file.relative_to(given) if Path(given).is_dir() else Path(file.name)
+
+
+def evaluate_compression(arguments: argparse.Namespace) -> None:
+    from favae.data.images import ImageDataset
+    from favae.eval import compression
+    from favae.eval.results import format_table, shown_metrics
+
+    images = ImageDataset(open_data(arguments), arguments.resolution)
+    rows = compression.evaluate_compression(
+        arguments.model,
+        images,
+        open_extractors(arguments),
+        arguments.output,
+        data_name=data_name(arguments),
+        formats=compression.available_formats() if arguments.formats is None else arguments.formats,
+        lpips=open_lpips(arguments.lpips_weights),
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+    )
+    print(format_table([{"": row["label"], **shown_metrics(row)} for row in rows]))

@@ -1,0 +1,107 @@
+"""Compression by the command line: files and back, and the table beside other formats."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_HYPERPRIOR, command, command_error
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+from favae import HyperpriorModelFA
+from favae.data.images import ImageDataset, to_uint8
+from favae.data.sources import open_source
+from favae.eval import compression
+from favae.eval.compression import PillowCodec, bd_rates, high_power, matching_quality
+
+pytest.importorskip("constriction", reason="the extra [compression] is not installed")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    HyperpriorModelFA(**TINY_HYPERPRIOR).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "inside").mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (20, 33)), ("inside/b.jpg", (40, 24))):
+        smooth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size[::-1])
+        smooth.save(folder / name)
+    return folder
+
+
+def test_a_folder_goes_in_and_comes_back(model, pictures, tmp_path, capsys):
+    command("compress", pictures, "--model", model, "--output", tmp_path / "files")
+    files = sorted(str(path.relative_to(tmp_path / "files")) for path in (tmp_path / "files").rglob("*.fav"))
+    assert files == ["a.png.fav", "inside/b.jpg.fav"]
+    printed = capsys.readouterr().out
+    size = (tmp_path / "files/a.png.fav").stat().st_size
+    assert f"{size:,}" in printed and f"{8 * size / (20 * 33):.4f}" in printed and "33 x 20" in printed
+    command("decompress", tmp_path / "files", "--model", model, "--output", tmp_path / "images")
+    assert Image.open(tmp_path / "images/a.png").size == (33, 20)
+    assert Image.open(tmp_path / "images/inside/b.jpg.png").size == (24, 40)
+    found = np.asarray(Image.open(tmp_path / "images/a.png"), dtype=np.int16)
+    opened = HyperpriorModelFA.from_pretrained(model)
+    expected = opened.decompress([(tmp_path / "files/a.png.fav").read_bytes()])[0].clamp(-1, 1)
+    assert np.abs(found - (expected.permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 0.51
+
+
+def test_bad_files_are_one_line(model, pictures, tmp_path, tiny_kl):
+    (tmp_path / "bad.fav").write_bytes(b"something else")
+    message = command_error("decompress", tmp_path / "bad.fav", "--model", model, "--output", tmp_path / "out")
+    assert "no compressed image" in message and "bad.fav" in message
+    (tmp_path / "empty").mkdir()
+    assert ".fav" in command_error("decompress", tmp_path / "empty", "--model", model, "--output", tmp_path / "out")
+    tiny_kl.save_pretrained(tmp_path / "kl")
+    message = command_error("compress", pictures, "--model", tmp_path / "kl", "--output", tmp_path / "out")
+    assert "AutoencoderKL writes no files" in message
+
+
+def test_the_table(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compression, "QUALITIES", (5, 95))
+    photos = ImageDataset(open_source("photos", "heldout"), 32)
+    for i in range(6):
+        to_pil_image(to_uint8(photos[20 * i]["image"])).save(tmp_path / f"{i}.png")
+    words = ("--data", tmp_path, "--resolution", 32, "--formats", "jpeg")
+    options = ("--features", "efficientnet-lite0", "--output", tmp_path)
+    command("evaluate", "compression", "--model", f"ours={model}", *words, *options)
+    result = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["label"]: row["metrics"] for row in result["rows"]}
+    assert result["task"] == "compression" and {"ours", "jpeg 5", "jpeg 95"} <= set(rows)
+    assert rows["jpeg 5"]["bpp"] < rows["jpeg 95"]["bpp"] and rows["jpeg 5"]["PSNR"] < rows["jpeg 95"]["PSNR"]
+    assert rows["jpeg 95"]["rFD(efficientnet-lite0)"] < rows["jpeg 5"]["rFD(efficientnet-lite0)"]
+    assert 0.9 < rows["jpeg 95"]["power kept"] < 1.1 and rows["ours"]["bpp"] > 8 * 26 / 32**2
+    assert (tmp_path / "rate_distortion.png").exists() and "ours" in capsys.readouterr().out
+
+
+def test_qualities_match_a_rate():
+    images = ImageDataset(open_source("photos", "heldout"), 64)
+    quality = matching_quality("jpeg", images, 3.0)
+    rates = []
+    batch = torch.stack([images[i]["image"] for i in np.linspace(0, len(images) - 1, 24).astype(int)])
+    for value in (quality - 1, quality, quality + 1):
+        rates.append(8 * float(np.mean(PillowCodec("jpeg", value)(batch)[1])) / 64**2)
+    assert rates[0] <= rates[1] <= rates[2] and rates[0] < 3.0 < rates[2]
+
+
+def test_bd_rates_of_half_the_bits_are_minus_a_half():
+    points = [{"bpp": rate, "PSNR": 30 + 4 * i, "SSIM": None, "MS-SSIM": None, "LPIPS": 0.4 - 0.1 * i}
+              for i, rate in enumerate((0.2, 0.4, 0.8, 1.6))]  # fmt: skip
+    rows = [{"model": "jpeg", "metrics": point} for point in points]
+    rows += [{"model": "half", "metrics": {**point, "bpp": point["bpp"] / 2}} for point in points]
+    rows += [{"model": "single", "metrics": points[0]}]
+    found = bd_rates(rows, "jpeg")
+    assert set(found) == {"half"} and found["half"] == pytest.approx({"PSNR": -50, "LPIPS": -50}, abs=0.5)
+
+
+def test_high_power_is_above_half_of_the_frequencies():
+    x = torch.arange(32) / 32 * 2 * torch.pi
+    slow, fast = (torch.sin(cycles * x).expand(1, 1, 32, 32) for cycles in (3, 11))
+    assert high_power(slow) < 1e-6 < high_power(fast)
