@@ -12,7 +12,7 @@ from favae.training.generator_config import GeneratorConfig
 from favae.training.models import build_model
 from favae.training.tokenizer_config import TokenizerConfig, losses_at
 
-RECIPES = sorted(file for folder in ("tokenizer", "generator") for file in ROOT.glob(f"configs/{folder}/*.yaml"))
+RECIPES = sorted(file for folder in ("tokenizer", "compression", "generator") for file in ROOT.glob(f"configs/{folder}/*.yaml"))
 
 
 @pytest.fixture
