@@ -9,7 +9,18 @@ from conftest import ROOT
 
 # A module imports modules of its own layer and of those before it.
 LAYERS = (
-    ("signals", "errors", "files", "hashing", "precision", "distributed", "ranges", "wavelets", "channels"),
+    (
+        "signals",
+        "errors",
+        "files",
+        "hashing",
+        "bitstream",
+        "precision",
+        "distributed",
+        "ranges",
+        "wavelets",
+        "channels",
+    ),
     ("models", "losses", "autoencoders", "normalization", "foundation", "text_encoder"),
     ("data", "pipelines"),
     ("training",),
