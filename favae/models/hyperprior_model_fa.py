@@ -82,7 +82,7 @@ class HyperpriorModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
 
     _supports_gradient_checkpointing = False
     _supports_group_offloading = False
-    _keep_in_fp32_modules = ["density", "hyper_encoder", "hyper_means", "hyper_scales"]
+    _skip_layerwise_casting_patterns = ["density", "hyper_"]
 
     @register_to_config
     def __init__(

@@ -3,14 +3,14 @@
 import accelerate
 import pytest
 import torch
-from conftest import TINY_FAVAE, TINY_VQ, make_tiny_kl
+from conftest import TINY_FAVAE, TINY_HYPERPRIOR, TINY_VQ, make_tiny_kl
 from diffusers import AutoencoderKL, AutoModel, VQModel
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from skimage import data
 
-from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, TwoBranchAutoencoderKL, VQModelFA
+from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, HyperpriorModelFA, TwoBranchAutoencoderKL, VQModelFA
 
 TWO_BRANCHES = {name: value for name, value in TINY_FAVAE.items() if name != "shortcut"}
 BUILDS = {
@@ -23,6 +23,7 @@ BUILDS = {
     "residual": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "residual", "num_quantizers": 2}),
     "fsq": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "fsq", "codebook_size": None, "fsq_levels": (5, 4, 3)}),
 }
+BUILDS["hyperprior"] = lambda: HyperpriorModelFA(**TINY_HYPERPRIOR)
 KL = ["favae", "shortcut", "two_branch", "asymmetric"]
 VQ = ["vq", "attn", "residual", "fsq"]
 
@@ -72,6 +73,7 @@ def test_methods_take_what_the_base_takes_and_return_its_types(name):
         assert torch.equal(model.encode(images, return_dict=False)[0], z)
         codes = model.quantize(z)
         assert torch.equal(model.decode(codes.latents, force_not_quantize=True).sample, expected)
+    if name in VQ:
         flat = codes.indices.flatten(1)  # as aMUSEd gives them
         again = model.decode(flat, force_not_quantize=True, shape=(1, 4, 4, 6), return_dict=False)
         assert torch.allclose(again[0], expected, atol=1e-6) and again[1] == 0
