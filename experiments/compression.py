@@ -1,0 +1,222 @@
+#!/usr/bin/env python
+"""Do frequency losses help learned compression? HiFiC and FA-HiFiC, small, at three rates, by the files they write.
+
+    python scripts/photographs.py --output photographs
+    FAVAE_PHOTOGRAPHS=photographs python -m experiments.compression --models hific_low both_low --seeds 0
+
+All rows have the same network but for the complements, the squared error, the rate loss and, for the last third of the
+steps, the adversary; there is no LPIPS. "ffl" adds the focal frequency loss of the image, "dsl" complements with the
+dynamic spectrum loss, "both" both, and "published" weakens the squared error 255 times, as the published training of
+FA-HiFiC did by a mistake. Windows of 64 px of photographs are learned; whole crops of 128 px of other pictures are
+written to files and read. Settings were chosen on validation crops. Writes docs/results/compression.json, .md and
+pictures.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+import yaml
+from torchvision.utils import save_image
+
+from benchmarks.timing import environment
+from experiments.precision import fastest_precision
+from experiments.report import format_table, rows_by_model, save_strips, with_std
+from experiments.rows import Comparison, Task, main
+from experiments.training_sets import PHOTOGRAPHS_128
+from favae import HyperpriorModelFA
+from favae.data.images import ImageDataset
+from favae.eval.compression import PillowCodec, available_formats, matching_quality, measure_codec, model_codec
+from favae.eval.features import FeatureExtractor
+from favae.training.config import load_config
+from favae.training.tokenizer_config import TokenizerConfig
+from train_tokenizer import train
+
+STEPS = 6_000
+FEATURES = "efficientnet-lite0"
+PICTURES = (0, 90, 170, 250, 330, 420)
+RATES = {"low": 0.25, "med": 0.5, "high": 1.0}  # bits per pixel
+RATE_WEIGHTS = {"low": 4e-2, "med": 2e-2, "high": 1e-2}
+MISTAKE = 255  # the published code divides the squared error by this once more
+MODEL = {
+    "name": "HyperpriorModelFA",
+    "block_out_channels": [16, 32, 64, 96, 128],
+    "num_residual_blocks": 3,
+    "latent_channels": 48,
+    "hyper_channels": 48,
+}
+TRAIN = {
+    "resolution": 64,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "betas": [0.9, 0.99],
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 100,
+    "max_grad_norm": 1.0,
+    "channels_last": True,
+    "num_workers": 0,
+    "sample_every": 0,
+    "checkpoints_total_limit": 1,
+    "tracker": None,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: its losses of frequencies, at one of `RATES`."""
+
+    note: str
+    rate: str
+    loss: dict = field(default_factory=dict)
+    factor: float = 1.0  # of everything but the squared error
+    length: float = 1.0
+
+
+FFL = {"focal_frequency": {"weight": 3.3e-3}}
+DSL = {"spectrum": {"weight": 6.6e-3, "type": "dynamic"}}
+LOSSES: dict[str, tuple[str, dict, float]] = {
+    "hific": ("HiFiC's losses, without LPIPS", {}, 1),
+    "ffl": ("+ focal frequency loss of the image", FFL, 1),
+    "dsl": ("+ complements and the dynamic spectrum loss", DSL, 1),
+    "both": ("+ both: FA-HiFiC", FFL | DSL, 1),
+    "published": ("FA-HiFiC with a squared error 255 times as weak", FFL | DSL, MISTAKE),
+}
+VARIANTS = {
+    f"{name}_{rate}": Variant(f"{note}, about {bpp} bits per pixel", rate, loss, factor)
+    for rate, bpp in RATES.items()
+    for name, (note, loss, factor) in LOSSES.items()
+}
+
+
+def make_row(task: Task) -> dict:
+    """Trains one model with one seed, and measures the files that it writes of pictures that were in no training."""
+    train(recipe(task))
+    model = HyperpriorModelFA.from_pretrained(task.run / "final").eval()
+    log = [json.loads(line) for line in (task.run / "metrics.jsonl").read_text().splitlines()]
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": model.num_parameters()}
+    row |= {
+        "seconds": log[-1]["seconds"],
+        "curve": [[r["step"], r["reconstruction"], r["bits_per_pixel"]] for r in log],
+    }
+    for split in ("validation", "heldout"):
+        metrics = measure_codec(model_codec(model), PHOTOGRAPHS_128.dataset(split), [extractor()])
+        row[split] = {name: value for name, value in metrics.items() if value is not None}
+    if task.pictures is not None and task.seed == 0:
+        save_pictures(task, model)
+    return row | environment()
+
+
+@cache
+def extractor() -> FeatureExtractor:
+    return FeatureExtractor(FEATURES)
+
+
+def recipe(task: Task) -> TokenizerConfig:
+    variant, third = task.variant, max(1, task.steps * 2 // 3)
+    weight = RATE_WEIGHTS[variant.rate]
+    loss = {"rate": {"weight": weight, "weight_below": weight / 16}, "adversarial": {"weight": 4e-3}, **variant.loss}
+    scaled = {name: {**section, "weight": section["weight"] * variant.factor} for name, section in loss.items()}
+    scaled["rate"] |= {"target": RATES[variant.rate], "weight_below": weight / 16 * variant.factor}
+    scaled["adversarial"] |= {"start_step": third, "adaptive": False, "channels": 32, "num_layers": 2}
+    every = {"steps": task.steps, "log_every": max(1, task.steps // 50), "checkpoint_every": max(1, task.steps // 10)}
+    sections = {
+        "model": {**MODEL, "frequency_complement": "conv" if "spectrum" in loss else None},
+        "data": {"path": str(PHOTOGRAPHS_128.file("train")), "label_column": "none", "crop": "window"},
+        "loss": {"reconstruction": "l2", **scaled},
+        "train": {**TRAIN, **every, "mixed_precision": fastest_precision()},
+    }
+    file = task.run.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(sections, sort_keys=False))
+    return load_config(TokenizerConfig, file, [f"output={task.run}", f"seed={task.seed}"])
+
+
+@torch.no_grad()
+def save_pictures(task: Task, model: HyperpriorModelFA) -> None:
+    """NAME.png and original.png: a few crops in a row."""
+    dataset = PHOTOGRAPHS_128.dataset("heldout")
+    images = torch.stack([dataset[i % len(dataset)]["image"] for i in PICTURES])
+    assert task.pictures is not None
+    task.pictures.mkdir(parents=True, exist_ok=True)
+    for name, pictures in ((task.name, model_codec(model)(images)[0]), ("original", images)):
+        file = task.pictures / f"{name}.png"
+        save_image(pictures.cpu(), file, nrow=len(PICTURES), padding=0, normalize=True, value_range=(-1, 1))
+
+
+def finish(report: dict, stem) -> None:
+    """Adds what Pillow's formats make of the held-out crops at about the rates of the first model of each rate."""
+    images = PHOTOGRAPHS_128.dataset("heldout")
+    report["formats"] = []
+    for rate in RATES:
+        rows = [row for row in report["rows"] if row["model"].endswith(f"_{rate}")]
+        for format in available_formats() if rows else []:
+            report["formats"].append({"rate": rate, **measure_format(format, images, rows[0]["heldout"]["bpp"])})
+
+
+def measure_format(format: str, images: ImageDataset, bpp: float) -> dict:
+    quality = matching_quality(format, images, bpp)
+    metrics = measure_codec(PillowCodec(format, quality), images, [extractor()], description=f"{format} {quality}")
+    return {"format": format, "quality": quality, **metrics}
+
+
+COLUMNS = {"bpp": 3, "PSNR": 2, "SSIM": 4, "Recon": 5, "High": 5, "power kept": 3, f"rFD({FEATURES})": 1}
+
+
+def tables(report: dict) -> str:
+    rows, lines = rows_by_model(report), []
+    for rate in RATES:
+        for name in (name for name in VARIANTS if name in rows and VARIANTS[name].rate == rate):
+            cells = [with_std([row["heldout"][key] for row in rows[name]], digits) for key, digits in COLUMNS.items()]
+            lines.append([f"`{name}`", len(rows[name]), *cells, at_equal_bits(rows, name)])
+        for entry in (entry for entry in report.get("formats", []) if entry["rate"] == rate):
+            cells = [f"{entry[key]:.{digits}f}" for key, digits in COLUMNS.items()]
+            lines.append([f"{entry['format']}, quality {entry['quality']}", "", *cells, ""])
+    return format_table(["row", "seeds", *COLUMNS, "at the bits of `hific`: PSNR, High, FD"], lines)
+
+
+def at_equal_bits(rows: dict[str, list[dict]], name: str) -> str:
+    """PSNR, High and FD relative to those of `hific` at its bits, from the curve of a row's losses over the three
+    rates; nothing if the curve does not reach so far."""
+    losses, _, rate = name.rpartition("_")
+    names = [f"{losses}_{each}" for each in RATES]
+    reference = rows.get(f"hific_{rate}")
+    if losses == "hific" or reference is None or any(each not in rows for each in names):
+        return ""
+
+    def mean(own: list[dict], key: str) -> float:
+        return float(np.mean([row["heldout"][key] for row in own]))
+
+    points = sorted((np.log(mean(rows[each], "bpp")), each) for each in names)
+    wanted = np.log(mean(reference, "bpp"))
+    if not points[0][0] <= wanted <= points[-1][0]:
+        return ""
+    found = [
+        np.interp(wanted, [bits for bits, _ in points], [mean(rows[each], key) for _, each in points])
+        for key in ("PSNR", "High", f"rFD({FEATURES})")
+    ]
+    own = [mean(reference, key) for key in ("PSNR", "High", f"rFD({FEATURES})")]
+    return f"{found[0] - own[0]:+.2f} dB, {found[1] / own[1]:.2f}, {found[2] / own[2]:.2f}"
+
+
+def figures(report: dict, stem) -> None:
+    for rate in RATES:
+        save_strips(stem, [f"{name}_{rate}" for name in LOSSES], stem.with_name(f"{stem.name}_{rate}.png"))
+
+
+COMPARISON = Comparison(
+    name="compression",
+    variants=VARIANTS,
+    make_row=make_row,
+    tables=tables,
+    steps=STEPS,
+    seeds=2,
+    finish=finish,
+    figures=figures,
+    resolution=64,
+    batch_size=8,
+    other_sizes=False,
+)
+
+if __name__ == "__main__":
+    main(COMPARISON, __doc__)
