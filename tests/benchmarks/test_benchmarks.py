@@ -10,7 +10,17 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_LIGHTNINGDIT, tiny_tokenizer_recipe, train
 
-from benchmarks import cat_sampling, checks, cpu_training, decoder_cost, latent_loading, on_gpu, timing, training_run
+from benchmarks import (
+    cat_sampling,
+    checks,
+    compression,
+    cpu_training,
+    decoder_cost,
+    latent_loading,
+    on_gpu,
+    timing,
+    training_run,
+)
 from benchmarks.cat_sampling import uncached
 from benchmarks.generator_step import with_published_blocks
 from experiments.rows import parse_arguments
@@ -86,6 +96,7 @@ TINY_RUNS = {
         cat_sampling,
         ["--size", "2", "--batch-size", "1", "--layers", "1", "--width", "64", "--heads", "1"],
     ),
+    "compression": (compression, []),
     "cpu_training": (cpu_training, ["--only", "memory_format", "--recipes", "photos_favae"]),
     "decoder_cost": (decoder_cost, ["--spaces", "sd"]),
     "latent_loading": (latent_loading, ["--images", "16", "--shard-size", "8", "--batch-size", "4"]),
@@ -96,12 +107,13 @@ TINY_RUNS = {
 def test_benchmarks_write_their_result(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cpu_training, "RESOLUTION", 16)
     monkeypatch.setattr(decoder_cost, "LATENT_SIDE", 2)
+    monkeypatch.setattr(compression, "HEIGHT", 64)
     module, options = TINY_RUNS[name]
     output = tmp_path / "result.json"
     module.main([*options, "--rounds", "1", "--output", str(output)])
     result = json.loads(output.read_text())
     assert {"command", "hardware", "versions"} <= set(result)
-    assert "times" in capsys.readouterr().out
+    assert ("entropy coder" if name == "compression" else "times") in capsys.readouterr().out
 
 
 class Parsed(Exception):
