@@ -7,7 +7,7 @@ A file is 26 bytes and the coded numbers, in little-endian order:
     4  height and width of the image in pixels
     2  the largest distance of a symbol from 0
     4  CRC-32 of what the scales of all symbols are
-    4  CRC-32 of the rest of the file
+    4  CRC-32 of all of the file but these 4 bytes
 
 The first CRC tells a model that computes otherwise than the writer's; the second, a file that is damaged.
 """
@@ -22,7 +22,8 @@ import numpy as np
 from favae.errors import CompressedFileError, ModelError
 
 MAGIC, VERSION = b"fav", 1
-LAYOUT = struct.Struct("<3sB8sHHHII")
+FIELDS, CHECKSUM = struct.Struct("<3sB8sHHHI"), struct.Struct("<I")
+HEADER_SIZE = FIELDS.size + CHECKSUM.size
 LARGEST_SIDE = LARGEST_DISTANCE = 2**16 - 1
 
 
@@ -39,25 +40,28 @@ class Header:
 
 def write(header: Header, payload: bytes) -> bytes:
     """The content of a file."""
-    fields = (header.model, header.height, header.width, header.largest, header.scales_checksum)
-    return LAYOUT.pack(MAGIC, VERSION, *fields, zlib.crc32(payload)) + payload
+    about = FIELDS.pack(
+        MAGIC, VERSION, header.model, header.height, header.width, header.largest, header.scales_checksum
+    )
+    return about + CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(about))) + payload
 
 
 def read(data: bytes) -> tuple[Header, bytes]:
     """The header of a file, and the coded numbers.
 
     Raises:
-        CompressedFileError: if it is another kind of file, of a later version, or damaged.
+        CompressedFileError: if it is another kind of file, of another version, or damaged.
     """
-    if len(data) < LAYOUT.size or not data.startswith(MAGIC):
+    if len(data) < HEADER_SIZE or not data.startswith(MAGIC):
         raise CompressedFileError("no compressed image of favae")
-    _, version, *fields, checksum = LAYOUT.unpack_from(data)
+    about, payload = data[: FIELDS.size], data[HEADER_SIZE:]
+    _, version, *fields = FIELDS.unpack(about)
     if version != VERSION:
         raise CompressedFileError(f"a file of version {version}; this program reads version {VERSION}")
-    header, payload = Header(*fields), data[LAYOUT.size :]
-    if zlib.crc32(payload) != checksum or len(payload) % 4 or not (header.height and header.width and header.largest):
+    (checksum,) = CHECKSUM.unpack_from(data, FIELDS.size)
+    if zlib.crc32(payload, zlib.crc32(about)) != checksum:
         raise CompressedFileError("the file is damaged")
-    return header, payload
+    return Header(*fields), payload
 
 
 def scales_checksum(indices: np.ndarray) -> int:
