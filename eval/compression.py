@@ -2,19 +2,21 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from PIL import Image, features
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from favae.autoencoders import image_channels, load_autoencoder
+from favae import bitstream
+from favae.autoencoders import decode, encode, image_channels, load_autoencoder
 from favae.data.images import ImageDataset, skip_missing, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
@@ -25,7 +27,8 @@ from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, image_
 from favae.eval.results import UINT8, number_duplicates, write_results
 from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS
-from favae.models import HyperpriorModelFA
+from favae.models import HyperpriorModelFA, VQModelFA
+from favae.models.entropy import LARGEST_SYMBOL
 
 FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}  # Pillow's names
 PILLOW_FEATURES = {"webp": "webp", "avif": "avif"}
@@ -65,6 +68,65 @@ def model_codec(model: HyperpriorModelFA) -> Codec:
         return torch.stack(model.decompress(files)), [len(data) for data in files]
 
     return run
+
+
+class TokenizerCodec:
+    """A tokenizer that was not made for files: its tokens, or its latents rounded, as often as they are in training.
+
+    Latents are rounded to multiples of `step` times the std of their channel. The table of how often each number, or
+    each token, occurs is known to the reader, as the tokenizer is.
+
+    Args:
+        vae: an autoencoder with continuous latents, or a `VQModelFA`.
+        images: what frequencies are counted on.
+        step: of continuous latents.
+    Raises:
+        DataError: if not one image can be read.
+    """
+
+    @torch.no_grad()
+    def __init__(self, vae: ModelMixin, images: ImageDataset, step: float, *, batch_size: int = 32):
+        self.vae, self.is_codebook = vae.to(process_state().device).eval(), isinstance(vae, VQModelFA)
+        batches = DataLoader(images, batch_size, collate_fn=skip_missing)
+        found = [self._values(batch["image"]) for batch in tqdm(batches, desc="frequencies") if batch is not None]
+        if not found:
+            raise DataError("not one of the images can be read")
+        values = torch.cat(found).transpose(0, 1).flatten(1)  # (C, N)
+        self.step = torch.ones(len(values), 1, 1) if self.is_codebook else step * values.std(dim=1).view(-1, 1, 1)
+        self.size = vae.num_tokens if isinstance(vae, VQModelFA) else 2 * LARGEST_SYMBOL + 1
+        symbols = self._symbols(values.unsqueeze(-1)).squeeze(-1)
+        counts = torch.stack([torch.bincount(channel, minlength=self.size) for channel in symbols]) + 0.5
+        self.table = (counts / counts.sum(dim=1, keepdim=True)).numpy()
+
+    def _values(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> latents, or indices, (B, C', h, w), on the CPU."""
+        latents = encode(self.vae, images.to(self.vae.device))
+        if isinstance(self.vae, VQModelFA):
+            indices = self.vae.quantize(latents).indices
+            return (indices.unsqueeze(1) if indices.ndim == 3 else indices.movedim(-1, 1)).cpu()
+        return latents.float().cpu()
+
+    def _symbols(self, values: Tensor) -> Tensor:
+        """(C', h, w) -> integers from 0 on."""
+        if self.is_codebook:
+            return values.long()
+        return (values / self.step).round().clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).long() + LARGEST_SYMBOL
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, list[int]]:
+        read, sizes = [], []
+        for values in self._values(images):
+            writer = bitstream.Writer()
+            writer.channels(self._symbols(values).flatten(1).numpy(), self.table)
+            payload = writer.payload()
+            sizes.append(bitstream.HEADER_SIZE + len(payload))
+            symbols = bitstream.Reader(payload).channels(values[0].numel(), self.table)
+            read.append(torch.from_numpy(symbols).view(values.shape))
+        symbols = torch.stack(read).to(images.device)
+        if self.is_codebook:
+            indices = symbols.long().movedim(1, -1)
+            return decode(self.vae, indices if self.vae.config.quantizer == "residual" else indices[..., 0]), sizes
+        latents = (symbols - LARGEST_SYMBOL).float() * self.step.to(images.device)
+        return decode(self.vae, latents.to(self.vae.dtype)), sizes
 
 
 def available_formats() -> list[str]:
@@ -153,6 +215,8 @@ def evaluate_compression(
     *,
     data_name: str,
     formats: Sequence[Literal["jpeg", "webp", "avif"]],
+    training_images: ImageDataset | None = None,
+    steps: Sequence[float] = (0.5,),
     lpips: LPIPS | None = None,
     batch_size: int = 8,
     num_workers: int = 0,
@@ -163,12 +227,16 @@ def evaluate_compression(
     Args:
         models: (name, path) each; a name that occurs several times is one curve of as many rates.
         formats: what they are compared with.
+        training_images: for tokenizers that were not made for files; see `TokenizerCodec`. steps: of these, one row
+            each.
     Returns:
         The rows of results.json.
     Raises:
-        ModelError: if a model cannot be opened, or writes no files.
+        ModelError: if a model cannot be opened, or writes no files and there are no training images.
     """
-    opened = [(name, path, open_compression_model(path)) for name, path in models]
+    opened = [(name, path, load_autoencoder(path)) for name, path in models]
+    for _, path, model in opened if training_images is None else []:
+        check_writes_files(path, model)
     for name, _, model in opened[1:]:
         if image_channels(model) != image_channels(opened[0][2]):
             raise ModelError(f"{name} takes images of other channels than {opened[0][0]}; measure them apart")
@@ -193,9 +261,11 @@ def evaluate_compression(
 
     qualities = {format: set(QUALITIES) for format in formats}
     for label, (name, path, model) in zip(number_duplicates([name for name, _ in models]), opened):
-        bpp = measure(name, model_codec(model), label=label, path=path, params=model.num_parameters())
-        for format in formats:
-            qualities[format].add(matching_quality(format, images, bpp))
+        about = {"path": path, "params": model.num_parameters()}
+        for codec_label, codec in _codecs(model, label, training_images, steps):
+            bpp = measure(name, codec, label=codec_label, **about)
+            for format in formats:
+                qualities[format].add(matching_quality(format, images, bpp))
     for format, values in qualities.items():
         for quality in sorted(values):
             measure(format, PillowCodec(format, quality), label=f"{format} {quality}", quality=quality)
@@ -205,12 +275,30 @@ def evaluate_compression(
     return rows
 
 
+def _codecs(
+    model: ModelMixin, label: str, training_images: ImageDataset | None, steps: Sequence[float]
+) -> Iterator[tuple[str, Codec]]:
+    """A model's codecs, and what their rows are called: one, but of continuous latents one for each step."""
+    if isinstance(model, HyperpriorModelFA):
+        yield label, model_codec(model.to(process_state().device))
+    elif training_images is not None:
+        training_images = training_images.with_channels(image_channels(model))
+        for step in [1.0] if isinstance(model, VQModelFA) else steps:
+            name = label if isinstance(model, VQModelFA) else f"{label}, step {step:g}"
+            yield name, TokenizerCodec(model, training_images, step)
+
+
 def open_compression_model(path: str) -> HyperpriorModelFA:
     """Raises ModelError if there is no model at a path, or it writes no files."""
     model = load_autoencoder(path)
+    check_writes_files(path, model)
+    return model.to(process_state().device)
+
+
+def check_writes_files(path: str, model: ModelMixin) -> None:
+    """Raises ModelError if a model writes no files."""
     if not isinstance(model, HyperpriorModelFA):
         raise ModelError(f"{path}: a {type(model).__name__} writes no files; a HyperpriorModelFA does")
-    return model.to(process_state().device)
 
 
 def bd_rates(rows: list[dict], anchor: str) -> dict[str, dict[str, float]]:

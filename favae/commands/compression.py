@@ -18,7 +18,7 @@ from favae.cli_options import (
     open_lpips,
 )
 from favae.commands import add_command
-from favae.ranges import Pixels, in_range
+from favae.ranges import Pixels, Positive, in_range
 
 COMPRESS = """Write images to small files by a compression model.
 
@@ -42,6 +42,9 @@ EVALUATE = """Measure compression models by the files that they write, beside ot
 A name that is given several times is one curve of as many rates. Every image is written and read: bpp counts whole
 files. Other formats are measured at the rate of each model and at eight qualities. Prints a table; writes results.json
 and rate_distortion.png, and into the former BD-rates where a curve has four rates or more.
+
+With --training-data, tokenizers are measured as well: their tokens, or their latents rounded to each --step times the
+std of their channel, coded by how often they occur in these images.
 
 High, LH1 and so on: mean squared errors of Haar bands. power kept: the share of the power above half of all frequencies
 that is left. Other columns are those of evaluate reconstruction. Images are center crops."""
@@ -80,6 +83,14 @@ def add_evaluation(tasks) -> None:
         help="that models are compared with (default: those that Pillow has here)",
     )
     add_lpips_option(parser)
+    parser.add_argument("--training-data", metavar="IMAGES", help="for tokenizers that were not made for files")
+    parser.add_argument(
+        "--step",
+        type=in_range(Positive),
+        nargs="+",
+        default=[0.25, 0.5, 1.0, 2.0],
+        help="with --training-data (default: 0.25 0.5 1 2)",
+    )
     add_data_options(parser, "--data", split="validation")
     add_feature_options(parser)
     add_loading_options(parser)
@@ -159,7 +170,10 @@ def evaluate_compression(arguments: argparse.Namespace) -> None:
     from favae.eval import compression
     from favae.eval.results import format_table, shown_metrics
 
-    images = ImageDataset(open_data(arguments), arguments.resolution)
+    images, training_images = ImageDataset(open_data(arguments), arguments.resolution), None
+    if arguments.training_data:
+        others = argparse.Namespace(**{**vars(arguments), "data": arguments.training_data, "split": "train"})
+        training_images = ImageDataset(open_data(others), arguments.resolution)
     rows = compression.evaluate_compression(
         arguments.model,
         images,
@@ -167,6 +181,8 @@ def evaluate_compression(arguments: argparse.Namespace) -> None:
         arguments.output,
         data_name=data_name(arguments),
         formats=compression.available_formats() if arguments.formats is None else arguments.formats,
+        training_images=training_images,
+        steps=arguments.step,
         lpips=open_lpips(arguments.lpips_weights),
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,

@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_HYPERPRIOR, command, command_error
+from conftest import TINY_HYPERPRIOR, TINY_VQ, command, command_error
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from favae import HyperpriorModelFA
+from favae import HyperpriorModelFA, VQModelFA
+from favae.autoencoders import reconstruct
 from favae.data.images import ImageDataset, to_uint8
 from favae.data.sources import open_source
 from favae.eval import compression
-from favae.eval.compression import PillowCodec, bd_rates, high_power, matching_quality
+from favae.eval.compression import PillowCodec, TokenizerCodec, bd_rates, high_power, matching_quality
 
 pytest.importorskip("constriction", reason="the extra [compression] is not installed")
 
@@ -64,17 +65,20 @@ def test_bad_files_are_one_line(model, pictures, tmp_path, tiny_kl):
     assert "AutoencoderKL writes no files" in message
 
 
-def test_the_table(model, tmp_path, capsys, monkeypatch):
+def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compression, "QUALITIES", (5, 95))
-    photos = ImageDataset(open_source("photos", "heldout"), 32)
+    photos, pictures = ImageDataset(open_source("photos", "heldout"), 32), tmp_path / "pictures"
+    pictures.mkdir()
     for i in range(6):
-        to_pil_image(to_uint8(photos[20 * i]["image"])).save(tmp_path / f"{i}.png")
-    words = ("--data", tmp_path, "--resolution", 32, "--formats", "jpeg")
+        to_pil_image(to_uint8(photos[20 * i]["image"])).save(pictures / f"{i}.png")
+    words = ("--data", pictures, "--resolution", 32, "--formats", "jpeg")
     options = ("--features", "efficientnet-lite0", "--output", tmp_path)
-    command("evaluate", "compression", "--model", f"ours={model}", *words, *options)
+    tiny_kl.save_pretrained(tmp_path / "kl")
+    models = ("--model", f"ours={model}", "--model", f"kl={tmp_path / 'kl'}", "--training-data", pictures, "--step", 1)
+    command("evaluate", "compression", *models, *words, *options)
     result = json.loads((tmp_path / "results.json").read_text())
     rows = {row["label"]: row["metrics"] for row in result["rows"]}
-    assert result["task"] == "compression" and {"ours", "jpeg 5", "jpeg 95"} <= set(rows)
+    assert result["task"] == "compression" and {"ours", "kl, step 1", "jpeg 5", "jpeg 95"} <= set(rows)
     assert rows["jpeg 5"]["bpp"] < rows["jpeg 95"]["bpp"] and rows["jpeg 5"]["PSNR"] < rows["jpeg 95"]["PSNR"]
     assert rows["jpeg 95"]["rFD(efficientnet-lite0)"] < rows["jpeg 5"]["rFD(efficientnet-lite0)"]
     assert 0.9 < rows["jpeg 95"]["power kept"] < 1.1 and rows["ours"]["bpp"] > 8 * 26 / 32**2
@@ -105,3 +109,26 @@ def test_high_power_is_above_half_of_the_frequencies():
     x = torch.arange(32) / 32 * 2 * torch.pi
     slow, fast = (torch.sin(cycles * x).expand(1, 1, 32, 32) for cycles in (3, 11))
     assert high_power(slow) < 1e-6 < high_power(fast)
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "residual"])
+def test_tokens_are_coded_and_decoded(quantizer):
+    torch.manual_seed(0)
+    vae = VQModelFA(**{**TINY_VQ, "quantizer": quantizer, "num_quantizers": 2}).eval()
+    images = ImageDataset(open_source("photos", "heldout"), 32)
+    codec = TokenizerCodec(vae, images, 1.0)
+    batch = torch.stack([images[i]["image"] for i in range(3)])
+    decoded, sizes = codec(batch)
+    torch.testing.assert_close(decoded, reconstruct(vae, batch), rtol=0, atol=1e-5)
+    tokens = 64 * (2 if quantizer == "residual" else 1)
+    assert all(26 < size <= 26 + 4 + tokens * 5 / 8 + 4 for size in sizes)  # 32 entries: 5 bits at most
+
+
+def test_finer_steps_cost_more_and_are_nearer(tiny_favae):
+    images = ImageDataset(open_source("photos", "heldout"), 32)
+    batch = torch.stack([images[i]["image"] for i in range(3)])
+    wanted, found = reconstruct(tiny_favae, batch), []
+    for step in (0.2, 1.0):
+        decoded, sizes = TokenizerCodec(tiny_favae, images, step)(batch)
+        found.append((sum(sizes), (decoded - wanted).square().mean().item()))
+    assert found[0][0] > 1.2 * found[1][0] and found[0][1] < 0.2 * found[1][1]
