@@ -190,6 +190,19 @@ def high_power(images: Tensor) -> Tensor:
     return spectrum[:, spectrum.shape[1] // 2 :].sum(dim=1)
 
 
+def bits_per_pixel(model: HyperpriorModelFA, images: ImageDataset, count: int = 64) -> float | None:
+    """Of the files of at most so many images, at even distances; None if not one can be read.
+
+    Raises:
+        ModelError: if constriction is not installed.
+    """
+    batch = skip_missing([images[i] for i in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)])
+    if batch is None:
+        return None
+    model.update_table()
+    return 8 * float(np.mean([len(data) for data in model.compress(batch["image"])])) / images.resolution**2
+
+
 def matching_quality(format: Literal["jpeg", "webp", "avif"], images: ImageDataset, bpp: float) -> int:
     """The quality at which a format's files of a few of the images are nearest to so many bits per pixel."""
     chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(len(images), 24)).astype(int)]

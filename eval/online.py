@@ -15,6 +15,7 @@ from favae.data.images import ImageDataset
 from favae.data.sources import Selection, open_source
 from favae.distributed import process_state
 from favae.errors import ModelError, NonFiniteError
+from favae.eval.compression import bits_per_pixel
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.generation import measure_samples, protocol_of, sampling_protocol
@@ -26,6 +27,7 @@ from favae.eval.results import finite
 from favae.eval.sampling import sample_to_folder
 from favae.files import read_json_lines, write_text
 from favae.losses.perceptual import LPIPS
+from favae.models import HyperpriorModelFA
 from favae.training.generator_config import EvaluationConfig
 from favae.training.tokenizer_config import TokenizerEvaluationConfig
 
@@ -119,6 +121,8 @@ class TokenizerEvaluation:
                 for reason in [] if self._warned else missing:
                     logger.warning("%s", reason)
                 self._warned = True
+            if isinstance(vae, HyperpriorModelFA):
+                metrics["bpp"] = bits_per_pixel(vae, self.images)
             self.log.add(finite({"step": step, "epoch": epoch, **metrics, "protocol": self.protocol}))
         process_state().wait_for_everyone()
         return metrics

@@ -7,7 +7,9 @@ import torch
 from conftest import ROOT, command, refusal, tiny_generator_recipe, tiny_tokenizer_recipe, train, write_images
 from safetensors.torch import load_file
 
-from favae import LightningDiTPipeline
+from favae import HyperpriorModelFA, LightningDiTPipeline
+from favae.data.images import ImageDataset
+from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.eval import online
 from favae.eval.online import epochs_to_reach
@@ -110,3 +112,31 @@ def test_a_tokenizer_without_images_to_evaluate(tmp_path):
     assert "evaluation.data" in refusal("train_tokenizer", recipe, "evaluation.every=2")
     missing = refusal("train_tokenizer", recipe, "evaluation.every=2", f"evaluation.data={tmp_path / 'nowhere'}")
     assert "nowhere" in missing and not (tmp_path / "run").exists()
+
+
+def test_a_compression_model_is_trained_resumed_and_evaluated_by_its_files(tmp_path):
+    pytest.importorskip("constriction", reason="the extra [compression] is not installed")
+    model = "{name: HyperpriorModelFA, block_out_channels: [8, 8, 16], num_residual_blocks: 1, latent_channels: 6, "
+    recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
+    text = recipe.read_text()
+    begin, end = text.index("{name: AutoencoderKLFA"), text.index("data:")
+    recipe.write_text(text[:begin] + model + "hyper_channels: 8}\n" + text[end:])
+    settings = {"every": 4, "data": tmp_path / "images", "features": "null", "batch_size": 8}
+    options = [
+        "train.lr_scheduler=constant",
+        "loss.spectrum.weight=0.1",
+        *(f"evaluation.{key}={value}" for key, value in settings.items()),
+    ]
+    train("train_tokenizer", recipe, f"output={tmp_path / 'whole'}", *options)
+    train("train_tokenizer", recipe, f"output={tmp_path / 'halves'}", "train.steps=4", *options)
+    train("train_tokenizer", recipe, f"output={tmp_path / 'halves'}", *options)
+    weights = [load_file(next((tmp_path / name / "final").glob("*.safetensors"))) for name in ("whole", "halves")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    vae = HyperpriorModelFA.from_pretrained(tmp_path / "whole/final")
+    images = ImageDataset(open_source(str(tmp_path / "images"), "validation"), 16)
+    files = vae.compress(torch.stack([images[i]["image"] for i in range(len(images))]))
+    last = json.loads((tmp_path / "whole/evaluation.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 8 and last["bpp"] == pytest.approx(8 * sum(map(len, files)) / len(files) / 16**2)
+    log = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"rate", "bits_per_pixel", "spectrum", "adversarial"} <= set(log)
