@@ -74,7 +74,7 @@ from favae.training.optimization import (
 )
 from favae.training.run import Run, find_checkpoint_to_resume
 from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
-from favae.training.text_to_image import TextToImageModule, build_text_pipeline, check_text_shapes
+from favae.training.text_to_image import TextToImageModule, build_text_pipeline, check_text_shapes, open_text_encoder
 
 
 def train(config: GeneratorConfig) -> None:
@@ -168,7 +168,7 @@ def train(config: GeneratorConfig) -> None:
 def open_cache(config: GeneratorConfig, tokenizer: ModelMixin | None = None) -> MomentsDataset | TokenDataset:
     """The latents, with the embeddings of their captions if the generator is conditioned on texts."""
     data, embeddings = config.data, None
-    if config.from_text:
+    if config.takes_texts:
         with hint("`favae embed-captions` writes data.text_embeddings"):
             embeddings = TextEmbeddings(data.text_embeddings or Path(data.latents) / TEXT_EMBEDDINGS_FOLDER)
     with hint("`favae cache-latents` writes data.latents with data.tokenizer"):
@@ -199,7 +199,7 @@ def open_images(config: GeneratorConfig, dataset: MomentsDataset | TokenDataset)
 
 def check_shapes(config: GeneratorConfig, transformer: ModelMixin, dataset: MomentsDataset | TokenDataset) -> None:
     """Raises ConfigError if the generator was built for other latents, classes or texts than the cache has."""
-    if config.from_text:
+    if config.is_autoregressive:
         check_text_shapes(transformer, dataset)
         return
     built, folder = transformer.config, dataset.folder
@@ -211,7 +211,12 @@ def check_shapes(config: GeneratorConfig, transformer: ModelMixin, dataset: Mome
             f"{folder} holds latents of shape {dataset.latent_shape}, "
             f"the generator is built for {expected} (model.in_channels, model.sample_size)"
         )
-    if len(dataset.classes) > num_classes(transformer):
+    if config.takes_texts and dataset.text_embeddings.dim != built.text_dim:
+        raise ConfigError(
+            f"{folder} has text embeddings of {dataset.text_embeddings.dim} numbers, the generator is built for "
+            f"{built.text_dim} (model.text_dim)"
+        )
+    if num_classes(transformer) and len(dataset.classes) > num_classes(transformer):
         key = "num_classes" if "num_classes" in built else "num_embeds_ada_norm"
         raise ConfigError(
             f"{folder} has {len(dataset.classes)} classes, the generator {num_classes(transformer)} (model.{key})"
@@ -220,7 +225,7 @@ def check_shapes(config: GeneratorConfig, transformer: ModelMixin, dataset: Mome
 
 def build_training_module(config: GeneratorConfig, transformer: ModelMixin) -> ClassToImageModule | TextToImageModule:
     """Joins the generator with its losses and, for alignment, with the frozen network that it is aligned to."""
-    if config.from_text:
+    if config.is_autoregressive:
         return TextToImageModule(transformer)
     teacher, alignment = None, config.loss.alignment
     if alignment.weight:
@@ -239,7 +244,7 @@ def build_pipeline(
     if isinstance(dataset, MomentsDataset):
         statistics = {key: dataset.manifest[key] for key in ("latents_mean", "latents_std")}
         tokenizer.register_to_config(**statistics, scaling_factor=1.0, shift_factor=0.0)
-    if config.from_text:
+    if config.is_autoregressive:
         return build_text_pipeline(transformer, tokenizer, dataset, config.data.text_encoder)
     names = dict(enumerate(dataset.classes))
     if config.loss.objective == "ddpm":
@@ -248,7 +253,9 @@ def build_pipeline(
         pipeline.register_to_config(id2label=names)  # DiTPipeline does not save its names otherwise
         return pipeline
     scheduler = FlowMatchEulerDiscreteScheduler(shift=config.sampling.shift)
-    return LightningDiTPipeline(transformer, tokenizer, scheduler, id2label=names)
+    texts = open_text_encoder(dataset, config.data.text_encoder) if config.takes_texts else {}
+    names = names if num_classes(transformer) else None
+    return LightningDiTPipeline(transformer, tokenizer, scheduler, id2label=names, **texts)
 
 
 # Along the way --------------------------------------------------------------------------------------------------------
@@ -267,15 +274,19 @@ def ema_pipeline(run: Run, pipeline: DiffusionPipeline, ema: Ema) -> Iterator[No
 
 def sampling_options(config: GeneratorConfig, dataset: MomentsDataset | TokenDataset) -> dict[str, Any]:
     """What the pipeline is called with for the grid of samples, and the number of columns."""
-    sampling = config.sampling
-    if not config.from_text:
+    sampling, options = config.sampling, {"columns": 8}
+    if not config.is_autoregressive:
+        options["num_inference_steps"] = sampling.num_inference_steps
+    if not config.is_autoregressive and config.model.get("num_classes") != 0:
         num_classes_shown = len(dataset.classes)
-        labels = [i % num_classes_shown for i in range(sampling.num_images)]
-        steps = sampling.num_inference_steps
-        return {"columns": min(num_classes_shown, 8), "class_labels": labels, "num_inference_steps": steps}
-    prompts = sampling.prompts or first_captions(dataset.folder, dataset.manifest, sampling.num_images)
-    prompts = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
-    options = {"columns": 8, "prompt": prompts, "temperature": sampling.temperature}
+        options["columns"] = min(num_classes_shown, 8)
+        options["class_labels"] = [i % num_classes_shown for i in range(sampling.num_images)]
+    if config.takes_texts:
+        prompts = sampling.prompts or first_captions(dataset.folder, dataset.manifest, sampling.num_images)
+        options["prompt"] = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
+    if not config.is_autoregressive:
+        return options
+    options["temperature"] = sampling.temperature
     if isinstance(dataset, TokenDataset):
         return {**options, "top_k": sampling.top_k, "top_p": sampling.top_p}
     return {**options, "num_head_steps": sampling.num_inference_steps}
@@ -308,8 +319,8 @@ def dry_run(config: GeneratorConfig, num_processes: int) -> None:
         check_shapes(config, transformer, dataset)
         num_images = len(dataset)
     shape, size = transformer.config, transformer.config.sample_size
-    num_tokens = size**2 if config.from_text else (size // shape.patch_size) ** 2
-    channels = shape.latent_channels if config.from_text else shape.in_channels
+    num_tokens = size**2 if config.is_autoregressive else (size // shape.patch_size) ** 2
+    channels = shape.latent_channels if config.is_autoregressive else shape.in_channels
     latent = "codes" if channels is None else f"{channels * size**2:,} floats per image"
     print(to_yaml(config))
     print(f"generator: {transformer.num_parameters():,} parameters, {num_tokens:,} tokens of {latent}")

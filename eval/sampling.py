@@ -122,7 +122,7 @@ def image_file(folder: Path, index: int) -> Path:
 
 
 def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
-    """The classes of a class-conditional pipeline; None for a pipeline without `class_labels`.
+    """The classes of a class-conditional pipeline; None for a pipeline without `class_labels`, or without classes.
 
     Raises:
         DataError: if there are classes, but nothing says how many.
@@ -133,6 +133,8 @@ def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
         raise DataError(f"the number of classes of a {type(pipeline).__name__} is not known; {OTHERWISE}")
     config = pipeline.transformer.config
     count = config["num_classes"] if "num_classes" in config else config["num_embeds_ada_norm"]
+    if count == 0:
+        return None
     # DiTPipeline keeps nothing but `labels`, of name to index.
     names = {index: name for name, index in getattr(pipeline, "labels", {}).items()}
     names |= {int(index): name for index, name in (pipeline.config.get("id2label") or {}).items()}
@@ -152,16 +154,24 @@ def hash_prompts(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
+def takes_prompts(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline generates images of texts. One of ours may take them, and its transformer have none."""
+    config = getattr(getattr(pipeline, "transformer", None), "config", {})
+    return "prompt" in inspect.signature(pipeline.__call__).parameters and config.get("text_dim", 1) is not None
+
+
 def _check_call(
     pipeline: DiffusionPipeline, names: list[str] | None, prompts: Sequence[str] | None, settings: dict
 ) -> None:
     """Raises `DataError` if the pipeline takes something else than it would be called with."""
     accepted = inspect.signature(pipeline.__call__).parameters
     name = type(pipeline).__name__
-    if prompts is None and "prompt" in accepted:
+    if prompts is None and takes_prompts(pipeline):
         raise DataError(f"a {name} needs prompts")
-    if prompts is not None and "prompt" not in accepted:
+    if prompts is not None and not takes_prompts(pipeline):
         raise DataError(f"a {name} takes no prompts")
+    if prompts is not None and names is not None:
+        raise DataError(f"a {name} of classes and texts is not sampled here; call it with both")
     unknown = [key for key in settings if key not in accepted]
     if unknown:
         raise DataError(f"a {name} takes no {', '.join(unknown)}; {OTHERWISE}")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from favae.errors import NonFiniteError
 from favae.models.cat_block import CATBlock, LayerCache
 from favae.models.hub import HubModelMixin
+from favae.models.text_conditioning import mean_of_text, prepare_text
 from favae.models.token_heads import DEFAULT_STEPS, CategoricalHead, FlowHead, TorchGenerators, VelocityMLP
 
 
@@ -192,20 +193,9 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             Embeddings with padding set to zero (or their mean, L = 1), and the mask (B, 1, 1, 1 + L) of keys in
             attention, that of the null key first.
         """
-        if mask is None:
-            mask = torch.ones(embeddings.shape[:2], device=embeddings.device)
-        elif mask.shape != embeddings.shape[:2]:
-            shapes = tuple(mask.shape), tuple(embeddings.shape)
-            raise ValueError(f"a text mask of shape {shapes[0]} does not fit text embeddings of shape {shapes[1]}")
-        mask = mask.bool()
-        if dropout > 0:
-            mask = mask & (torch.rand(len(mask), 1, device=mask.device) >= dropout)
-        # An infinite padding would spread in spite of the mask.
-        embeddings = embeddings.to(self.start_token.dtype).masked_fill(~mask.unsqueeze(-1), 0)
+        embeddings, mask = prepare_text(embeddings, mask, self.start_token.dtype, dropout)
         if self.config.text_pooling == "mean":
-            count = mask.sum(1).clamp_min(1)[:, None, None]
-            embeddings = embeddings.sum(1, keepdim=True) / count.to(embeddings.dtype)
-            mask = mask.any(1, keepdim=True)
+            embeddings, mask = mean_of_text(embeddings, mask).unsqueeze(1), mask.any(1, keepdim=True)
         return embeddings, F.pad(mask, (1, 0), value=True)[:, None, None]
 
     def _add_positions(self, embeddings: Tensor, first: int) -> Tensor:

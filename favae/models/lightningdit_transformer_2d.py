@@ -1,4 +1,4 @@
-"""`LightningDiTTransformer2DModel`: a class-conditional diffusion transformer that predicts velocities of latents."""
+"""`LightningDiTTransformer2DModel`: a diffusion transformer that predicts velocities of latents, by class or text."""
 
 import math
 from typing import Annotated
@@ -17,11 +17,13 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from favae.models.cat_block import CATAttention
 from favae.models.hub import HubModelMixin
+from favae.models.text_conditioning import mean_of_text, prepare_text
 from favae.precision import no_autocast
 
 
@@ -100,14 +102,28 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class LightningDiTBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero; Peebles and Xie, 2023).
 
+    Between them, attention to the text, if there is one, is added as it is: its last layer starts at zero (PixArt,
+    arXiv 2310.00426).
+
     Args:
         dim: width D.
         num_heads, head_dim, qk_norm: of the attention.
         mlp_ratio: of the feed-forward.
         wo_shift: whether the condition gives scales and gates alone, no shifts.
+        text_dim: width of the text embeddings; None without attention to a text.
     """
 
-    def __init__(self, dim: int, *, num_heads: int, head_dim: int, mlp_ratio: float, qk_norm: bool, wo_shift: bool):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        wo_shift: bool,
+        text_dim: int | None = None,
+    ):
         super().__init__()
         self.norm1 = RMSNorm(dim, eps=1e-6)
         self.attn = LightningDiTAttention(dim, num_heads=num_heads, head_dim=head_dim, qk_norm=qk_norm)
@@ -115,9 +131,23 @@ class LightningDiTBlock(nn.Module):
         self.ff = SwiGLUFeedForward(dim, mlp_ratio)
         self.wo_shift = wo_shift
         self.modulation = nn.Linear(dim, (4 if wo_shift else 6) * dim)
+        self.norm_text: nn.Module | None = None
+        self.text_attn: CATAttention | None = None
+        if text_dim is not None:
+            self.norm_text = RMSNorm(dim, eps=1e-6)
+            self.text_attn = CATAttention(
+                dim, num_heads=num_heads, head_dim=head_dim, context_dim=text_dim, shared_key_value=False, has_null=True
+            )
 
-    def forward(self, hidden_states: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """hidden_states (B, N, D), condition (B, D) -> (B, N, D)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        condition: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states (B, N, D), condition (B, D), text (B, L, text_dim), text_mask (B, 1, 1, 1 + L) -> (B, N, D)."""
         modulation = self.modulation(F.silu(condition))
         if self.wo_shift:
             shift1 = shift2 = torch.zeros_like(condition)
@@ -126,6 +156,9 @@ class LightningDiTBlock(nn.Module):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         attended = self.attn(modulate(self.norm1(hidden_states), shift1, scale1), rotary)
         hidden_states = hidden_states + gate1.unsqueeze(1) * attended
+        if self.text_attn is not None and self.norm_text is not None and text is not None:
+            key, value = self.text_attn.key_value(text, with_null=True)
+            hidden_states = hidden_states + self.text_attn(self.norm_text(hidden_states), key, value, text_mask)
         transformed = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
         return hidden_states + gate2.unsqueeze(1) * transformed
 
@@ -141,10 +174,14 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         in_channels: latent channels.
         num_layers, num_attention_heads, attention_head_dim: the width is heads * head_dim; XL is 28, 16, 72.
         mlp_ratio: of the feed-forward, before SwiGLU's factor 2/3.
-        num_classes: number of classes; the index `num_classes` is the null class of classifier-free guidance.
+        num_classes: number of classes; the index `num_classes` is the null class of classifier-free guidance. 0 for
+            none: the condition is a text, or nothing.
         class_dropout_prob: share of labels that are replaced by the null class in training.
         qk_norm: whether queries and keys are RMS-normalized: steadier in long bf16 runs, slightly worse otherwise.
         wo_shift: whether blocks are modulated by scales and gates alone.
+        text_dim: width of text embeddings, which every block attends to and whose mean joins the condition; None for
+            none.
+        text_dropout_prob: share of texts that are left out in training.
 
     Raises:
         ValueError: if `sample_size` is not a multiple of `patch_size`.
@@ -154,7 +191,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LightningDiTBlock"]
     _repeated_blocks = ["LightningDiTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_embedding", "norm"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embedding", "text_embedding", "norm"]
 
     @register_to_config
     def __init__(
@@ -166,10 +203,12 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         num_attention_heads: PositiveInt = 16,
         attention_head_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 72,
         mlp_ratio: PositiveFloat = 4.0,
-        num_classes: PositiveInt = 1000,
+        num_classes: NonNegativeInt = 1000,
         class_dropout_prob: Annotated[float, Field(ge=0, le=1)] = 0.1,
         qk_norm: bool = False,
         wo_shift: bool = False,
+        text_dim: PositiveInt | None = None,
+        text_dropout_prob: Annotated[float, Field(ge=0, le=1)] = 0.1,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -178,7 +217,8 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         self.patch_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, dim)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, dim)
-        self.class_embedding = LabelEmbedding(num_classes, dim, class_dropout_prob)
+        self.class_embedding = LabelEmbedding(num_classes, dim, class_dropout_prob) if num_classes else None
+        self.text_embedding = None if text_dim is None else TimestepEmbedding(text_dim, dim)
         self.blocks = nn.ModuleList(
             LightningDiTBlock(
                 dim,
@@ -187,6 +227,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
                 mlp_ratio=mlp_ratio,
                 qk_norm=qk_norm,
                 wo_shift=wo_shift,
+                text_dim=text_dim,
             )
             for _ in range(num_layers)
         )
@@ -205,7 +246,8 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         blocks = [module for module in self.modules() if isinstance(module, LightningDiTBlock)]
         for block in blocks:
             xavier_uniform_of_rows(block.attn.to_q, block.attn.to_k, block.attn.to_v)
@@ -213,7 +255,17 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         projection = self.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.out_channels, -1))
         nn.init.zeros_(projection.bias)
-        nn.init.normal_(self.class_embedding.embedding_table.weight, std=0.02)
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding.embedding_table.weight, std=0.02)
+        if self.text_embedding is not None:
+            nn.init.normal_(self.text_embedding.linear_1.weight, std=0.02)
+            nn.init.normal_(self.text_embedding.linear_2.weight, std=0.02)
+        for block in blocks:
+            if block.text_attn is not None:
+                for null in (block.text_attn.null_key, block.text_attn.null_value):
+                    assert null is not None
+                    nn.init.normal_(null, std=0.02)
+                nn.init.zeros_(block.text_attn.to_out.weight)
         nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
         # adaLN-Zero: every block starts as the identity and the output as zero.
@@ -221,38 +273,62 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
         Args:
             hidden_states: (B, C, h, w), the normalized latent x_t.
             timestep: (B,), t from 0 (noise) to 1 (data), unlike diffusers' 0 to 1000.
-            class_labels: (B,), int64, from 0 to `num_classes` (the null class).
+            class_labels: (B,), int64, from 0 to `num_classes` (the null class); of a model with classes.
+            encoder_hidden_states: (B, L, text_dim), the text embeddings; of a model with `text_dim`.
+            encoder_attention_mask: (B, L), 0 or False where there is no text; None if there is text everywhere.
         Returns:
             `sample` (B, C, h, w), the velocity data - noise.
         Raises:
-            ValueError: if the latent has another shape than the model was built for.
+            ValueError: if the latent has another shape than the model was built for, if classes or texts are missing or
+                too many, or if the mask does not fit the text.
         """
         size, patch = self.config.sample_size, self.config.patch_size
         expected = (self.config.in_channels, size, size)
         if tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(f"built for latents of shape {expected}, got {tuple(hidden_states.shape[1:])}")
+        for name, value, wanted in (
+            ("class_labels", class_labels, self.class_embedding is not None),
+            ("encoder_hidden_states", encoder_hidden_states, self.text_embedding is not None),
+        ):
+            if (value is not None) != wanted:
+                raise ValueError(f"this model {'needs' if wanted else 'takes no'} {name}")
 
         # 1. Condition and patches
         dtype = hidden_states.dtype
         with no_autocast(hidden_states.device):  # half precision could not tell neighboring times apart
             weight = self.time_embedding.linear_1.weight
             time = self.time_embedding(self.time_proj(timestep.float()).to(weight.dtype)).to(dtype)
-        condition = time + self.class_embedding(class_labels)  # (B, D)
+        condition, text, text_mask = time, None, None  # (B, D)
+        if self.class_embedding is not None:
+            condition = condition + self.class_embedding(class_labels)
+        if self.text_embedding is not None and encoder_hidden_states is not None:
+            dropout = self.config.text_dropout_prob if self.training else 0.0
+            text, mask = prepare_text(encoder_hidden_states, encoder_attention_mask, dtype, dropout)
+            condition = condition + self.text_embedding(mean_of_text(text, mask))
+            text_mask = F.pad(mask, (1, 0), value=True)[:, None, None]
         rotary = (self.rotary_cos, self.rotary_sin)
         hidden_states = self.patch_embed(hidden_states).to(dtype)  # (B, N, D)
 
         # 2. Blocks
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary)
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, condition, rotary, text, text_mask
+                )
             else:
-                hidden_states = block(hidden_states, condition, rotary)
+                hidden_states = block(hidden_states, condition, rotary, text, text_mask)
 
         # 3. Tokens to a velocity of the latent's shape
         shift, scale = self.modulation_out(F.silu(condition)).chunk(2, dim=1)

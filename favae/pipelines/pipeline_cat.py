@@ -1,7 +1,7 @@
 """`CATPipeline`: texts to images, token by token, with a codebook or with continuous latents."""
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from favae.autoencoders import spatial_compression_ratio
 from favae.models import CATTransformerModel, VQModelFA
 from favae.pipelines.decoding import decode_finite, decode_latents
-from favae.text_encoder import encode_texts, text_limit, warn_of_cut
+from favae.pipelines.texts import TextPipeline, check_text_encoder
 
 
-class CATPipeline(DiffusionPipeline):
+class CATPipeline(TextPipeline):
     r"""
     Autoregressive text-to-image generation.
 
@@ -41,7 +41,7 @@ class CATPipeline(DiffusionPipeline):
         if vae is not None:
             _check_vae(transformer, vae)
         if text_encoder is not None:
-            _check_text_encoder(transformer, text_encoder)
+            check_text_encoder(transformer, text_encoder)
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(max_length=max_length)
         self.vae_scale_factor = 8 if vae is None else spatial_compression_ratio(vae)
@@ -50,24 +50,6 @@ class CATPipeline(DiffusionPipeline):
     def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None):
         """Raises ValueError: `generate` uses parts of the transformer without the hooks that bring their weights."""
         raise ValueError("CATPipeline offloads whole models: enable_model_cpu_offload()")
-
-    def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
-        """The text embeddings (B, L, D) and mask (B, L) of prompts. An empty prompt has an empty mask: no text at all.
-
-        Raises:
-            ValueError: for a prompt that is not a string, or without a text encoder.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(x, str) for x in prompts):
-            raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("a pipeline without a text encoder needs prompt_embeds and prompt_attention_mask")
-        prompts = list(prompts)
-        limit = self.config.max_length or text_limit(self.text_encoder, self.tokenizer)
-        embeddings, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit)
-        warn_of_cut(self.tokenizer, prompts, mask, limit)
-        empty = torch.tensor([not text.strip() for text in prompts], device=mask.device)
-        return embeddings, mask & ~empty.unsqueeze(1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens of the transformer -> images (B, 3, H, W) around [-1, 1]."""
@@ -116,15 +98,9 @@ class CATPipeline(DiffusionPipeline):
             NonFiniteError: if latents or images are not finite.
         """
         # 1. The text
-        device, dtype = self._execution_device, self.transformer.dtype
         if self.vae is None and output_type != "latent":
             raise ValueError('a pipeline without an autoencoder needs output_type="latent"')
-        if prompt is not None and prompt_embeds is None and prompt_attention_mask is None:
-            prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
-        elif prompt is not None or prompt_embeds is None or prompt_attention_mask is None:
-            raise ValueError("give either prompt, or both prompt_embeds and prompt_attention_mask")
-        embeddings = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
-        mask = prompt_attention_mask.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        embeddings, mask = self._text_of(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
 
         # 2. Tokens, one after the other
         with self.progress_bar(total=self.transformer.num_tokens) as bar:
@@ -159,10 +135,3 @@ def _check_vae(transformer: CATTransformerModel, vae: VQModelFA | AutoencoderKL)
     for name, value in needed.items():
         if transformer.config[name] != value:
             raise ValueError(f"the transformer has {name}={transformer.config[name]}, the autoencoder needs {value}")
-
-
-def _check_text_encoder(transformer: CATTransformerModel, text_encoder: PreTrainedModel) -> None:
-    """Raises ValueError for a transformer of other embeddings than those of the text encoder."""
-    width = text_encoder.config.hidden_size
-    if transformer.config.text_dim != width:
-        raise ValueError(f"the transformer has text_dim={transformer.config.text_dim}, the text encoder needs {width}")

@@ -1,28 +1,25 @@
-"""`LightningDiTPipeline`: class labels to images, with any KL autoencoder and diffusers' flow-matching scheduler."""
+"""`LightningDiTPipeline`: classes or texts to images, with any KL autoencoder and diffusers' flow-matching Euler."""
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from favae.autoencoders import spatial_compression_ratio
 from favae.models import LightningDiTTransformer2DModel
 from favae.models.class_conditional import num_classes, time_scale
 from favae.models.token_heads import guide
 from favae.pipelines.decoding import decode_latents
+from favae.pipelines.texts import TextPipeline, check_text_encoder
 
 
-class LightningDiTPipeline(DiffusionPipeline):
+class LightningDiTPipeline(TextPipeline):
     r"""
-    Class-conditional generation by flow matching.
+    Generation by flow matching, of classes, of texts or of both, as the transformer was trained.
 
     Parameters:
         transformer: predicts the velocity data - noise at time t (0 is noise, 1 is data): a
@@ -31,9 +28,13 @@ class LightningDiTPipeline(DiffusionPipeline):
         vae: an [`AutoencoderKL`] or a subclass. See `decode_latents` for how its config scales latents back.
         scheduler: a [`FlowMatchEulerDiscreteScheduler`]; its `shift` is 1 / s for LightningDiT's timestep shift s.
         id2label: class index -> name, for `get_label_ids`.
+        text_encoder, tokenizer: of transformers, those that a transformer of texts was trained with. With None only
+            `prompt_embeds` are possible.
+        max_length: number of tokens to which prompts are cut, with a warning. None takes as many as the encoder can.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
 
     def __init__(
         self,
@@ -41,6 +42,9 @@ class LightningDiTPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         scheduler: FlowMatchEulerDiscreteScheduler,
         id2label: dict | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
     ):
         super().__init__()
         if transformer.config.in_channels != vae.config.latent_channels:
@@ -48,8 +52,12 @@ class LightningDiTPipeline(DiffusionPipeline):
                 f"the transformer was built for {transformer.config.in_channels} latent channels, "
                 f"the autoencoder has {vae.config.latent_channels}"
             )
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label)
+        if text_encoder is not None:
+            check_text_encoder(transformer, text_encoder)
+        self.register_modules(
+            transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(id2label=id2label, max_length=max_length)
         self.vae_scale_factor = spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -77,7 +85,7 @@ class LightningDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int],
+        class_labels: list[int] | None = None,
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
@@ -86,10 +94,14 @@ class LightningDiTPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Args:
-            class_labels: one class index per image; see `get_label_ids`.
+            class_labels: one class index per image; see `get_label_ids`. None for a transformer without classes.
             guidance_scale: classifier-free guidance, v = v_null + scale (v_class - v_null); 1 switches it off.
             guidance_interval: guidance acts while the time t (0 is noise, 1 is data) is in this closed interval.
             guidance_channels: only the first so many latent channels are guided, 3 for LightningDiT's published
@@ -99,33 +111,39 @@ class LightningDiTPipeline(DiffusionPipeline):
             generator: one, or one per image; with one per image a sample does not depend on its batch.
             latents: (B, C, h, w), standard normal noise to start from; None samples it.
             output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (normalized).
+            prompt: of a transformer of texts: one text, or one per image. An empty one samples without a text.
+            num_images_per_prompt: number of consecutive images of each prompt.
+            prompt_embeds, prompt_attention_mask: text embeddings (B, L, D) and mask (B, L) by `encode_prompt`, instead
+                of `prompt`. Guidance leads away from no text; there is no negative prompt.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: for a class index that the transformer does not have, guidance of a transformer that was never
-                trained without classes, an interval that does not rise, or a number of channels that it does not have.
+            ValueError: for a class index that the transformer does not have, classes or texts that it needs or does
+                not take, guidance of a transformer that was never trained without them, an interval that does not rise,
+                or a number of channels that it does not have.
             NonFiniteError: if latents or images are not finite.
         """
-        # 1. Classes and noise
+        # 1. The condition, that of guidance, and noise
         transformer, config = self.transformer, self.transformer.config
-        device = self._execution_device
-        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
-        null_class, scale = num_classes(transformer), time_scale(transformer)
-        if bool(((labels < 0) | (labels >= null_class)).any()):
-            raise ValueError(f"class labels go from 0 to {null_class - 1}, got {labels.tolist()}")
-        if guidance_scale != 1 and config.get("class_dropout_prob") == 0:
-            raise ValueError("guidance needs a transformer trained with class_dropout_prob > 0; use guidance_scale=1")
         if guidance_interval[0] > guidance_interval[1]:
             raise ValueError(f"guidance_interval must rise, got {tuple(guidance_interval)}")
         if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
             raise ValueError(f"guidance_channels must be in 1 ... {config.in_channels}, got {guidance_channels}")
-        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        texts = {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
+        condition = self._classes(class_labels, guidance_scale)
+        condition |= self._texts(prompt, guidance_scale, num_images_per_prompt=num_images_per_prompt, **texts)
+        if not condition:
+            raise ValueError("this transformer has neither classes nor texts; LightningDiTPipeline needs one of them")
+        count = len(next(iter(condition.values()))[0])
+        if any(len(value) != count for pair in condition.values() for value in pair):
+            raise ValueError("class_labels and prompts must be of as many images")
+        device, scale = self._execution_device, time_scale(transformer)
+        shape = (count, config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
-        null_labels = torch.full_like(labels, null_class)
 
         # 2. Euler steps, on the exact time grid of LightningDiT: set_timesteps(N) alone ends above zero and shifts its
         # end twice
@@ -134,11 +152,9 @@ class LightningDiTPipeline(DiffusionPipeline):
             time = 1 - timestep / self.scheduler.config.num_train_timesteps  # 0 is noise
             is_guided = guidance_scale != 1 and guidance_interval[0] <= time <= guidance_interval[1]
             batch = torch.cat([latents, latents]) if is_guided else latents
-            classes = torch.cat([labels, null_labels]) if is_guided else labels
+            given = {key: torch.cat(pair) if is_guided else pair[0] for key, pair in condition.items()}
             times = scale * time.expand(len(batch)).float()
-            velocity = transformer(
-                batch.to(transformer.dtype), timestep=times, class_labels=classes, return_dict=False
-            )[0].float()
+            velocity = transformer(batch.to(transformer.dtype), timestep=times, return_dict=False, **given)[0].float()
             if is_guided:
                 velocity = self._guide(velocity, guidance_scale, guidance_channels)
             # The velocity of the scheduler points from data to noise, ours from noise to data.
@@ -151,6 +167,43 @@ class LightningDiTPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _classes(self, class_labels: list[int] | None, guidance_scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """The transformer's argument for classes, and its value without one; nothing if it has no classes."""
+        null_class = num_classes(self.transformer)
+        if (class_labels is None) != (null_class == 0):
+            raise ValueError(f"this transformer {'takes no' if null_class == 0 else 'needs'} class_labels")
+        if class_labels is None:
+            return {}
+        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        if bool(((labels < 0) | (labels >= null_class)).any()):
+            raise ValueError(f"class labels go from 0 to {null_class - 1}, got {labels.tolist()}")
+        self._check_guidance(guidance_scale, "class_dropout_prob")
+        return {"class_labels": (labels, torch.full_like(labels, null_class))}
+
+    def _texts(
+        self,
+        prompt: str | list[str] | None,
+        guidance_scale: float,
+        *,
+        num_images_per_prompt: int,
+        **texts: Tensor | None,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The transformer's arguments for texts, and their values without a text; nothing if it has no texts."""
+        if self.transformer.config.get("text_dim") is None:
+            if prompt is not None or any(value is not None for value in texts.values()):
+                raise ValueError("this transformer takes no prompt")
+            return {}
+        embeddings, mask = self._text_of(prompt, **texts, num_images_per_prompt=num_images_per_prompt)
+        self._check_guidance(guidance_scale, "text_dropout_prob")
+        return {
+            "encoder_hidden_states": (embeddings, embeddings),
+            "encoder_attention_mask": (mask, torch.zeros_like(mask)),
+        }
+
+    def _check_guidance(self, scale: float, key: str) -> None:
+        if scale != 1 and self.transformer.config.get(key) == 0:
+            raise ValueError(f"guidance needs a transformer trained with {key} > 0; use guidance_scale=1")
 
     @staticmethod
     def _guide(velocity: Tensor, scale: float, channels: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a class-conditional generator learns: velocities by flow matching, or noise by denoising diffusion."""
+"""What a LightningDiT or DiT learns: velocities by flow matching, or noise by denoising diffusion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +23,8 @@ from favae.training.validation import STRICT
 
 # The noise schedule of ADM and DiT; `DiTPipeline`'s schedulers have it too.
 DIFFUSION_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+Condition = dict[str, Tensor]  # of a transformer: its arguments for classes and texts
 
 
 @dataclass(config=STRICT)
@@ -82,23 +84,21 @@ class ClassToImageModule(nn.Module):
         """
         Args:
             latents: (B, C, h, w), normalized.
-            batch: "label" (B,), int64, and, if hidden states are to be aligned, "image" (B, 3, H, W) in [-1, 1].
+            batch: "label" (B,), int64; for texts "text_embeddings" (B, L, D) and "text_mask" (B, L); and, if hidden
+                states are to be aligned, "image" (B, 3, H, W) in [-1, 1].
         Returns:
             The total loss, and each loss before weighting, detached.
         """
-        # 1. Drop some of the labels, for classifier-free guidance.
-        labels, teacher, projector = batch["label"], self.teacher, self.projector
-        if self.class_dropout:
-            dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
-            labels = torch.where(dropped, self.null_class, labels)
+        # 1. The condition. Some labels are dropped for classifier-free guidance; texts, by the transformer itself.
+        condition, teacher, projector = self._condition(batch), self.teacher, self.projector
 
         # 2. Noise, the transformer, and its own loss.
         with self._recorded_hidden_states("image" in batch) as hidden_states:
             noise = torch.randn_like(latents)
             if self.config.objective == "ddpm":
-                loss, logs = self._denoising(latents, noise, labels)
+                loss, logs = self._denoising(latents, noise, condition)
             else:
-                loss, logs = self._flow_matching(latents, noise, labels)
+                loss, logs = self._flow_matching(latents, noise, condition)
 
         # 3. Alignment of the hidden states.
         if teacher is not None and projector is not None and "image" in batch:
@@ -112,17 +112,31 @@ class ClassToImageModule(nn.Module):
             loss = loss + 0 * sum(parameter.sum() for parameter in projector.parameters())
         return loss, logs
 
-    def _flow_matching(self, latents: Tensor, noise: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        times = sample_times(len(labels), self.config.time_sampling, latents.device)
+    def _condition(self, batch: dict[str, Tensor]) -> Condition:
+        """The transformer's arguments for classes and texts, as far as it has them."""
+        condition: Condition = {}
+        if self.null_class:
+            labels = batch["label"]
+            if self.class_dropout:
+                dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
+                labels = torch.where(dropped, self.null_class, labels)
+            condition["class_labels"] = labels
+        if self.transformer.config.get("text_dim") is not None:
+            condition["encoder_hidden_states"] = batch["text_embeddings"]
+            condition["encoder_attention_mask"] = batch["text_mask"]
+        return condition
+
+    def _flow_matching(self, latents: Tensor, noise: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+        times = sample_times(len(latents), self.config.time_sampling, latents.device)
         noisy, velocity = interpolate(latents, noise, times)
         times = times * self.time_scale
-        (output,) = self.transformer(noisy, timestep=times, class_labels=labels, return_dict=False)
+        (output,) = self.transformer(noisy, timestep=times, return_dict=False, **condition)
         return flow_matching_loss(output, velocity, cosine_weight=self.config.cosine_weight)
 
-    def _denoising(self, latents: Tensor, noise: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _denoising(self, latents: Tensor, noise: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
         timesteps = torch.randint(len(self.scheduler), (len(latents),), device=latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        (output,) = self.transformer(noisy, timestep=timesteps, class_labels=labels, return_dict=False)
+        (output,) = self.transformer(noisy, timestep=timesteps, return_dict=False, **condition)
         return denoising_loss(output, latents, noise, timesteps, self.scheduler)
 
     @contextmanager

@@ -96,16 +96,21 @@ class GeneratorConfig(RunConfig):
     train: GeneratorTrainConfig = field(default_factory=GeneratorTrainConfig)
 
     @property
-    def from_text(self) -> bool:
-        """Whether the generator is conditioned on texts rather than on classes."""
+    def is_autoregressive(self) -> bool:
+        """Whether tokens are learned one by one, as CAT does, rather than by flow matching or diffusion."""
         return self.model["name"] == "CATTransformerModel"
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether the generator is conditioned on texts."""
+        return self.is_autoregressive or self.model.get("text_dim") is not None
 
     def __post_init__(self):
         check_model(self.model, GENERATORS)
-        if self.from_text:
-            self._check_text_to_image()
+        if self.is_autoregressive:
+            self._check_autoregressive()
         else:
-            self._check_class_to_image()
+            self._check_diffusion()
         scales = {"sampling": self.sampling.guidance_scale, "evaluation": self.evaluation.guidance_scale}
         for key in ("class_dropout_prob", "text_dropout_prob"):
             for section, scale in scales.items():
@@ -117,7 +122,7 @@ class GeneratorConfig(RunConfig):
     def _check_guidance(self, section: str, settings: GuidanceConfig) -> None:
         interval, channels = settings.guidance_interval, settings.guidance_channels
         given = {"guidance_interval": interval, "guidance_channels": channels}
-        if self.from_text or self.loss.objective == "ddpm":
+        if self.is_autoregressive or self.loss.objective == "ddpm":
             for key in (key for key, value in given.items() if value is not None):
                 raise ConfigError(f"{section}.{key} is for generators that LightningDiTPipeline samples")
         if interval is not None and interval[0] > interval[1]:
@@ -125,7 +130,7 @@ class GeneratorConfig(RunConfig):
         if channels is not None and channels > self.model.get("in_channels", 32):
             raise ConfigError(f"{section}.guidance_channels must be at most model.in_channels, got {channels}")
 
-    def _check_text_to_image(self) -> None:
+    def _check_autoregressive(self) -> None:
         class_only = {
             "loss.alignment.weight": self.loss.alignment.weight,
             "evaluation.every": self.evaluation.every,
@@ -138,8 +143,14 @@ class GeneratorConfig(RunConfig):
         if self.model.get("head") == "flow" and (self.sampling.top_k, self.sampling.top_p) != (None, None):
             raise ConfigError("sampling.top_k and sampling.top_p are for model.head=categorical")
 
-    def _check_class_to_image(self) -> None:
+    def _check_diffusion(self) -> None:
         model, alignment = self.model, self.loss.alignment
+        if not self.takes_texts and model.get("num_classes") == 0:
+            raise ConfigError("model.num_classes=0 needs model.text_dim: a generator is told a class or a text")
+        if self.takes_texts and self.evaluation.every:
+            raise ConfigError("evaluation.every is for generators of classes, not for model.text_dim")
+        if self.takes_texts and self.data.warmup_latents:
+            raise ConfigError("data.warmup_latents is for generators of classes, not for model.text_dim")
         is_dit = model["name"] == "DiTTransformer2DModel"
         if self.loss.objective == "ddpm" and not is_dit:
             raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel")

@@ -1,5 +1,7 @@
 """What a text-to-image generator learns: the tokens of an image one by one, given the text's embeddings."""
 
+from typing import Any
+
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -48,6 +50,16 @@ def build_text_pipeline(
 
     Args:
         tokenizer: with the statistics that its latents were normalized with, if it has continuous ones.
+        text_encoder, and what is raised: as `open_text_encoder`.
+    """
+    return CATPipeline(transformer, tokenizer, **open_text_encoder(dataset, text_encoder))
+
+
+def open_text_encoder(dataset: MomentsDataset | TokenDataset, text_encoder: str | None = None) -> dict[str, Any]:
+    """The components of a pipeline that read texts: `text_encoder`, `tokenizer` and `max_length`.
+
+    Args:
+        dataset: with text embeddings, which come from this encoder.
         text_encoder: where the encoder is; None looks where it was when the embeddings were written.
     Raises:
         ConfigError: if that is another encoder.
@@ -65,7 +77,7 @@ def build_text_pipeline(
         raise ConfigError(
             f"data.text_encoder: {name} has other weights than the encoder that made the text embeddings; give that one"
         )
-    return CATPipeline(transformer, tokenizer, encoder.model, encoder.tokenizer, encoder.max_length)
+    return {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer, "max_length": encoder.max_length}
 
 
 def check_text_shapes(transformer: CATTransformerModel, dataset: MomentsDataset | TokenDataset) -> None:

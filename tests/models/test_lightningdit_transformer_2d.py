@@ -132,3 +132,75 @@ def test_time_norms_and_the_residual_stream_stay_in_float32_under_autocast():
     assert set(seen.values()) == {torch.float32} and len(seen) == 5
     half = tiny().to(torch.bfloat16)  # as a pipeline runs it
     assert half(arguments[0].bfloat16(), *arguments[1:]).sample.dtype == torch.bfloat16
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def of_texts(**options) -> LightningDiTTransformer2DModel:
+    return tiny(**{"num_classes": 0, "text_dim": 8, **options})
+
+
+def text(length: int = 5, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, length, 8, generator=generator), torch.ones(count, length, dtype=torch.bool)
+
+
+def test_words_matter_and_padding_does_not():
+    model, (embeddings, mask) = of_texts(), text()
+    latents, times = torch.randn(2, 6, 4, 4), torch.tensor([0.3, 0.8])
+    output = model(latents, times, None, embeddings, mask).sample
+    assert torch.equal(model(latents, times, None, embeddings).sample, output)  # no mask: text everywhere
+    other = embeddings.clone()
+    other[:, 2] += 1
+    assert not torch.allclose(model(latents, times, None, other, mask).sample, output, atol=1e-4)
+    padded, longer = torch.nn.functional.pad(embeddings, (0, 0, 0, 3), value=torch.inf), torch.ones(2, 8).bool()
+    longer[:, 5:] = False
+    torch.testing.assert_close(model(latents, times, None, padded, longer).sample, output)
+    swapped = embeddings[:, [1, 0, 2, 3, 4]]  # of frozen encoders, whose embeddings know their places
+    torch.testing.assert_close(model(latents, times, None, swapped, mask).sample, output)
+
+
+def test_texts_are_left_out_as_a_whole():
+    model, (embeddings, mask) = of_texts(text_dropout_prob=1.0), text()
+    latents, times = torch.randn(2, 6, 4, 4), torch.tensor([0.3, 0.8])
+    without = model(latents, times, None, embeddings, torch.zeros_like(mask)).sample
+    assert not torch.allclose(model(latents, times, None, embeddings, mask).sample, without, atol=1e-4)
+    model.train()
+    torch.testing.assert_close(model(latents, times, None, embeddings, mask).sample, without)
+
+
+def test_classes_and_texts_together():
+    model, (embeddings, mask) = tiny(text_dim=8), text()
+    latents, times = torch.randn(2, 6, 4, 4), torch.tensor([0.3, 0.8])
+    outputs = [model(latents, times, torch.tensor(labels), embeddings, mask).sample for labels in ([0, 1], [2, 2])]
+    assert not torch.allclose(*outputs, atol=1e-4)
+
+
+def test_a_new_model_of_texts_gives_zero_and_every_parameter_learns():
+    torch.manual_seed(0)
+    model, (embeddings, mask) = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | {"text_dim": 8}), text()
+    arguments = (torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 1]), embeddings, mask)
+    assert not model(*arguments).sample.any()
+    model = tiny(text_dim=8, class_dropout_prob=0.0, text_dropout_prob=0.0).train()
+    model(*arguments).sample.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    model(*arguments).sample.square().mean().backward()
+    assert all(torch.allclose(p.grad, e, atol=1e-5) for p, e in zip(model.parameters(), expected))
+
+
+@pytest.mark.parametrize(
+    "options, arguments, named",
+    [
+        ({}, {}, "needs class_labels"),
+        ({"num_classes": 0}, {"class_labels": torch.zeros(1).long()}, "takes no class_labels"),
+        ({"num_classes": 0, "text_dim": 8}, {}, "needs encoder_hidden_states"),
+        ({"num_classes": 0}, {"encoder_hidden_states": torch.zeros(1, 2, 8)}, "takes no encoder_hidden_states"),
+    ],
+)
+def test_a_condition_that_does_not_fit(options, arguments, named):
+    with pytest.raises(ValueError, match=named):
+        tiny(**options)(torch.randn(1, 6, 4, 4), torch.rand(1), **arguments)

@@ -5,16 +5,17 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TINY_CAT, TINY_VQ, refusal, train, train_in_processes
+from conftest import TINY_CAT, TINY_LIGHTNINGDIT, TINY_VQ, refusal, train, train_in_processes
 from diffusers import DiffusionPipeline
 from tiny_text import save_bert
 
-from favae import CATPipeline, CATTransformerModel, VQModelFA
+from favae import CATPipeline, CATTransformerModel, LightningDiTPipeline, VQModelFA
 from favae.data.images import ImageDataset
 from favae.data.latents import open_latents, write_latent_cache
 from favae.data.sources import open_source
 from favae.data.text_embeddings import TextEmbeddings, write_text_embeddings
-from favae.errors import ConfigError
+from favae.errors import ConfigError, DataError
+from favae.eval.sampling import sample_to_folder
 from favae.text_encoder import TextEncoder
 from favae.training.config import load_config
 from favae.training.generator_config import GeneratorConfig
@@ -69,6 +70,40 @@ def test_it_trains_resumes_and_its_pipeline_opens(cached, loss, request, tmp_pat
     assert not list((whole / "checkpoints").rglob("*text_encoder*"))  # it is nowhere but in the pipeline
     if cached == "latents":
         assert len(pipe.vae.config.latents_std) == 6
+
+
+@pytest.fixture
+def flow(tmp_path, image_folder, tiny_favae):
+    model = {"name": "LightningDiTTransformer2DModel", **TINY_LIGHTNINGDIT, "num_classes": 0, "text_dim": 8}
+    return prepare(tmp_path, image_folder, tiny_favae, model)
+
+
+def test_lightningdit_learns_texts_resumes_and_is_sampled(flow, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for output, more in ((whole, []), (parts, ["train.steps=4"]), (parts, [])):
+        train("train_generator", flow, f"output={output}", *more)
+    for file in sorted((whole / "final").rglob("*.safetensors")):
+        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
+    pipe = DiffusionPipeline.from_pretrained(whole / "final")
+    assert type(pipe) is LightningDiTPipeline
+    assert len(pipe(prompt=["a red apple", "the dog"], num_inference_steps=2).images) == 2
+    assert (whole / "samples/step-0000006.png").exists()
+    sample_to_folder(pipe, tmp_path / "samples", 3, prompts=["the dog"], num_inference_steps=2, guidance_scale=2.0)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 3
+    with pytest.raises(DataError, match="needs prompts"):
+        sample_to_folder(pipe, tmp_path / "others", 3, num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("model.text_dim=9", "model.text_dim"),
+        ("evaluation={every: 2, reference: x}", "evaluation.every"),
+        ("model.text_dim=null", "model.num_classes=0"),
+    ],
+)
+def test_lightningdit_of_other_texts_is_refused(flow, override, named):
+    assert named in refusal("train_generator", flow, override)
 
 
 def test_two_processes_train_together(codes, tmp_path):
