@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Does CAT need all words of a text, or their mean? On glyphs, whose texts name up to seven attributes.
+"""Does CAT need all words of a text, or their mean? Token by token, or all at once? On glyphs and their attributes.
 
     python scripts/glyphs.py --output glyphs
     FAVAE_GLYPHS=glyphs python -m experiments.glyph_texts
 
 CAT learns the codes of one tokenizer (`dsl` of experiments/codebooks.py) from "small blue bold digit 7 on a white
-ground, top left" and the like, by attention to the embeddings of all tokens of the text, or to their mean alone.
+ground, top left" and the like, by attention to the embeddings of all tokens of the text, or to their mean alone. On the
+latents of another (`stock` of experiments/latents.py), CAT's flow head is compared with a LightningDiT of as many
+parameters, which has all tokens of an image at once.
 Samples for texts of held-out families, and for pairs of color and character that no text in training has, are read by
 the classifier of experiments/glyphs.py: the share in which each attribute is the one that was asked for. Writes
 docs/results/glyph_texts.json and .md.
@@ -23,7 +25,7 @@ from filelock import FileLock
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment
-from experiments import codebooks
+from experiments import codebooks, latents
 from experiments.glyphs import ATTRIBUTES, accuracies, load_glyphs, trained_classifier
 from experiments.image_sets import read_images
 from experiments.latents import BOTH, load
@@ -41,7 +43,6 @@ from train_generator import train as train_generator
 from train_tokenizer import train as train_tokenizer
 
 STEPS = 10_000
-TOKENIZER = "dsl"
 PROMPTS = 960  # of each split
 SPLITS = {"heldout": "texts of other fonts", "combinations": "new pairs of color and character"}
 GUIDANCE_SCALES = (1.0, 3.0)
@@ -60,16 +61,37 @@ MODEL = {
 TRAIN = {"batch_size": 64, "learning_rate": 1.0e-3, "weight_decay": 0.01, "lr_warmup_steps": 100, "ema_decay": 0.999}
 
 
+CODES, LATENTS = "dsl", "stock"  # the tokenizers
+FLOW = {**MODEL, "head": "flow", "latent_channels": 16, "head_width": 192, "head_layers": 2}
+del FLOW["codebook_size"]
+LIGHTNINGDIT = {
+    "name": "LightningDiTTransformer2DModel",
+    "sample_size": 4,
+    "in_channels": 16,
+    "num_layers": 6,
+    "num_attention_heads": 4,
+    "attention_head_dim": 44,
+    "num_classes": 0,
+    "text_dim": 384,
+    "text_dropout_prob": 0.1,
+}
+
+
 @dataclass(frozen=True)
 class Variant:
+    """A row: a generator, and the tokenizer whose tokens it learns."""
+
     note: str
-    model: dict = field(default_factory=dict)
+    model: dict = field(default_factory=lambda: MODEL)
+    tokenizer: str = CODES
     length: float = 1.0
 
 
 VARIANTS = {
     "tokens": Variant("attention to the embeddings of all tokens of the text"),
-    "mean": Variant("attention to their mean alone", {"text_pooling": "mean"}),
+    "mean": Variant("attention to their mean alone", MODEL | {"text_pooling": "mean"}),
+    "tokens_flow": Variant("`tokens`, on continuous latents", FLOW, LATENTS),
+    "lightningdit": Variant("LightningDiT, on the same latents", LIGHTNINGDIT, LATENTS),
 }
 
 
@@ -81,7 +103,8 @@ def make_row(task: Task) -> dict:
     pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
     log = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
     params = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
-    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": params, "loss": log["cross_entropy"]}
+    loss = log["cross_entropy" if "cross_entropy" in log else "velocity"]
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": params, "loss": loss}
     for split in SPLITS:
         row[split] = [{"guidance_scale": scale, **measure(task, pipeline, split, scale)} for scale in GUIDANCE_SCALES]
     return row | environment()
@@ -107,13 +130,18 @@ def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -
 
 
 def prepare(task: Task) -> tuple[Path, Path]:
-    """The tokenizer, and the cache of its codes with the embeddings of captions; made once for all rows."""
-    cache = task.runs / "cache"
-    with FileLock(task.runs / "tokenizer.lock"):
-        variant = codebooks.VARIANTS[TOKENIZER]
-        own = Task("tokenizer", variant, 0, codebooks.STEPS, task.runs, task.resolution, task.batch_size)
+    """The tokenizer, and the cache of its tokens with the embeddings of captions; made once for all rows of it."""
+    name = task.variant.tokenizer
+    cache = task.runs / f"cache-{name}"
+    variants, steps, recipe = (
+        (codebooks.VARIANTS, codebooks.STEPS, codebooks.recipe)
+        if name == CODES
+        else (latents.VARIANTS, latents.STEPS, latents.tokenizer_config)
+    )
+    with FileLock(task.runs / f"tokenizer-{name}.lock"):
+        own = Task(f"tokenizer-{name}", variants[name], 0, steps, task.runs, task.resolution, task.batch_size)
         if not (own.run / "final").exists():
-            train_tokenizer(codebooks.recipe(own))
+            train_tokenizer(recipe(own))
         tokenizer = load_tokenizer(str(own.run / "final"))
         write_latent_cache(tokenizer, GLYPHS.dataset("train"), cache, data_name="glyphs", batch_size=256)
         write_text_embeddings(TextEncoder("minilm"), cache, batch_size=256)
@@ -122,9 +150,10 @@ def prepare(task: Task) -> tuple[Path, Path]:
 
 def generator_config(task: Task, tokenizer: Path, cache: Path) -> GeneratorConfig:
     every = {"log_every": task.steps // 20, "checkpoint_every": task.steps}
-    train = {**TRAIN, **BOTH, **every, "steps": task.steps, "mixed_precision": fastest_precision()}
+    precision = "no" if task.variant.model is LIGHTNINGDIT else fastest_precision()  # as in experiments/latents.py
+    train = {**TRAIN, **BOTH, **every, "steps": task.steps, "mixed_precision": precision}
     sections = {
-        "model": MODEL | task.variant.model,
+        "model": task.variant.model,
         "data": {"latents": str(cache), "tokenizer": str(tokenizer), "flip": False},
         "train": train,
     }

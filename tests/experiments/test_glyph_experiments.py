@@ -134,13 +134,20 @@ def test_a_row_of_codebooks(small, classifier):
     assert "`dsl` | 1" in codebooks.tables({"rows": [row]})
 
 
-def test_a_row_of_glyph_texts(small, classifier, monkeypatch):
+@pytest.mark.parametrize("name", ["mean", "lightningdit"])
+def test_a_row_of_glyph_texts(name, small, classifier, monkeypatch):
     monkeypatch.setattr(glyph_texts, "PROMPTS", 5)
     monkeypatch.setattr(glyph_texts, "SPLITS", {"heldout": "texts"})
     monkeypatch.setattr(glyph_texts, "GUIDANCE_SCALES", (2.0,))
-    monkeypatch.setattr(codebooks, "STEPS", 20)
-    task = Task("mean", glyph_texts.VARIANTS["mean"], seed=0, steps=20, runs=small, resolution=32, batch_size=64)
+    for module in (codebooks, latents):
+        monkeypatch.setattr(module, "STEPS", 20)
+    task = Task(name, glyph_texts.VARIANTS[name], seed=0, steps=20, runs=small, resolution=32, batch_size=64)
     row = glyph_texts.make_row(task)
     assert set(row["heldout"][0]["attributes"]) == set(ATTRIBUTES) and row["heldout"][0]["fd"] > 0
     report = {"rows": [row]}
-    assert "| `mean` | 1 | texts | 2.0 |" in glyph_texts.tables(report)
+    assert f"| `{name}` | 1 | texts | 2.0 |" in glyph_texts.tables(report)
+
+
+def test_generators_from_texts_have_about_as_many_parameters():
+    sizes = {name: build_model(variant.model).num_parameters() for name, variant in glyph_texts.VARIANTS.items()}
+    assert sizes["lightningdit"] == pytest.approx(sizes["tokens_flow"], rel=0.05)
