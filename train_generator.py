@@ -37,7 +37,6 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
 )
 from torchvision.utils import save_image
@@ -57,6 +56,7 @@ from favae.files import atomic_path
 from favae.foundation import FoundationModel
 from favae.models.class_conditional import initialize_dit, num_classes
 from favae.pipelines import LightningDiTPipeline
+from favae.pipelines.solvers import flow_scheduler
 from favae.training.class_to_image import DIFFUSION_SCHEDULE, ClassToImageModule
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
@@ -252,7 +252,7 @@ def build_pipeline(
         pipeline = DiTPipeline(transformer, fold_latent_statistics(tokenizer), scheduler, id2label=names)
         pipeline.register_to_config(id2label=names)  # DiTPipeline does not save its names otherwise
         return pipeline
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.sampling.shift)
+    scheduler = flow_scheduler(config.sampling.solver, config.sampling.shift)
     texts = open_text_encoder(dataset, config.data.text_encoder) if config.takes_texts else {}
     names = names if num_classes(transformer) else None
     return LightningDiTPipeline(transformer, tokenizer, scheduler, id2label=names, **texts)

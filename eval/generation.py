@@ -36,6 +36,8 @@ from favae.eval.results import UINT8, plain_name, write_results
 from favae.eval.sampling import class_names, hash_prompts, sample_to_folder
 from favae.eval.seams import relative_seams
 from favae.models.token_heads import DEFAULT_STEPS
+from favae.pipelines import LightningDiTPipeline
+from favae.pipelines.solvers import Solver, flow_scheduler, shift_of
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +224,7 @@ def sampling_protocol(pipeline: DiffusionPipeline, settings: Mapping[str, object
     return {
         **{key: settings.get(key) for key in SAMPLING_PROTOCOL_KEYS},
         "sampler": type(scheduler).__name__ if scheduler else None,
-        "shift": scheduler.config.get("shift") if scheduler else None,
+        "shift": shift_of(scheduler) if scheduler else None,
         "num_inference_steps": steps,
         **condition,
         "uint8": UINT8,
@@ -240,6 +242,7 @@ def sample_pipeline(
     guidance_interval: Sequence[float] | None = None,
     guidance_channels: int | None = None,
     shift: float | None = None,
+    solver: Solver | None = None,
     num_inference_steps: int | None = None,
     seeds: Sequence[int] = (0,),
     temperature: float | None = None,
@@ -259,7 +262,7 @@ def sample_pipeline(
         prompts: of a text-to-image pipeline; taken in turn.
         guidance_interval: first and last time with guidance; 1 is data. None guides at all times.
         guidance_channels: how many of the latent channels are guided, counted from the first; None guides all.
-        shift: of the scheduler, in place of the saved one.
+        shift: of the scheduler, in place of the saved one. solver: likewise; see `flow_scheduler`.
         num_inference_steps: 50 by default; for CAT's flow head, its steps per token.
         temperature, top_k, top_p: of an autoregressive pipeline.
     Raises:
@@ -273,8 +276,8 @@ def sample_pipeline(
     if not conditional and list(guidance_scales) != [1.0]:
         raise DataError(f"guidance needs classes or prompts, and a {type(pipeline).__name__} has neither")
 
-    if shift is not None:
-        _set_shift(pipeline, shift)
+    if shift is not None or solver is not None:
+        _set_scheduler(pipeline, shift, solver)
 
     # What is passed to the pipeline, beside the condition.
     options = {
@@ -317,16 +320,25 @@ def sample_pipeline(
     return SampleSets(path, sets, protocol, names if labels == "balanced" else None, patch_size)
 
 
-def _set_shift(pipeline: DiffusionPipeline, shift: float) -> None:
-    """Gives a pipeline of flow matching another shift of its time steps.
+def _set_scheduler(pipeline: DiffusionPipeline, shift: float | None, solver: Solver | None) -> None:
+    """Gives a pipeline of flow matching another solver, or another shift of its time steps.
 
     Raises:
         DataError: if its scheduler has no such setting.
     """
     scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is None or "shift" not in scheduler.config:
-        raise DataError(f"the scheduler of a {type(pipeline).__name__} has no shift")
-    pipeline.register_modules(scheduler=type(scheduler).from_config(scheduler.config, shift=shift))
+    saved = None if scheduler is None else shift_of(scheduler)
+    name = type(pipeline).__name__
+    if saved is None:
+        raise DataError(f"the scheduler of a {name} has no shift")
+    shift = saved if shift is None else shift
+    if solver is None:
+        key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+        pipeline.register_modules(scheduler=type(scheduler).from_config(scheduler.config, **{key: shift}))
+    elif not isinstance(pipeline, LightningDiTPipeline):
+        raise DataError(f"another solver is for a LightningDiTPipeline, not for a {name}")
+    else:
+        pipeline.register_modules(scheduler=flow_scheduler(solver, shift))
 
 
 def _steps_argument(pipeline: DiffusionPipeline, steps: int | None) -> dict[str, Any]:

@@ -70,8 +70,8 @@ their latents and neighbors."""
 
 # Options without a default, which say nothing about images that exist.
 SAMPLING_OPTIONS = (
-    "prompts", "guidance_interval", "guidance_channels", "shift", "num_inference_steps", "temperature", "top_k",
-    "top_p",
+    "prompts", "guidance_interval", "guidance_channels", "shift", "solver", "num_inference_steps", "temperature",
+    "top_k", "top_p",
 )  # fmt: skip
 
 
@@ -178,6 +178,11 @@ def _add_generation(tasks) -> None:
         help="guide the first N latent channels alone, published 3",
     )
     group.add_argument("--shift", type=in_range(Shift), help="of the scheduler (default: the pipeline's)")
+    group.add_argument(
+        "--solver",
+        choices=["euler", "heun", "dpm++"],
+        help="of a LightningDiTPipeline: Euler, Heun (two evaluations per step) or DPM-Solver++",
+    )
     group.add_argument(
         "--num-inference-steps", type=in_range(Count), help="(default: 50; 25 per token for CAT's flow head)"
     )
@@ -306,6 +311,7 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
             guidance_interval=arguments.guidance_interval,
             guidance_channels=arguments.guidance_channels,
             shift=arguments.shift,
+            solver=arguments.solver,
             num_inference_steps=arguments.num_inference_steps,
             seeds=arguments.seed,
             temperature=arguments.temperature,

@@ -9,19 +9,27 @@ from torch import Tensor
 
 
 def sample_times(
-    batch_size: int, sampling: Literal["logit_normal", "uniform"], device: torch.device | str = "cpu"
+    batch_size: int,
+    sampling: Literal["logit_normal", "uniform"],
+    device: torch.device | str = "cpu",
+    *,
+    shift: float = 1.0,
 ) -> Tensor:
     """Random times from 0 (noise) to 1 (data).
+
+    A shift a moves the share of noise, s = 1 - t, to a s / (1 + (a - 1) s): above 1, towards noise.
 
     Args:
         batch_size: number of times, B.
         sampling: "logit_normal" is the sigmoid of a standard normal.
         device: of the result.
+        shift: a, above 0.
     Returns:
         (B,), float32.
-    Source: Esser et al., ICML 2024.
+    Source: Esser et al., ICML 2024, eq. 23 for the shift.
     """
-    return compute_density_for_timestep_sampling(sampling, batch_size, logit_mean=0.0, logit_std=1.0, device=device)
+    times = compute_density_for_timestep_sampling(sampling, batch_size, logit_mean=0.0, logit_std=1.0, device=device)
+    return times / (times + shift * (1 - times))
 
 
 def interpolate(data: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

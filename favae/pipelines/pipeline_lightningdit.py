@@ -1,8 +1,16 @@
 """`LightningDiTPipeline`: classes or texts to images, with any KL autoencoder and diffusers' flow-matching Euler."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,7 +34,8 @@ class LightningDiTPipeline(TextPipeline):
             [`LightningDiTTransformer2DModel`], or a [`DiTTransformer2DModel`] that was trained to do so and has as many
             output as input channels.
         vae: an [`AutoencoderKL`] or a subclass. See `decode_latents` for how its config scales latents back.
-        scheduler: a [`FlowMatchEulerDiscreteScheduler`]; its `shift` is 1 / s for LightningDiT's timestep shift s.
+        scheduler: a [`FlowMatchEulerDiscreteScheduler`], whose `shift` is 1 / s for LightningDiT's timestep shift s, or
+            another one of flows; see `flow_scheduler`.
         id2label: class index -> name, for `get_label_ids`.
         text_encoder, tokenizer: of transformers, those that a transformer of texts was trained with. With None only
             `prompt_embeds` are possible.
@@ -40,7 +49,7 @@ class LightningDiTPipeline(TextPipeline):
         self,
         transformer: LightningDiTTransformer2DModel | DiTTransformer2DModel,
         vae: AutoencoderKL,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         id2label: dict | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -98,6 +107,8 @@ class LightningDiTPipeline(TextPipeline):
         num_images_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         r"""
         Args:
@@ -106,8 +117,8 @@ class LightningDiTPipeline(TextPipeline):
             guidance_interval: guidance acts while the time t (0 is noise, 1 is data) is in this closed interval.
             guidance_channels: only the first so many latent channels are guided, 3 for LightningDiT's published
                 numbers; None guides all.
-            num_inference_steps: Euler steps. Each is one evaluation of the transformer, with guidance of a doubled
-                batch.
+            num_inference_steps: steps of the scheduler. Each is one evaluation of the transformer (two with Heun's
+                method), with guidance of a doubled batch.
             generator: one, or one per image; with one per image a sample does not depend on its batch.
             latents: (B, C, h, w), standard normal noise to start from; None samples it.
             output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (normalized).
@@ -115,6 +126,9 @@ class LightningDiTPipeline(TextPipeline):
             num_images_per_prompt: number of consecutive images of each prompt.
             prompt_embeds, prompt_attention_mask: text embeddings (B, L, D) and mask (B, L) by `encode_prompt`, instead
                 of `prompt`. Guidance leads away from no text; there is no negative prompt.
+            callback_on_step_end: is called with the pipeline, the number of the step, its timestep and {"latents": ...}
+                after each, and may return other latents, as in diffusers' pipelines.
+            callback_on_step_end_tensor_inputs: what it is given; there are latents alone.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
@@ -145,10 +159,14 @@ class LightningDiTPipeline(TextPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
 
-        # 2. Euler steps, on the exact time grid of LightningDiT: set_timesteps(N) alone ends above zero and shifts its
-        # end twice
-        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        # 2. Steps of the solver. Those of Euler are on the exact time grid of LightningDiT: set_timesteps(N) alone ends
+        # above zero and shifts its end twice.
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             time = 1 - timestep / self.scheduler.config.num_train_timesteps  # 0 is noise
             is_guided = guidance_scale != 1 and guidance_interval[0] <= time <= guidance_interval[1]
             batch = torch.cat([latents, latents]) if is_guided else latents
@@ -159,6 +177,9 @@ class LightningDiTPipeline(TextPipeline):
                 velocity = self._guide(velocity, guidance_scale, guidance_channels)
             # The velocity of the scheduler points from data to noise, ours from noise to data.
             latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                shown = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                latents = (callback_on_step_end(self, number, timestep, shown) or {}).get("latents", latents)
 
         # 3. Images
         if output_type == "latent":

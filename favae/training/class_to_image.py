@@ -17,7 +17,7 @@ from favae.losses.denoising import denoising_loss
 from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
 from favae.models.class_conditional import num_classes, time_scale
 from favae.precision import no_autocast
-from favae.ranges import Count, Step, Text, Weight
+from favae.ranges import Count, Shift, Step, Text, Weight
 from favae.training.sharding import blocks_of
 from favae.training.validation import STRICT
 
@@ -42,6 +42,7 @@ class RepresentationAlignmentConfig:
 class GeneratorLossConfig:
     objective: Literal["flow_matching", "ddpm"] = "flow_matching"  # "ddpm": noise, and a variance with 2C channels out
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    time_shift: Shift = 1.0  # above 1, more noise in training; as sampling.shift
     cosine_weight: Weight = 1.0  # of the velocity's direction
     alignment: RepresentationAlignmentConfig = field(default_factory=RepresentationAlignmentConfig)
 
@@ -127,7 +128,7 @@ class ClassToImageModule(nn.Module):
         return condition
 
     def _flow_matching(self, latents: Tensor, noise: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
-        times = sample_times(len(latents), self.config.time_sampling, latents.device)
+        times = sample_times(len(latents), self.config.time_sampling, latents.device, shift=self.config.time_shift)
         noisy, velocity = interpolate(latents, noise, times)
         times = times * self.time_scale
         (output,) = self.transformer(noisy, timestep=times, return_dict=False, **condition)

@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from favae.errors import ConfigError
+from favae.pipelines.solvers import Solver
 from favae.ranges import Count, Decay, Probability, Rate, Share, Shift, Step, Text, Weight
 from favae.training.class_to_image import GeneratorLossConfig
 from favae.training.config import RunConfig, TrainConfig
@@ -61,6 +62,7 @@ class SamplingConfig(GuidanceConfig):
     guidance_scale: Weight = 4.0
     num_inference_steps: Count = 50
     shift: Shift = 1.0  # the scheduler's; LightningDiT's timestep_shift s is 1 / s here
+    solver: Solver = "euler"  # see `flow_scheduler`
     num_images: Count = 16
     prompts: Annotated[list[str], Field(min_length=1)] | None = (
         None  # of the sample grids, with texts; None: captions of the first images

@@ -346,6 +346,20 @@ def test_the_published_guidance_can_be_asked_for_and_is_in_the_protocol(pipeline
             pipeline([0], guidance_channels=wrong)
 
 
+def test_another_solver_can_be_asked_for_and_is_in_the_protocol(pipeline, tmp_path):
+    images = write_images(tmp_path / "images")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    common = ["evaluate", "generation", "--pipeline", tmp_path / "pipeline", "--reference", images, *OFFLINE]
+    common += ["--num-images", 4, "--num-inference-steps", 4, "--shift", 3]
+    pictures = []
+    for solver, sampler in (("euler", "FlowMatchEuler"), ("dpm++", "DPMSolverMultistep")):
+        command(*common, "--solver", solver, "--output", tmp_path / solver)
+        protocol = json.loads((tmp_path / solver / "results.json").read_text())["protocol"]
+        assert protocol["sampler"].startswith(sampler) and protocol["shift"] == 3
+        pictures.append(np.stack(pixels(tmp_path / solver / "samples/guidance_scale-1.0-seed-0")))
+    assert not np.array_equal(*pictures)
+
+
 @pytest.fixture(scope="module")
 def text_pipeline(tmp_path_factory):
     """A saved text-to-image pipeline, and the same one in memory."""

@@ -114,6 +114,14 @@ def test_times():
     assert abs(sample_times(20_000, "uniform").mean() - 0.5) < 0.02
 
 
+def test_shifted_times_have_more_noise():
+    torch.manual_seed(0)
+    plain = sample_times(1000, "uniform")
+    torch.manual_seed(0)
+    noise, shifted = 1 - plain, 1 - sample_times(1000, "uniform", shift=3.0)
+    torch.testing.assert_close(shifted, 3 * noise / (1 + 2 * noise))
+
+
 def test_principal_components_are_the_strongest_directions_with_variance_1():
     torch.manual_seed(0)
     mixing = torch.linalg.qr(torch.randn(6, 6)).Q

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_LIGHTNINGDIT
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_text import save_bert
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
 from favae.errors import NonFiniteError
 from favae.eval.sampling import class_names, takes_prompts
+from favae.pipelines.solvers import SOLVERS, flow_scheduler, shift_of
 from favae.text_encoder import TextEncoder
 
 NAMES = {0: "cat", 1: "dog", 2: "fish"}
@@ -146,6 +147,60 @@ def test_bad_arguments(pipeline, tiny_favae):
     other = LightningDiTTransformer2DModel(**{**TINY_LIGHTNINGDIT, "in_channels": 5})
     with pytest.raises(ValueError, match="latent channels"):
         LightningDiTPipeline(other, tiny_favae, pipeline.scheduler)
+
+
+# Solvers --------------------------------------------------------------------------------------------------------------
+
+
+MEAN, STD = 2.0, 0.3  # of the data of a flow that can be integrated
+
+
+def exact_velocity(x, timestep, class_labels, return_dict=False):
+    """Between standard normal noise and data of this mean and std."""
+    t = timestep.view(-1, 1, 1, 1)
+    slope = (t * STD**2 - (1 - t)) / ((t * STD) ** 2 + (1 - t) ** 2)
+    return (MEAN + slope * (x - t * MEAN),)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_solvers_of_second_order_need_fewer_evaluations(pipeline, shift, monkeypatch):
+    noise = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    errors, calls = {}, []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return exact_velocity(*arguments, **options)
+
+    monkeypatch.setattr(pipeline.transformer, "forward", counted)
+    for solver, steps in (("euler", 20), ("heun", 10), ("dpm++", 20)):
+        calls.clear()
+        pipeline.scheduler = flow_scheduler(solver, shift)
+        options = {"guidance_scale": 1.0, "num_inference_steps": steps, "output_type": "latent"}
+        found = pipeline([0, 1], latents=noise, **options).images
+        errors[solver] = (found - (MEAN + STD * noise)).abs().mean().item()
+        assert len(calls) == (19 if solver == "heun" else 20)
+    assert errors["heun"] < 0.5 * errors["euler"] and errors["dpm++"] < 0.7 * errors["euler"]
+
+
+def test_solvers_are_saved_and_known_by_their_shift(pipeline, tmp_path):
+    for solver in SOLVERS:
+        scheduler = flow_scheduler(solver, 3.0)
+        scheduler.save_pretrained(tmp_path / solver)
+        again = type(scheduler).from_pretrained(tmp_path / solver)
+        assert shift_of(scheduler) == shift_of(again) == 3.0
+    assert shift_of(DDIMScheduler()) is None
+
+
+def test_a_callback_sees_and_changes_latents(pipeline):
+    seen = []
+
+    def callback(pipe, step, timestep, given):
+        seen.append((step, given["latents"].shape))
+        return {"latents": torch.zeros_like(given["latents"])}
+
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    found = pipeline([0, 1], callback_on_step_end=callback, **options).images
+    assert seen == [(step, (2, 6, 4, 4)) for step in range(3)] and not found.any()
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------
