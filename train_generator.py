@@ -217,7 +217,7 @@ def check_shapes(config: GeneratorConfig, transformer: ModelMixin, dataset: Mome
             f"{built.text_dim} (model.text_dim)"
         )
     if num_classes(transformer) and len(dataset.classes) > num_classes(transformer):
-        key = "num_classes" if "num_classes" in built else "num_embeds_ada_norm"
+        key = next(key for key in ("num_classes", "num_embeds_ada_norm", "num_class_embeds") if key in built)
         raise ConfigError(
             f"{folder} has {len(dataset.classes)} classes, the generator {num_classes(transformer)} (model.{key})"
         )
@@ -319,7 +319,7 @@ def dry_run(config: GeneratorConfig, num_processes: int) -> None:
         check_shapes(config, transformer, dataset)
         num_images = len(dataset)
     shape, size = transformer.config, transformer.config.sample_size
-    num_tokens = size**2 if config.is_autoregressive else (size // shape.patch_size) ** 2
+    num_tokens = size**2 if config.is_autoregressive else (size // shape.get("patch_size", 1)) ** 2
     channels = shape.latent_channels if config.is_autoregressive else shape.in_channels
     latent = "codes" if channels is None else f"{channels * size**2:,} floats per image"
     print(to_yaml(config))

@@ -21,6 +21,7 @@ from favae.errors import DataError, NonFiniteError
 from favae.eval.features import everyone, image_generator
 from favae.files import atomic_path, is_unwritten, lock_folder, read_json, write_text
 from favae.hashing import hash_model
+from favae.models.class_conditional import num_classes
 
 SETTINGS_FILE = "settings.json"
 OTHERWISE = "sample it with your own code, and evaluate the folder of images"
@@ -131,8 +132,7 @@ def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
         return None
     if not hasattr(pipeline, "transformer"):
         raise DataError(f"the number of classes of a {type(pipeline).__name__} is not known; {OTHERWISE}")
-    config = pipeline.transformer.config
-    count = config["num_classes"] if "num_classes" in config else config["num_embeds_ada_norm"]
+    count = num_classes(pipeline.transformer)
     if count == 0:
         return None
     # DiTPipeline keeps nothing but `labels`, of name to index.

@@ -1,20 +1,22 @@
-"""What our LightningDiT and diffusers' DiT do differently, for code that trains or samples either of them."""
+"""What our LightningDiT and diffusers' DiT and UNet do differently, for code that trains or samples any of them."""
 
-from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
 from torch import nn
 
 from favae.models.lightningdit_transformer_2d import xavier_uniform_of_rows
 
 
-def num_classes(transformer: ModelMixin) -> int:
-    """Number of classes, which is also the index of the null class."""
-    config = transformer.config
-    return config.num_embeds_ada_norm if isinstance(transformer, DiTTransformer2DModel) else config.num_classes
+def num_classes(generator: ModelMixin) -> int:
+    """Number of classes, which is also the index of the null class; 0 without classes."""
+    config = generator.config
+    if isinstance(generator, UNet2DModel):
+        return (config.num_class_embeds or 1) - 1
+    return config.num_embeds_ada_norm if isinstance(generator, DiTTransformer2DModel) else config.num_classes
 
 
-def time_scale(transformer: ModelMixin) -> float:
-    """The factor from times in [0, 1] to the `timestep` of the transformer: DiT embeds 0 to 1,000."""
-    return 1000.0 if isinstance(transformer, DiTTransformer2DModel) else 1.0
+def time_scale(generator: ModelMixin) -> float:
+    """The factor from times in [0, 1] to the `timestep` of the generator: DiT and UNet embed 0 to 1,000."""
+    return 1000.0 if isinstance(generator, DiTTransformer2DModel | UNet2DModel) else 1.0
 
 
 def initialize_dit(transformer: DiTTransformer2DModel) -> None:

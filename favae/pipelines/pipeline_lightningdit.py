@@ -10,6 +10,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
+    UNet2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -31,8 +32,8 @@ class LightningDiTPipeline(TextPipeline):
 
     Parameters:
         transformer: predicts the velocity data - noise at time t (0 is noise, 1 is data): a
-            [`LightningDiTTransformer2DModel`], or a [`DiTTransformer2DModel`] that was trained to do so and has as many
-            output as input channels.
+            [`LightningDiTTransformer2DModel`], or a [`DiTTransformer2DModel`] or [`UNet2DModel`] that was trained to do
+            so and has as many output as input channels.
         vae: an [`AutoencoderKL`] or a subclass. See `decode_latents` for how its config scales latents back.
         scheduler: a [`FlowMatchEulerDiscreteScheduler`], whose `shift` is 1 / s for LightningDiT's timestep shift s, or
             another one of flows; see `flow_scheduler`.
@@ -47,7 +48,7 @@ class LightningDiTPipeline(TextPipeline):
 
     def __init__(
         self,
-        transformer: LightningDiTTransformer2DModel | DiTTransformer2DModel,
+        transformer: LightningDiTTransformer2DModel | DiTTransformer2DModel | UNet2DModel,
         vae: AutoencoderKL,
         scheduler: SchedulerMixin,
         id2label: dict | None = None,

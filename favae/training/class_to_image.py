@@ -1,4 +1,4 @@
-"""What a LightningDiT or DiT learns: velocities by flow matching, or noise by denoising diffusion."""
+"""What a LightningDiT, DiT or UNet learns: velocities by flow matching, or noise by denoising diffusion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 import torch
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from favae.losses.denoising import denoising_loss
 from favae.losses.flow_matching import flow_matching_loss, interpolate, sample_times
 from favae.models.class_conditional import num_classes, time_scale
 from favae.precision import no_autocast
-from favae.ranges import Count, Shift, Step, Text, Weight
+from favae.ranges import Count, Probability, Shift, Step, Text, Weight
 from favae.training.sharding import blocks_of
 from favae.training.validation import STRICT
 
@@ -44,17 +44,18 @@ class GeneratorLossConfig:
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     time_shift: Shift = 1.0  # above 1, more noise in training; as sampling.shift
     cosine_weight: Weight = 1.0  # of the velocity's direction
+    class_dropout_prob: Probability = 0.1  # of a UNet2DModel; the others' is a setting of the model
     alignment: RepresentationAlignmentConfig = field(default_factory=RepresentationAlignmentConfig)
 
 
 class ClassToImageModule(nn.Module):
-    """A LightningDiT or DiT with everything that its training computes. This is what DistributedDataParallel wraps.
+    """A LightningDiT, DiT or UNet with all that its training computes. This is what DistributedDataParallel wraps.
 
     diffusers' DiT embeds the class anew in each block, and would drop it in each for itself: labels are dropped here,
     once, with its probability, and its own dropping is switched off.
 
     Args:
-        transformer: a LightningDiT or DiT.
+        transformer: a LightningDiT, a DiT, or a UNet2DModel, which is called so here.
         config: of the loss.
         teacher: whose features hidden states are aligned to; None without alignment.
     """
@@ -64,7 +65,7 @@ class ClassToImageModule(nn.Module):
         self.transformer, self.config, self.teacher = transformer, config, teacher
         self.null_class, self.time_scale = num_classes(transformer), time_scale(transformer)
         self.scheduler = DDPMScheduler(**DIFFUSION_SCHEDULE)
-        self.class_dropout = 0.0
+        self.class_dropout = config.class_dropout_prob if isinstance(transformer, UNet2DModel) else 0.0
         if self.time_scale != 1:
             for module in transformer.modules():
                 if isinstance(module, LabelEmbedding):

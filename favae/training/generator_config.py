@@ -145,6 +145,15 @@ class GeneratorConfig(RunConfig):
         if self.model.get("head") == "flow" and (self.sampling.top_k, self.sampling.top_p) != (None, None):
             raise ConfigError("sampling.top_k and sampling.top_p are for model.head=categorical")
 
+    def _check_unet(self) -> None:
+        for key in ("in_channels", "out_channels", "sample_size", "num_class_embeds"):
+            if self.model.get(key) is None:
+                raise ConfigError(f"model.{key} is missing: of the latents, or one more than the classes")
+        if self.model["in_channels"] != self.model["out_channels"]:
+            raise ConfigError("model.out_channels of a UNet2DModel must be model.in_channels, which are the latents'")
+        if self.loss.alignment.weight:
+            raise ConfigError("loss.alignment.weight is for transformers, not for a UNet2DModel")
+
     def _check_diffusion(self) -> None:
         model, alignment = self.model, self.loss.alignment
         if not self.takes_texts and model.get("num_classes") == 0:
@@ -161,6 +170,8 @@ class GeneratorConfig(RunConfig):
                 "loss.objective=ddpm is sampled by DiTPipeline, whose null class is always 1000: "
                 f"model.num_embeds_ada_norm must be 1000, got {model['num_embeds_ada_norm']}; fewer may be used"
             )
+        if model["name"] == "UNet2DModel":
+            self._check_unet()
         channels = model.get("in_channels", 4)
         allowed = [channels, 2 * channels] if self.loss.objective == "ddpm" else [channels]
         if is_dit and model.get("out_channels", channels) not in allowed:

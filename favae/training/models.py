@@ -31,7 +31,7 @@ TOKENIZERS = (
     "AutoencoderTiny",
 )
 NEED_TEACHER = ("AutoencoderTinyFA", "AutoencoderTiny")  # they have no posterior
-GENERATORS = ("LightningDiTTransformer2DModel", "DiTTransformer2DModel", "CATTransformerModel")
+GENERATORS = ("LightningDiTTransformer2DModel", "DiTTransformer2DModel", "UNet2DModel", "CATTransformerModel")
 FROM_AUTOENCODER_KL = "from_autoencoder_kl"  # key: the autoencoder whose encoder is kept, frozen
 FROM_PRETRAINED = "from_pretrained"  # key: the model that training begins with
 

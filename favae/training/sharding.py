@@ -10,7 +10,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -25,11 +25,11 @@ from favae.distributed import process_state
 
 
 def blocks_of(model: ModelMixin) -> list[nn.Module]:
-    """The blocks of a transformer, or the stages of an autoencoder: what is compiled and sharded one by one."""
+    """The blocks of a transformer, or the stages of an autoencoder or UNet: what is compiled and sharded one by one."""
     for name in ("transformer_blocks", "blocks"):
         if hasattr(model, name):
             return list(getattr(model, name))
-    networks = [module for module in model.modules() if isinstance(module, (Encoder, Decoder))]
+    networks = [module for module in model.modules() if isinstance(module, (Encoder, Decoder, UNet2DModel))]
     stages = [[*getattr(n, "down_blocks", []), n.mid_block, *getattr(n, "up_blocks", [])] for n in networks]
     return [block for network in stages for block in network if block is not None]
 

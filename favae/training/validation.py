@@ -45,6 +45,15 @@ RANGES_BY_NAME: dict[str, Any] = {
     "activation_fn": Literal["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"],
 }
 
+RANGES_OF_UNETS = {
+    **RANGES_BY_NAME,
+    "down_block_types": tuple[Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], ...],
+    "up_block_types": tuple[Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], ...],
+    "time_embedding_type": Literal["positional", "fourier"],
+    "class_embed_type": Literal["timestep", "identity"] | None,
+    "mid_block_type": Literal["UNetMidBlock2D"] | None,
+}
+
 RANGES_BY_TYPE: tuple[tuple[Any, Any], ...] = (
     (int, Size),
     (PositiveInt, Size),
@@ -123,7 +132,8 @@ def signature_schema(function: Callable, skip: tuple[str, ...] = ()) -> type[Bas
         if name in ("self", *skip) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         declared = hints.get(name, Any)
-        annotation = declared if declared is bool else _with_ranges(RANGES_BY_NAME.get(name, declared))
+        ranges = RANGES_OF_UNETS if "mid_block_type" in hints else RANGES_BY_NAME
+        annotation = declared if declared is bool else _with_ranges(ranges.get(name, declared))
         fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     return create_model(function.__qualname__, __config__=STRICT, **fields)
 

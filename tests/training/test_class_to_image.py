@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_LIGHTNINGDIT, command, command_error, refusal, tiny_generator_recipe, train
-from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 
 from favae import LightningDiTTransformer2DModel
 from favae.data.images import ImageDataset, without_high_frequencies
@@ -26,6 +26,18 @@ TINY_DIT = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
     "num_embeds_ada_norm": 3,
+}
+
+TINY_UNET = {
+    "sample_size": 4,
+    "in_channels": 6,
+    "out_channels": 6,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "num_class_embeds": 4,
 }
 
 
@@ -180,6 +192,53 @@ def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels
         assert class_names(pipe) == ["class0", "class1", "class2"]  # of the 1,000 it could have
     else:
         assert type(pipe).__name__ == "LightningDiTPipeline" and pipe.vae.config.latents_std is not None
+
+
+def unet_recipe(tiny_cache):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    recipe.write_text(
+        yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "model": {"name": "UNet2DModel", **TINY_UNET}})
+    )
+    return recipe
+
+
+def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache):
+    recipe = unet_recipe(tiny_cache)
+    train("train_generator", recipe, f"output={tiny_cache / 'whole'}")
+    for steps in (4, 6):
+        train("train_generator", recipe, f"output={tiny_cache / 'parts'}", f"train.steps={steps}")
+    for file in sorted((tiny_cache / "whole/final").rglob("*.safetensors")):
+        assert file.read_bytes() == (tiny_cache / "parts" / file.relative_to(tiny_cache / "whole")).read_bytes()
+    pipe = DiffusionPipeline.from_pretrained(tiny_cache / "whole/final")
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.transformer, UNet2DModel) and len(class_names(pipe)) == 3
+    options = {"latents": torch.randn(2, 6, 4, 4), "num_inference_steps": 3, "output_type": "latent"}
+    plain, guided = (pipe([0, 2], guidance_scale=scale, **options).images for scale in (1.0, 3.0))
+    assert not torch.equal(plain, guided)
+    with pytest.raises(ValueError, match=r"0 to 2"):
+        pipe([3])
+
+
+def test_a_unet_sees_times_of_diffusion_and_no_class_now_and_then():
+    module = ClassToImageModule(UNet2DModel(**TINY_UNET), GeneratorLossConfig(class_dropout_prob=0.2))
+    *_, times, seen = recorded(module, torch.zeros(4000, 6, 4, 4), label=1)
+    assert 0.17 < (seen == 3).float().mean() < 0.23 and set(seen.tolist()) == {1, 3}
+    assert times.min() + times.max() > 100 and times.max() <= 1000
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("model.num_class_embeds=null", "model.num_class_embeds"),
+        ("model.out_channels=3", "model.out_channels"),
+        ("model.num_class_embeds=3", "model.num_class_embeds"),
+        ("loss.objective=ddpm", "loss.objective=ddpm"),
+        ("loss.alignment.weight=1", "loss.alignment.weight"),
+        ("model.down_block_types=[DownEncoderBlock2D,DownBlock2D]", "model.down_block_types"),
+    ],
+)
+def test_a_unet_that_does_not_fit_is_refused(tiny_cache, override, named):
+    assert named in refusal("train_generator", unet_recipe(tiny_cache), override)
 
 
 def test_muon_takes_the_matrices_and_compiled_blocks_train(tiny_cache):

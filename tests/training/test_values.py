@@ -31,6 +31,16 @@ MODELS = {
     "AutoencoderTiny": {"latent_channels": 6},
     "LightningDiTTransformer2DModel": TINY_LIGHTNINGDIT,
     "DiTTransformer2DModel": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 4},
+    "UNet2DModel": {
+        "sample_size": 4,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [8, 8],
+        "norm_num_groups": 4,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "num_class_embeds": 4,
+    },
     "CATTransformerModel": TINY_CAT,
 }
 
