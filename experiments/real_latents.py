@@ -146,8 +146,10 @@ PLAIN_TWO = {**OWN, "decoder_block_out_channels": [64, 48, 26, 20]}
 SHUFFLE = {"name": "experiments.real_latents.ShuffleAutoencoderTiny"}
 BRANCHES = {**TWO, "decoder_block_out_channels": [48, 48], "high_block_out_channels": [40, 40]}
 # What people see: textures, which the mean over all that is possible has not. The amplitudes of short spectra, without
-# their phases, are right where there is a texture, wherever its lines are.
-EYE = {"reconstruction": "l1", "stft": {"weight": 100.0, "window": 8, "stride": 4, "phase_weight": 0.0}}
+# their phases, are right where there is a texture, wherever its lines are; and what looks like the original has its
+# latents.
+AMPLITUDES = {"weight": 100.0, "window": 8, "stride": 4, "phase_weight": 0.0}
+EYE = {"reconstruction": "l1", "stft": AMPLITUDES, "reencoding": 2.0}
 HIGH_BANDS = {"band": {"weight": 1.0, "weights": [0.0, 1.0, 1.0, 1.0], "levels": 2}}
 
 VARIANTS = {
@@ -171,7 +173,7 @@ VARIANTS = {
     "wavelet_2_bior": Variant("`wavelet_2` with the filters of bior4.4", {**TWO, "wavelet": "bior4.4"}),
     "wavelet_2_bands": Variant("`wavelet_2`, with a loss on the high bands", TWO, loss=HIGH_BANDS),
     "wavelet_1_eye": Variant(
-        "`wavelet_1_long`, trained on for the eye", ONE, after="wavelet_1_long", loss=EYE, rate=2e-4
+        "`wavelet_1_long`, trained on for the eye", ONE, after="wavelet_1_long", loss=EYE, rate=2e-4, length=0.5
     ),
     "wavelet_2_eye": Variant("`wavelet_2`, trained on for the eye", TWO, after="wavelet_2", loss=EYE, rate=3e-4),
     "wavelet_2_branches": Variant(

@@ -135,8 +135,9 @@ def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     if config.teacher.autoencoder is None:
         if name in NEED_TEACHER:
             raise ConfigError(f"teacher.autoencoder is missing: an {name} is trained to decode latents of another one")
-        if loss.distillation:
-            raise ConfigError("loss.distillation needs teacher.autoencoder, whose reconstruction is compared")
+        for key in ("distillation", "reencoding"):
+            if getattr(loss, key):
+                raise ConfigError(f"loss.{key} needs teacher.autoencoder")
         if config.teacher.latents is not None:
             raise ConfigError("teacher.latents needs teacher.autoencoder, whose latents they are")
         return

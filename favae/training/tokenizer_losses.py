@@ -130,6 +130,7 @@ class TokenizerLossConfig:
     ssim: Weight = 0.0  # of 1 - SSIM
     distillation: Weight = 0.0  # of the distance to the teacher's reconstruction
     latents: Weight = 1.0  # of the distance of the model's latents to the teacher's, if the encoder learns
+    reencoding: Weight = 0.0  # of the distance of the latents to those that the teacher gives for what is decoded
     kl: Weight = 1e-6  # for models with a posterior
     commitment: Weight = 1.0  # for models with a codebook
     rate: RateConfig = field(default_factory=RateConfig)  # for models that are written to files

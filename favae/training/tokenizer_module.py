@@ -273,6 +273,10 @@ class TokenizerTrainingModule(nn.Module):
             with torch.no_grad():
                 taught = decode(teacher, raw)
             terms["distillation"] = losses.distillation, _distance(reconstruction.float(), taught, losses)
+        if losses.reencoding:
+            again = self._normalized(teacher, encode(teacher, reconstruction)).float()
+            distance = (again - self._normalized(teacher, posterior.mean)).abs().mean()
+            terms["reencoding"] = losses.reencoding, distance
         return Autoencoding(reconstruction, images, latents, None, terms, {})
 
     def _normalized(self, teacher: ModelMixin, latents: Tensor) -> Tensor:

@@ -164,12 +164,26 @@ def test_a_teacher_is_not_trained_and_its_reconstruction_may_be_the_target(exist
     assert log["distillation"] > 0 and "reconstruction" not in log and "latents" not in log and "adversarial" in log
 
 
+def test_what_is_decoded_may_have_to_have_the_latents_it_came_from(existing, tmp_path, image_folder):
+    """The gradient goes through the teacher's encoder, which stays as it is."""
+    losses = {"reconstruction": "none", "reencoding": 1.0, "latents": 0.0}
+    teacher = {"autoencoder": existing, "posterior": "mode"}
+    before = load_file(f"{existing}/diffusion_pytorch_model.safetensors")
+    recipe = recipe_of(tmp_path, NARROW, 30, teacher=teacher, loss=losses, train={"learning_rate": 1e-2})
+    train("train_tokenizer", recipe, f"output={tmp_path / 'run'}")
+    after = load_file(f"{existing}/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    log = [json.loads(line)["reencoding"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert 0 < min(log[-3:]) < 0.8 * log[0]
+
+
 def test_students_that_cannot_be(existing, tmp_path, image_folder):
     other = {**STUDENT, "latent_channels": 4}
     given = {"autoencoder": existing}
     for model, teacher, losses, named in (
         (STUDENT, {}, {}, "teacher.autoencoder is missing"),
         (NARROW, {}, {"distillation": 1.0}, "loss.distillation needs teacher.autoencoder"),
+        (NARROW, {}, {"reencoding": 1.0}, "loss.reencoding needs teacher.autoencoder"),
         (NARROW, {"latents": "cache"}, {}, "teacher.latents needs teacher.autoencoder"),
         (other, given, {}, "the model has 3 channels and (4, 4, 4)"),
         (STUDENT, given, {"alignment": {"weight": 1.0}}, "loss.alignment.weight"),
