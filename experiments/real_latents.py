@@ -175,7 +175,9 @@ VARIANTS = {
     "wavelet_1_eye": Variant(
         "`wavelet_1_long`, trained on for the eye", ONE, after="wavelet_1_long", loss=EYE, rate=2e-4, length=0.5
     ),
-    "wavelet_2_eye": Variant("`wavelet_2`, trained on for the eye", TWO, after="wavelet_2", loss=EYE, rate=3e-4),
+    "wavelet_2_eye": Variant(
+        "`wavelet_2`, trained on for the eye", TWO, after="wavelet_2", loss=EYE, rate=3e-4, length=0.5
+    ),
     "wavelet_2_branches": Variant(
         "low and high bands from networks of their own, from nothing", BRANCHES, warm=False, rate=1e-3
     ),
