@@ -316,9 +316,8 @@ def tables(report: dict) -> str:
 
 
 def figures(report: dict, stem: Path) -> None:
-    save_strips(
-        stem, ["teacher", "teacher_tuned", "wavelet_1", "wavelet_2_longer", "plain_2"], Path(f"{stem}_decoders.png")
-    )
+    shown = ["teacher", "teacher_tuned", "wavelet_1_long", "wavelet_1_eye", "wavelet_2_longer", "plain_2"]
+    save_strips(stem, shown, Path(f"{stem}_decoders.png"))
 
 
 COMPARISON = Comparison(
