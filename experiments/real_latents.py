@@ -172,6 +172,13 @@ VARIANTS = {
     "wavelet_2_new": Variant("`wavelet_2` from nothing", TWO, warm=False, rate=1e-3),
     "wavelet_2_bior": Variant("`wavelet_2` with the filters of bior4.4", {**TWO, "wavelet": "bior4.4"}),
     "wavelet_2_bands": Variant("`wavelet_2`, with a loss on the high bands", TWO, loss=HIGH_BANDS),
+    "wavelet_1_amplitudes": Variant(
+        "`wavelet_1_long`, trained on by amplitudes of short spectra",
+        ONE,
+        after="wavelet_1_long",
+        loss={"reconstruction": "l1", "stft": AMPLITUDES},
+        rate=2e-4,
+    ),
     "wavelet_1_eye": Variant(
         "`wavelet_1_long`, trained on for the eye", ONE, after="wavelet_1_long", loss=EYE, rate=2e-4, length=0.5
     ),
