@@ -66,8 +66,8 @@ class PublishedBlock(nn.Module):
         turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
         return x * self.cos + turned * self.sin
 
-    def forward(self, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """`rotary` is ignored, since this block holds its own."""
+    def forward(self, x: Tensor, condition: Tensor, *others) -> Tensor:
+        """The rotary embedding is ignored, since this block holds its own; texts there are none."""
         b1, s1, g1, b2, s2, g2 = self.modulation(condition).chunk(6, dim=1)
         h = self.norm1(x) * (1 + s1.unsqueeze(1)) + b1.unsqueeze(1)
         query, key, value = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -83,7 +83,8 @@ def run(command: list[str], minutes: float | None = None) -> None:
     Raises:
         CalledProcessError: if it fails.
     """
-    process = subprocess.Popen(command, cwd=ROOT)
+    # A shell has its background jobs ignore Ctrl-C, and they pass that on.
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         code = process.wait(None if minutes is None else 60 * minutes)
     except subprocess.TimeoutExpired:

@@ -52,6 +52,10 @@ RANGES_OF_UNETS = {
     "time_embedding_type": Literal["positional", "fourier"],
     "class_embed_type": Literal["timestep", "identity"] | None,
     "mid_block_type": Literal["UNetMidBlock2D"] | None,
+    "mid_block_scale_factor": Positive,
+    "downsample_type": Literal["conv", "resnet"],
+    "upsample_type": Literal["conv", "resnet"],
+    "resnet_time_scale_shift": Literal["default", "scale_shift"],
 }
 
 RANGES_BY_TYPE: tuple[tuple[Any, Any], ...] = (

@@ -22,6 +22,7 @@ from train_tokenizer import build_tokenizer
 def small(tmp_path, monkeypatch):
     """Pictures of noise with each character once, and a classifier with random weights."""
     rng = np.random.default_rng(0)
+    (tmp_path / "photographs").mkdir()
     for split in ("train", "validation", "heldout"):
         pictures = [
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2 * len(CHARACTERS))
@@ -32,8 +33,10 @@ def small(tmp_path, monkeypatch):
         table.cast_column("label", datasets.ClassLabel(names=list(CHARACTERS))).to_parquet(
             tmp_path / f"{split}.parquet"
         )
+        few = [picture.resize((64, 64)) for picture in pictures[:6]]
+        datasets.Dataset.from_dict({"image": few}).to_parquet(tmp_path / f"photographs/{split}.parquet")
     monkeypatch.setenv("FAVAE_GLYPHS", str(tmp_path))
-    monkeypatch.setenv("FAVAE_PHOTOGRAPHS", str(tmp_path))
+    monkeypatch.setenv("FAVAE_PHOTOGRAPHS", str(tmp_path / "photographs"))
     monkeypatch.setattr(glyphs, "WEIGHTS", tmp_path / "classifier.safetensors")
     for module in (latents, codebooks, glyph_texts):
         monkeypatch.setattr(module, "fastest_precision", lambda: "no")
@@ -97,7 +100,7 @@ def test_a_row_has_all_measures(name, small, classifier, monkeypatch):
     monkeypatch.setattr(latents, "NUM_INFERENCE_STEPS", 2)
     task = task_of(name, small)
     classes = task.variant.images.num_classes
-    fewer = replace(task.variant.images, batch_sizes=(4, 4), samples=47)
+    fewer = replace(task.variant.images, batch_sizes=(4, 4), samples=max(6, classes))
     row = latents.make_row(replace(task, variant=replace(task.variant, images=fewer)))
     assert row["f"] == 8 and row["floats_per_image"] == (fewer.size // 8) ** 2 * 16
     assert [point["steps"] for point in row["curve"]] == [10, 20]
