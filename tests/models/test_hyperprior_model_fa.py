@@ -159,7 +159,9 @@ def test_another_process_reads_the_same(model, images, tmp_path):
         f"torch.save(image, {str(tmp_path / 'image.pt')!r})"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
-    torch.testing.assert_close(torch.load(tmp_path / "image.pt"), model.decompress([data])[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "image.pt", weights_only=True), model.decompress([data])[0], rtol=0, atol=1e-5
+    )
 
 
 def test_stale_tables_are_refused(images):
