@@ -22,9 +22,9 @@ from experiments.latents import BOTH, TOKENIZER, error_curve, load, on_plateau, 
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
-from experiments.training_sets import GLYPHS, load_images
+from experiments.training_sets import GLYPHS
 from favae.autoencoders import load_autoencoder, reconstruct
-from favae.eval.figures import radial_spectrum
+from favae.eval.compression import high_power
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
@@ -74,7 +74,8 @@ VARIANTS = {
 def make_row(task: Task) -> dict:
     """Trains one autoencoder with one seed, and measures it along the way."""
     train(recipe(task))
-    images = gray(load_images(GLYPHS, "heldout")[0])
+    dataset = GLYPHS.dataset("heldout").with_channels(1)
+    images = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
     curve = error_curve(task, images)
     vae = load_autoencoder(str(task.run / "final"))
     with torch.no_grad():
@@ -82,7 +83,7 @@ def make_row(task: Task) -> dict:
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": "glyphs, gray", "curve": curve}
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve])}
-    row["high_power"] = high_power(reconstructions) / high_power(images)
+    row["high_power"] = float(high_power(reconstructions).mean() / high_power(images).mean())
     if task.pictures is not None and task.seed == 0:
         save_pictures(images, reconstructions, task)
     shutil.rmtree(task.run / "checkpoints")
@@ -98,17 +99,6 @@ def recipe(task: Task) -> TokenizerConfig:
         "train": {**TOKENIZER, **BOTH, **own, **steps_of(task)},
     }
     return load(TokenizerConfig, task, sections, task.run)
-
-
-def gray(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> (N, 1, H, W) in [-1, 1], with the weights of ITU-R 601, as Pillow has them."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (images.float() * weights).sum(dim=1, keepdim=True) / 127.5 - 1
-
-
-def high_power(images: Tensor) -> float:
-    """Mean power of (N, 1, H, W) at 8 and more cycles per picture: half of what the pixels allow."""
-    return float(radial_spectrum(images).mean(dim=0)[GLYPHS.size // 4 :].sum())
 
 
 def save_pictures(images: Tensor, reconstructions: Tensor, task: Task) -> None:

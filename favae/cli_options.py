@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from favae.errors import ConfigError, hint
-from favae.ranges import Count, Text, Workers, in_range
+from favae.ranges import Count, Pixels, Text, Workers, in_range
 
 if TYPE_CHECKING:
     from favae.data.images import Source
@@ -125,6 +125,13 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=in_range(Count), default=32, help="(default: 32)")
     group.add_argument(
         "--num-workers", type=in_range(Workers), default=0, help="worker processes that read images (default: 0)"
+    )
+
+
+def add_resolution_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--resolution`, which must be given."""
+    parser.add_argument(
+        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
     )
 
 

@@ -12,13 +12,14 @@ from favae.cli_options import (
     add_lpips_option,
     add_model_option,
     add_output_option,
+    add_resolution_option,
     data_name,
     open_data,
     open_extractors,
     open_lpips,
 )
 from favae.commands import add_command
-from favae.ranges import Pixels, Positive, in_range
+from favae.ranges import Positive, in_range
 
 COMPRESS = """Write images to small files by a compression model.
 
@@ -72,9 +73,7 @@ def add_evaluation(tasks) -> None:
         after_interrupt="results.json holds the rows that were finished; the same command measures all of them again",
     )
     add_model_option(parser)
-    parser.add_argument(
-        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
-    )
+    add_resolution_option(parser)
     add_output_option(parser, "folder")
     parser.add_argument(
         "--formats",

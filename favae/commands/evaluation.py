@@ -12,6 +12,7 @@ from favae.cli_options import (
     add_lpips_option,
     add_model_option,
     add_output_option,
+    add_resolution_option,
     data_name,
     named_model,
     open_data,
@@ -95,9 +96,7 @@ def _add_reconstruction(tasks) -> None:
         after_interrupt="results.json holds the models that were finished; the same command measures all of them again",
     )
     add_model_option(parser)
-    parser.add_argument(
-        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
-    )
+    add_resolution_option(parser)
     add_output_option(parser, "folder")
     parser.add_argument("--reference", help="statistics for rFID (.safetensors or .npz) instead of the same images")
     add_lpips_option(parser)
@@ -203,9 +202,7 @@ def _add_reference_statistics(commands) -> None:
         reference_statistics,
         help="write the statistics of real images once, for evaluate generation --reference",
     )
-    parser.add_argument(
-        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
-    )
+    add_resolution_option(parser)
     add_output_option(parser, "file", help="a .safetensors file")
     add_data_options(parser, "--data", split="train")
     add_feature_options(parser)

@@ -137,10 +137,9 @@ class HyperpriorModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
             ValueError: if H or W is not a multiple of f, or smaller than 2 f.
         """
         check_image_size(x, self.spatial_compression_ratio)
-        if min(x.shape[-2:]) < SMALLEST_SIDE * self.spatial_compression_ratio:
-            raise ValueError(
-                f"images must have {SMALLEST_SIDE * self.spatial_compression_ratio} pixels or more per side"
-            )
+        smallest = SMALLEST_SIDE * self.spatial_compression_ratio
+        if min(x.shape[-2:]) < smallest:
+            raise ValueError(f"images must have {smallest} pixels or more per side")
         latents = self.encoder(x)
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
@@ -198,12 +197,11 @@ class HyperpriorModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
             ModelError: if weights have changed since `update_table`, or constriction is not installed.
             ValueError: for larger images.
         """
-        if max(images.shape[-2:]) > bitstream.LARGEST_SIDE:
-            raise ValueError(
-                f"images may have {bitstream.LARGEST_SIDE} pixels per side, got {tuple(images.shape[-2:])}"
-            )
+        height, width = images.shape[-2:]
+        if max(height, width) > bitstream.LARGEST_SIDE:
+            raise ValueError(f"images may have {bitstream.LARGEST_SIDE} pixels per side, got {height} x {width}")
         coder = LatentCoder(self)
-        return [coder.write(self._latents_of(image), tuple(image.shape[-2:])) for image in images.split(1)]
+        return [coder.write(self._latents_of(image), (height, width)) for image in images.split(1)]
 
     @torch.no_grad()
     def decompress(self, files: list[bytes]) -> list[Tensor]:

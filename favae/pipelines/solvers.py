@@ -1,6 +1,6 @@
 """diffusers' schedulers that integrate a flow: which there are, and what they are called here."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -10,7 +10,6 @@ from diffusers import (
 )
 
 Solver = Literal["euler", "heun", "dpm++"]
-SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 
 def flow_scheduler(solver: Solver, shift: float = 1.0) -> SchedulerMixin:
