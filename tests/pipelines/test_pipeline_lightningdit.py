@@ -264,3 +264,17 @@ def test_classes_and_prompts_do_not_take_each_other_s_place(pipeline, of_texts):
     with pytest.raises(ValueError, match="needs class_labels"):
         pipeline()
     assert not takes_prompts(pipeline) and takes_prompts(of_texts) and class_names(of_texts) is None
+
+
+def test_classes_and_prompts_together(of_texts):
+    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | {"text_dim": 8}).eval()
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    of_texts.register_modules(transformer=transformer)
+    options = {"num_inference_steps": 2, "output_type": "latent", "latents": torch.randn(2, 6, 4, 4)}
+    conditions = (([0, 1], ["a", "dog"]), ([0, 2], ["a", "dog"]), ([0, 1], ["a", "cat"]))
+    found = [of_texts(labels, prompt=prompt, **options).images for labels, prompt in conditions]
+    assert all(torch.equal(found[0][0], other[0]) for other in found)
+    assert not torch.equal(found[0][1], found[1][1]) and not torch.equal(found[0][1], found[2][1])
+    with pytest.raises(ValueError, match="as many images"):
+        of_texts([0], prompt=["a", "dog"], **options)
