@@ -31,10 +31,10 @@ def uncached(model: CATTransformerModel, text: Tensor, mask: Tensor, scale: floa
     tokens = torch.zeros(batch, 0, 1, dtype=torch.long, device=text.device)
     conditions = [model._prepare_text(text, mask), model._prepare_text(text, torch.zeros_like(mask))]
     for _ in range(size**2):
-        embeddings = model._add_positions(model.token_head.embed(tokens), 0)
+        embeddings = model.token_head.embed(tokens)
         logits = []
         for condition in conditions:
-            hidden = model.norm_in(torch.cat([model.start_token.expand(batch, 1, -1), embeddings], dim=1))
+            hidden = model._inputs(embeddings, batch, 0)
             for block in model.blocks:
                 hidden = block(hidden, *condition)
             logits.append(model.token_head._logits(model.norm_out(hidden[:, -1:]), tokens[:, :1, :0]).float())

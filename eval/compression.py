@@ -99,11 +99,11 @@ class TokenizerCodec:
         self.table = (counts / counts.sum(dim=1, keepdim=True)).numpy()
 
     def _values(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> latents, or indices, (B, C', h, w), on the CPU."""
+        """(B, C, H, W) -> latents, or indices, (B, C', h, w), or (B, 1, N) from coarse to fine, on the CPU."""
         latents = encode(self.vae, images.to(self.vae.device))
         if isinstance(self.vae, VQModelFA):
             indices = self.vae.quantize(latents).indices
-            return (indices.unsqueeze(1) if indices.ndim == 3 else indices.movedim(-1, 1)).cpu()
+            return (indices.movedim(-1, 1) if indices.ndim == 4 else indices.unsqueeze(1)).cpu()
         return latents.float().cpu()
 
     def _symbols(self, values: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ from train_tokenizer import train as train_tokenizer
 
 STEPS = 8_000
 POINTS = (0.25, 0.5, 0.75, 1.0)  # of both trainings, at which they are measured
-GUIDANCE_SCALES = {"unguided": 1.0, "guided": 2.0}
+UNGUIDED, GUIDED = {"unguided": 1.0}, {"guided": 2.0}  # guidance scales; with the second only at the end
 NUM_INFERENCE_STEPS = 25
 PLATEAU = 0.01  # of the error, over the last quarter
 PICTURED = 12  # rows of samples in a picture
@@ -309,8 +309,10 @@ def generator_metrics(task: Task) -> dict:
     for step, path in points(run, task.steps):
         transformer = find_model_class(TRANSFORMER["name"]).from_pretrained(path / "ema").eval()
         pipeline = build_pipeline(config, transformer, tokenizer, open_latents(latents))
-        point = {"steps": step}
-        for name, scale in GUIDANCE_SCALES.items() if images.num_classes > 1 else [("unguided", 1.0)]:
+        point, scales = {"steps": step}, dict(UNGUIDED)
+        if images.num_classes > 1 and step == task.steps:
+            scales |= GUIDED
+        for name, scale in scales.items():
             folder = run / f"samples-{step}-{name}"
             options = {"guidance_scale": scale, "num_inference_steps": NUM_INFERENCE_STEPS, "batch_size": 200}
             sample_to_folder(pipeline, folder, images.samples, seed=task.seed, **options)

@@ -20,6 +20,7 @@ from favae.channels import MODES
 from favae.errors import ModelError
 from favae.models import VQModelFA
 from favae.models.hub import silent_about_previews
+from favae.models.scale_quantizers import ScaleQuantizer
 from favae.models.sizes import compression_ratio
 from favae.normalization import MIN_LOGVAR
 
@@ -222,13 +223,12 @@ def measure_budget(vae: ModelMixin, resolution: int) -> Budget:
             f"this {name} gives images of {resolution} px back at {found} px; the resolution must be {possible} "
             "for this autoencoder"
         )
-    codebook = _codebook(vae)
-    positions = latents.shape[-2] * latents.shape[-1]
+    codebook = _codebook(vae, latents.shape[-2] * latents.shape[-1])
     return Budget(
         spatial_compression_ratio=ratio,
         floats_per_image=None if codebook else latents[0].numel(),
-        tokens_per_image=codebook[0] * positions if codebook else None,
-        bits_per_image=codebook[0] * positions * math.log2(codebook[1]) if codebook else None,
+        tokens_per_image=codebook[0] if codebook else None,
+        bits_per_image=codebook[0] * math.log2(codebook[1]) if codebook else None,
         params=vae.num_parameters(),
         flops=flops,
     )
@@ -251,7 +251,7 @@ def _count_round_trip(vae: ModelMixin, image: Tensor) -> tuple[Tensor, Tensor, i
     try:
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
             latents = encode(vae, image)
-            if _codebook(vae) and not vae.config.get("lookup_from_codebook"):
+            if _codebook(vae, 1) and not vae.config.get("lookup_from_codebook"):
                 output = vae.decode(latents, force_not_quantize=True).sample
             else:
                 output = decode(vae, latents)
@@ -263,11 +263,13 @@ def _count_round_trip(vae: ModelMixin, image: Tensor) -> tuple[Tensor, Tensor, i
     return latents, output, counter.get_total_flops()
 
 
-def _codebook(vae: ModelMixin) -> tuple[int, int] | None:
-    """Tokens per latent position, and how many different ones there are; None where latents are continuous."""
+def _codebook(vae: ModelMixin, positions: int) -> tuple[int, int] | None:
+    """Tokens of so many latent positions, and how many different ones there are; None where latents are continuous."""
     if isinstance(vae, VQModelFA):
-        return (vae.config.num_quantizers if vae.config.quantizer == "residual" else 1), vae.num_tokens
-    return (1, vae.config.num_vq_embeddings) if isinstance(vae, diffusers.VQModel) else None
+        if isinstance(vae.codebook, ScaleQuantizer):
+            return sum(stage.tokens for stage in vae.codebook.stages), vae.num_tokens
+        return positions * (vae.config.num_quantizers if vae.config.quantizer == "residual" else 1), vae.num_tokens
+    return (positions, vae.config.num_vq_embeddings) if isinstance(vae, diffusers.VQModel) else None
 
 
 def _first_line(error: Exception) -> str:

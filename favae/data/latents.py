@@ -8,7 +8,7 @@ A sharded cache (`favae.data.sharded_cache`). A shard holds, for n images in two
 
 or, if the tokenizer has a codebook, in place of the moments
 
-    tokens (n, 2, h, w[, Q])        int32, for Q codebooks in a row
+    tokens (n, 2, h, w[, Q])        int32, for Q codebooks in a row, or (n, 2, N) from coarse to fine
 
 The manifest holds counts, classes, the tokenizer's hash, and mean and standard deviation of each latent channel over
 all latents, or the size of the codebook. `images.json.gz` is the record of the images (`favae.data.image_record`).
@@ -163,10 +163,10 @@ class MomentsDataset(CachedDataset):
 
 
 class TokenDataset(CachedDataset):
-    """A latent cache of tokens: batches have tokens (B, h, w[, Q]) int64 of Q codebooks.
+    """A latent cache of tokens: batches have tokens (B, h, w[, Q]) or (B, N), int64, of Q codebooks.
 
     Attributes:
-        latent_shape: (h, w) or (h, w, Q). codebook_size: entries of each codebook.
+        latent_shape: (h, w), (h, w, Q) or (N,). codebook_size: entries of each codebook.
     """
 
     schema = TokenManifest

@@ -179,17 +179,19 @@ class CATBlock(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=std)
 
-    def _causal_mask(self, cells: Tensor | None, key: Tensor) -> dict:
+    def _causal_mask(self, cells: Tensor | None, key: Tensor, visible: Tensor | None) -> dict:
         """The arguments `mask` or `is_causal` of self-attention for queries that predict these cells; None for all.
 
         Keys (B, slots, heads or 1, head_dim) are those of the null, if there is one, of the start token, and of all
-        tokens but the last. The query that predicts cell n sees the tokens of the cells before n.
+        tokens but the last. The query that predicts cell n sees the null and the first visible[n] of the others; None
+        for those of the cells before n.
         """
         null, slots, device = self.attn.null_count, key.shape[1], key.device
-        if cells is None and null == 0 and self.relative_position is None:
+        if cells is None and null == 0 and self.relative_position is None and visible is None:
             return {"is_causal": True}
         cells = torch.arange(slots - null, device=device) if cells is None else cells
-        allowed = torch.arange(slots, device=device) <= cells.unsqueeze(1) + null  # (queries, slots)
+        seen = cells + 1 if visible is None else visible[cells]
+        allowed = torch.arange(slots, device=device) < seen.unsqueeze(1) + null  # (queries, slots)
         if self.relative_position is None:
             return {"mask": allowed[None, None]}
         bias = F.pad(self.relative_position(cells), (null, 0))
@@ -200,16 +202,18 @@ class CATBlock(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         text_mask: Tensor,
-        cell: Tensor | None = None,
+        visible: Tensor | None = None,
+        cells: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """
         Args:
-            hidden_states: (B, N, D); with a cache (B, 1, D), of one position.
+            hidden_states: (B, N, D); with a cache (B, n, D), of some positions.
             encoder_hidden_states: (B, L, text_dim), the text embeddings.
             text_mask: (B, 1, 1, 1 + L), bool; the first entry is the null's.
-            cell: (1,), int64, the cell that the one position predicts.
-            cache: of the positions before it; changed in place.
+            visible: (N,), int64, how many positions each position sees, itself included; None: it and those before.
+            cells: (n,), int64, the cells that the positions predict.
+            cache: of the positions before them; changed in place.
         Returns:
             The shape of `hidden_states`.
         """
@@ -217,10 +221,10 @@ class CATBlock(nn.Module):
         is_first = cache is None or cache.key is None
         normed = self.norm1(hidden_states)
         key, value = self.attn.key_value(normed, with_null=is_first)
-        if cache is not None and cell is not None:
-            slot = torch.arange(key.shape[1], device=cell.device) if is_first else cell + self.attn.null_count
-            key, value = cache.update(key, value, slot)
-        attended = self.attn(normed, key, value, **self._causal_mask(cell, key))
+        if cache is not None and cells is not None:
+            slots = torch.arange(key.shape[1], device=cells.device) if is_first else cells + self.attn.null_count
+            key, value = cache.update(key, value, slots)
+        attended = self.attn(normed, key, value, **self._causal_mask(cells, key, visible))
         hidden_states = hidden_states + self.dropout(attended)
 
         # 2. Attention to the text, which is projected once

@@ -1,4 +1,4 @@
-"""`CATTransformerModel`: samples the tokens of an image one by one, given the token embeddings of a text."""
+"""`CATTransformerModel`: samples the tokens of an image one by one, or from coarse to fine, given a text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,16 @@ from torch.nn import functional as F
 from favae.errors import NonFiniteError
 from favae.models.cat_block import CATBlock, LayerCache
 from favae.models.hub import HubModelMixin
+from favae.models.scales import make_stages
 from favae.models.text_conditioning import mean_of_text, prepare_text
-from favae.models.token_heads import DEFAULT_STEPS, CategoricalHead, FlowHead, TorchGenerators, VelocityMLP
+from favae.models.token_heads import (
+    DEFAULT_STEPS,
+    CategoricalHead,
+    FlowHead,
+    StageHead,
+    TorchGenerators,
+    VelocityMLP,
+)
 
 
 @dataclass
@@ -25,7 +33,7 @@ class CATTransformerOutput(BaseOutput):
     """
     Attributes:
         loss: scalar float32, the mean over tokens.
-        hidden_states: (B, N, D), one per position, computed from the tokens before it.
+        hidden_states: (B, N, D), one per position, computed from the tokens before it, or of the stages before.
         logits: (B, N, K), or (B, N, Q, K) of residual codes; None for continuous tokens.
     """
 
@@ -56,8 +64,13 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
     The cross-attention autoregressive transformer: a decoder over the tokens of a square grid, row by row, in which
     every block attends to all token embeddings of a text. `forward` gives the loss, `generate` samples grids.
 
+    Tokens from coarse to fine are sampled stage by stage: all tokens of a scale, or of a scale's bands, at once.
+
     Parameters:
         sample_size: height and width of the token grid.
+        order: "raster", row by row, or "next_scale" or "next_band", for the tokens of a [`VQModelFA`] with this
+            quantizer.
+        scales: of that quantizer; None for "raster".
         num_layers, num_attention_heads, attention_head_dim, hidden_size: the width D need not be heads * head_dim.
         text_dim: channels of the text embeddings. A text may have any number of them, also 1 (a sentence vector) or 0.
         text_pooling: None attends to all token embeddings; "mean" attends to one vector per text, their mean (for
@@ -115,18 +128,29 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         head_layers: PositiveInt = 3,
         attention: Literal["multi_head", "shared_key_value"] = "multi_head",
         relative_position: bool = False,
+        order: Literal["raster", "next_scale", "next_band"] = "raster",
+        scales: tuple[PositiveInt, ...] | None = None,
     ):
         super().__init__()
         if (
             head not in ("categorical", "flow")
             or attention not in ("multi_head", "shared_key_value")
             or text_pooling not in ("mean", None)
+            or order not in ("raster", "next_scale", "next_band")
         ):
-            raise ValueError(f"unknown word among {head=}, {attention=}, {text_pooling=}")
+            raise ValueError(f"unknown word among {head=}, {attention=}, {text_pooling=}, {order=}")
 
         # 1. What goes in: tokens, the start token, positions
-        self.token_head: CategoricalHead | FlowHead
-        if head == "categorical":
+        self.token_head: CategoricalHead | FlowHead | StageHead
+        if order != "raster":
+            if (head, num_quantizers, relative_position) != ("categorical", 1, False):
+                raise ValueError(f"{order=} needs head='categorical', num_quantizers=1 and relative_position=False")
+            if scales is None or scales[-1] != sample_size:
+                raise ValueError(f"{order=} needs scales up to {sample_size=}, got {scales}")
+            self.token_head = StageHead(codebook_size, hidden_size, make_stages(order, tuple(scales)))
+        elif scales is not None:
+            raise ValueError("scales are for order='next_scale' and order='next_band'")
+        elif head == "categorical":
             if (latent_channels, low_latent_channels) != (None, None):
                 raise ValueError("latent_channels and low_latent_channels are for head='flow'")
             self.token_head = CategoricalHead(codebook_size, hidden_size, num_quantizers)
@@ -141,8 +165,15 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
                 low_channels=low_latent_channels,
             )
         self.start_token = nn.Parameter(torch.empty(hidden_size))
-        self.row_position = nn.Parameter(torch.empty(sample_size, 1, hidden_size))
-        self.column_position = nn.Parameter(torch.empty(1, sample_size, hidden_size))
+        self.visible: Tensor | None  # (N,), how many positions each position sees
+        self.register_buffer("visible", None)
+        if isinstance(self.token_head, StageHead):
+            counts = torch.tensor(self.token_head.counts)
+            self.register_buffer("visible", counts.cumsum(0).repeat_interleave(counts), persistent=False)
+            self.position = nn.Parameter(torch.empty(int(counts.sum()), hidden_size))
+        else:
+            self.row_position = nn.Parameter(torch.empty(sample_size, 1, hidden_size))
+            self.column_position = nn.Parameter(torch.empty(1, sample_size, hidden_size))
         self.norm_in = nn.LayerNorm(hidden_size)
 
         # 2. Blocks
@@ -180,8 +211,13 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of a grid, N."""
-        return self.config.sample_size**2
+        """Number of tokens of an image, N."""
+        return sum(self.steps)
+
+    @property
+    def steps(self) -> list[int]:
+        """How many tokens are sampled at once, one number per step of `generate`."""
+        return self.token_head.counts if isinstance(self.token_head, StageHead) else [1] * self.config.sample_size**2
 
     def _prepare_text(self, embeddings: Tensor, mask: Tensor | None, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
         """The text as the blocks take it.
@@ -198,10 +234,17 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             embeddings, mask = mean_of_text(embeddings, mask).unsqueeze(1), mask.any(1, keepdim=True)
         return embeddings, F.pad(mask, (1, 0), value=True)[:, None, None]
 
-    def _add_positions(self, embeddings: Tensor, first: int) -> Tensor:
-        """Adds the position embeddings of their cells to embeddings (B, n, D) of the tokens from `first` on."""
-        positions = (self.row_position + self.column_position).flatten(0, 1)  # (N, D)
-        return embeddings + positions[first : first + embeddings.shape[1]]
+    def _inputs(self, context: Tensor | None, batch: int, first: int) -> Tensor:
+        """What goes into the blocks at the positions from `first` on, (B, n, D): the start token at those of the first
+        step, where `first` is 0, then the context (B, n', D), each with its place."""
+        parts = [] if first else [self.start_token.expand(batch, self.steps[0], -1)]
+        parts += [] if context is None else [context]
+        if self.visible is None:  # a token has the place of its own cell, not of the one that is predicted from it
+            places = F.pad((self.row_position + self.column_position).flatten(0, 1), (0, 0, 1, 0))
+        else:
+            places = self.position
+        embeddings = torch.cat(parts, dim=1)
+        return self.norm_in(embeddings + places[first : first + embeddings.shape[1]])
 
     def forward(
         self,
@@ -210,11 +253,11 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> CATTransformerOutput | tuple[Tensor, Tensor, Tensor | None]:
-        """The loss of whole grids, in which each token is predicted from those before it.
+        """The loss of whole grids, in which each token is predicted from those before it, or of the stages before.
 
         Args:
-            tokens: (B, h, w) or, with several codebooks, (B, h, w, Q), int64; for the flow head (B, C, h, w),
-                normalized.
+            tokens: (B, h, w) or, with several codebooks, (B, h, w, Q), or from coarse to fine (B, N), int64; for the
+                flow head (B, C, h, w), normalized.
             encoder_hidden_states: (B, L, text_dim), the text embeddings.
             encoder_attention_mask: (B, L), 0 or False where there is no text; None if there is text everywhere.
         Raises:
@@ -227,15 +270,13 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         dropout = self.config.text_dropout_prob if self.training else 0.0
         text, text_mask = self._prepare_text(encoder_hidden_states, encoder_attention_mask, dropout)
 
-        # 2. Position n sees the start token and the tokens before n
-        embeddings = self._add_positions(self.token_head.embed(tokens[:, :-1]), 0)
-        start = self.start_token.to(embeddings.dtype).expand(len(tokens), 1, -1)
-        hidden_states = self.norm_in(torch.cat([start, embeddings], dim=1))  # (B, N, D)
+        # 2. Every position sees the start token and the tokens before it
+        hidden_states = self._inputs(self.token_head.context(tokens), len(tokens), 0)  # (B, N, D)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, text, text_mask)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, text, text_mask, self.visible)
             else:
-                hidden_states = block(hidden_states, text, text_mask)
+                hidden_states = block(hidden_states, text, text_mask, self.visible)
         hidden_states = self.norm_out(hidden_states)
 
         # 3. Loss
@@ -253,26 +294,26 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
     @torch.no_grad()
     @apply_forward_hook
     def step(self, previous: Tensor | None, cache: CATCache) -> Tensor:
-        """The hidden state (B, D) of the next position, without gradients. Changes the cache.
+        """The hidden states (B, n, D) of the next positions, without gradients. Changes the cache.
 
         Args:
-            previous: (B, D), the embedding of the token before, by `token_head.embed`; None for the first position.
+            previous: (B, n, D), what they see of the tokens of the step before, by `token_head.embed`; None for the
+                first.
             cache: by `start`.
         Raises:
             ValueError: if `previous` is missing, or the grid is full.
         """
-        if cache.position == self.num_tokens or (previous is None) != (cache.position == 0):
-            raise ValueError(f"position {cache.position} of {self.num_tokens} cannot be predicted from {previous}")
-        if previous is None:
-            hidden_states = self.start_token.expand(len(cache.encoder_hidden_states), 1, -1)
-        else:
-            hidden_states = self._add_positions(previous.unsqueeze(1), cache.position - 1)
-        hidden_states = self.norm_in(hidden_states)
-        cell = torch.tensor([cache.position], device=hidden_states.device)
+        first = cache.position
+        if first == self.num_tokens or (previous is None) != (first == 0):
+            raise ValueError(f"position {first} of {self.num_tokens} cannot be predicted from {previous}")
+        hidden_states = self._inputs(previous, len(cache.encoder_hidden_states), first)
+        cache.position += hidden_states.shape[1]
+        cells = torch.arange(first, cache.position, device=hidden_states.device)
         for block, layer in zip(self.blocks, cache.layers):
-            hidden_states = block(hidden_states, cache.encoder_hidden_states, cache.text_mask, cell, layer)
-        cache.position += 1
-        return self.norm_out(hidden_states).squeeze(1)
+            hidden_states = block(
+                hidden_states, cache.encoder_hidden_states, cache.text_mask, self.visible, cells, layer
+            )
+        return self.norm_out(hidden_states)
 
     @torch.no_grad()
     @apply_forward_hook
@@ -294,13 +335,14 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         Args:
             encoder_hidden_states, encoder_attention_mask: as in `forward`.
             guidance_scale: classifier-free guidance, null + scale (text - null), of the logits or of the flow head's
-                velocities. 1 switches it off; anything else doubles the batch.
+                velocities. 1 switches it off; anything else doubles the batch. From coarse to fine, it grows linearly
+                from 1 at the first stage to this scale at the last, as VAR's.
             temperature: divides the logits (0 takes the likeliest token), or scales the flow head's noise.
             top_k, top_p: of the categorical head: only the k likeliest tokens can be sampled, or only the likeliest
                 that together have this probability.
             num_head_steps: of the flow head: Euler steps per token; None takes 25.
             generator: one, or one per image; with one per image a sample does not depend on its batch.
-            callback: called with its position after each token.
+            callback: called with its number after each step: a token, or a stage.
         Returns:
             Tokens in the shape that `forward` takes; float32 for the flow head.
         Raises:
@@ -323,23 +365,29 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             encoder_hidden_states = torch.cat([encoder_hidden_states, encoder_hidden_states])
         cache = self.start(encoder_hidden_states, encoder_attention_mask)
 
-        # 2. One token after the other, in both halves the same
+        # 2. One step after the other, in both halves the same
         tokens, finite, previous = [], [], None
-        for position in range(self.num_tokens):
-            hidden = self.step(previous, cache)  # (B or 2B, D)
+        steps = self.steps
+        for step in range(len(steps)):
+            hidden = self.step(previous, cache)  # (B or 2B, n, D)
             finite.append(torch.isfinite(hidden).all())
-            token = self.token_head.sample(hidden, guidance_scale=guidance_scale, generator=generator, **options)
-            tokens.append(token)
-            previous = self.token_head.embed(token.unsqueeze(1)).squeeze(1)
-            previous = torch.cat([previous, previous]) if is_guided else previous
+            scale = guidance_scale
+            if self.visible is not None:
+                scale = 1 + (guidance_scale - 1) * step / max(1, len(steps) - 1)
+            seen = hidden if scale != 1 else hidden[:batch]
+            sampled = self.token_head.sample(seen, guidance_scale=scale, generator=generator, **options)
+            tokens.append(sampled)
+            if step + 1 < len(steps):
+                previous = self.token_head.embed(sampled)
+                previous = torch.cat([previous, previous]) if is_guided else previous
             if callback is not None:
-                callback(position)
+                callback(step)
         if not torch.stack(finite).all():  # not in the loop, because whoever looks waits for the accelerator
             raise NonFiniteError(
                 f"hidden states of the transformer are not finite in {self.dtype}; run it in float32 or bfloat16, or "
                 "check its weights"
             )
-        return self.token_head.to_grid(torch.stack(tokens, dim=1), self.config.sample_size)
+        return self.token_head.to_grid(torch.cat(tokens, dim=1), self.config.sample_size)
 
     def _sampling_options(
         self, temperature: float, top_k: int | None, top_p: float | None, num_head_steps: int | None
@@ -348,7 +396,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         steps = DEFAULT_STEPS if num_head_steps is None else num_head_steps
         if temperature < 0 or steps < 1:
             raise ValueError(f"need temperature >= 0 and num_head_steps >= 1, got {temperature} and {num_head_steps}")
-        if isinstance(self.token_head, CategoricalHead):
+        if not isinstance(self.token_head, FlowHead):
             unused: dict[str, Any] = {"num_head_steps": num_head_steps}
             options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         else:

@@ -1,7 +1,8 @@
 """Token heads of an autoregressive transformer: how tokens enter it, how they are trained and how they are sampled.
 
-A head has the methods `check`, `to_sequence` and `to_grid` (tokens as a tokenizer gives them, and one by one), `embed`,
-`loss` and `sample`. `CategoricalHead` is for indices of a codebook, `FlowHead` for continuous latents.
+A head has the methods `check`, `to_sequence` and `to_grid` (tokens as a tokenizer gives them, and in a row), `context`
+(what later positions see of them), `loss` and `sample`. `CategoricalHead` is for indices of a codebook, `FlowHead` for
+continuous latents, `StageHead` for indices from coarse to fine, of which a whole stage is sampled at once.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from favae.models.scales import Stage
 from favae.precision import no_autocast
 
 DEFAULT_STEPS = 25  # Euler steps per token of the flow head
@@ -47,22 +49,23 @@ def sample_categories(
     top_p: float | None = None,
     generator: TorchGenerators = None,
 ) -> Tensor:
-    """Samples one category per row by the Gumbel-max trick, which never waits for the accelerator.
+    """Samples one category per position by the Gumbel-max trick, which never waits for the accelerator.
 
     Args:
-        logits: (B, K).
+        logits: (B, ..., K).
         temperature: divides the logits, before anything is cut off; 0 takes the likeliest category.
         top_k: if given, only the k likeliest categories can be sampled.
         top_p: if given, only the likeliest categories that together have this probability.
         generator: one, or one per row; with one per row a sample does not depend on the other rows.
     Returns:
-        (B,), int64.
+        (B, ...), int64.
     Raises:
         ValueError: by transformers, for values out of range.
     """
     logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1)
+    shape, logits = logits.shape, logits.flatten(0, -2)
 
     warpers: list[Callable] = [TemperatureLogitsWarper(float(temperature))]
     if top_k is not None:
@@ -72,8 +75,8 @@ def sample_categories(
     for warper in warpers:
         logits = warper(None, logits)  # None: these warpers do not look at the earlier tokens
 
-    uniform = _uniform(logits.shape, generator, logits.device).clamp_min(torch.finfo().tiny)
-    return (logits - (-uniform.log()).log()).argmax(-1)
+    uniform = _uniform(shape, generator, logits.device).clamp_min(torch.finfo().tiny)
+    return (logits.view(shape) - (-uniform.log()).log()).argmax(-1)
 
 
 def _uniform(shape: torch.Size, generator: TorchGenerators, device: torch.device) -> Tensor:
@@ -83,6 +86,17 @@ def _uniform(shape: torch.Size, generator: TorchGenerators, device: torch.device
         return torch.stack(rows).to(device)
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
+
+
+def check_indices(tokens: Tensor, shape: tuple[int, ...], codebook_size: int) -> None:
+    """Raises ValueError for tokens that are not int64, of another shape than (B, *shape), or outside the codebook."""
+    if tokens.dtype != torch.int64 or tuple(tokens.shape[1:]) != shape:
+        raise ValueError(f"built for int64 tokens of shape {shape}, got {tokens.dtype} {tuple(tokens.shape[1:])}")
+    # Values cannot be seen in compiled code and on the meta device.
+    if torch.compiler.is_compiling() or tokens.is_meta or tokens.numel() == 0:
+        return
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < codebook_size:
+        raise ValueError(f"tokens must be in 0 ... {codebook_size - 1}, got {tokens.min()} ... {tokens.max()}")
 
 
 class CategoricalHead(nn.Module):
@@ -109,13 +123,7 @@ class CategoricalHead(nn.Module):
     def check(self, tokens: Tensor, size: int) -> None:
         """Raises ValueError for tokens that are not int64, of another shape, or outside the codebook."""
         shape = (size, size) + ((self.num_quantizers,) if self.num_quantizers > 1 else ())
-        if tokens.dtype != torch.int64 or tuple(tokens.shape[1:]) != shape:
-            raise ValueError(f"built for int64 tokens of shape {shape}, got {tokens.dtype} {tuple(tokens.shape[1:])}")
-        # Values cannot be seen in compiled code and on the meta device.
-        if torch.compiler.is_compiling() or tokens.is_meta or tokens.numel() == 0:
-            return
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
-            raise ValueError(f"tokens must be in 0 ... {self.codebook_size - 1}, got {tokens.min()} ... {tokens.max()}")
+        check_indices(tokens, shape, self.codebook_size)
 
     def to_sequence(self, tokens: Tensor) -> Tensor:
         """(B, h, w) or (B, h, w, Q) -> (B, N, Q), row by row."""
@@ -125,6 +133,10 @@ class CategoricalHead(nn.Module):
         """The inverse of `to_sequence`."""
         tokens = tokens.unflatten(1, (size, size))
         return tokens if self.num_quantizers > 1 else tokens.squeeze(-1)
+
+    def context(self, tokens: Tensor) -> Tensor:
+        """What all positions but the first see of the tokens (B, N, Q): the embedding before, (B, N - 1, D)."""
+        return self.embed(tokens[:, :-1])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, N, q) -> (B, N, D); the first q <= Q codes are enough."""
@@ -163,22 +175,105 @@ class CategoricalHead(nn.Module):
         top_p: float | None = None,
         generator: TorchGenerators = None,
     ) -> Tensor:
-        """Samples the codes (B, Q) of one position.
+        """Samples the codes (B, 1, Q) of one position.
 
         Args:
-            hidden: (B, D), or with guidance (2B, D), the conditional half first. Logits are guided.
+            hidden: (B, 1, D), or with guidance (2B, 1, D), the conditional half first. Logits are guided.
             temperature, top_k, top_p, generator: see `sample_categories`.
         """
-        hidden = hidden.unsqueeze(1)  # (B or 2B, 1, D)
         batch = len(hidden) // (1 if guidance_scale == 1 else 2)
-        tokens = torch.zeros(batch, 0, dtype=torch.long, device=hidden.device)
+        tokens = torch.zeros(batch, 1, 0, dtype=torch.long, device=hidden.device)
         for _ in range(self.num_quantizers):
-            logits = self._logits(hidden, repeat_for_guidance(tokens, guidance_scale).unsqueeze(1)).squeeze(1).float()
+            logits = self._logits(hidden, repeat_for_guidance(tokens, guidance_scale)).float()
             codes = sample_categories(
                 guide(logits, guidance_scale), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
             )
-            tokens = torch.cat([tokens, codes.unsqueeze(1)], dim=1)
+            tokens = torch.cat([tokens, codes.unsqueeze(2)], dim=2)
         return tokens
+
+
+class StageHead(nn.Module):
+    """Indices from coarse to fine, a whole stage at once, each given the stages before.
+
+    A stage has embeddings of its own for each token of a cell; they are also the weights of the logits. Stages differ
+    in their numbers of tokens, by which they are told apart.
+
+    Args:
+        codebook_size: entries per codebook, K.
+        dim: width of the transformer, D.
+        stages: by `make_stages`.
+
+    Source: Tian et al., NeurIPS 2024 (arXiv 2404.02905), where later stages see the sum of the entries so far; here
+    they see the embeddings of the stage before, and attend to all.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, stages: list[Stage]):
+        super().__init__()
+        self.codebook_size, self.stages = codebook_size, stages
+        self.counts = [stage.tokens for stage in stages]
+        self.embedding = nn.Embedding(sum(stage.per_cell for stage in stages) * codebook_size, dim)
+
+    def check(self, tokens: Tensor, size: int) -> None:
+        """Raises ValueError for tokens that are not int64, of another number, or outside the codebook."""
+        check_indices(tokens, (sum(self.counts),), self.codebook_size)
+
+    def to_sequence(self, tokens: Tensor) -> Tensor:
+        """(B, N), as they are."""
+        return tokens
+
+    def to_grid(self, tokens: Tensor, size: int) -> Tensor:
+        """(B, N), as they are."""
+        return tokens
+
+    def context(self, tokens: Tensor) -> Tensor:
+        """What all positions but those of the first stage see of the tokens (B, N): (B, N - n, D)."""
+        return torch.cat([self.embed(part) for part in tokens.split(self.counts, dim=1)[:-1]], dim=1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What a stage sees of the tokens (B, n) of the one before: their embeddings, resized, (B, n', D)."""
+        number = self.counts.index(tokens.shape[1])
+        stage, following = self.stages[number], self.stages[number + 1]
+        offsets = self.codebook_size * (self._first_table(number) + torch.arange(stage.per_cell, device=tokens.device))
+        cells = self.embedding(tokens.unflatten(1, (-1, stage.per_cell)) + offsets).sum(2)  # (B, cells, D)
+        grid = cells.transpose(1, 2).unflatten(2, (stage.side, stage.side))
+        grid = F.interpolate(grid, size=following.side, mode="bilinear")
+        return grid.flatten(2).transpose(1, 2).repeat_interleave(following.per_cell, dim=1)
+
+    def _first_table(self, number: int) -> int:
+        return sum(stage.per_cell for stage in self.stages[:number])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, n, D) of a stage -> (B, n, K)."""
+        number = self.counts.index(hidden.shape[1])
+        first, count = self._first_table(number), self.stages[number].per_cell
+        tables = self.embedding.weight.unflatten(0, (-1, self.codebook_size))[first : first + count]
+        return torch.einsum("bcqd,qkd->bcqk", hidden.unflatten(1, (-1, count)), tables).flatten(1, 2)
+
+    def loss(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy in nats over all tokens (B, N), float32, and the logits (B, N, K)."""
+        logits = torch.cat([self._logits(part) for part in hidden.split(self.counts, dim=1)], dim=1)
+        with no_autocast(hidden.device):
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        return loss, logits
+
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: TorchGenerators = None,
+    ) -> Tensor:
+        """Samples the tokens (B, n) of a stage.
+
+        Args:
+            hidden: (B, n, D), or with guidance (2B, n, D), the conditional half first. Logits are guided.
+            temperature, top_k, top_p, generator: see `sample_categories`.
+        """
+        logits = guide(self._logits(hidden).float(), guidance_scale)
+        return sample_categories(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 
 
 class VelocityBlock(nn.Module):
@@ -288,6 +383,10 @@ class FlowHead(nn.Module):
         """The inverse of `to_sequence`."""
         return tokens.transpose(1, 2).unflatten(2, (size, size))
 
+    def context(self, tokens: Tensor) -> Tensor:
+        """What all positions but the first see of the tokens (B, N, C): the embedding before, (B, N - 1, D)."""
+        return self.embed(tokens[:, :-1])
+
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, D)."""
         return self.proj_in(tokens.to(self.proj_in.weight.dtype))
@@ -331,10 +430,10 @@ class FlowHead(nn.Module):
         num_steps: int = DEFAULT_STEPS,
         generator: TorchGenerators = None,
     ) -> Tensor:
-        """Samples the token (B, C) of one position, float32.
+        """Samples the token (B, 1, C) of one position, float32.
 
         Args:
-            hidden: (B, D), or with guidance (2B, D), the conditional half first. Velocities are guided.
+            hidden: (B, 1, D), or with guidance (2B, 1, D), the conditional half first. Velocities are guided.
             temperature: scales the noise.
             num_steps: Euler steps of equal length.
             generator: one, or one per row.
@@ -344,10 +443,10 @@ class FlowHead(nn.Module):
         for index, (velocity, channels) in enumerate(zip(self.velocities, self.parts)):
             low = repeat_for_guidance(parts[0], guidance_scale) if parts else None
             condition = self._condition(index, hidden, low)
-            x = temperature * randn_tensor((batch, channels), generator, hidden.device, torch.float32)
+            x = temperature * randn_tensor((batch, 1, channels), generator, hidden.device, torch.float32)
             for step in range(num_steps):
-                times = torch.full((1, 1), step / num_steps, device=x.device)
+                times = torch.full((1, 1, 1), step / num_steps, device=x.device)
                 predicted = velocity(repeat_for_guidance(x, guidance_scale), times, condition).float()
                 x = x + guide(predicted, guidance_scale) / num_steps
             parts.append(x)
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=-1)

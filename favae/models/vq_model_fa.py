@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -17,6 +17,7 @@ from vector_quantize_pytorch import FSQ, ResidualVQ, VectorQuantize
 
 from favae.models.frequency_complement import ComplementedDecoder, FrequencyComplement
 from favae.models.hub import HubModelMixin
+from favae.models.scale_quantizers import MultiScaleQuantizer, ScaleQuantizer, WaveletQuantizer
 from favae.models.sizes import check_image_size, check_widths, compression_ratio
 from favae.precision import no_autocast
 
@@ -26,9 +27,9 @@ class QuantizerOutput(BaseOutput):
     """
     Attributes:
         latents: (B, C, h, w), codebook vectors, with the gradient of the latents they replace.
-        indices: (B, h, w), or (B, h, w, Q) for a residual quantizer; integers.
+        indices: (B, h, w), (B, h, w, Q) for a residual quantizer, or (B, N) from coarse to fine; integers.
         loss: scalar, the commitment loss: the mean squared distance between the latents (normalized, for cosine
-            similarity) and their entries; 0 outside training.
+            similarity) and their entries; 0 outside training, but for the two orders from coarse to fine.
     """
 
     latents: Tensor
@@ -42,7 +43,8 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     `encode` takes (B, C, H, W) in [-1, 1], H and W multiples of f = 2 ** (len(block_out_channels) - 1), to continuous
     latents (B, latent_channels, H/f, W/f). `quantize` takes them to codebook vectors and indices. `decode` takes
-    indices (an integer tensor) or latents, which it quantizes unless told not to.
+    indices (an integer tensor) or latents, which it quantizes unless told not to. Indices from coarse to fine may stop
+    after any scale: "next_scale" decodes to the whole image, less exactly, "next_band" to a smaller one.
 
     The codebook changes in training mode only, and only by latents that carry a gradient: under `torch.no_grad`, or
     with the encoder frozen (`requires_grad_(False)`), it stays as it is. Latents that are not finite do not change it,
@@ -54,11 +56,14 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         layers_per_block, norm_num_groups: as in [`AutoencoderKL`].
         attention: whether the deepest blocks have attention (the published f16 and f8 models have it, f4 has not).
         latent_channels: channels of the latents.
-        quantizer: "vq" (one codebook, cosine similarity, moving averages), "residual" (several in a row), or "fsq"
-            (a fixed grid).
+        quantizer: "vq" (one codebook, cosine similarity, moving averages), "residual" (several in a row), "fsq"
+            (a fixed grid), "next_scale" (see `MultiScaleQuantizer`) or "next_band" (see `WaveletQuantizer`).
         codebook_size: entries per codebook, 1,024 by default; for "fsq" the product of `fsq_levels`, or None.
-        codebook_dim: size of the entries; None takes `latent_channels`, another value adds projections. None for "fsq".
+        codebook_dim: size of the entries; None takes `latent_channels`, another value adds projections, of "vq" and
+            "residual".
         num_quantizers: codebooks in a row, of "residual".
+        scales: of "next_scale" and "next_band", cells along each side, of the latents at last: images of only one size
+            are encoded.
         fsq_levels: grid points per dimension, of "fsq".
         codebook_decay: of the moving averages. The published code has 0.8.
         dead_code_threshold: entries used less often than this, in uses per step by a moving average, are replaced by
@@ -89,10 +94,11 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         norm_num_groups: PositiveInt = 32,
         attention: bool = True,
         latent_channels: PositiveInt = 256,
-        quantizer: Literal["vq", "residual", "fsq"] = "vq",
+        quantizer: Literal["vq", "residual", "fsq", "next_scale", "next_band"] = "vq",
         codebook_size: PositiveInt | None = None,
         codebook_dim: PositiveInt | None = None,
         num_quantizers: PositiveInt = 4,
+        scales: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16),
         fsq_levels: tuple[PositiveInt, ...] = (8, 8, 8, 6, 5),
         codebook_decay: Annotated[float, Field(ge=0, le=1)] = 0.99,
         dead_code_threshold: NonNegativeFloat = 0.02,
@@ -124,6 +130,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             codebook_size=codebook_size,
             codebook_dim=codebook_dim,
             num_quantizers=num_quantizers,
+            scales=scales,
             fsq_levels=fsq_levels,
             codebook_decay=codebook_decay,
             dead_code_threshold=dead_code_threshold,
@@ -179,9 +186,13 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         """(B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), not quantized.
 
         Raises:
-            ValueError: if H or W is not a multiple of f.
+            ValueError: if H or W is not a multiple of f, or not f times the last of the scales.
         """
         check_image_size(x, self.spatial_compression_ratio)
+        if isinstance(self.codebook, ScaleQuantizer):
+            size = self.spatial_compression_ratio * self.codebook.scales[-1]
+            if tuple(x.shape[-2:]) != (size, size):
+                raise ValueError(f"scales {self.codebook.scales} are for images of {size}x{size}, got {tuple(x.shape)}")
         latents = self.quant_conv(self.encoder(x))
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
@@ -189,21 +200,27 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         """Latents (B, C, h, w) -> the codebook vectors nearest to them, their indices, and the commitment loss."""
         frozen = not (torch.is_grad_enabled() and latents.requires_grad)
         with no_autocast(latents.device):
-            tokens = latents.float().flatten(2).transpose(1, 2)  # (B, hw, C)
             # Values that are not finite would spoil the codebook, so it sees zeros in their places. They are added
             # again as NaN afterwards: whoever looks at the loss notices them, and no process has to take a decision
             # of its own, which the others would wait for.
-            not_finite = 0 * tokens
-            tokens = tokens.nan_to_num(0, 0, 0).to(self._codebook_dtype)
-            if self.config.quantizer == "fsq":
-                quantized, indices = self.codebook(tokens)
-                loss = tokens.new_zeros(())
+            not_finite = 0 * latents.float()
+            values = latents.float().nan_to_num(0, 0, 0).to(self._codebook_dtype)
+            if isinstance(self.codebook, ScaleQuantizer):
+                quantized, indices, loss = self.codebook(values, freeze_codebook=frozen)
             else:
-                quantized, indices, loss = self.codebook(tokens, freeze_codebook=frozen)
-                loss = loss.sum()
-        size = latents.shape[-2:]
-        quantized = (quantized + not_finite).transpose(1, 2).unflatten(2, size).to(latents.dtype)
-        return QuantizerOutput(latents=quantized, indices=indices.long().unflatten(1, size), loss=loss)
+                quantized, indices, loss = self._quantize_positions(values, frozen)
+        quantized = (quantized + not_finite).to(latents.dtype).contiguous()  # as `lookup` gives them: equal to a bit
+        return QuantizerOutput(latents=quantized, indices=indices.long(), loss=loss)
+
+    def _quantize_positions(self, latents: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Each position by itself: (B, C, h, w) -> vectors (B, C, h, w), indices (B, h, w[, Q]) and the loss."""
+        size, tokens = latents.shape[-2:], latents.flatten(2).transpose(1, 2)  # (B, hw, C)
+        if self.config.quantizer == "fsq":
+            quantized, indices = self.codebook(tokens)
+            loss = tokens.new_zeros(())
+        else:
+            quantized, indices, loss = self.codebook(tokens, freeze_codebook=frozen)
+        return quantized.transpose(1, 2).unflatten(2, size), indices.unflatten(1, size), loss.sum()
 
     @property
     def _codebook_dtype(self) -> torch.dtype:
@@ -211,14 +228,17 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         return next((p.dtype for p in self.codebook.parameters()), torch.float32)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (B, h, w) or (B, h, w, Q) -> codebook vectors (B, C, h, w).
+        """Indices (B, h, w), (B, h, w, Q) or (B, n) -> codebook vectors (B, C, h, w).
 
         Raises:
-            ValueError: if an index is outside the codebook; compiled code does not check this.
+            ValueError: if an index is outside the codebook, which compiled code does not check; or if n is not the
+                number of tokens of some first scales.
         """
         unchecked = torch.compiler.is_compiling() or indices.numel() == 0
         if not unchecked and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_tokens:
             raise ValueError(f"indices must be in 0 ... {self.num_tokens - 1}, got {indices.min()} ... {indices.max()}")
+        if isinstance(self.codebook, ScaleQuantizer):
+            return self.codebook.lookup(indices).contiguous()
         tokens = indices.flatten(1, 2)  # (B, hw) or (B, hw, Q)
         if self.config.quantizer == "fsq":
             codes = self.codebook.project_out(self.codebook.implicit_codebook[tokens].to(self._codebook_dtype))
@@ -227,7 +247,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             codes = self.codebook.project_out(codes)
         else:
             codes = self.codebook.get_output_from_indices(tokens)
-        return codes.transpose(1, 2).unflatten(2, indices.shape[1:3])
+        return codes.transpose(1, 2).unflatten(2, indices.shape[1:3]).contiguous()
 
     @apply_forward_hook
     def decode(
@@ -239,7 +259,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> DecoderOutput | tuple[Tensor, Tensor]:
         """
         Args:
-            h: indices, an integer tensor (B, h, w) or (B, h, w, Q); or latents (B, C, h, w).
+            h: indices, an integer tensor (B, h, w), (B, h, w, Q) or (B, n); or latents (B, C, h, w).
             force_not_quantize: the latents are codebook vectors already.
             shape: (B, h, w, C), for indices that come flat, as pipelines of [`VQModel`] give them.
         Returns:
@@ -264,15 +284,16 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
 def make_quantizer(
     latent_channels: int,
     *,
-    quantizer: Literal["vq", "residual", "fsq"],
+    quantizer: Literal["vq", "residual", "fsq", "next_scale", "next_band"],
     codebook_size: int | None,
     codebook_dim: int | None,
     num_quantizers: int,
+    scales: tuple[int, ...],
     fsq_levels: tuple[int, ...],
     codebook_decay: float,
     dead_code_threshold: float,
-) -> FSQ | ResidualVQ | VectorQuantize:
-    """The codebook of a `VQModelFA`; see there for the arguments and what is raised."""
+) -> Any:
+    """The codebook of a `VQModelFA`, a module; see there for the arguments and what is raised."""
     if quantizer == "fsq":
         if codebook_dim is not None or codebook_size not in (None, prod(fsq_levels)):
             raise ValueError(
@@ -283,7 +304,7 @@ def make_quantizer(
             codebook = FSQ(list(fsq_levels), dim=latent_channels)
         device = torch.get_default_device()
         return codebook if device.type == "cpu" else codebook.to(device)
-    settings = {
+    settings: dict[str, Any] = {
         "dim": latent_channels,
         "codebook_size": 1024 if codebook_size is None else codebook_size,
         "codebook_dim": codebook_dim,
@@ -296,8 +317,13 @@ def make_quantizer(
         codebook = VectorQuantize(**settings)
     elif quantizer == "residual":
         codebook = ResidualVQ(num_quantizers=num_quantizers, **settings)
+    elif quantizer in ("next_scale", "next_band"):
+        if codebook_dim is not None:
+            raise ValueError(f"quantizer={quantizer!r} has no projections: codebook_dim must be None")
+        kind = MultiScaleQuantizer if quantizer == "next_scale" else WaveletQuantizer
+        codebook = kind(scales=tuple(scales), **settings | {"use_cosine_sim": False})  # the sizes of residuals matter
     else:
-        raise ValueError(f"quantizer must be 'vq', 'residual' or 'fsq', got {quantizer!r}")
+        raise ValueError(f"quantizer must be 'vq', 'residual', 'fsq', 'next_scale' or 'next_band', got {quantizer!r}")
 
     # Two attributes of vector-quantize-pytorch's codebooks that its constructors do not expose.
     for module in codebook.modules():

@@ -15,7 +15,7 @@ from favae.pipelines.texts import TextPipeline, check_text_encoder
 
 class CATPipeline(TextPipeline):
     r"""
-    Autoregressive text-to-image generation.
+    Autoregressive text-to-image generation, token by token or from coarse to fine.
 
     Parameters:
         transformer: a [`CATTransformerModel`].
@@ -87,7 +87,7 @@ class CATPipeline(TextPipeline):
             prompt_embeds, prompt_attention_mask: text embeddings (B, L, D) and mask (B, L) by `encode_prompt`, instead
                 of `prompt`. Guidance leads away from no text; there is no negative prompt.
             output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (the tokens:
-                int64 (B, h, w) or (B, h, w, Q), or normalized latents (B, C, h, w)).
+                int64 (B, h, w), (B, h, w, Q) or (B, N), or normalized latents (B, C, h, w)).
 
         Returns:
             [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
@@ -103,7 +103,7 @@ class CATPipeline(TextPipeline):
         embeddings, mask = self._text_of(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
 
         # 2. Tokens, one after the other
-        with self.progress_bar(total=self.transformer.num_tokens) as bar:
+        with self.progress_bar(total=len(self.transformer.steps)) as bar:
             tokens = self.transformer.generate(
                 embeddings,
                 mask,
@@ -113,7 +113,7 @@ class CATPipeline(TextPipeline):
                 top_p=top_p,
                 num_head_steps=num_head_steps,
                 generator=generator,
-                callback=lambda position: bar.update(),
+                callback=lambda step: bar.update(),
             )
 
         # 3. Images
@@ -128,10 +128,14 @@ class CATPipeline(TextPipeline):
 def _check_vae(transformer: CATTransformerModel, vae: VQModelFA | AutoencoderKL) -> None:
     """Raises ValueError for a transformer of other tokens than those of the autoencoder."""
     if isinstance(vae, VQModelFA):
-        codes = vae.config.num_quantizers if vae.config.quantizer == "residual" else 1
-        needed = {"head": "categorical", "codebook_size": vae.num_tokens, "num_quantizers": codes}
+        kind = vae.config.quantizer
+        codes = vae.config.num_quantizers if kind == "residual" else 1
+        needed = {"head": "categorical", "codebook_size": vae.num_tokens, "num_quantizers": codes, "order": "raster"}
+        if kind in ("next_scale", "next_band"):
+            needed |= {"order": kind, "scales": list(vae.config.scales)}
     else:
         needed = {"head": "flow", "latent_channels": vae.config.latent_channels}
     for name, value in needed.items():
-        if transformer.config[name] != value:
+        own = transformer.config[name]
+        if (list(own) if isinstance(own, tuple) else own) != value:
             raise ValueError(f"the transformer has {name}={transformer.config[name]}, the autoencoder needs {value}")

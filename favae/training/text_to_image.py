@@ -31,7 +31,7 @@ class TextToImageModule(nn.Module):
     def forward(self, latents: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Args:
-            latents: normalized latents (B, C, h, w), or tokens (B, h, w[, Q]), int64.
+            latents: normalized latents (B, C, h, w), or tokens (B, h, w[, Q]) or (B, N), int64.
             batch: "text_embeddings" (B, L, D) and "text_mask" (B, L).
         Returns:
             The loss, and the same by name, detached.
@@ -90,17 +90,16 @@ def check_text_shapes(transformer: CATTransformerModel, dataset: MomentsDataset 
         wanted = {"model.head": "flow", "model.latent_channels, model.sample_size": dataset.latent_shape}
         found = {"model.head": built.head, "model.latent_channels, model.sample_size": (built.latent_channels, *size)}
     else:
-        codes = (built.num_quantizers,) if built.num_quantizers > 1 else ()
+        shape, codes = "model.sample_size, model.num_quantizers", (built.num_quantizers,)
+        tokens: tuple[int, ...] = size + codes if built.num_quantizers > 1 else size
+        if built.order != "raster":
+            shape, tokens = "model.scales with as many tokens as", (transformer.num_tokens,)
         wanted = {
             "model.head": "categorical",
-            "model.sample_size, model.num_quantizers": dataset.latent_shape,
+            shape: dataset.latent_shape,
             "model.codebook_size": dataset.codebook_size,
         }
-        found = {
-            "model.head": built.head,
-            "model.sample_size, model.num_quantizers": (*size, *codes),
-            "model.codebook_size": built.codebook_size,
-        }
+        found = {"model.head": built.head, shape: tokens, "model.codebook_size": built.codebook_size}
     wanted["model.text_dim"], found["model.text_dim"] = embeddings.dim, built.text_dim
     for key, value in wanted.items():
         if found[key] != value:

@@ -371,7 +371,8 @@ def _total(terms: Terms, like: Tensor) -> Tensor:
 
 
 class CodebookStatistics(nn.Module):
-    """How the entries of a codebook are used: of the first one, for a residual quantizer; by this process's images."""
+    """How the entries of a codebook are used, by this process's images: of the first one, for a residual quantizer; of
+    those of all bands together."""
 
     counts: Tensor  # a moving sum of the uses of each entry
     unused: Tensor  # batches since the last use of each entry
@@ -385,12 +386,12 @@ class CodebookStatistics(nn.Module):
     def forward(self, indices: Tensor) -> dict[str, Tensor]:
         """
         Args:
-            indices: (B, h, w) or (B, h, w, Q), of one more batch.
+            indices: (B, h, w), (B, h, w, Q) or (B, N), of one more batch.
         Returns:
             "codebook_usage", the share of entries used in the last hundred batches, and "codebook_perplexity", the
             exponential of the entropy of how often each entry was used in about as many batches.
         """
-        first = indices if indices.ndim == 3 else indices[..., 0]
+        first = indices[..., 0] if indices.ndim == 4 else indices
         batch = torch.bincount(first.flatten(), minlength=len(self.counts))
         self.counts.mul_(1 - 1 / STATISTICS_WINDOW).add_(batch)
         self.unused.add_(1).masked_fill_(batch > 0, 0)

@@ -111,16 +111,16 @@ def test_high_power_is_above_half_of_the_frequencies():
     assert high_power(slow) < 1e-6 < high_power(fast)
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "residual"])
+@pytest.mark.parametrize("quantizer", ["vq", "residual", "next_scale"])
 def test_tokens_are_coded_and_decoded(quantizer):
     torch.manual_seed(0)
-    vae = VQModelFA(**{**TINY_VQ, "quantizer": quantizer, "num_quantizers": 2}).eval()
+    vae = VQModelFA(**{**TINY_VQ, "quantizer": quantizer, "num_quantizers": 2, "scales": (1, 8)}).eval()
     images = ImageDataset(open_source("photos", "heldout"), 32)
     codec = TokenizerCodec(vae, images, 1.0)
     batch = torch.stack([images[i]["image"] for i in range(3)])
     decoded, sizes = codec(batch)
     torch.testing.assert_close(decoded, reconstruct(vae, batch), rtol=0, atol=1e-5)
-    tokens = 64 * (2 if quantizer == "residual" else 1)
+    tokens = {"vq": 64, "residual": 128, "next_scale": 65}[quantizer]
     assert all(26 < size <= 26 + 4 + tokens * 5 / 8 + 4 for size in sizes)  # 32 entries: 5 bits at most
 
 

@@ -40,6 +40,8 @@ def tiny(**options) -> CATTransformerModel:
 
 def some_tokens(model: CATTransformerModel, batch: int = 2) -> torch.Tensor:
     config = model.config
+    if config.order != "raster":
+        return torch.randint(config.codebook_size, (batch, model.num_tokens))
     if config.head == "flow":
         return torch.randn(batch, config.latent_channels, 3, 3)
     codes = (config.num_quantizers,) if config.num_quantizers > 1 else ()
@@ -125,14 +127,14 @@ def test_cached_steps_agree_with_the_whole(head, layout):
     output = model(tokens, text, mask)
     embeddings = model.token_head.embed(model.token_head.to_sequence(tokens))
     cache = model.start(text, mask)
-    steps = [model.step(None if k == 0 else embeddings[:, k - 1], cache) for k in range(9)]
-    assert torch.allclose(torch.stack(steps, dim=1), output.hidden_states, atol=1e-4)
+    steps = [model.step(None if k == 0 else embeddings[:, k - 1 : k], cache) for k in range(9)]
+    assert torch.allclose(torch.cat(steps, dim=1), output.hidden_states, atol=1e-4)
     if output.logits is not None:
         first = output.logits if output.logits.ndim == 3 else output.logits[:, :, 0]
-        logits = torch.stack(steps, dim=1) @ model.token_head.embedding.weight[:16].T
+        logits = torch.cat(steps, dim=1) @ model.token_head.embedding.weight[:16].T
         assert torch.allclose(logits, first, atol=1e-4)
     with pytest.raises(ValueError, match="position 9 of 9"):
-        model.step(embeddings[:, -1], cache)
+        model.step(embeddings[:, -1:], cache)
 
 
 @pytest.mark.parametrize("attention", ["multi_head", "shared_key_value"])
@@ -327,7 +329,7 @@ def test_flow_head_learns_two_points(low_channels):
     head = FlowHead(2, 4, 32, 2, low_channels)
     for velocity in head.velocities:
         velocity.initialize_weights()
-    hidden = torch.zeros(1, 256, 4)
+    hidden = torch.zeros(1, 256, 4)  # (B, N, D) in training, (B, 1, D) in sampling
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     for _ in range(150):
         points = torch.randint(2, (1, 256, 1)) * 2.0 - 1
@@ -336,8 +338,9 @@ def test_flow_head_learns_two_points(low_channels):
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        drawn = head.sample(hidden[0], num_steps=50)
-        assert torch.equal(head.sample(hidden[0], temperature=0.0)[0], head.sample(hidden[0], temperature=0.0)[1])
+        one = hidden.transpose(0, 1)
+        drawn = head.sample(one, num_steps=50).squeeze(1)
+        assert torch.equal(head.sample(one, temperature=0.0)[0], head.sample(one, temperature=0.0)[1])
     near = (drawn.abs() - 1).abs().amax(1) < 0.3
     assert near.float().mean() > 0.9
     assert (drawn[near].prod(1) < 0).float().mean() > 0.97  # the high channel follows the low one
@@ -346,13 +349,13 @@ def test_flow_head_learns_two_points(low_channels):
 
 def test_high_channels_are_drawn_given_the_low_ones():
     model = tiny(**HEADS["low, then high"])
-    head, hidden = model.token_head, torch.randn(1, 24).expand(2, -1)
-    noise = torch.randn(2, 3), torch.randn(1, 1).expand(2, -1)  # the low channels differ, the high ones' noise is one
+    head, hidden = model.token_head, torch.randn(1, 1, 24).expand(2, -1, -1)
+    noise = torch.randn(2, 1, 3), torch.randn(1, 1, 1).expand(2, -1, -1)  # of the low channels, and the high ones
     draws = iter(noise)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr("favae.models.token_heads.randn_tensor", lambda *arguments: next(draws))
         drawn = head.sample(hidden)
-    assert (drawn[0, 3] - drawn[1, 3]).abs() > 1e-4
+    assert (drawn[0, 0, 3] - drawn[1, 0, 3]).abs() > 1e-4
 
 
 def test_runs_in_half_precision(head):
@@ -446,3 +449,79 @@ def test_hidden_states_that_are_not_finite_are_an_error(head, broken):
                 parameter.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="float32"):
         model.generate(torch.randn(2, 3, 6), **few_steps(model))
+
+
+STAGES = {
+    "next_scale": {"order": "next_scale", "scales": (1, 2, 4), "sample_size": 4},  # 1 + 4 + 16 tokens
+    "next_band": {"order": "next_band", "scales": (2, 4), "sample_size": 4},  # 4 + 12
+}
+
+
+@pytest.mark.parametrize("order", STAGES)
+@pytest.mark.parametrize("attention", ["multi_head", "shared_key_value"])
+def test_a_stage_sees_the_stages_before_it_and_nothing_else(order, attention):
+    model = tiny(**STAGES[order], attention=attention)
+    tokens, text = some_tokens(model), torch.randn(2, 5, 6)
+    expected = model(tokens, text)
+    assert expected.logits.shape == (2, model.num_tokens, 16)
+    first = 0
+    for count in model.steps:
+        for k in (first, first + count - 1):
+            changed = tokens.clone()
+            changed[:, k] = (changed[:, k] + 1) % 16
+            different = (model(changed, text).hidden_states - expected.hidden_states).abs().amax(-1) > 1e-6
+            assert not different[:, : first + count].any() and different[:, first + count :].all()
+        first += count
+
+
+@pytest.mark.parametrize("order", STAGES)
+@pytest.mark.parametrize("attention", ["multi_head", "shared_key_value"])
+def test_sampled_stages_are_the_likeliest_given_the_stages_before(order, attention, tmp_path):
+    model = tiny(**STAGES[order], attention=attention)
+    text, mask = torch.randn(2, 5, 6), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    steps: list[int] = []
+    tokens = model.generate(text, mask, temperature=0.0, callback=steps.append)
+    assert torch.equal(tokens, model(tokens, text, mask).logits.argmax(-1)) and steps == list(range(len(model.steps)))
+
+    # guidance grows from the first stage to the last
+    guided = model.generate(text, mask, temperature=0.0, guidance_scale=3.0)
+    conditional, null = (model(guided, text, m).logits for m in (mask, torch.zeros_like(mask)))
+    stages = torch.repeat_interleave(torch.arange(len(model.steps)), torch.tensor(model.steps))
+    scale = (1 + 2 * stages / (len(model.steps) - 1)).view(1, -1, 1)
+    assert torch.equal(guided, (null + scale * (conditional - null)).argmax(-1))
+
+    # what is saved samples the same; an image does not depend on its batch
+    model.save_pretrained(tmp_path)
+    drawn = CATTransformerModel.from_pretrained(tmp_path).generate(text, mask, top_p=0.9, generator=generators(0, 1))
+    assert torch.equal(drawn, model.generate(text, mask, top_p=0.9, generator=generators(0, 1)))
+    assert torch.equal(drawn[1:], model.generate(text[1:], mask[1:], top_p=0.9, generator=generators(1)))
+
+
+@pytest.mark.parametrize("order", STAGES)
+def test_overfits_stages(order):
+    torch.manual_seed(0)
+    model = CATTransformerModel(**TINY | STAGES[order]).train()
+    tokens, text = some_tokens(model), torch.randn(2, 5, 6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(tokens, text).loss.backward()
+        optimizer.step()
+    assert torch.equal(model.eval().generate(text, top_k=1), tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "next_scale"}, "scales up to"),
+        ({"order": "next_scale", "scales": (1, 2)}, "scales up to"),
+        ({"order": "next_scale", "scales": (2, 1, 3)}, "must grow"),
+        ({"order": "next_band", "scales": (1, 3)}, "double"),
+        ({"order": "next_band", "scales": (1, 3), **FLOW}, "categorical"),
+        ({"scales": (1, 3)}, "scales are for"),
+        ({"order": "snake"}, "snake"),
+    ],
+)
+def test_orders_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        CATTransformerModel(**TINY | options)

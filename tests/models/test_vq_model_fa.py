@@ -10,6 +10,8 @@ QUANTIZERS = [
     {"codebook_dim": 4},
     {"quantizer": "residual", "num_quantizers": 3},
     {"quantizer": "fsq", "fsq_levels": (5, 4, 3), "codebook_size": None},
+    {"quantizer": "next_scale", "scales": (1, 2, 3, 4)},
+    {"quantizer": "next_band", "scales": (1, 2, 4)},
 ]
 
 
@@ -24,8 +26,10 @@ def test_indices_and_latents_decode_alike(options):
     latents = model.encode(x).latents
     assert latents.shape == (2, 6, 4, 4)
     quantized = model.quantize(latents)
-    depth = (3,) if options.get("quantizer") == "residual" else ()
-    assert quantized.indices.shape == (2, 4, 4, *depth) and quantized.indices.dtype == torch.int64
+    shapes = {"residual": (4, 4, 3), "next_scale": (1 + 4 + 9 + 16,), "next_band": (1 + 3 + 12,)}
+    shape = shapes.get(options.get("quantizer"), (4, 4))
+    assert quantized.indices.shape == (2, *shape) and quantized.indices.dtype == torch.int64
+    assert measure_budget(model, 16).tokens_per_image == quantized.indices[0].numel()
     assert quantized.indices.min() >= 0 and quantized.indices.max() < model.num_tokens
     assert torch.allclose(model.lookup(quantized.indices), quantized.latents, atol=1e-6)
     decoded = model.decode(quantized.indices).sample
@@ -56,7 +60,7 @@ def test_save_load_same_output(options, tmp_path):
     assert torch.equal(loaded(x).sample, model(x).sample)
 
 
-@pytest.mark.parametrize("options", [{}, {"quantizer": "residual"}])
+@pytest.mark.parametrize("options", [{}, *QUANTIZERS[-2:], {"quantizer": "residual"}])
 def test_a_frozen_codebook_stays_frozen(options):
     model = VQModelFA(**{**TINY_VQ, **options}).train()
     codebooks = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -80,8 +84,9 @@ def test_a_frozen_codebook_stays_frozen(options):
     assert changed()
 
 
-def test_gradients_pass_straight_through():
-    model = VQModelFA(**TINY_VQ).train()
+@pytest.mark.parametrize("options", [{}, *QUANTIZERS[-2:]])
+def test_gradients_pass_straight_through(options):
+    model = VQModelFA(**TINY_VQ | options).train()
     latents = torch.randn(2, 6, 4, 4, requires_grad=True)
     quantized = model.quantize(latents)
     (gradient,) = torch.autograd.grad(quantized.latents.sum(), latents, retain_graph=True)
@@ -183,4 +188,37 @@ def test_every_quantizer_can_be_measured_without_weights():
     for options in QUANTIZERS:
         with torch.device("meta"):
             model = VQModelFA(**{**TINY_VQ, **options})
-        assert measure_budget(model, 16).tokens_per_image == 16 * (3 if model.config.quantizer == "residual" else 1)
+        tokens = {"residual": 48, "next_scale": 30}.get(model.config.quantizer, 16)
+        assert measure_budget(model, 16).tokens_per_image == tokens
+
+
+@pytest.mark.parametrize("options", QUANTIZERS[-2:], ids=lambda options: options["quantizer"])
+def test_every_first_scale_is_a_picture(options):
+    torch.manual_seed(0)
+    model = VQModelFA(**TINY_VQ | options).train()
+    latents = torch.randn(16, 6, 4, 4) + 2 * torch.randn(16, 6, 1, 1)  # mostly low frequencies
+    optimizer = torch.optim.Adam(model.codebook.parameters(), lr=0.03) if options["quantizer"] == "next_scale" else None
+    for _ in range(60):
+        loss = model.quantize(latents.clone().requires_grad_()).loss
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    indices = model.eval().quantize(latents).indices
+    ends = torch.tensor([stage.tokens for stage in model.codebook.stages]).cumsum(0).tolist()
+    errors = []
+    for end, scale in zip(ends, options["scales"]):
+        found = model.lookup(indices[:, :end])
+        if options["quantizer"] == "next_scale":
+            assert found.shape == latents.shape and model.decode(indices[:, :end]).sample.shape[-1] == 16
+            errors.append((found - latents).square().mean())
+        else:  # the latents of a smaller image
+            assert found.shape[-1] == scale and model.decode(indices[:, :end]).sample.shape[-1] == 4 * scale
+            small = torch.nn.functional.avg_pool2d(latents, 4 // scale)
+            errors.append((torch.nn.functional.interpolate(found, size=4) - latents).square().mean())
+            assert (found - small).square().mean() < small.square().mean() / 2
+    assert all(later < earlier for earlier, later in zip(errors, errors[1:]))
+    with pytest.raises(ValueError, match="sum of the first"):
+        model.lookup(indices[:, : ends[0] + 1])
+    with pytest.raises(ValueError, match="16x16"):
+        model.encode(images(1, 32))

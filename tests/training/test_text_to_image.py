@@ -54,6 +54,28 @@ def latents(tmp_path, image_folder, tiny_favae):
     return prepare(tmp_path, image_folder, tiny_favae, {**MODEL, **FLOW})
 
 
+@pytest.fixture(params=["next_scale", "next_band"])
+def stages(request, tmp_path, image_folder):
+    scales = [1, 2, 4]
+    tokenizer = VQModelFA(**TINY_VQ, quantizer=request.param, scales=scales).eval()
+    return prepare(tmp_path, image_folder, tokenizer, {**MODEL, "order": request.param, "scales": scales})
+
+
+def test_stages_train_resume_and_are_sampled(stages, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_in_processes(2, "train_generator", stages, f"output={tmp_path / 'pair'}", "train.steps=2") == [0, 0]
+    for output, more in ((whole, []), (parts, ["train.steps=4"]), (parts, [])):
+        train("train_generator", stages, f"output={output}", *more)
+    for file in sorted((whole / "final").rglob("*.safetensors")):
+        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
+    pipe = DiffusionPipeline.from_pretrained(whole / "final")
+    assert len(pipe(["a red apple", "the dog"], guidance_scale=2.0).images) == 2
+    with pytest.raises(ValueError, match="the autoencoder needs raster"):
+        CATPipeline(pipe.transformer, VQModelFA(**TINY_VQ), pipe.text_encoder, pipe.tokenizer)
+    named = refusal("train_generator", stages, "model.order=raster", "model.scales=null")
+    assert "model.sample_size, model.num_quantizers" in named
+
+
 @pytest.mark.parametrize("cached, loss", [("codes", "cross_entropy"), ("latents", "velocity")])
 def test_it_trains_resumes_and_its_pipeline_opens(cached, loss, request, tmp_path):
     recipe = request.getfixturevalue(cached)
