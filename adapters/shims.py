@@ -6,7 +6,6 @@ script it replaces, and which constants change with it. SiT and REPA's training 
 """
 
 from functools import partial
-from itertools import accumulate
 from math import isqrt
 from pathlib import Path
 
@@ -15,12 +14,14 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision import transforms
 
 from favae.autoencoders import decode, encode, load_autoencoder
 from favae.data.decoding import to_rgb
 from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.models import VQModelFA
+from favae.models.scale_quantizers import MultiScaleQuantizer
 
 __all__ = ["DeTokVAE", "EDM2Encoder", "LlamaGenVQ", "MARVAE", "VARVQ", "VA_VAE"]
 
@@ -244,7 +245,7 @@ class LlamaGenVQ(nn.Module):
         vq: a `VQModelFA` with one token per position. `vocab_size` is the number that the generator needs.
 
     Raises:
-        ValueError: for another class, and for a residual quantizer: LlamaGen's sequences are h * w tokens long.
+        ValueError: for another class, and for other quantizers: LlamaGen's sequences are h * w tokens long.
 
     Source: Sun et al., 2024 (arXiv 2406.06525).
     """
@@ -252,8 +253,9 @@ class LlamaGenVQ(nn.Module):
     def __init__(self, vq: str | Path | VQModelFA):
         super().__init__()
         self.vq = _open_codebook(vq)
-        if self.vq.config.quantizer == "residual":
-            raise ValueError("LlamaGen has one token per position; this VQModelFA has several (quantizer='residual')")
+        quantizer = self.vq.config.quantizer
+        if quantizer not in ("vq", "fsq"):
+            raise ValueError(f"LlamaGen has one token per position, unlike {quantizer=}")
         self.vocab_size = self.vq.num_tokens
 
     @torch.no_grad()
@@ -290,21 +292,16 @@ class LlamaGenVQ(nn.Module):
 class VARVQ(nn.Module):
     """VAR's `VQVAE`, for the training and sampling of its transformer.
 
-    VAR predicts maps of tokens, each from the sum of those before it. Here the maps are those of a residual quantizer:
-    Q maps of one size (`patch_nums` is Q times h) with one vocabulary, in which codebook q begins at q * num_tokens.
-    All tokens of the first map are sampled at once from the class alone, where VAR's own first map has a single token.
-    One codebook gives one map, which is enough for reading and writing tokens, but not for VAR's transformer.
-
     Args:
-        vq: a `VQModelFA`.
+        vq: a `VQModelFA` with quantizer="next_scale"; its scales are VAR's `patch_nums`.
 
     Attributes:
-        vocab_size: Q * num_tokens.
+        vocab_size: entries of the codebook.
         Cvae: channels of the latents.
-        quantize: in place of VAR's `VectorQuantizer2`; it has a copy of the codebook vectors.
+        quantize: in place of VAR's `VectorQuantizer2`.
 
     Raises:
-        ValueError: for another class.
+        ValueError: for another class or quantizer.
 
     Source: Tian et al., NeurIPS 2024 (arXiv 2404.02905).
     """
@@ -312,7 +309,9 @@ class VARVQ(nn.Module):
     def __init__(self, vq: str | Path | VQModelFA):
         super().__init__()
         self.vq = _open_codebook(vq)
-        self.quantize = VARQuantizer(_contributions(self.vq).float())
+        if not isinstance(self.vq.codebook, MultiScaleQuantizer):
+            raise ValueError(f"VAR needs quantizer='next_scale', not {self.vq.config.quantizer!r}")
+        self.quantize = VARQuantizer(self.vq.codebook)
         self.vocab_size, self.Cvae = self.quantize.vocab_size, self.quantize.Cvae
 
     @property
@@ -325,71 +324,62 @@ class VARVQ(nn.Module):
 
     @torch.no_grad()
     def img_to_idxBl(self, inp_img_no_grad: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> indices (B, h * w), one tensor per codebook."""
+        """(B, 3, H, W) in [-1, 1] -> indices (B, side ** 2), one tensor per scale."""
         indices = self.vq.quantize(self.vq.encode(inp_img_no_grad.to(self.vq.dtype)).latents).indices
-        maps = indices.flatten(1, 2).reshape(len(indices), -1, self.vocab_size // self.vq.num_tokens).unbind(2)
-        return [tokens + level * self.vq.num_tokens for level, tokens in enumerate(maps)]
+        return self.vq.codebook.split(indices)
 
     def idxBl_to_img(self, ms_idx_Bl: list[Tensor], same_shape: bool, last_one: bool = False) -> list[Tensor] | Tensor:
         """
         Args:
-            ms_idx_Bl: indices (B, h * h), one tensor per codebook.
-            same_shape: has no effect, since all maps have one size.
-            last_one: return the image of all maps, rather than a list of the images of the first 1, 2, ... maps.
+            ms_idx_Bl: indices (B, side ** 2), one tensor per scale; the first ones are enough.
+            same_shape: must be True: no image is smaller than the others.
+            last_one: return the image of all scales, rather than a list of the images of the first 1, 2, ... scales.
         Returns:
             (B, 3, H, W) in [-1, 1].
         Raises:
-            ValueError: if the tokens do not make a square, or are outside the vocabulary.
+            ValueError: if there are not as many tokens as a scale has, if indices are outside the codebook, or without
+                `same_shape`.
         """
-        side = isqrt(ms_idx_Bl[0].shape[1])
-        for tokens in ms_idx_Bl:
-            if tokens.shape[1] != side * side:
-                raise ValueError(f"maps of tokens must be squares of one size, got {tokens.shape[1]} tokens")
-            if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
-                raise ValueError(f"indices must be in 0 ... {self.vocab_size - 1}")
-        maps = [self.quantize.embedding(tokens).transpose(1, 2).unflatten(2, (side, side)) for tokens in ms_idx_Bl]
-        sums = self.quantize.embed_to_fhat(maps)
-        return self.fhat_to_img(sums[-1]) if last_one else [self.fhat_to_img(f_hat) for f_hat in sums]
+        if not same_shape:
+            raise ValueError("same_shape must be True: images of fewer scales are as large as those of all")
+        counts = range(len(ms_idx_Bl) if last_one else 1, len(ms_idx_Bl) + 1)
+        images = [self.fhat_to_img(self.vq.lookup(torch.cat(ms_idx_Bl[:count], dim=1))) for count in counts]
+        return images[0] if last_one else images
 
     def fhat_to_img(self, f_hat: Tensor) -> Tensor:
-        """The sum of the maps' vectors (B, Cvae, h, w) -> (B, 3, H, W) in [-1, 1]."""
+        """The sum of the scales (B, Cvae, h, w) -> (B, 3, H, W) in [-1, 1]."""
         return self.vq.decode(f_hat.to(self.vq.dtype), force_not_quantize=True).sample.clamp(-1, 1)
 
 
 class VARQuantizer(nn.Module):
-    """VAR's `VectorQuantizer2` for maps of one size: nothing is resized or convolved between them.
+    """VAR's `VectorQuantizer2`, around the quantizer of a `VQModelFA`, with a copy of its entries."""
 
-    Args:
-        vectors: (vocab_size, Cvae).
-    """
-
-    def __init__(self, vectors: Tensor):
+    def __init__(self, quantizer: MultiScaleQuantizer):
         super().__init__()
-        self.vocab_size, self.Cvae = vectors.shape
-        self.embedding = nn.Embedding.from_pretrained(vectors)
+        self.quantizer = quantizer
+        self.embedding = nn.Embedding.from_pretrained(quantizer.codebook.codebook.float())
+        self.vocab_size, self.Cvae = self.embedding.weight.shape
         self.prog_si = -1  # VAR's trainer sets this; VAR itself does not support progressive training either
 
-    def embed_to_fhat(
-        self, ms_h_BChw: list[Tensor], all_to_max_scale: bool = True, last_one: bool = False
-    ) -> list[Tensor] | Tensor:
-        """Maps of vectors (B, Cvae, h, w) -> the sums of the first 1, 2, ... of them, or the last sum."""
-        sums = list(accumulate(ms_h_BChw))
-        return sums[-1] if last_one else sums
-
     def idxBl_to_var_input(self, gt_ms_idx_Bl: list[Tensor]) -> Tensor:
-        """Q maps of indices (B, l) -> the transformer's input for the maps after the first, (B, (Q - 1) * l, Cvae).
-
-        Raises:
-            ValueError: for a single map.
-        """
-        if len(gt_ms_idx_Bl) < 2:
-            raise ValueError("VAR predicts maps of tokens from the ones before; quantizer='residual' has more than one")
-        return torch.cat(list(accumulate(map(self.embedding, gt_ms_idx_Bl[:-1]))), dim=1)
+        """Indices (B, side ** 2) of all scales -> what the transformer sees at the second and later, (B, L, Cvae)."""
+        f_hat: Tensor | None = None
+        inputs = []
+        for number, indices in enumerate(gt_ms_idx_Bl[:-1]):
+            f_hat, following = self._add(f_hat, self.embedding(indices), number)
+            inputs.append(following.flatten(2).transpose(1, 2))
+        return torch.cat(inputs, dim=1)
 
     def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds map `si` of `SN` to the sum; gives it (B, Cvae, h, w) twice, for the image and for the next map."""
-        f_hat = f_hat + h_BChw
-        return f_hat, f_hat
+        """Adds vectors (B, Cvae, side, side) of scale `si` of `SN` to the sum (B, Cvae, h, w); gives the sum, and the
+        same at the size of the next scale."""
+        return self._add(f_hat, h_BChw.flatten(2).transpose(1, 2), si)
+
+    def _add(self, f_hat: Tensor | None, entries: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        added = self.quantizer.spread(entries, number)
+        f_hat = added if f_hat is None else f_hat + added
+        sides = self.quantizer.scales
+        return f_hat, F.interpolate(f_hat, size=sides[min(number + 1, len(sides) - 1)], mode="area")
 
 
 def _open(vae: str | Path | ModelMixin) -> ModelMixin:
@@ -401,16 +391,6 @@ def _open_codebook(vq: str | Path | VQModelFA) -> VQModelFA:
     if not isinstance(vq, VQModelFA):
         raise ValueError(f"tokens come from a VQModelFA, not from a {type(vq).__name__}")
     return vq
-
-
-@torch.no_grad()
-def _contributions(vq: VQModelFA) -> Tensor:
-    """What each index adds to the latents, (Q * num_tokens, C). The first codebook has the bias of the projection."""
-    if vq.config.quantizer != "residual":
-        return vq.lookup(torch.arange(vq.num_tokens, device=vq.device).view(1, -1, 1))[0, :, :, 0].T.contiguous()
-    project, codebooks = vq.codebook.project_out, vq.codebook.codebooks.to(vq.dtype)  # (Q, num_tokens, D)
-    bias = project(torch.zeros_like(codebooks[0, :1]))
-    return torch.cat([project(codebooks[:1]), project(codebooks[1:]) - bias]).flatten(0, 1)
 
 
 def _posterior(vae: ModelMixin, images: Tensor) -> DiagonalGaussianDistribution:

@@ -5,9 +5,9 @@
     FAVAE_GLYPHS=glyphs python -m experiments.codebooks
 
 One VQGAN of 128 bits per image, without a loss on frequencies; with the focal frequency loss of the image;
-of all levels, unblurred; with fixed Gaussians (spectrum loss) and with learned ones (dynamic spectrum loss); and the
-three kinds of frequency complements. Measured on families of fonts that are in no training. Writes
-docs/results/codebooks.json and .md.
+of all levels, unblurred; with fixed Gaussians (spectrum loss) and with learned ones (dynamic spectrum loss); the
+three kinds of frequency complements; and tokens from coarse to fine. Measured on families of fonts that are in no
+training. Writes docs/results/codebooks.json and .md.
 """
 
 import json
@@ -53,11 +53,12 @@ TRAIN = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: the kind of frequency complements, and the losses that differ from the L1 distance."""
+    """A row: the kind of frequency complements, the losses that differ from the L1 distance, and the quantizer."""
 
     note: str
     complement: str | None = "conv"
     loss: dict = field(default_factory=dict)
+    quantizer: dict = field(default_factory=dict)
     length: float = 1.0
 
 
@@ -77,6 +78,16 @@ VARIANTS = {
     "dsl": Variant("+ dynamic spectrum loss: learned sigmas", loss=FOCAL | spectrum("dynamic")),
     "dsl_res": Variant("`dsl` with complements of the kind res", "res", FOCAL | spectrum("dynamic")),
     "dsl_attn": Variant("`dsl` with complements of the kind attn", "attn", FOCAL | spectrum("dynamic")),
+    "next_scale": Variant(
+        "`dsl` with residual tokens of 1, 2 and 4 cells along each side, of 64 entries: 126 bits",
+        loss=FOCAL | spectrum("dynamic"),
+        quantizer={"quantizer": "next_scale", "scales": [1, 2, 4], "codebook_size": 64},
+    ),
+    "next_band": Variant(
+        "`dsl` with tokens of Haar bands of the latents",
+        loss=FOCAL | spectrum("dynamic"),
+        quantizer={"quantizer": "next_band", "scales": [1, 2, 4]},
+    ),
 }
 
 
@@ -103,7 +114,7 @@ def make_row(task: Task) -> dict:
 
 def recipe(task: Task) -> TokenizerConfig:
     sections = {
-        "model": MODEL | {"frequency_complement": task.variant.complement},
+        "model": MODEL | {"frequency_complement": task.variant.complement} | task.variant.quantizer,
         "data": {"path": str(GLYPHS.file("train")), "flip": False},
         "loss": task.variant.loss,
         "train": {**TRAIN, **BOTH, **steps_of(task), "mixed_precision": fastest_precision()},

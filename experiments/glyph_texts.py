@@ -7,7 +7,8 @@
 CAT learns the codes of one tokenizer (`dsl` of experiments/codebooks.py) from "small blue bold digit 7 on a white
 ground, top left" and the like, by attention to the embeddings of all tokens of the text, or to their mean alone. On the
 latents of another (`stock` of experiments/latents.py), CAT's flow head is compared with a LightningDiT of as many
-parameters, which has all tokens of an image at once.
+parameters, which has all tokens of an image at once. And tokens row by row are compared with those of two more
+tokenizers, from coarse to fine: scale by scale, and band by band.
 Samples for texts of held-out families, and for pairs of color and character that no text in training has, are read by
 the classifier of experiments/glyphs.py: the share in which each attribute is the one that was asked for. Writes
 docs/results/glyph_texts.json and .md.
@@ -15,6 +16,7 @@ docs/results/glyph_texts.json and .md.
 
 import json
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +64,8 @@ TRAIN = {"batch_size": 64, "learning_rate": 1.0e-3, "weight_decay": 0.01, "lr_wa
 
 
 CODES, LATENTS = "dsl", "stock"  # the tokenizers
+NEXT_SCALE = {**MODEL, "order": "next_scale", "scales": [1, 2, 4], "codebook_size": 64}
+NEXT_BAND = {**MODEL, "order": "next_band", "scales": [1, 2, 4]}
 FLOW = {**MODEL, "head": "flow", "latent_channels": 16, "head_width": 192, "head_layers": 2}
 del FLOW["codebook_size"]
 LIGHTNINGDIT = {
@@ -90,6 +94,8 @@ class Variant:
 VARIANTS = {
     "tokens": Variant("attention to the embeddings of all tokens of the text"),
     "mean": Variant("attention to their mean alone", MODEL | {"text_pooling": "mean"}),
+    "next_scale": Variant("`tokens`, scale by scale", NEXT_SCALE, "next_scale"),
+    "next_band": Variant("`tokens`, band by band", NEXT_BAND, "next_band"),
     "tokens_flow": Variant("`tokens`, on continuous latents", FLOW, LATENTS),
     "lightningdit": Variant("LightningDiT, on the same latents", LIGHTNINGDIT, LATENTS),
 }
@@ -105,9 +111,20 @@ def make_row(task: Task) -> dict:
     params = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
     loss = log["cross_entropy" if "cross_entropy" in log else "velocity"]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": params, "loss": loss}
+    row["seconds_per_image"] = seconds_per_image(pipeline)
     for split in SPLITS:
         row[split] = [{"guidance_scale": scale, **measure(task, pipeline, split, scale)} for scale in GUIDANCE_SCALES]
     return row | environment()
+
+
+def seconds_per_image(pipeline: DiffusionPipeline) -> float:
+    """The time of sampling one batch, guided, of the second of two."""
+    batch = min(PICTURED, PROMPTS)
+    for _ in range(2):
+        start = time.perf_counter()
+        pipeline(prompt=["large red bold letter Q"] * batch, guidance_scale=GUIDANCE_SCALES[-1], output_type="latent")
+        seconds = time.perf_counter() - start
+    return seconds / batch
 
 
 def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -> dict:
@@ -134,9 +151,9 @@ def prepare(task: Task) -> tuple[Path, Path]:
     name = task.variant.tokenizer
     cache = task.runs / f"cache-{name}"
     variants, steps, recipe = (
-        (codebooks.VARIANTS, codebooks.STEPS, codebooks.recipe)
-        if name == CODES
-        else (latents.VARIANTS, latents.STEPS, latents.tokenizer_config)
+        (latents.VARIANTS, latents.STEPS, latents.tokenizer_config)
+        if name == LATENTS
+        else (codebooks.VARIANTS, codebooks.STEPS, codebooks.recipe)
     )
     with FileLock(task.runs / f"tokenizer-{name}.lock"):
         own = Task(f"tokenizer-{name}", variants[name], 0, steps, task.runs, task.resolution, task.batch_size)
@@ -167,8 +184,10 @@ def tables(report: dict) -> str:
             for name in (name for name in VARIANTS if name in rows):
                 own = [row[split][number] for row in rows[name]]
                 cells = [with_std([entry["attributes"][key] for entry in own], 3) for key in ATTRIBUTES]
-                lines.append([f"`{name}`", len(own), note, scale, *cells, with_std([entry["fd"] for entry in own], 1)])
-    return format_table(["row", "seeds", "texts", "guidance", *ATTRIBUTES, "FD"], lines)
+                times = [row["seconds_per_image"] for row in rows[name]]
+                cells += [with_std([entry["fd"] for entry in own], 1), f"{min(times):.3f}"]
+                lines.append([f"`{name}`", len(own), note, scale, *cells])
+    return format_table(["row", "seeds", "texts", "guidance", *ATTRIBUTES, "FD", "s/image"], lines)
 
 
 COMPARISON = Comparison(

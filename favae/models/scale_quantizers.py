@@ -81,12 +81,12 @@ class MultiScaleQuantizer(ScaleQuantizer):
             residual = latents.detach() - total.detach()
             tokens = F.interpolate(residual, size=stage.side, mode="area").flatten(2).transpose(1, 2)
             entries, indices, _ = self.codebook(tokens, freeze_codebook=freeze_codebook)
-            total = total + self._spread(entries, number)
+            total = total + self.spread(entries, number)
             found.append(indices)
             loss = loss + F.mse_loss(total.detach(), latents) + F.mse_loss(total, latents.detach())
         return self.straight_through(latents, total), torch.cat(found, dim=1), loss / len(self.stages)
 
-    def _spread(self, entries: Tensor, number: int) -> Tensor:
+    def spread(self, entries: Tensor, number: int) -> Tensor:
         """Entries (B, n, C) of a stage -> what they add to the latents, (B, C, h, w)."""
         side, size = self.stages[number].side, self.scales[-1]
         grid = entries.transpose(1, 2).unflatten(2, (side, side))
@@ -99,7 +99,7 @@ class MultiScaleQuantizer(ScaleQuantizer):
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (B, n) of the first stages -> their sum, (B, C, h, w)."""
         parts = enumerate(self.split(indices))
-        return torch.stack([self._spread(self.codebook.get_codes_from_indices(part), k) for k, part in parts]).sum(0)
+        return torch.stack([self.spread(self.codebook.get_codes_from_indices(part), k) for k, part in parts]).sum(0)
 
 
 class WaveletQuantizer(ScaleQuantizer):

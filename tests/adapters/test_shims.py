@@ -14,6 +14,7 @@ from favae.adapters.shims import MARVAE, VA_VAE, VARVQ, DeTokVAE, EDM2Encoder, L
 from favae.data.images import center_crop, to_uint8
 
 RESIDUAL = {"quantizer": "residual", "num_quantizers": 3}
+SCALES = {"quantizer": "next_scale", "scales": (1, 2, 4)}
 FSQ = {"quantizer": "fsq", "fsq_levels": (5, 4, 3), "codebook_size": None}
 
 
@@ -230,46 +231,39 @@ def test_llamagen_encodes_and_decodes_as_the_model(options, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options, maps", [({}, 1), (FSQ, 1), (RESIDUAL, 3), ({**RESIDUAL, "codebook_dim": 4}, 3)])
-def test_var_encodes_and_decodes_as_the_model(options, maps):
-    model = vq_model(options)
-    shim = VARVQ(model).to("cpu")
-    x = images()
+def test_var_encodes_and_decodes_as_the_model():
+    model = vq_model(SCALES)
+    shim, x = VARVQ(model).to("cpu"), images()
     tokens = shim.img_to_idxBl(x)
-    assert len(tokens) == maps and all(t.shape == (2, 16) and t.dtype == torch.int64 for t in tokens)
-    assert shim.vocab_size == maps * model.num_tokens and len(shim.quantize.embedding.weight) == shim.vocab_size
-    for level, t in enumerate(tokens):
-        assert level * model.num_tokens <= t.min() <= t.max() < (level + 1) * model.num_tokens
+    assert [tuple(t.shape) for t in tokens] == [(2, 1), (2, 4), (2, 16)]
+    assert shim.vocab_size == model.num_tokens and shim.Cvae == 6
     decoded = model(x).sample.clamp(-1, 1)
     assert torch.allclose(shim.idxBl_to_img(tokens, same_shape=True, last_one=True), decoded, atol=1e-5)
-    stages = shim.idxBl_to_img(tokens, same_shape=False)
-    assert len(stages) == maps and torch.allclose(stages[-1], decoded, atol=1e-5)
-    if options == {**RESIDUAL, "codebook_dim": 4}:  # the projection's bias is in every stage, once
-        first = model.codebook.project_out(model.codebook.codebooks[0][tokens[0]]).transpose(1, 2).unflatten(2, (4, 4))
-        expected = model.decode(first, force_not_quantize=True).sample.clamp(-1, 1)
-        assert torch.allclose(stages[0], expected, atol=1e-5) and not torch.allclose(stages[0], stages[1], atol=1e-3)
-    with pytest.raises(ValueError, match="squares of one size, got 15 tokens"):
-        shim.idxBl_to_img([tokens[0][:, :15]], same_shape=True)
+    stages = shim.idxBl_to_img(tokens, same_shape=True)
+    assert len(stages) == 3 and torch.allclose(stages[-1], decoded, atol=1e-5)
+    assert torch.allclose(stages[0], model.decode(tokens[0]).sample.clamp(-1, 1), atol=1e-5)
+    with pytest.raises(ValueError, match="sum of the first"):
+        shim.idxBl_to_img([tokens[0], tokens[1][:, :3]], same_shape=True, last_one=True)
     with pytest.raises(ValueError, match="indices must be in 0"):
         shim.idxBl_to_img([tokens[0] + shim.vocab_size], same_shape=True)
+    with pytest.raises(ValueError, match="same_shape"):
+        shim.idxBl_to_img(tokens, same_shape=False)
 
 
 @torch.no_grad()
 def test_var_training_and_sampling_see_the_same_inputs():
-    shim, x = VARVQ(vq_model(RESIDUAL)), images()
+    shim, x = VARVQ(vq_model(SCALES)), images()
     tokens = shim.img_to_idxBl(x)
-    targets, inputs = torch.cat(tokens, dim=1), shim.quantize.idxBl_to_var_input(tokens)
-    assert targets.shape == (2, 48) and inputs.shape == (2, 32, shim.Cvae)
+    inputs = shim.quantize.idxBl_to_var_input(tokens)
+    assert inputs.shape == (2, 4 + 16, shim.Cvae)
     f_hat, seen = torch.zeros(2, shim.Cvae, 4, 4), []
-    for level, indices in enumerate(tokens):  # as VAR's sampling loop, had it drawn these
-        vectors = shim.quantize.embedding(indices).transpose_(1, 2).reshape(2, shim.Cvae, 4, 4)
-        f_hat, following = shim.quantize.get_next_autoregressive_input(level, 3, f_hat, vectors)
+    for number, (side, indices) in enumerate(zip((1, 2, 4), tokens)):  # as VAR's sampling loop, had it drawn these
+        vectors = shim.quantize.embedding(indices).transpose_(1, 2).reshape(2, shim.Cvae, side, side)
+        f_hat, following = shim.quantize.get_next_autoregressive_input(number, 3, f_hat, vectors)
         seen.append(following.view(2, shim.Cvae, -1).transpose(1, 2))
     assert torch.allclose(torch.cat(seen[:-1], dim=1), inputs, atol=1e-6)
     expected = shim.idxBl_to_img(tokens, same_shape=True, last_one=True)
     assert torch.allclose(shim.fhat_to_img(f_hat), expected, atol=1e-5)
-    with pytest.raises(ValueError, match="quantizer='residual' has more than one"):
-        shim.quantize.idxBl_to_var_input(tokens[:1])
 
 
 def test_what_the_shims_refuse(tiny_favae):
@@ -296,6 +290,8 @@ def test_what_the_shims_refuse(tiny_favae):
             shim(tiny_favae)
     with pytest.raises(ValueError, match="one token per position"):
         LlamaGenVQ(VQModelFA(**{**TINY_VQ, **RESIDUAL}))
+    with pytest.raises(ValueError, match="needs quantizer='next_scale', not 'residual'"):
+        VARVQ(VQModelFA(**{**TINY_VQ, **RESIDUAL}))
 
 
 def test_repa_and_sit_need_no_shim(tiny_favae):

@@ -137,7 +137,7 @@ def test_a_row_of_codebooks(small, classifier):
     assert "`dsl` | 1" in codebooks.tables({"rows": [row]})
 
 
-@pytest.mark.parametrize("name", ["mean", "lightningdit"])
+@pytest.mark.parametrize("name", ["next_band", "lightningdit"])
 def test_a_row_of_glyph_texts(name, small, classifier, monkeypatch):
     monkeypatch.setattr(glyph_texts, "PROMPTS", 5)
     monkeypatch.setattr(glyph_texts, "SPLITS", {"heldout": "texts"})
