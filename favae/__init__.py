@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from favae.models import TwoBranchAutoencoderKL as TwoBranchAutoencoderKL
     from favae.models import VQModelFA as VQModelFA
     from favae.pipelines import CATPipeline as CATPipeline
+    from favae.pipelines import FlowMatchSDEScheduler as FlowMatchSDEScheduler
     from favae.pipelines import LightningDiTPipeline as LightningDiTPipeline
     from favae.wavelets import InverseWaveletTransform2D as InverseWaveletTransform2D
     from favae.wavelets import WaveletTransform2D as WaveletTransform2D
@@ -40,7 +41,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "TwoBranchAutoencoderKL",
             "VQModelFA",
         ],
-        "pipelines": ["CATPipeline", "LightningDiTPipeline"],
+        "pipelines": ["CATPipeline", "FlowMatchSDEScheduler", "LightningDiTPipeline"],
         "wavelets": ["InverseWaveletTransform2D", "WaveletTransform2D"],
     },
 )

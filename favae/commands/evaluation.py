@@ -179,8 +179,8 @@ def _add_generation(tasks) -> None:
     group.add_argument("--shift", type=in_range(Shift), help="of the scheduler (default: the pipeline's)")
     group.add_argument(
         "--solver",
-        choices=["euler", "heun", "dpm++"],
-        help="of a LightningDiTPipeline: Euler, Heun (two evaluations per step) or DPM-Solver++",
+        choices=["euler", "heun", "dpm++", "sde"],
+        help="of a LightningDiTPipeline: Euler, Heun (two evaluations per step), DPM-Solver++, or an SDE",
     )
     group.add_argument(
         "--num-inference-steps", type=in_range(Count), help="(default: 50; 25 per token for CAT's flow head)"

@@ -177,7 +177,7 @@ class LightningDiTPipeline(TextPipeline):
             if is_guided:
                 velocity = self._guide(velocity, guidance_scale, guidance_channels)
             # The velocity of the scheduler points from data to noise, ours from noise to data.
-            latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
+            latents = self.scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
             if callback_on_step_end is not None:
                 shown = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                 latents = (callback_on_step_end(self, number, timestep, shown) or {}).get("latents", latents)

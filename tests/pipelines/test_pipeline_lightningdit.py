@@ -183,12 +183,34 @@ def test_solvers_of_second_order_need_fewer_evaluations(pipeline, shift, monkeyp
     assert errors["heun"] < 0.5 * errors["euler"] and errors["dpm++"] < 0.7 * errors["euler"]
 
 
+def test_the_sde_has_the_distribution_of_the_flow(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.transformer, "forward", exact_velocity)
+    pipeline.scheduler = flow_scheduler("sde")
+    options = {"guidance_scale": 1.0, "num_inference_steps": 100, "output_type": "latent"}
+
+    def sample(*seeds: int, **more) -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline([0] * len(seeds), generator=generator, **options, **more).images
+
+    samples = sample(*range(64))
+    assert samples.mean().item() == pytest.approx(MEAN, abs=0.01) and samples.std().item() == pytest.approx(
+        STD, rel=0.04
+    )
+    noise = torch.randn(1, 6, 4, 4)
+    apart = (sample(1, latents=noise) - sample(2, latents=noise)).abs().mean()
+    assert apart > 0.5 * STD  # the noise of the start is forgotten
+    assert torch.equal(sample(3), sample(3)) and torch.allclose(sample(3, 4)[1:], sample(4), atol=1e-5)
+
+
 def test_solvers_are_saved_and_known_by_their_shift(pipeline, tmp_path):
     for solver in get_args(Solver):
         scheduler = flow_scheduler(solver, 3.0)
         scheduler.save_pretrained(tmp_path / solver)
         again = type(scheduler).from_pretrained(tmp_path / solver)
         assert shift_of(scheduler) == shift_of(again) == 3.0
+    pipeline.register_modules(scheduler=scheduler)  # one of ours
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "pipeline").scheduler) is type(scheduler)
     assert shift_of(DDIMScheduler()) is None
 
 
