@@ -185,6 +185,7 @@ VARIANTS = {
     ),
     "stock_aligned": Variant("`stock` + alignment", STOCK, {"alignment": ALIGNMENT}),
     "stock_spectrum": Variant("`stock` + spectrum matching", STOCK, {"spectrum_matching": {"weight": 0.01}, "kl": 0.0}),
+    "stock_mask": Variant("`stock` + as much weight again on errors where there is detail", STOCK, {"mask": 1.0}),
     "smooth_first": ours("whose generator learns smooth images first", smooth=0.2),
     "stock_f4": Variant("`stock` at f4", stock([16, 32, 96], 4)),
     "one_trunk_f4": Variant("`one_trunk` at f4", control([16, 48, 96], 4, wavelet=True)),

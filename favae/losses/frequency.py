@@ -221,6 +221,23 @@ def band_loss(
     return total / levels
 
 
+def detail_mask(images: Tensor, floor: float = 0.01) -> Tensor:
+    """How much fine detail an image has at each pixel, relative to the mean of the whole image.
+
+    m = (e + floor) / (mean e + floor), where e is the root mean square of Haar's three high bands of 2 x 2 pixels, over
+    all colors. A flat image has 1 everywhere.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1], H and W even; computed in float32.
+    Returns:
+        (B, 1, H, W), of mean 1 for each image, not differentiated.
+    """
+    _, high = _wavelet_transform("haar", images.device)(images.detach().float())
+    energy = high.square().mean(dim=(1, 2)).sqrt().unsqueeze(1) + floor  # (B, 1, H/2, W/2)
+    mask = energy / energy.mean(dim=(2, 3), keepdim=True)
+    return mask.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
 @functools.cache
 def _wavelet_transform(wavelet: str, device: torch.device) -> WaveletTransform2D:
     """Filters are made once, not at every step."""

@@ -127,6 +127,7 @@ class RateConfig:
 @dataclass(config=STRICT)
 class TokenizerLossConfig:
     reconstruction: Literal["l1", "l2", "none"] = "l1"  # "none": the other losses alone
+    mask: Weight = 0.0  # of the same distance where there is fine detail; see `detail_mask`
     ssim: Weight = 0.0  # of 1 - SSIM
     distillation: Weight = 0.0  # of the distance to the teacher's reconstruction
     latents: Weight = 1.0  # of the distance of the model's latents to the teacher's, if the encoder learns

@@ -14,7 +14,7 @@ from favae.autoencoders import decode, encode, encode_moments
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import adaptive_weight, adversarial_loss
 from favae.losses.alignment import PrincipalComponents, vision_foundation_alignment
-from favae.losses.frequency import SpectrumLoss, band_loss, focal_frequency_loss
+from favae.losses.frequency import SpectrumLoss, band_loss, detail_mask, focal_frequency_loss
 from favae.losses.latent_spectra import spectrum_matching_loss
 from favae.losses.perceptual import LPIPS
 from favae.losses.stft import ssim_loss
@@ -299,6 +299,8 @@ class TokenizerTrainingModule(nn.Module):
         terms: Terms = {}
         if losses.reconstruction != "none":
             terms["reconstruction"] = 1.0, _distance(reconstruction, target, losses)
+        if losses.mask:
+            terms["mask"] = losses.mask, (_error(reconstruction, target, losses) * detail_mask(target)).mean()
         if losses.ssim:
             terms["ssim"] = losses.ssim, ssim_loss(reconstruction, target)
         if self.lpips is not None and losses.perceptual:
@@ -350,9 +352,13 @@ class TokenizerTrainingModule(nn.Module):
         return 0 * torch.stack([parameter.sum() for parameter in idle]).sum() if idle else 0.0
 
 
-def _distance(reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfig) -> Tensor:
+def _error(reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfig) -> Tensor:
     error = reconstruction - target
-    return error.square().mean() if losses.reconstruction == "l2" else error.abs().mean()
+    return error.square() if losses.reconstruction == "l2" else error.abs()
+
+
+def _distance(reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfig) -> Tensor:
+    return _error(reconstruction, target, losses).mean()
 
 
 def last_layers(decoder: nn.Module) -> list[Tensor]:

@@ -10,6 +10,7 @@ from favae.losses.frequency import (
     DynamicSpectrumLoss,
     SpectrumLoss,
     band_loss,
+    detail_mask,
     focal_frequency_loss,
     gaussian_spectrum,
 )
@@ -124,6 +125,17 @@ def test_the_normalized_loss_has_no_unit_and_no_gradient_to_shrink_its_target():
     plain = SpectrumLoss(1)
     (unscaled,) = torch.autograd.grad(plain([c], [a]), a)
     assert torch.allclose(gradient / gradient.norm(), unscaled / unscaled.norm(), atol=1e-5)
+
+
+def test_the_mask_is_high_where_the_detail_is():
+    images = torch.zeros(2, 3, 16, 16)
+    images[0, :, 4:8, 4:8] = torch.rand(3, 4, 4) * 2 - 1  # the second image stays flat
+    mask = detail_mask(images)
+    assert mask.shape == (2, 1, 16, 16) and torch.allclose(mask.mean(dim=(1, 2, 3)), torch.ones(2))
+    assert (mask[0, 0, 4:8, 4:8] > 1).all() and torch.allclose(mask[1], torch.ones(1, 16, 16))
+    outside = mask[0, 0].clone()
+    outside[4:8, 4:8] = 0
+    assert outside.max() < 0.3
 
 
 def test_everything_is_float32_inside_autocast():

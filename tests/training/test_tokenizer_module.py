@@ -129,13 +129,14 @@ def test_losses_are_added_with_their_weights(tiny_favae):
         tiny_favae,
         reconstruction="l2",
         kl=0.0,
+        mask=0.7,
         ssim=0.5,
         focal_frequency=FocalFrequencyConfig(weight=2.0),
         band=BandConfig(weight=0.3, weights=[0, 1, 1, 2]),
         stft=STFTConfig(weight=0.1, window=8),
     )
     loss, logs, _, _ = module(batch(), losses)
-    weights = {"reconstruction": 1, "ssim": 0.5, "focal_frequency": 2, "band": 0.3, "stft": 0.1}
+    weights = {"reconstruction": 1, "mask": 0.7, "ssim": 0.5, "focal_frequency": 2, "band": 0.3, "stft": 0.1}
     assert set(logs) == set(weights)
     assert loss.item() == pytest.approx(sum(w * logs[name].item() for name, w in weights.items()), rel=1e-5)
     loss.backward()
