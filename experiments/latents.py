@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment
+from experiments.controls import ControlAutoencoder
 from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages, read_images, seams_of
 from experiments.precision import fastest_precision
@@ -129,7 +130,7 @@ def split(widths: list[int], high: list[int], channels: int, high_channels: int,
 
 
 def control(widths: list[int], channels: int, **settings) -> dict:
-    name = "experiments.controls.ControlAutoencoder"
+    name = f"{ControlAutoencoder.__module__}.{ControlAutoencoder.__name__}"
     return {"name": name, "block_out_channels": widths, "latent_channels": channels, **settings}
 
 

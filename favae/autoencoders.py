@@ -26,7 +26,7 @@ from favae.normalization import MIN_LOGVAR
 
 
 def load_autoencoder(path: str) -> ModelMixin:
-    """Opens an autoencoder as the class that its config names: one of ours, or any of diffusers.
+    """Opens an autoencoder as the class that its config names: one of ours, any of diffusers, or one that is imported.
 
     Args:
         path: a folder or a hub name. The autoencoder of a saved pipeline is its `vae`.
@@ -45,7 +45,7 @@ def load_autoencoder(path: str) -> ModelMixin:
             options = {"subfolder": "vae"}
             config = diffusers.AutoencoderKL.load_config(path, **options)
         name = config["_class_name"]
-        model_class = getattr(favae, name, None) or getattr(diffusers, name)
+        model_class = getattr(favae, name, None) or _imported_model(name) or getattr(diffusers, name)
         if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
             raise ModelError(f"{path}: a {name} is not an autoencoder")
         with silent_about_previews():
@@ -54,6 +54,16 @@ def load_autoencoder(path: str) -> ModelMixin:
         raise ModelError(f"{path}: a {name} needs the package transformers ({error})") from error
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise ModelError(f"{path}: no autoencoder could be opened here ({_first_line(error)})") from error
+
+
+def _imported_model(name: str) -> type[ModelMixin] | None:
+    """The class of models of this name that somebody has defined, if its module is imported."""
+    classes = [ModelMixin]
+    for model_class in classes:
+        if model_class.__name__ == name:
+            return model_class
+        classes += model_class.__subclasses__()
+    return None
 
 
 def spatial_compression_ratio(vae: ModelMixin) -> int:

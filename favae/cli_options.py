@@ -75,11 +75,10 @@ def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str, 
 
 def open_data(arguments: argparse.Namespace) -> Source:
     """Opens the images that the options of `add_data_options` name."""
-    from favae.data.sources import open_source
-    from favae.data.tables import is_table
+    from favae.data.sources import has_columns, open_source
 
     columns = "--split, --image-column, --label-column and --caption-column say what is read"
-    with hint(columns) if is_table(arguments.data) else nullcontext():
+    with hint(columns) if has_columns(arguments.data) else nullcontext():
         return open_source(
             arguments.data,
             arguments.split,
@@ -92,10 +91,10 @@ def open_data(arguments: argparse.Namespace) -> Source:
 
 def data_name(arguments: argparse.Namespace) -> str:
     """One string for what the options of `add_data_options` name, for results."""
-    from favae.data.tables import has_splits
+    from favae.data.sources import has_splits
 
     path = arguments.data
-    return f"{path}:{arguments.split}" if path == "photos" or has_splits(path) else path
+    return f"{path}:{arguments.split}" if has_splits(path) else path
 
 
 def add_model_option(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

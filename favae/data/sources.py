@@ -1,4 +1,4 @@
-"""Where images come from, by one name: a folder, a data set of the `datasets` library, or photographs in wheels.
+"""Where images come from, by one name: a folder, tar shards, a data set of `datasets`, or photographs in wheels.
 
 A source gives image i as a `PIL.Image` (gray, RGB or RGBA), its class and its captions; `favae.data.images` makes
 tensors of images.
@@ -13,7 +13,8 @@ from PIL import Image
 from favae.data.folders import FolderSource, check_name
 from favae.data.images import ImageIdentity, Source
 from favae.data.photos import PhotoSource
-from favae.data.tables import AUTO, NONE, HuggingFaceSource, is_table
+from favae.data.tables import AUTO, HUB, NONE, HuggingFaceSource, is_table
+from favae.data.tar_shards import TarSource, is_tar
 from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,11 @@ def open_source(
     """Opens images by one name.
 
     Args:
-        path: "photos" for those built in, a folder of images, or what `HuggingFaceSource` opens. ":SPLIT" may follow
-            "photos", in place of `split`.
+        path: "photos" for those built in, a folder of images, or what `TarSource` and `HuggingFaceSource` open.
+            ":SPLIT" may follow "photos", in place of `split`.
         split: of "photos", of data sets on the hub, and of folders with splits in them.
         image_column, label_column, caption_column: names of columns, or "auto"; the latter two may be "none", also of
-            folders. See `HuggingFaceSource`. Sources without columns refuse names of columns.
+            folders. See `HuggingFaceSource` and `TarSource`. Sources without columns refuse names of columns.
         min_size: of images that are not built in, see `FolderSource`.
 
     Raises:
@@ -45,8 +46,9 @@ def open_source(
     """
     check_name(path)
     is_built_in = path == PHOTOS or path.startswith(f"{PHOTOS}:")
-    if not is_built_in and is_table(path):
-        return HuggingFaceSource(path, split, image_column, label_column, caption_column, min_size)
+    if not is_built_in and has_columns(path):
+        kind = TarSource if is_tar(path) else HuggingFaceSource
+        return kind(path, split, image_column, label_column, caption_column, min_size)
     for column, own in ((image_column, "image"), (label_column, "label"), (caption_column, "caption")):
         if column not in (AUTO, own) and (is_built_in or column != NONE):
             raise DataError(f"{path} has no columns, so none is called '{column}'; leave the column at 'auto'")
@@ -60,6 +62,16 @@ def open_source(
             "folders that `save_to_disk` wrote, or hf:NAME"
         )
     return FolderSource(path, min_size, labels=label_column != NONE, captions=caption_column != NONE)
+
+
+def has_columns(path: str) -> bool:
+    """Whether images at this path are rows of tables or of tar shards."""
+    return is_table(path) or is_tar(path)
+
+
+def has_splits(path: str) -> bool:
+    """Whether what is at this path may have several splits."""
+    return path == PHOTOS or path.startswith(HUB) or (Path(path).is_dir() and has_columns(path))
 
 
 class Selection:

@@ -1,4 +1,4 @@
-"""Data sets of the library `datasets`: of the hub, saved to disk, in parquet files or in webdataset's tar shards."""
+"""Data sets of the library `datasets`: of the hub, saved to disk, or in parquet files."""
 
 import glob
 import io
@@ -20,12 +20,11 @@ from favae.errors import DataError
 logger = logging.getLogger(__name__)
 
 HUB = "hf:"
-SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # the builder of `datasets` for each kind of file
+ENDING = ".parquet"
 SAVED_SET, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves in folders
 
 AUTO, NONE = "auto", "none"  # names of columns
-LABEL_COLUMNS = ("label", "cls")  # the first that is there is "auto"; the second is webdataset's
-CAPTION_COLUMNS = ("caption", "txt")
+LABEL_COLUMN, CAPTION_COLUMN = "label", "caption"
 TEXT_TYPES = ("string", "large_string")
 BYTES_TYPES = ("binary", "large_binary")
 
@@ -34,11 +33,11 @@ class HuggingFaceSource:
     """The rows of a table. Columns that are not named are never read, labels and captions only if they are asked for.
 
     Args:
-        path: "hf:NAME" of the hub, a folder that `save_to_disk` wrote, a .parquet or .tar file, or a folder of them.
-        split: of a data set that has several; parquet and tar files that are named themselves have none.
+        path: "hf:NAME" of the hub, a folder that `save_to_disk` wrote, a .parquet file, or a folder of them.
+        split: of a data set that has several; parquet files that are named themselves have none.
         image_column: of encoded images; "auto" takes "image", or else the only column that is declared to hold images.
-        label_column: of classes. "auto" takes "label" or webdataset's "cls", "none" takes all images as one class.
-        caption_column: of strings or lists of strings. "auto" takes "caption" or webdataset's "txt", if there is one.
+        label_column: of classes. "auto" takes "label", "none" takes all images as one class.
+        caption_column: of strings or lists of strings. "auto" takes "caption", if there is one.
         min_size: pixels that the shorter side of an image must have.
 
     Raises:
@@ -59,9 +58,9 @@ class HuggingFaceSource:
         self.path, self.min_size = path, min_size
         self.data = _open_dataset(path, split)
         self.image_column = self._find_image_column(image_column)
-        self.label_column = self._find_column(label_column, LABEL_COLUMNS)
+        self.label_column = self._find_column(label_column, LABEL_COLUMN)
         self._labels_are_expected = label_column != NONE
-        self.caption_column = self._find_column(caption_column, CAPTION_COLUMNS)
+        self.caption_column = self._find_column(caption_column, CAPTION_COLUMN)
 
         # Columns are read one without the others. Images are decoded here, as everywhere, and not by `datasets`.
         column = self.image_column
@@ -73,12 +72,12 @@ class HuggingFaceSource:
                 "folder or a parquet file (img2dataset does)"
             )
 
-    def _find_column(self, name: str, usual: tuple[str, ...]) -> str | None:
+    def _find_column(self, name: str, usual: str) -> str | None:
         columns = self.data.column_names
         if name == NONE:
             return None
         if name == AUTO:
-            return next((column for column in usual if column in columns), None)
+            return usual if usual in columns else None
         if name not in columns:
             raise DataError(f"{self.path}: no column '{name}', there are {', '.join(columns)}")
         return name
@@ -226,12 +225,7 @@ def is_table(path: str) -> bool:
     """Whether `HuggingFaceSource` opens what is at this path, and not `FolderSource`."""
     if Path(path).is_dir():
         return _is_saved(Path(path)) or _is_shards(Path(path))
-    return path.startswith(HUB) or Path(path).suffix in SHARDS
-
-
-def has_splits(path: str) -> bool:
-    """Whether what is at this path may have several splits."""
-    return path.startswith(HUB) or (Path(path).is_dir() and is_table(path))
+    return path.startswith(HUB) or Path(path).suffix == ENDING
 
 
 def _is_saved(folder: Path) -> bool:
@@ -239,13 +233,13 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _is_shards(folder: Path) -> bool:
-    """Whether there are parquet or tar files below a folder, and no images."""
+    """Whether there are parquet files below a folder, and no images."""
     found = False
     for _, _, files in os.walk(folder):
         endings = {os.path.splitext(name)[1].lower() for name in files if not name.startswith(".")}
         if endings & image_extensions():
             return False
-        found |= bool(endings & set(SHARDS))
+        found |= ENDING in endings
     return found
 
 
@@ -284,6 +278,5 @@ def _load(path: str, split: str) -> Any:
         if glob.escape(path) != path:
             raise DataError(f"{path}: folders of shards cannot have *, ? or [ in their names; rename it")
         return datasets.load_dataset(path, split=split)
-    builder = SHARDS[Path(path).suffix]
     files = glob.escape(path) if Path(path).is_file() else path  # others are patterns or addresses
-    return datasets.load_dataset(builder, data_files=files, split="train")
+    return datasets.load_dataset("parquet", data_files=files, split="train")

@@ -1,0 +1,226 @@
+"""Webdataset's tar shards, read where they are: nothing is unpacked, copied or kept in memory but where things lie."""
+
+import glob
+import io
+import logging
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from favae.data.captions import clean_captions
+from favae.data.decoding import UnusableImage, image_extensions, read_image
+from favae.data.folders import NO_LABELS, check_size, printable, shown
+from favae.data.images import ImageIdentity
+from favae.data.tables import AUTO, NONE
+from favae.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+ENDING = ".tar"
+# Words in the names of files or folders that tell the split of a shard, as the library `datasets` has them.
+SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+class Member(NamedTuple):
+    """Where a file lies in a shard."""
+
+    shard: int
+    offset: int
+    size: int
+
+
+class TarSource:
+    """The rows of tar files: `key.jpg`, `key.cls` and `key.txt`, one after the other, are image, class and captions.
+
+    All headers are read when the source is opened, and one member when it is asked for; images are decoded then, and
+    too small ones refused. Rows without an image are counted in a warning.
+
+    Args:
+        path: a .tar file, a pattern of such, or a folder of them.
+        split: of a folder, see `SPLIT_WORDS`; shards whose names tell no split are of "train".
+        image_column, label_column, caption_column: what the names of members end in; "auto" for any image, "cls" and
+            "txt". The latter two may be "none".
+        min_size: pixels that the shorter side of an image must have.
+
+    Attributes:
+        shards: the files, sorted.
+
+    Raises:
+        DataError: if there is no shard or no image, or a file is damaged.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        image_column: str = AUTO,
+        label_column: str = AUTO,
+        caption_column: str = AUTO,
+        min_size: int = 16,
+    ):
+        self.path, self.min_size, self._labels_are_expected = path, min_size, label_column != NONE
+        self.shards = _find_shards(path, split)
+        endings = image_extensions() if image_column == AUTO else {f".{image_column}"}
+        wanted = {"label": (label_column, "cls"), "caption": (caption_column, "txt")}
+        others = {f".{usual if name == AUTO else name}": kind for kind, (name, usual) in wanted.items() if name != NONE}
+
+        self._images: list[Member] = []
+        self._keys: list[str] = []
+        self._labels: dict[int, Member] = {}
+        self._captions: dict[int, Member] = {}
+        without: list[str] = []
+        for number, shard in enumerate(tqdm(self.shards, desc="shards", disable=len(self.shards) < 100)):
+            for key, members in _rows(shard):
+                image = next((ending for ending in members if ending in endings), None)
+                if image is None:
+                    without.append(key)
+                    continue
+                index = len(self._images)
+                self._images.append(Member(number, *members[image]))
+                self._keys.append(key)
+                for ending, kind in others.items():
+                    if ending in members:
+                        found = self._labels if kind == "label" else self._captions
+                        found[index] = Member(number, *members[ending])
+        if not self._images:
+            rows = f"has no image in its {len(without)} rows, such as {shown(without)}" if without else "is empty"
+            raise DataError(f"{path} {rows}")
+        if without:
+            logger.warning("%s: left out %d rows without an image (%s)", path, len(without), shown(without))
+        for kind, found, name in (
+            ("label", self._labels, label_column),
+            ("caption", self._captions, caption_column),
+        ):
+            if name not in (AUTO, NONE) and not found:
+                raise DataError(f"{path}: no member ends in .{name}, which the {kind} column names")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def _bytes(self, member: Member) -> bytes:
+        with self.shards[member.shard].open("rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes_and_labels[0]
+
+    def label(self, index: int) -> int:
+        return self._classes_and_labels[1][index]
+
+    @cached_property
+    def _classes_and_labels(self) -> tuple[list[str], list[int]]:
+        """Names of the classes, and the class of each row: numbers, or else texts, in their order."""
+        if not self._labels:
+            if self._labels_are_expected:
+                logger.warning("%s: no member ends in .cls: all images are of one class", self.path)
+            return ["image"], [0] * len(self)
+        missing = next((index for index in range(len(self)) if index not in self._labels), None)
+        if missing is not None:
+            raise DataError(f"{self.name(missing)} has no class, others have one; {NO_LABELS}")
+        texts = [self._bytes(self._labels[index]).decode("utf-8", "replace").strip() for index in range(len(self))]
+        values: list[str] = sorted(set(texts))
+        if all(re.fullmatch(r"-?\d+", text) for text in values):
+            values.sort(key=int)
+        numbers = {value: number for number, value in enumerate(values)}
+        return values, [numbers[text] for text in texts]
+
+    def name(self, index: int) -> str:
+        return printable(f"{self.shards[self._images[index].shard]}/{self._keys[index]}")
+
+    def identity(self, index: int) -> ImageIdentity:
+        image = self._images[index]
+        return ImageIdentity(printable(self._keys[index]), image.size, self._times[image.shard])
+
+    @cached_property
+    def _times(self) -> list[int]:
+        return [shard.stat().st_mtime_ns for shard in self.shards]
+
+    def checksum(self, index: int) -> int:
+        return zlib.crc32(self._bytes(self._images[index]))
+
+    def read(self, index: int, channels: int = 3) -> Image.Image:
+        try:
+            data = self._bytes(self._images[index])
+        except OSError as error:
+            raise UnusableImage(str(error)) from error
+        image = read_image(io.BytesIO(data), channels)
+        check_size(image.size, self.min_size)
+        return image
+
+    @property
+    def has_captions(self) -> bool:
+        return bool(self._captions)
+
+    def captions(self, index: int) -> list[str]:
+        """One in a line."""
+        if index not in self._captions:
+            return []
+        return clean_captions(self._bytes(self._captions[index]).decode("utf-8-sig", "replace").splitlines())
+
+
+def is_tar(path: str) -> bool:
+    """Whether `TarSource` opens what is at this path: shards, or a folder with shards and no images or tables."""
+    if not Path(path).is_dir():
+        return path.endswith(ENDING)
+    found = False
+    for _, _, files in os.walk(path):
+        endings = {os.path.splitext(name)[1].lower() for name in files if not name.startswith(".")}
+        if endings & (image_extensions() | {".parquet"}):
+            return False
+        found |= ENDING in endings
+    return found
+
+
+def _find_shards(path: str, split: str) -> list[Path]:
+    if not Path(path).is_dir():
+        files = [Path(path)] if Path(path).is_file() else sorted(map(Path, glob.glob(path)))
+        if not files:
+            raise DataError(f"{path}: no such file")
+        return files
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(Path(path).rglob(f"*{ENDING}")):
+        words = set(re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower()))
+        name = next((name for name, usual in SPLIT_WORDS.items() if words & usual), "train")
+        splits.setdefault(name, []).append(file)
+    if split not in splits:
+        raise DataError(f"{path}: no split '{split}', there are {', '.join(splits)}")
+    return splits[split]
+
+
+def _rows(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """The rows of a shard: their keys, and for each ending in lower case the offset and size of the member."""
+    key, members = "", dict[str, tuple[int, int]]()
+    length = shard.stat().st_size
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                folder, name = os.path.split(info.name)
+                stem, _, ending = name.partition(".")
+                if not info.isfile() or not stem:
+                    continue
+                if info.offset_data + info.size > length:
+                    raise tarfile.ReadError("it is cut off")
+                if os.path.join(folder, stem) != key:
+                    if members:
+                        yield key, members
+                    key, members = os.path.join(folder, stem), {}
+                members[f".{ending.lower()}"] = (info.offset_data, info.size)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{shard} cannot be opened: {error}") from error
+    if members:
+        yield key, members
