@@ -38,14 +38,9 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
     like = next(vae.decoder.parameters())
     learns = next(vae.encoder.parameters()).requires_grad
     vae.quant_conv, vae.post_quant_conv = first.to(like).requires_grad_(learns), last.to(like)
-    vae.register_to_config(
-        use_quant_conv=True,
-        use_post_quant_conv=True,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-        latents_mean=None,
-        latents_std=None,
-    )
+    both = {"use_quant_conv": True, "use_post_quant_conv": True}
+    given = {name: value for name, value in both.items() if name in vae.config}  # ours always has the two
+    vae.register_to_config(**given, scaling_factor=1.0, shift_factor=0.0, latents_mean=None, latents_std=None)
     return vae
 
 

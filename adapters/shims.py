@@ -84,7 +84,8 @@ class VA_VAE:
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], on any device -> a sample of the posterior (B, C, h, w), float32, not normalized."""
-        return encode(self.model.vae, images.to(self.model.vae.device), posterior="sample").float()
+        latents = encode(self.model.vae, images.to(self.model.vae.device), posterior="sample")
+        return latents.float().contiguous()  # safetensors, which the scripts write, refuse other layouts
 
     @torch.no_grad()
     def decode_to_images(self, z: Tensor) -> np.ndarray:

@@ -67,3 +67,9 @@ def test_statistics_that_do_not_fit(tiny_favae):
     tiny_favae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     with pytest.raises(ValueError, match="6 numbers"):
         fold_latent_statistics(tiny_favae)
+
+
+def test_a_folded_model_of_ours_has_no_settings_that_its_class_does_not_have(tiny_favae):
+    names = set(tiny_favae.config)
+    tiny_favae.register_to_config(**statistics())
+    assert set(fold_latent_statistics(tiny_favae).config) == names

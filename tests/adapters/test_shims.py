@@ -56,7 +56,7 @@ def test_va_vae_encodes_and_decodes_as_the_model(vae):
     torch.manual_seed(1)
     latents = shim.encode_images(x)
     torch.manual_seed(1)
-    assert torch.equal(latents, posterior.sample()) and latents.shape == (2, 6, 4, 4)
+    assert torch.equal(latents, posterior.sample()) and latents.shape == (2, 6, 4, 4) and latents.is_contiguous()
     assert not torch.equal(shim.encode_images(x), latents)  # another sample
     decoded = shim.decode_to_images(latents)
     assert decoded.dtype == np.uint8 and decoded.shape == (2, 16, 16, 3)
