@@ -7,10 +7,11 @@ import os
 import re
 import tarfile
 import zlib
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -25,20 +26,13 @@ from favae.errors import DataError
 logger = logging.getLogger(__name__)
 
 ENDING = ".tar"
+NOWHERE = (0, -1)  # offset and size of a member that a row does not have
 # Words in the names of files or folders that tell the split of a shard, as the library `datasets` has them.
 SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-
-
-class Member(NamedTuple):
-    """Where a file lies in a shard."""
-
-    shard: int
-    offset: int
-    size: int
 
 
 class TarSource:
@@ -74,45 +68,51 @@ class TarSource:
         self.shards = _find_shards(path, split)
         endings = image_extensions() if image_column == AUTO else {f".{image_column}"}
         wanted = {"label": (label_column, "cls"), "caption": (caption_column, "txt")}
-        others = {f".{usual if name == AUTO else name}": kind for kind, (name, usual) in wanted.items() if name != NONE}
+        others = {kind: f".{usual if name == AUTO else name}" for kind, (name, usual) in wanted.items() if name != NONE}
 
-        self._images: list[Member] = []
         self._keys: list[str] = []
-        self._labels: dict[int, Member] = {}
-        self._captions: dict[int, Member] = {}
+        self._firsts: list[int] = []  # the first row of each shard
+        self._places = {
+            kind: array("q") for kind in ("image", "label", "caption")
+        }  # offset and size of each, or NOWHERE
         without: list[str] = []
-        for number, shard in enumerate(tqdm(self.shards, desc="shards", disable=len(self.shards) < 100)):
+        for shard in tqdm(self.shards, desc="shards", disable=len(self.shards) < 100):
+            self._firsts.append(len(self._keys))
             for key, members in _rows(shard):
                 image = next((ending for ending in members if ending in endings), None)
                 if image is None:
                     without.append(key)
                     continue
-                index = len(self._images)
-                self._images.append(Member(number, *members[image]))
                 self._keys.append(key)
-                for ending, kind in others.items():
-                    if ending in members:
-                        found = self._labels if kind == "label" else self._captions
-                        found[index] = Member(number, *members[ending])
-        if not self._images:
+                for kind, ending in {"image": image, **others}.items():
+                    self._places[kind].extend(members.get(ending, NOWHERE))
+        if not self._keys:
             rows = f"has no image in its {len(without)} rows, such as {shown(without)}" if without else "is empty"
             raise DataError(f"{path} {rows}")
         if without:
             logger.warning("%s: left out %d rows without an image (%s)", path, len(without), shown(without))
-        for kind, found, name in (
-            ("label", self._labels, label_column),
-            ("caption", self._captions, caption_column),
-        ):
-            if name not in (AUTO, NONE) and not found:
+        for kind, (name, _) in wanted.items():
+            if name not in (AUTO, NONE) and not self._has(kind):
                 raise DataError(f"{path}: no member ends in .{name}, which the {kind} column names")
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._keys)
 
-    def _bytes(self, member: Member) -> bytes:
-        with self.shards[member.shard].open("rb") as file:
-            file.seek(member.offset)
-            return file.read(member.size)
+    def _has(self, kind: str) -> bool:
+        """Whether any row has a label, or a caption."""
+        return any(size >= 0 for size in self._places[kind][1::2])
+
+    def _shard(self, index: int) -> int:
+        return bisect_right(self._firsts, index) - 1
+
+    def _bytes(self, kind: str, index: int) -> bytes | None:
+        """The member of a row; None if there is none."""
+        offset, size = self._places[kind][2 * index : 2 * index + 2] or NOWHERE
+        if size < 0:
+            return None
+        with self.shards[self._shard(index)].open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
     @property
     def classes(self) -> list[str]:
@@ -124,14 +124,16 @@ class TarSource:
     @cached_property
     def _classes_and_labels(self) -> tuple[list[str], list[int]]:
         """Names of the classes, and the class of each row: numbers, or else texts, in their order."""
-        if not self._labels:
+        if not self._has("label"):
             if self._labels_are_expected:
                 logger.warning("%s: no member ends in .cls: all images are of one class", self.path)
             return ["image"], [0] * len(self)
-        missing = next((index for index in range(len(self)) if index not in self._labels), None)
-        if missing is not None:
-            raise DataError(f"{self.name(missing)} has no class, others have one; {NO_LABELS}")
-        texts = [self._bytes(self._labels[index]).decode("utf-8", "replace").strip() for index in range(len(self))]
+        texts: list[str] = []
+        for index in range(len(self)):
+            data = self._bytes("label", index)
+            if data is None:
+                raise DataError(f"{self.name(index)} has no class, others have one; {NO_LABELS}")
+            texts.append(data.decode("utf-8", "replace").strip())
         values: list[str] = sorted(set(texts))
         if all(re.fullmatch(r"-?\d+", text) for text in values):
             values.sort(key=int)
@@ -139,37 +141,38 @@ class TarSource:
         return values, [numbers[text] for text in texts]
 
     def name(self, index: int) -> str:
-        return printable(f"{self.shards[self._images[index].shard]}/{self._keys[index]}")
+        return printable(f"{self.shards[self._shard(index)]}/{self._keys[index]}")
 
     def identity(self, index: int) -> ImageIdentity:
-        image = self._images[index]
-        return ImageIdentity(printable(self._keys[index]), image.size, self._times[image.shard])
+        size, time = self._places["image"][2 * index + 1], self._times[self._shard(index)]
+        return ImageIdentity(printable(self._keys[index]), size, time)
 
     @cached_property
     def _times(self) -> list[int]:
         return [shard.stat().st_mtime_ns for shard in self.shards]
 
     def checksum(self, index: int) -> int:
-        return zlib.crc32(self._bytes(self._images[index]))
+        return zlib.crc32(self._image(index))
 
-    def read(self, index: int, channels: int = 3) -> Image.Image:
+    def _image(self, index: int) -> bytes:
         try:
-            data = self._bytes(self._images[index])
+            return self._bytes("image", index) or b""
         except OSError as error:
             raise UnusableImage(str(error)) from error
-        image = read_image(io.BytesIO(data), channels)
+
+    def read(self, index: int, channels: int = 3) -> Image.Image:
+        image = read_image(io.BytesIO(self._image(index)), channels)
         check_size(image.size, self.min_size)
         return image
 
-    @property
+    @cached_property
     def has_captions(self) -> bool:
-        return bool(self._captions)
+        return self._has("caption")
 
     def captions(self, index: int) -> list[str]:
         """One in a line."""
-        if index not in self._captions:
-            return []
-        return clean_captions(self._bytes(self._captions[index]).decode("utf-8-sig", "replace").splitlines())
+        data = self._bytes("caption", index) or b""
+        return clean_captions(data.decode("utf-8-sig", "replace").splitlines())
 
 
 def is_tar(path: str) -> bool:

@@ -18,6 +18,7 @@ from benchmarks import (
     decoder_cost,
     latent_loading,
     on_gpu,
+    tar_shards,
     timing,
     training_run,
 )
@@ -99,6 +100,7 @@ TINY_RUNS = {
     "compression": (compression, []),
     "cpu_training": (cpu_training, ["--only", "memory_format", "--recipes", "photos_favae"]),
     "decoder_cost": (decoder_cost, ["--spaces", "sd"]),
+    "tar_shards": (tar_shards, ["--images", "4", "--shard-size", "3", "--reads", "2"]),
     "latent_loading": (latent_loading, ["--images", "16", "--shard-size", "8", "--batch-size", "4"]),
 }
 
