@@ -73,7 +73,7 @@ ON_ALL_GPUS = {
         "sharded_compiled": [*GENERATOR, "train.shard=true", "train.compile=true"],
     },
 }
-EXPERIMENTS = {"latents": 160_000, "codebooks": 160_000, "glyph_texts": 200_000, "stft": 120_000}  # and their steps
+EXPERIMENTS = {"latents": 120_000, "codebooks": 160_000, "glyph_texts": 200_000, "stft": 40_000}  # and their steps
 SLICES = [*BENCHMARKS, *TRAININGS, *ON_ALL_GPUS, *EXPERIMENTS]
 
 

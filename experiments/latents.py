@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -215,6 +216,7 @@ def make_row(task: Task) -> dict:
     file = task.run.with_name(f"{task.run.name}-tokenizer.json")  # a row that was interrupted goes on after it
     if not file.exists():
         write_text(file, json.dumps(tokenizer_metrics(task)))
+    AcceleratorState._reset_state()  # the generator may train in another precision
     return json.loads(file.read_text()) | {"generator": generator_metrics(task)} | environment()
 
 

@@ -28,7 +28,7 @@ from favae.eval.compression import high_power
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
-STEPS = 6_000
+STEPS = 2_000
 PICTURES = 12
 MODEL = {
     "name": "AutoencoderKL",

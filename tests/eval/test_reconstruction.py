@@ -121,6 +121,14 @@ def test_posterior_and_pipelines(tiny_kl, tmp_path):
     assert isinstance(load_autoencoder(str(tmp_path / "pipeline/vae")), diffusers.AutoencoderKL)
 
 
+def test_a_class_of_somebody_else_is_opened_once_it_is_imported(tiny_kl, tmp_path):
+    class AutoencoderOfSomebody(diffusers.AutoencoderKL):
+        pass
+
+    AutoencoderOfSomebody(**tiny_kl.config).save_pretrained(tmp_path)
+    assert type(load_autoencoder(str(tmp_path))) is AutoencoderOfSomebody
+
+
 def test_autoencoders_that_cannot_take_the_images(tiny_kl, tmp_path):
     for channels in ({"in_channels": 1}, {"in_channels": 2, "out_channels": 2}):
         with pytest.raises(ModelError, match="both must be 1 for gray images, 3 for RGB or 4 for RGBA"):
