@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from experiments import codebooks, glyph_texts, glyphs, latents, training_sets
+from experiments import codebooks, glyph_texts, glyphs, latents, samplers, training_sets
 from experiments.glyphs import ATTRIBUTES, CHARACTERS, GlyphClassifier, GlyphExtractor, accuracies
 from experiments.latents import VARIANTS, on_plateau, tokenizer_config
 from experiments.rows import Task
@@ -115,6 +115,13 @@ def test_a_row_has_all_measures(name, small, classifier, monkeypatch):
     assert not list(small.glob("*latents")) and not list(small.glob("*smooth"))
     report = {"rows": [row], "real": {str(fewer): row["reconstructions"]}}
     assert f"`{name}` | 1 | 8" in latents.tables(report)
+
+    if classes > 1:  # other solvers sample the same generator
+        monkeypatch.setattr(samplers, "trained_generator", lambda task: small / f"{name}-0-generator")
+        monkeypatch.setattr(samplers, "GLYPHS", fewer)
+        monkeypatch.setattr(samplers, "EVALUATIONS", (2,))
+        row = samplers.make_row(replace(task, name="sde", variant=samplers.VARIANTS["sde"]))
+        assert row["curve"][0]["evaluations"] == 2 and "| `sde` | 1 |" in samplers.tables({"rows": [row]})
 
 
 def test_plateaus():
