@@ -319,7 +319,7 @@ def dry_run(config: GeneratorConfig, num_processes: int) -> None:
         check_shapes(config, transformer, dataset)
         num_images = len(dataset)
     shape, size = transformer.config, transformer.config.sample_size
-    num_tokens = size**2 if config.is_autoregressive else (size // shape.get("patch_size", 1)) ** 2
+    num_tokens = transformer.num_tokens if config.is_autoregressive else (size // shape.get("patch_size", 1)) ** 2
     channels = shape.latent_channels if config.is_autoregressive else shape.in_channels
     latent = "codes" if channels is None else f"{channels * size**2:,} floats per image"
     print(to_yaml(config))

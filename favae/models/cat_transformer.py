@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 import torch
@@ -168,9 +169,9 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         self.visible: Tensor | None  # (N,), how many positions each position sees
         self.register_buffer("visible", None)
         if isinstance(self.token_head, StageHead):
-            counts = torch.tensor(self.token_head.counts)
-            self.register_buffer("visible", counts.cumsum(0).repeat_interleave(counts), persistent=False)
-            self.position = nn.Parameter(torch.empty(int(counts.sum()), hidden_size))
+            visible = [end for count, end in zip(self.steps, accumulate(self.steps)) for _ in range(count)]
+            self.register_buffer("visible", torch.tensor(visible), persistent=False)
+            self.position = nn.Parameter(torch.empty(len(visible), hidden_size))
         else:
             self.row_position = nn.Parameter(torch.empty(sample_size, 1, hidden_size))
             self.column_position = nn.Parameter(torch.empty(1, sample_size, hidden_size))
