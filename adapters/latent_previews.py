@@ -78,11 +78,11 @@ def fit_latent_rgb(vae: ModelMixin, batches: Iterable[Tensor]) -> LatentRgb:
     return LatentRgb(solution[:-1].float(), solution[-1].float(), float(1 - residual / variance.clamp(min=1e-12)))
 
 
-def latent_rgb(vae: ModelMixin, latents: Tensor) -> Tensor:
+def latent_rgb(vae: ModelMixin, latents: Tensor, *, normalized: bool = False) -> Tensor:
     """Previews by the map in the config of an autoencoder.
 
     Args:
-        latents: (B, C, h, w), as `favae.autoencoders.encode` gives them.
+        latents: (B, C, h, w), as `favae.autoencoders.encode` gives them, or normalized, as generators sample them.
     Returns:
         (B, 3, h, w) around [-1, 1], one pixel per latent, float32.
     Raises:
@@ -91,7 +91,7 @@ def latent_rgb(vae: ModelMixin, latents: Tensor) -> Tensor:
     factors, bias = (vae.config.get(key) for key in LATENT_RGB_KEYS)
     if factors is None or bias is None:
         raise DataError(f"this {type(vae).__name__} has no latent_rgb_factors; favae preview writes them")
-    latents = normalize_latents(vae, latents)
+    latents = latents if normalized else normalize_latents(vae, latents)
     previews = torch.einsum("bchw,ck->bkhw", latents, torch.tensor(factors, device=latents.device))
     return previews + torch.tensor(bias, device=latents.device)[:, None, None]
 

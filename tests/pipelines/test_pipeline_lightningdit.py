@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from tiny_text import save_bert
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
+from favae.adapters.latent_previews import latent_rgb
 from favae.errors import NonFiniteError
 from favae.eval.sampling import class_names, takes_prompts
 from favae.pipelines.solvers import Solver, flow_scheduler, shift_of
@@ -215,15 +216,19 @@ def test_solvers_are_saved_and_known_by_their_shift(pipeline, tmp_path):
 
 
 def test_a_callback_sees_and_changes_latents(pipeline):
-    seen = []
+    seen, previews = [], []
+    factors = torch.eye(6)[:, :3]  # the colors are the first three channels
+    pipeline.vae.register_to_config(latent_rgb_factors=factors.tolist(), latent_rgb_factors_bias=[0.0, 0.5, 0.0])
 
     def callback(pipe, step, timestep, given):
         seen.append((step, given["latents"].shape))
+        previews.append(latent_rgb(pipe.vae, given["latents"], normalized=True))
         return {"latents": torch.zeros_like(given["latents"])}
 
     options = {"num_inference_steps": 3, "output_type": "latent"}
     found = pipeline([0, 1], callback_on_step_end=callback, **options).images
     assert seen == [(step, (2, 6, 4, 4)) for step in range(3)] and not found.any()
+    assert previews[0].shape == (2, 3, 4, 4) and not torch.equal(previews[0], previews[-1])
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------
