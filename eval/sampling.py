@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -70,7 +70,7 @@ def sample_to_folder(
     if prompts is not None:
         plan["prompts"] = hash_prompts(prompts)
     scheduler = getattr(pipeline, "scheduler", None)
-    plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and dict(scheduler.config), **settings}
+    plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and _settings(scheduler), **settings}
 
     # This process's batches of which an image is missing.
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -192,10 +192,11 @@ def pipeline_hash(pipeline: DiffusionPipeline) -> str:
     return hashlib.sha256("".join(hash_model(model, _settings(model)) for model in models).encode()).hexdigest()
 
 
-def _settings(model: nn.Module) -> list | None:
-    if not isinstance(model, ModelMixin):
+def _settings(part: nn.Module | SchedulerMixin) -> list | None:
+    """Class and configuration of a part of diffusers, without what says where it comes from."""
+    if not isinstance(part, (ModelMixin, SchedulerMixin)):
         return None
-    return [type(model).__name__, {key: value for key, value in model.config.items() if not key.startswith("_")}]
+    return [type(part).__name__, {key: value for key, value in part.config.items() if not key.startswith("_")}]
 
 
 @contextmanager

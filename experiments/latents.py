@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -57,7 +58,8 @@ POINTS = (0.25, 0.5, 0.75, 1.0)  # of both trainings, at which they are measured
 UNGUIDED, GUIDED = {"unguided": 1.0}, {"guided": 2.0}  # guidance scales; with the second only at the end
 NUM_INFERENCE_STEPS = 25
 PLATEAU = 0.01  # of the error, over the last quarter
-PICTURED = 12  # rows of samples in a picture
+PICTURED = 6  # rows of samples in a picture
+SHOWN = ["stock", "one_trunk", "split", "ours"]  # whose samples are shown below each other
 TOKENIZER = {
     "optimizer": "muon",
     "learning_rate": 3.0e-3,  # of 1e-3, 3e-3 and 8e-3 the best for `stock` on validation pictures
@@ -324,7 +326,7 @@ def generator_metrics(task: Task) -> dict:
             point[name] = images.metrics(samples, torch.arange(len(samples)) % images.num_classes)
             point[name]["seams"] = seams_of(read_images(samples), patch_size(tokenizer)) / real
             if task.pictures is not None and task.seed == 0 and step == task.steps:
-                save_pictures(task, samples, name)
+                save_pictures(task, samples)  # guided, if there are classes
         curve.append(point)
     for leftover in (run / "checkpoints", latents, *([smooth] if smooth else [])):
         shutil.rmtree(leftover)
@@ -355,12 +357,12 @@ def generator_config(task: Task, run, latents, smooth) -> GeneratorConfig:
     return load(GeneratorConfig, task, sections, run)
 
 
-def save_pictures(task: Task, samples: Dataset, name: str) -> None:
-    """NAME-unguided.png and NAME-guided.png: a dozen rows of samples, each class in a column of its own."""
+def save_pictures(task: Task, samples: Dataset) -> None:
+    """NAME.png: a few rows of samples, each class in a column of its own."""
     task.pictures.mkdir(parents=True, exist_ok=True)
     columns = task.variant.images.num_classes if task.variant.images.num_classes > 1 else 24
     grid = torch.stack([samples[i]["image"] for i in range(min(PICTURED * columns, len(samples)))])
-    save_image(grid / 255, task.pictures / f"{task.name}-{name}.png", nrow=columns, padding=1)
+    save_image(grid / 255, task.pictures / f"{task.name}.png", nrow=columns, padding=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -374,6 +376,21 @@ def finish(report: dict, stem) -> None:
         if any(row["data"] == str(own) for row in report["rows"]):
             images, labels = load_images(own, "heldout")
             report["real"][str(own)] = own.metrics(InMemoryImages(images), labels)
+
+
+def figures(report: dict, stem: Path) -> None:
+    """NAME_samples.png: the first samples of the first classes, of one tokenizer below the other, doubled in size."""
+    rows, columns = 4, 24
+    strips = [Image.open(stem / f"{name}.png") for name in SHOWN if (stem / f"{name}.png").exists()]
+    if not strips:
+        return
+    width, height = (count * (GLYPHS.size + 1) + 1 for count in (columns, rows))
+    sheet = Image.new("RGB", (width, len(strips) * (height + 8) - 8), "white")
+    for number, strip in enumerate(strips):
+        sheet.paste(strip.crop((0, 0, width, height)), (0, number * (height + 8)))
+    sheet.resize((2 * width, 2 * sheet.height), Image.Resampling.NEAREST).save(
+        stem.with_name(f"{stem.name}_samples.png")
+    )
 
 
 COLUMNS: dict[str, tuple[int, str]] = {  # decimals, and where a row has it
@@ -443,6 +460,7 @@ COMPARISON = Comparison(
     steps=STEPS,
     seeds=1,
     finish=finish,
+    figures=figures,
     resolution=GLYPHS.size,
     batch_size=GLYPHS.batch_sizes[0],
     other_sizes=False,

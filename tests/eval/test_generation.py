@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY_LIGHTNINGDIT, TINY_VQ, command, command_error, command_in_processes, write_images
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from tiny_text import save_bert
 
@@ -29,6 +30,7 @@ from favae.eval.generation import generation_metrics, measure_samples
 from favae.eval.image_sets import CroppedImages, NpzImages, SampleFolder, open_samples, write_npz
 from favae.eval.references import Reference, save_statistics
 from favae.eval.sampling import class_labels, class_names, sample_to_folder
+from favae.pipelines.solvers import flow_scheduler
 from favae.text_encoder import TextEncoder
 
 OFFLINE = ("--features", "efficientnet-lite0")
@@ -81,6 +83,18 @@ def test_samples_of_other_statistics_are_other_samples(pipeline, tmp_path):
     sample_to_folder(pipeline, tmp_path / "samples", 1, **settings)
     pipeline.vae.register_to_config(latents_mean=[0.5] * 6, latents_std=[2.0] * 6, scaling_factor=1.0)
     with pytest.raises(DataError, match="samples of another pipeline"):
+        sample_to_folder(pipeline, tmp_path / "samples", 1, **settings)
+
+
+def test_samples_of_a_new_scheduler_with_the_same_settings_go_on(pipeline, tmp_path):
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    for order in (1, -1):  # diffusers lists the settings that are defaults in the order of a set, anew in each process
+        pipeline.scheduler = flow_scheduler("euler")
+        names = sorted(pipeline.scheduler.config["_use_default_values"])[::order]
+        pipeline.scheduler._internal_dict = FrozenDict(pipeline.scheduler.config | {"_use_default_values": names})
+        sample_to_folder(pipeline, tmp_path / "samples", 1, **settings)
+    pipeline.scheduler = flow_scheduler("heun")
+    with pytest.raises(DataError, match="samples of another scheduler"):
         sample_to_folder(pipeline, tmp_path / "samples", 1, **settings)
 
 

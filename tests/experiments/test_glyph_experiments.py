@@ -111,7 +111,7 @@ def test_a_row_has_all_measures(name, small, classifier, monkeypatch):
     if classes > 1:
         assert 0 <= generator["unguided"]["accuracy"] <= 1 and generator["guided"]["fd"] > 0
     assert [point["steps"] for point in generator["curve"]] == [10, 20]
-    assert (small / f"pictures/{name}-unguided.png").exists()
+    assert (small / f"pictures/{name}.png").exists()
     assert not list(small.glob("*latents")) and not list(small.glob("*smooth"))
     report = {"rows": [row], "real": {str(fewer): row["reconstructions"]}}
     assert f"`{name}` | 1 | 8" in latents.tables(report)
