@@ -204,6 +204,14 @@ def _find_shards(path: str, split: str) -> list[Path]:
     return splits[split]
 
 
+def _check_end(shard: Path, offset: int) -> None:
+    """Raises `tarfile.ReadError` without the empty block there that ends an archive: `tarfile` does not mind."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it is cut off")
+
+
 def _rows(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The rows of a shard: their keys, and for each ending in lower case the offset and size of the member."""
     key, members = "", dict[str, tuple[int, int]]()
@@ -223,6 +231,7 @@ def _rows(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                         yield key, members
                     key, members = os.path.join(folder, stem), {}
                 members[f".{ending.lower()}"] = (info.offset_data, info.size)
+            _check_end(shard, tar.offset)  # type: ignore[attr-defined]
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{shard} cannot be opened: {error}") from error
     if members:
