@@ -5,10 +5,10 @@ import json
 import pytest
 from guesses import Guess, guess, tables
 
-from experiments import ablation, decoder_only, equal_budget, generator_quality, latents, text_to_image
+from experiments import ablation, decoder_only, equal_budget, generator_quality, latents, samplers, text_to_image
 from experiments.rows import RESULTS, Comparison, main
 
-EXPERIMENTS = (ablation, decoder_only, equal_budget, generator_quality, latents, text_to_image)
+EXPERIMENTS = (ablation, decoder_only, equal_budget, generator_quality, latents, samplers, text_to_image)
 
 
 def test_rows_that_are_missing_are_made_and_the_others_kept(tmp_path):
