@@ -31,10 +31,16 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """As its base's `step`: `model_output` points from data to noise. `generator`: one, or one per sample."""
+        """As its base's `step`: `model_output` points from data to noise. `generator`: one, or one per sample. What
+        begins with "s_" and `per_token_timesteps` have no effect, as the former have none there."""
         if self.step_index is None:
             self._init_step_index(timestep)
         noise_level, following = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]

@@ -22,7 +22,6 @@ BUILDS = {
     "attn": lambda: VQModelFA(**TINY_VQ, frequency_complement="attn"),
     "residual": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "residual", "num_quantizers": 2}),
     "next_scale": lambda: VQModelFA(**TINY_VQ, quantizer="next_scale", scales=(1, 2, 4)),
-    "next_band": lambda: VQModelFA(**TINY_VQ, quantizer="next_band", scales=(1, 2, 4)),
     "fsq": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "fsq", "codebook_size": None, "fsq_levels": (5, 4, 3)}),
 }
 BUILDS["hyperprior"] = lambda: HyperpriorModelFA(**TINY_HYPERPRIOR)
