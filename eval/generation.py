@@ -35,7 +35,7 @@ from favae.eval.references import Reference
 from favae.eval.results import UINT8, plain_name, write_results
 from favae.eval.sampling import class_names, hash_prompts, sample_to_folder
 from favae.eval.seams import relative_seams
-from favae.models.token_heads import DEFAULT_STEPS
+from favae.models.flow_head import DEFAULT_STEPS
 from favae.pipelines import LightningDiTPipeline
 from favae.pipelines.solvers import Solver, flow_scheduler, shift_of
 

@@ -22,8 +22,6 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from PIL import Image
-from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
@@ -32,8 +30,8 @@ from benchmarks.timing import environment
 from experiments.controls import ControlAutoencoder
 from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages, read_images, seams_of
+from experiments.latents_report import figures, tables
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.tokenizers import mean_errors
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128, TrainingSet, load_images
@@ -59,7 +57,6 @@ UNGUIDED, GUIDED = {"unguided": 1.0}, {"guided": 2.0}  # guidance scales; with t
 NUM_INFERENCE_STEPS = 25
 PLATEAU = 0.01  # of the error, over the last quarter
 PICTURED = 6  # rows of samples in a picture
-SHOWN = ["stock", "one_trunk", "split", "ours"]  # whose samples are shown below each other
 TOKENIZER = {
     "optimizer": "muon",
     "learning_rate": 3.0e-3,  # of 1e-3, 3e-3 and 8e-3 the best for `stock` on validation pictures
@@ -378,85 +375,12 @@ def finish(report: dict, stem) -> None:
             report["real"][str(own)] = own.metrics(InMemoryImages(images), labels)
 
 
-def figures(report: dict, stem: Path) -> None:
-    """NAME_samples.png: the first samples of the first classes, of one tokenizer below the other, doubled in size."""
-    rows, columns = 4, 24
-    strips = [Image.open(stem / f"{name}.png") for name in SHOWN if (stem / f"{name}.png").exists()]
-    if not strips:
-        return
-    width, height = (count * (GLYPHS.size + 1) + 1 for count in (columns, rows))
-    sheet = Image.new("RGB", (width, len(strips) * (height + 8) - 8), "white")
-    for number, strip in enumerate(strips):
-        sheet.paste(strip.crop((0, 0, width, height)), (0, number * (height + 8)))
-    sheet.resize((2 * width, 2 * sheet.height), Image.Resampling.NEAREST).save(
-        stem.with_name(f"{stem.name}_samples.png")
-    )
-
-
-COLUMNS: dict[str, tuple[int, str]] = {  # decimals, and where a row has it
-    "Recon": (5, "recon"),
-    "High": (5, "high"),
-    "PSNR": (2, "psnr"),
-    "VIV": (3, "latents.VIV"),
-    "SEC 1/4": (3, "latents.SEC 1/4"),
-    "LNC": (3, "latents.LNC"),
-    "seams": (3, "seams"),
-    "FD of samples": (2, "generator.unguided.fd"),
-    "guided": (2, "generator.guided.fd"),
-    "IS, guided": (1, "generator.guided.is"),
-    "accuracy": (3, "generator.unguided.accuracy"),
-    "precision": (2, "generator.unguided.precision"),
-    "recall": (2, "generator.unguided.recall"),
-    "seams of samples": (3, "generator.unguided.seams"),
-}
-
-
-def tables(report: dict) -> str:
-    rows, lines = rows_by_model(report), []
-    for name in (name for name in VARIANTS if name in rows):
-        own = rows[name]
-        plateaus = [sum(row["plateau"] for row in own), sum(row["generator"]["plateau"] for row in own)]
-        cells = [_cell(own, place, digits) for digits, place in COLUMNS.values()]
-        shape = [f"`{name}`", len(own), own[0]["f"], f"{own[0]['gflop']:.2f}"]
-        lines.append([*shape, *cells, f"{plateaus[0]}, {plateaus[1]}"])
-    floors = [
-        f"Real {name} that nobody has seen have FD {real['fd']:.2f}"
-        + (f", IS {real['is']:.1f} and an accuracy of {real['accuracy']:.3f}." if "accuracy" in real else ".")
-        for name, real in report["real"].items()
-    ]
-    table = format_table(["tokenizer", "seeds", "f", "GFLOP", *COLUMNS, "plateaus"], lines)
-    return "\n\n".join([table, " ".join(floors), correlations(report)])
-
-
-def _cell(rows: list[dict], place: str, digits: int) -> str:
-    """The mean of a value over seeds; nothing where rows do not have it."""
-    values: list = rows
-    for key in place.split("."):
-        values = [(value or {}).get(key) for value in values]
-    return "" if None in values else with_std(values, digits)
-
-
-def correlations(report: dict) -> str:
-    """Spearman's rank correlation of each meter with the FD of samples, over the rows of glyphs at f8."""
-    rows = [row for row in report["rows"] if row["f"] == 8 and row["data"] == str(GLYPHS)]
-    if len(rows) < 4:
-        return ""
-    distances = [row["generator"]["unguided"]["fd"] for row in rows]
-    meters = {name: [row["latents"][name] for row in rows] for name in ("VIV", "rho", "phi", "SEC 1/4", "LNC")}
-    meters |= {
-        "Recon": [row["recon"] for row in rows],
-        "FD of reconstructions": [r["reconstructions"]["fd"] for r in rows],
-    }
-    found = [f"{name} {spearmanr(values, distances).statistic:+.2f}" for name, values in meters.items()]
-    return f"Rank correlation with the FD of samples, {len(rows)} rows of glyphs at f8: {', '.join(found)}."
-
-
 COMPARISON = Comparison(
     name="latents",
     variants=VARIANTS,
     prepare=trained_classifier,
     make_row=make_row,
-    tables=tables,
+    tables=lambda report: tables(report, list(VARIANTS)),
     steps=STEPS,
     seeds=1,
     finish=finish,

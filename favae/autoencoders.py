@@ -45,7 +45,8 @@ def load_autoencoder(path: str) -> ModelMixin:
             options = {"subfolder": "vae"}
             config = diffusers.AutoencoderKL.load_config(path, **options)
         name = config["_class_name"]
-        model_class = getattr(favae, name, None) or _imported_model(name) or getattr(diffusers, name)
+        known = getattr(favae, name, None) or getattr(diffusers, name, None)
+        model_class = known or _imported_model(name) or getattr(diffusers, name)  # which says what is missing
         if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
             raise ModelError(f"{path}: a {name} is not an autoencoder")
         with silent_about_previews():

@@ -16,17 +16,11 @@ from torch.nn import functional as F
 
 from favae.errors import NonFiniteError
 from favae.models.cat_block import CATBlock, LayerCache
+from favae.models.flow_head import DEFAULT_STEPS, FlowHead, VelocityMLP
 from favae.models.hub import HubModelMixin
 from favae.models.scales import make_stages
 from favae.models.text_conditioning import mean_of_text, prepare_text
-from favae.models.token_heads import (
-    DEFAULT_STEPS,
-    CategoricalHead,
-    FlowHead,
-    StageHead,
-    TorchGenerators,
-    VelocityMLP,
-)
+from favae.models.token_heads import CategoricalHead, StageHead, TorchGenerators
 
 
 @dataclass

@@ -114,7 +114,7 @@ def test_a_row_has_all_measures(name, small, classifier, monkeypatch):
     assert (small / f"pictures/{name}.png").exists()
     assert not list(small.glob("*latents")) and not list(small.glob("*smooth"))
     report = {"rows": [row], "real": {str(fewer): row["reconstructions"]}}
-    assert f"`{name}` | 1 | 8" in latents.tables(report)
+    assert f"`{name}` | 1 | 8" in latents.COMPARISON.tables(report)
 
     if classes > 1:  # other solvers sample the same generator
         monkeypatch.setattr(samplers, "trained_generator", lambda task: small / f"{name}-0-generator")
