@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -79,7 +79,6 @@ def reference(images: TrainingSet) -> ImageStatistics:
 
 
 GLYPHS = TrainingSet("glyphs", 32, len(CHARACTERS), 40 * len(CHARACTERS), (32, 64), GlyphExtractor)
-PHOTOGRAPHS = TrainingSet(
-    "photographs", 64, 1, 2000, (8, 16), lambda: FeatureExtractor("efficientnet-lite0"), label_column="none"
-)
+LITE = partial(FeatureExtractor, "efficientnet-lite0")
+PHOTOGRAPHS = TrainingSet("photographs", 64, 1, 2000, (8, 16), LITE, label_column="none")
 PHOTOGRAPHS_128 = replace(PHOTOGRAPHS, size=128)

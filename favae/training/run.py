@@ -1,5 +1,6 @@
 """The folder of a training run: settings, logs and checkpoints, and whether it can be continued."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -37,6 +38,7 @@ from favae.training.checkpoints import (
 from favae.training.config import RunConfig, to_yaml
 from favae.training.optimization import Ema
 from favae.training.sharding import is_sharded
+from favae.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,8 @@ def changed_settings(config: RunConfig, file: Path) -> list[str]:
         old = None
     if not isinstance(old, dict):
         raise ConfigError(f"{file} is damaged; without it, the run continues with the settings that are given")
+    with contextlib.suppress(ConfigError):  # of a setting that is no more
+        old = yaml.safe_load(to_yaml(validate(type(config), old)))  # with the defaults of settings that are newer
     new = yaml.safe_load(to_yaml(config))
     changed = []
     for section in sorted((set(old) | set(new)) - SECTIONS_FREE_TO_CHANGE):

@@ -1,11 +1,24 @@
 """The rows of an experiment are made once, kept, and reported."""
 
 import json
+import pickle
 
 import pytest
 from guesses import Guess, guess, tables
 
-from experiments import ablation, decoder_only, equal_budget, generator_quality, latents, samplers, text_to_image
+from experiments import (
+    ablation,
+    codebooks,
+    compression,
+    decoder_only,
+    equal_budget,
+    generator_quality,
+    glyph_texts,
+    latents,
+    samplers,
+    stft,
+    text_to_image,
+)
 from experiments.rows import RESULTS, Comparison, main
 
 EXPERIMENTS = (ablation, decoder_only, equal_budget, generator_quality, latents, samplers, text_to_image)
@@ -40,6 +53,12 @@ def test_rows_have_processes_of_their_own(tmp_path):
     assert "TypeError" in (tmp_path / "bad-0.log").read_text()
     (row,) = json.loads((tmp_path / "guesses.json").read_text())["rows"]
     assert row["model"] == "good" and row["value"] == 1.0
+
+
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, codebooks, compression, glyph_texts, stft])
+def test_every_variant_can_be_sent_to_a_process(experiment):
+    variants = experiment.COMPARISON.variants
+    assert pickle.loads(pickle.dumps(variants)).keys() == variants.keys()
 
 
 def test_published_tables_are_those_of_the_published_rows():

@@ -120,6 +120,13 @@ def test_changed_settings_are_named(tmp_path, monkeypatch):
     assert changed() == [] and changed("train.steps=99", "output=x", "train.log_every=7") == []
     assert changed("train.batch_size=3", "loss.kl=0.1", "seed=2") == ["loss.kl", "seed", "train.batch_size"]
 
+    # A folder that was written before a setting existed has its default; one that has a setting no more differs by it.
+    whole = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(whole.replace("  mask: 0.0\n", ""))
+    assert changed() == [] and changed("loss.mask=1") == ["loss.mask"]
+    (tmp_path / "config.yaml").write_text(whole.replace("  mask: 0.0\n", "  mask: 0.0\n  masc: 1.0\n"))
+    assert changed() == ["loss.masc"]
+
     # Another path of the same folder is the same setting.
     monkeypatch.chdir(tmp_path)
     for name in ("images", "others"):
