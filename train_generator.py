@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Trains a generator on a latent cache: LightningDiT or DiT from classes, by flow matching or (DiT) diffusion; CAT from
-texts, token by token.
+"""Trains a generator on a latent cache: LightningDiT, DiT or a UNet, by flow matching or (DiT) diffusion; CAT token by
+token or from coarse to fine. They are told classes or (LightningDiT, CAT) texts.
 
     tokenizer first   python train_tokenizer.py ...; favae cache-latents ...
-    for CAT, then     favae embed-captions --latents LATENTS --encoder minilm
+    for texts         favae embed-captions --latents LATENTS --encoder minilm
     one process       python train_generator.py configs/generator/photos_lightningdit.yaml
     8 GPUs            accelerate launch --num_processes 8 train_generator.py CONFIG.yaml data.latents=LATENTS
     2 CPU processes   torchrun --nproc_per_node 2 train_generator.py CONFIG.yaml
@@ -55,11 +55,12 @@ from favae.eval.online import GeneratorEvaluation
 from favae.files import atomic_path
 from favae.foundation import FoundationModel
 from favae.models.class_conditional import initialize_dit, num_classes
-from favae.pipelines import LightningDiTPipeline
+from favae.pipelines import CATPipeline, LightningDiTPipeline
 from favae.pipelines.solvers import flow_scheduler
-from favae.training.class_to_image import DIFFUSION_SCHEDULE, ClassToImageModule
+from favae.training.autoregression import AutoregressionModule, check_tokens, open_text_encoder
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
+from favae.training.diffusion import DIFFUSION_SCHEDULE, DiffusionModule
 from favae.training.dry_run import describe_run
 from favae.training.generator_config import GeneratorConfig
 from favae.training.models import build_model
@@ -74,7 +75,6 @@ from favae.training.optimization import (
 )
 from favae.training.run import Run, find_checkpoint_to_resume
 from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
-from favae.training.text_to_image import TextToImageModule, build_text_pipeline, check_text_shapes, open_text_encoder
 
 
 def train(config: GeneratorConfig) -> None:
@@ -199,14 +199,12 @@ def open_images(config: GeneratorConfig, dataset: MomentsDataset | TokenDataset)
 
 def check_shapes(config: GeneratorConfig, transformer: ModelMixin, dataset: MomentsDataset | TokenDataset) -> None:
     """Raises ConfigError if the generator was built for other latents, classes or texts than the cache has."""
-    if config.is_autoregressive:
-        check_text_shapes(transformer, dataset)
-        return
     built, folder = transformer.config, dataset.folder
-    if not isinstance(dataset, MomentsDataset):
+    if config.is_autoregressive:
+        check_tokens(transformer, dataset)
+    elif not isinstance(dataset, MomentsDataset):
         raise ConfigError(f"{folder} holds tokens of a codebook, which are for a CATTransformerModel")
-    expected = (built.in_channels, built.sample_size, built.sample_size)
-    if dataset.latent_shape != expected:
+    elif dataset.latent_shape != (expected := (built.in_channels, built.sample_size, built.sample_size)):
         raise ConfigError(
             f"{folder} holds latents of shape {dataset.latent_shape}, "
             f"the generator is built for {expected} (model.in_channels, model.sample_size)"
@@ -223,10 +221,10 @@ def check_shapes(config: GeneratorConfig, transformer: ModelMixin, dataset: Mome
         )
 
 
-def build_training_module(config: GeneratorConfig, transformer: ModelMixin) -> ClassToImageModule | TextToImageModule:
+def build_training_module(config: GeneratorConfig, transformer: ModelMixin) -> DiffusionModule | AutoregressionModule:
     """Joins the generator with its losses and, for alignment, with the frozen network that it is aligned to."""
     if config.is_autoregressive:
-        return TextToImageModule(transformer)
+        return AutoregressionModule(transformer)
     teacher, alignment = None, config.loss.alignment
     if alignment.weight:
         with hint(
@@ -234,7 +232,7 @@ def build_training_module(config: GeneratorConfig, transformer: ModelMixin) -> C
             "loss.alignment.backbone=efficientnet-lite0 needs no network"
         ):
             teacher = FoundationModel(alignment.backbone, alignment.weights)
-    return ClassToImageModule(transformer, config.loss, teacher)
+    return DiffusionModule(transformer, config.loss, teacher)
 
 
 def build_pipeline(
@@ -244,17 +242,16 @@ def build_pipeline(
     if isinstance(dataset, MomentsDataset):
         statistics = {key: dataset.manifest[key] for key in ("latents_mean", "latents_std")}
         tokenizer.register_to_config(**statistics, scaling_factor=1.0, shift_factor=0.0)
+    names = dict(enumerate(dataset.classes)) if num_classes(transformer) else None
+    texts = open_text_encoder(dataset, config.data.text_encoder) if config.takes_texts else {}
     if config.is_autoregressive:
-        return build_text_pipeline(transformer, tokenizer, dataset, config.data.text_encoder)
-    names = dict(enumerate(dataset.classes))
+        return CATPipeline(transformer, tokenizer, **{"text_encoder": None, "tokenizer": None, **texts}, id2label=names)
     if config.loss.objective == "ddpm":
         scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False)
         pipeline = DiTPipeline(transformer, fold_latent_statistics(tokenizer), scheduler, id2label=names)
         pipeline.register_to_config(id2label=names)  # DiTPipeline does not save its names otherwise
         return pipeline
     scheduler = flow_scheduler(config.sampling.solver, config.sampling.shift)
-    texts = open_text_encoder(dataset, config.data.text_encoder) if config.takes_texts else {}
-    names = names if num_classes(transformer) else None
     return LightningDiTPipeline(transformer, tokenizer, scheduler, id2label=names, **texts)
 
 
@@ -277,7 +274,7 @@ def sampling_options(config: GeneratorConfig, dataset: MomentsDataset | TokenDat
     sampling, options = config.sampling, {"columns": 8}
     if not config.is_autoregressive:
         options["num_inference_steps"] = sampling.num_inference_steps
-    if not config.is_autoregressive and config.model.get("num_classes") != 0:
+    if config.takes_classes:
         num_classes_shown = len(dataset.classes)
         options["columns"] = min(num_classes_shown, 8)
         options["class_labels"] = [i % num_classes_shown for i in range(sampling.num_images)]

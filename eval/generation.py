@@ -287,7 +287,7 @@ def sample_pipeline(
         "top_k": top_k,
         "top_p": top_p,
     }
-    settings = _steps_argument(pipeline, num_inference_steps)
+    settings = steps_argument(pipeline, num_inference_steps)
     settings |= {name: value for name, value in options.items() if value is not None}
 
     # One folder for each guidance scale and seed.
@@ -341,7 +341,7 @@ def _set_scheduler(pipeline: DiffusionPipeline, shift: float | None, solver: Sol
         pipeline.register_modules(scheduler=flow_scheduler(solver, shift))
 
 
-def _steps_argument(pipeline: DiffusionPipeline, steps: int | None) -> dict[str, Any]:
+def steps_argument(pipeline: DiffusionPipeline, steps: int | None) -> dict[str, Any]:
     """The pipeline's argument for the number of steps; {} for an autoregressive pipeline that takes none."""
     if hasattr(pipeline, "scheduler"):
         return {"num_inference_steps": 50 if steps is None else steps}

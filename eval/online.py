@@ -18,7 +18,7 @@ from favae.errors import ModelError, NonFiniteError
 from favae.eval.compression import bits_per_pixel
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
-from favae.eval.generation import measure_samples, protocol_of, sampling_protocol
+from favae.eval.generation import measure_samples, protocol_of, sampling_protocol, steps_argument
 from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.latent_evaluation import labels_of, latent_metrics
 from favae.eval.reconstruction import Encode, evaluate_reconstruction, mode
@@ -159,7 +159,7 @@ class GeneratorEvaluation:
             the same protocol, or None. Nothing if samples are not finite.
         """
         config, state = self.config, process_state()
-        settings = {**config.guidance, "num_inference_steps": config.num_inference_steps}
+        settings = {**config.guidance, **steps_argument(pipeline, config.num_inference_steps)}
         if state.is_main_process:
             shutil.rmtree(self.samples, ignore_errors=True)  # of a killed run, perhaps with other weights
         state.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""`CATTransformerModel`: samples the tokens of an image one by one, or from coarse to fine, given a text."""
+"""`CATTransformerModel`: samples the tokens of an image one by one, or from coarse to fine, by text or class."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,7 +42,7 @@ class CATCache:
     """What `CATTransformerModel.step` needs of the positions before: the text, and the keys and values of each block.
 
     Attributes:
-        encoder_hidden_states: (B, L, text_dim).
+        encoder_hidden_states: (B, L, D).
         text_mask: (B, 1, 1, 1 + L).
         layers: one per block.
         position: of the next step.
@@ -68,11 +68,14 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         scales: of that quantizer; None for "raster".
         num_layers, num_attention_heads, attention_head_dim, hidden_size: the width D need not be heads * head_dim.
         text_dim: channels of the text embeddings. A text may have any number of them, also 1 (a sentence vector) or 0.
+            None for a model of classes.
+        num_classes: of a model of classes; 0 for texts. A class stands in the place of a text of one embedding, which
+            is learned.
         text_pooling: None attends to all token embeddings; "mean" attends to one vector per text, their mean (for
             MiniLM, the direction of its sentence embedding). This is the condition that the paper compares with.
         mlp_ratio: width of the feed-forward divided by D.
         dropout: of what each block adds.
-        text_dropout_prob: share of texts that are left out in training, for classifier-free guidance.
+        text_dropout_prob: share of texts, or classes, that are left out in training, for classifier-free guidance.
         head: "categorical" for indices of a codebook, "flow" for continuous normalized latents.
         codebook_size: of the categorical head.
         num_quantizers: residual codes per token, of the categorical head.
@@ -109,7 +112,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         num_attention_heads: PositiveInt = 16,
         attention_head_dim: PositiveInt = 64,
         hidden_size: PositiveInt = 1536,
-        text_dim: PositiveInt = 768,
+        text_dim: PositiveInt | None = 768,
         text_pooling: Literal["mean"] | None = None,
         mlp_ratio: PositiveFloat = 4.0,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
@@ -125,6 +128,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         relative_position: bool = False,
         order: Literal["raster", "next_scale", "next_band"] = "raster",
         scales: tuple[PositiveInt, ...] | None = None,
+        num_classes: NonNegativeInt = 0,
     ):
         super().__init__()
         if (
@@ -134,6 +138,8 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             or order not in ("raster", "next_scale", "next_band")
         ):
             raise ValueError(f"unknown word among {head=}, {attention=}, {text_pooling=}, {order=}")
+        if (text_dim is None) != (num_classes > 0):
+            raise ValueError(f"need either text_dim, or num_classes and text_dim=None, got {text_dim=}, {num_classes=}")
 
         # 1. What goes in: tokens, the start token, positions
         self.token_head: CategoricalHead | FlowHead | StageHead
@@ -170,6 +176,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             self.row_position = nn.Parameter(torch.empty(sample_size, 1, hidden_size))
             self.column_position = nn.Parameter(torch.empty(1, sample_size, hidden_size))
         self.norm_in = nn.LayerNorm(hidden_size)
+        self.class_embedding = nn.Embedding(num_classes, hidden_size) if num_classes else None
 
         # 2. Blocks
         self.blocks = nn.ModuleList(
@@ -177,7 +184,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
                 hidden_size,
                 num_heads=num_attention_heads,
                 head_dim=attention_head_dim,
-                text_dim=text_dim,
+                text_dim=text_dim or hidden_size,
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
                 shared_key_value=attention == "shared_key_value",
@@ -214,11 +221,30 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         """How many tokens are sampled at once, one number per step of `generate`."""
         return self.token_head.counts if isinstance(self.token_head, StageHead) else [1] * self.config.sample_size**2
 
+    def embed_classes(self, class_labels: Tensor) -> Tensor:
+        """Classes (B,), int64 -> (B, 1, D), which stand in the place of text embeddings.
+
+        Raises:
+            ValueError: for a class that the model does not have.
+        """
+        classes = self.config.num_classes
+        if self.class_embedding is None or bool(((class_labels < 0) | (class_labels >= classes)).any()):
+            raise ValueError(f"the transformer has {classes} classes, got {class_labels.tolist()}")
+        return self.class_embedding(class_labels).unsqueeze(1)
+
+    def _condition(self, encoder_hidden_states: Tensor | None, class_labels: Tensor | None) -> Any:
+        """The text embeddings, or those of the classes. Raises ValueError for the wrong, both or neither."""
+        needed = "encoder_hidden_states" if self.class_embedding is None else "class_labels"
+        given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels}
+        if [name for name, value in given.items() if value is not None] != [needed]:
+            raise ValueError(f"this transformer needs {needed}, and nothing else as a condition")
+        return encoder_hidden_states if class_labels is None else self.embed_classes(class_labels)
+
     def _prepare_text(self, embeddings: Tensor, mask: Tensor | None, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
         """The text as the blocks take it.
 
         Args:
-            embeddings: (B, L, text_dim). mask: (B, L), or None if there is text everywhere.
+            embeddings: (B, L, D). mask: (B, L), or None if there is text everywhere.
             dropout: share of texts that are left out.
         Returns:
             Embeddings with padding set to zero (or their mean, L = 1), and the mask (B, 1, 1, 1 + L) of keys in
@@ -244,8 +270,9 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
     def forward(
         self,
         tokens: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> CATTransformerOutput | tuple[Tensor, Tensor, Tensor | None]:
         """The loss of whole grids, in which each token is predicted from those before it, or of the stages before.
@@ -255,15 +282,17 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
                 flow head (B, C, h, w), normalized.
             encoder_hidden_states: (B, L, text_dim), the text embeddings.
             encoder_attention_mask: (B, L), 0 or False where there is no text; None if there is text everywhere.
+            class_labels: (B,), int64, of a model of classes, instead of the text.
         Raises:
             ValueError: for tokens of another shape than the model was built for, or outside the codebook; for a mask
-                that does not fit the text.
+                that does not fit the text; for a class that the model does not have.
         """
         # 1. Tokens and text
         self.token_head.check(tokens, self.config.sample_size)
         tokens = self.token_head.to_sequence(tokens)
         dropout = self.config.text_dropout_prob if self.training else 0.0
-        text, text_mask = self._prepare_text(encoder_hidden_states, encoder_attention_mask, dropout)
+        condition = self._condition(encoder_hidden_states, class_labels)
+        text, text_mask = self._prepare_text(condition, encoder_attention_mask, dropout)
 
         # 2. Every position sees the start token and the tokens before it
         hidden_states = self._inputs(self.token_head.context(tokens), len(tokens), 0)  # (B, N, D)
@@ -281,7 +310,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         return CATTransformerOutput(loss=loss, hidden_states=hidden_states, logits=logits)
 
     def start(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> CATCache:
-        """An empty cache for `step`. The text is as in `forward`."""
+        """An empty cache for `step`. The text is as in `forward`; classes are embedded by `embed_classes`."""
         text, text_mask = self._prepare_text(encoder_hidden_states, encoder_attention_mask)
         slots = self.num_tokens + (self.config.attention == "shared_key_value")
         return CATCache(text, text_mask, [LayerCache(slots) for _ in self.blocks])
@@ -314,9 +343,10 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
     @apply_forward_hook
     def generate(
         self,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         *,
+        class_labels: Tensor | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -325,10 +355,10 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         generator: TorchGenerators = None,
         callback: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Samples one grid per text.
+        """Samples one grid per text, or per class.
 
         Args:
-            encoder_hidden_states, encoder_attention_mask: as in `forward`.
+            encoder_hidden_states, encoder_attention_mask, class_labels: as in `forward`.
             guidance_scale: classifier-free guidance, null + scale (text - null), of the logits or of the flow head's
                 velocities. 1 switches it off; anything else doubles the batch. From coarse to fine, it grows linearly
                 from 1 at the first stage to this scale at the last, as VAR's.
@@ -341,11 +371,12 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         Returns:
             Tokens in the shape that `forward` takes; float32 for the flow head.
         Raises:
-            ValueError: for values out of range, arguments of the other head, or guidance of a model that was never
-                trained without text.
+            ValueError: for values out of range, arguments of the other head, a condition that the model does not take,
+                or guidance of a model that was never trained without one.
             NonFiniteError: if hidden states are not finite. Indices alone would not show it: the first would be taken.
         """
-        batch, is_guided = len(encoder_hidden_states), guidance_scale != 1
+        condition = self._condition(encoder_hidden_states, class_labels)
+        batch, is_guided = len(condition), guidance_scale != 1
         if is_guided and self.config.text_dropout_prob == 0:
             raise ValueError("guidance needs a transformer trained with text_dropout_prob > 0; use guidance_scale=1")
         if isinstance(generator, list) and len(generator) != batch:
@@ -355,10 +386,10 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
         # 1. Guidance doubles the batch: the second half has no text
         if is_guided:
             mask = encoder_attention_mask
-            mask = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2]) if mask is None else mask
+            mask = condition.new_ones(condition.shape[:2]) if mask is None else mask
             encoder_attention_mask = torch.cat([mask, torch.zeros_like(mask)])
-            encoder_hidden_states = torch.cat([encoder_hidden_states, encoder_hidden_states])
-        cache = self.start(encoder_hidden_states, encoder_attention_mask)
+            condition = torch.cat([condition, condition])
+        cache = self.start(condition, encoder_attention_mask)
 
         # 2. One step after the other, in both halves the same
         tokens, finite, previous = [], [], None

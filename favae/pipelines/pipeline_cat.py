@@ -1,4 +1,4 @@
-"""`CATPipeline`: texts to images, token by token, with a codebook or with continuous latents."""
+"""`CATPipeline`: texts or classes to images, token by token, with a codebook or with continuous latents."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -9,13 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from favae.autoencoders import spatial_compression_ratio
 from favae.models import CATTransformerModel, VQModelFA
+from favae.pipelines.conditions import ConditionalPipeline, check_text_encoder
 from favae.pipelines.decoding import decode_finite, decode_latents
-from favae.pipelines.texts import TextPipeline, check_text_encoder
 
 
-class CATPipeline(TextPipeline):
+class CATPipeline(ConditionalPipeline):
     r"""
-    Autoregressive text-to-image generation, token by token or from coarse to fine.
+    Autoregressive generation of texts or of classes, token by token or from coarse to fine.
 
     Parameters:
         transformer: a [`CATTransformerModel`].
@@ -24,6 +24,7 @@ class CATPipeline(TextPipeline):
         text_encoder, tokenizer: of transformers, those that the transformer was trained with. With None only
             `prompt_embeds` are possible.
         max_length: number of tokens to which prompts are cut, with a warning. None takes as many as the encoder can.
+        id2label: class index -> name, for `get_label_ids`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -33,9 +34,10 @@ class CATPipeline(TextPipeline):
         self,
         transformer: CATTransformerModel,
         vae: VQModelFA | AutoencoderKL | None,
-        text_encoder: PreTrainedModel | None,
+        text_encoder: PreTrainedModel | None,  # no default: with one, from_pretrained(..., text_encoder=None) reads it
         tokenizer: PreTrainedTokenizerBase | None,
         max_length: int | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         if vae is not None:
@@ -43,7 +45,7 @@ class CATPipeline(TextPipeline):
         if text_encoder is not None:
             check_text_encoder(transformer, text_encoder)
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(max_length=max_length)
+        self.register_to_config(max_length=max_length, id2label=id2label)
         self.vae_scale_factor = 8 if vae is None else spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -72,13 +74,14 @@ class CATPipeline(TextPipeline):
         prompt_attention_mask: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        class_labels: list[int] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Args:
             prompt: one text, or one per image. An empty one samples without a condition.
             num_images_per_prompt: number of consecutive images of each prompt.
-            guidance_scale: classifier-free guidance, null + scale (text - null), of logits or velocities; 1 switches it
-                off.
+            guidance_scale: classifier-free guidance, null + scale (condition - null), of logits or velocities; 1
+                switches it off.
             temperature: 1 samples from the learned distribution, less is safer, 0 takes the likeliest token.
             top_k, top_p: for codes: only the k likeliest tokens can be sampled, or only the likeliest that together
                 have this probability.
@@ -88,25 +91,31 @@ class CATPipeline(TextPipeline):
                 of `prompt`. Guidance leads away from no text; there is no negative prompt.
             output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (the tokens:
                 int64 (B, h, w), (B, h, w, Q) or (B, N), or normalized latents (B, C, h, w)).
+            class_labels: of a transformer of classes: one class index per image; see `get_label_ids`.
 
         Returns:
             [`ImagePipelineOutput`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: for both or neither of `prompt` and `prompt_embeds`, embeddings without a mask of their shape, a
-                wrong number of generators, or values that the transformer refuses.
+            ValueError: for both or neither of `prompt` and `prompt_embeds`, embeddings without a mask of their shape,
+                classes or texts that the transformer needs or does not take, a wrong number of generators, or values
+                that the transformer refuses.
             NonFiniteError: if latents or images are not finite.
         """
-        # 1. The text
+        # 1. The condition
         if self.vae is None and output_type != "latent":
             raise ValueError('a pipeline without an autoencoder needs output_type="latent"')
-        embeddings, mask = self._text_of(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
+        condition = {"class_labels": self._labels_of(class_labels)}
+        if class_labels is None:
+            texts = self._text_of(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
+            condition = dict(zip(("encoder_hidden_states", "encoder_attention_mask"), texts))
+        elif not (prompt is None and prompt_embeds is None and prompt_attention_mask is None):
+            raise ValueError("this transformer takes no prompt")
 
         # 2. Tokens, one after the other
         with self.progress_bar(total=len(self.transformer.steps)) as bar:
             tokens = self.transformer.generate(
-                embeddings,
-                mask,
+                **condition,
                 guidance_scale=guidance_scale,
                 temperature=temperature,
                 top_k=top_k,

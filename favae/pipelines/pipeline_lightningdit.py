@@ -22,11 +22,11 @@ from favae.autoencoders import spatial_compression_ratio
 from favae.models import LightningDiTTransformer2DModel
 from favae.models.class_conditional import num_classes, time_scale
 from favae.models.token_heads import guide
+from favae.pipelines.conditions import ConditionalPipeline, check_text_encoder
 from favae.pipelines.decoding import decode_latents
-from favae.pipelines.texts import TextPipeline, check_text_encoder
 
 
-class LightningDiTPipeline(TextPipeline):
+class LightningDiTPipeline(ConditionalPipeline):
     r"""
     Generation by flow matching, of classes, of texts or of both, as the transformer was trained.
 
@@ -70,23 +70,6 @@ class LightningDiTPipeline(TextPipeline):
         self.register_to_config(id2label=id2label, max_length=max_length)
         self.vae_scale_factor = spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Class indices by name; of classes with the same name, the last."""
-        return {name: int(index) for index, name in (self.config.id2label or {}).items()}
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """The class indices of one or more class names.
-
-        Raises:
-            ValueError: for a name that the pipeline does not know.
-        """
-        names = [label] if isinstance(label, str) else label
-        for name in names:
-            if name not in self.labels:
-                raise ValueError(f"no class '{name}', there are {', '.join(self.labels)}")
-        return [self.labels[name] for name in names]
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Normalized latents (B, C, h, w) -> images (B, 3, H, W) around [-1, 1]."""
@@ -192,16 +175,11 @@ class LightningDiTPipeline(TextPipeline):
 
     def _classes(self, class_labels: list[int] | None, guidance_scale: float) -> dict[str, tuple[Tensor, Tensor]]:
         """The transformer's argument for classes, and its value without one; nothing if it has no classes."""
-        null_class = num_classes(self.transformer)
-        if (class_labels is None) != (null_class == 0):
-            raise ValueError(f"this transformer {'takes no' if null_class == 0 else 'needs'} class_labels")
-        if class_labels is None:
+        labels = self._labels_of(class_labels)
+        if labels is None:
             return {}
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        if bool(((labels < 0) | (labels >= null_class)).any()):
-            raise ValueError(f"class labels go from 0 to {null_class - 1}, got {labels.tolist()}")
         self._check_guidance(guidance_scale, "class_dropout_prob")
-        return {"class_labels": (labels, torch.full_like(labels, null_class))}
+        return {"class_labels": (labels, torch.full_like(labels, num_classes(self.transformer)))}
 
     def _texts(
         self,

@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 from favae.errors import ConfigError
 from favae.pipelines.solvers import Solver
 from favae.ranges import Count, Decay, Probability, Rate, Share, Shift, Step, Text, Weight
-from favae.training.class_to_image import GeneratorLossConfig
 from favae.training.config import RunConfig, TrainConfig
+from favae.training.diffusion import GeneratorLossConfig
 from favae.training.models import GENERATORS, check_model
 from favae.training.validation import STRICT
 
@@ -81,7 +81,7 @@ class EvaluationConfig(GuidanceConfig):
     features: Text = "inception"  # or "dinov2", "efficientnet-lite0", any timm model
     weights: Text | None = None  # a local file for `features`
     num_images: Count = 10_000  # fewer than a published FID's 50,000, and so higher than one
-    num_inference_steps: Count = 50
+    num_inference_steps: Count | None = None  # None: 50, or 25 per token of CAT's flow head
     batch_size: Count = 32
 
     def __post_init__(self):
@@ -105,7 +105,12 @@ class GeneratorConfig(RunConfig):
     @property
     def takes_texts(self) -> bool:
         """Whether the generator is conditioned on texts."""
-        return self.is_autoregressive or self.model.get("text_dim") is not None
+        return self.model.get("text_dim", 768 if self.is_autoregressive else None) is not None
+
+    @property
+    def takes_classes(self) -> bool:
+        """Whether the generator is conditioned on classes; LightningDiT may be on both."""
+        return not self.takes_texts if self.is_autoregressive else self.model.get("num_classes") != 0
 
     def __post_init__(self):
         check_model(self.model, GENERATORS)
@@ -113,6 +118,8 @@ class GeneratorConfig(RunConfig):
             self._check_autoregressive()
         else:
             self._check_diffusion()
+        if self.takes_texts and self.evaluation.every:
+            raise ConfigError("evaluation.every is for generators of classes, not for model.text_dim")
         scales = {"sampling": self.sampling.guidance_scale, "evaluation": self.evaluation.guidance_scale}
         for key in ("class_dropout_prob", "text_dropout_prob"):
             for section, scale in scales.items():
@@ -135,13 +142,14 @@ class GeneratorConfig(RunConfig):
     def _check_autoregressive(self) -> None:
         class_only = {
             "loss.alignment.weight": self.loss.alignment.weight,
-            "evaluation.every": self.evaluation.every,
             "data.warmup_latents": self.data.warmup_latents,
             "loss.objective": self.loss.objective != "flow_matching",
         }
         for key, is_set in class_only.items():
             if is_set:
-                raise ConfigError(f"{key} is for generators of classes, not for a CATTransformerModel")
+                raise ConfigError(f"{key} is not for a CATTransformerModel")
+        if self.model.get("head") != "flow" and self.evaluation.num_inference_steps is not None:
+            raise ConfigError("evaluation.num_inference_steps is for model.head=flow")
         if self.model.get("head") == "flow" and (self.sampling.top_k, self.sampling.top_p) != (None, None):
             raise ConfigError("sampling.top_k and sampling.top_p are for model.head=categorical")
 
@@ -158,8 +166,6 @@ class GeneratorConfig(RunConfig):
         model, alignment = self.model, self.loss.alignment
         if not self.takes_texts and model.get("num_classes") == 0:
             raise ConfigError("model.num_classes=0 needs model.text_dim: a generator is told a class or a text")
-        if self.takes_texts and self.evaluation.every:
-            raise ConfigError("evaluation.every is for generators of classes, not for model.text_dim")
         if self.takes_texts and self.data.warmup_latents:
             raise ConfigError("data.warmup_latents is for generators of classes, not for model.text_dim")
         is_dit = model["name"] == "DiTTransformer2DModel"

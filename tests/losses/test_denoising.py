@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
 from favae.losses.denoising import denoising_loss, variational_bound
-from favae.training.class_to_image import DIFFUSION_SCHEDULE
+from favae.training.diffusion import DIFFUSION_SCHEDULE
 
 
 @pytest.fixture

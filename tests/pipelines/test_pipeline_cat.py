@@ -144,6 +144,30 @@ def test_without_text_encoder_and_autoencoder(codes, tmp_path):
         alone("a cat", output_type="latent")
 
 
+def test_classes(tmp_path):
+    model = transformer(text_dim=None, num_classes=3)
+    pipe = CATPipeline(model, VQModelFA(**TINY_VQ).eval(), None, None, id2label={0: "cat", 1: "dog", 2: "apple"})
+    pipe.save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    labels = pipe.get_label_ids(["apple", "cat"])
+    assert labels == [2, 0] and len(pipe(class_labels=labels).images) == 2
+    tokens = sample(pipe, class_labels=labels, generator=seeds(0, 1))
+    assert torch.equal(tokens[1:], sample(pipe, class_labels=[0], generator=seeds(1)))
+    for options, message in (
+        ({"class_labels": [3]}, "go from 0 to 2"),
+        ({"class_labels": [0], "prompt": "a cat"}, "takes no prompt"),
+        ({"prompt": "a cat"}, "needs class_labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**options)
+
+
+def test_a_class_for_a_transformer_of_texts(codes):
+    with pytest.raises(ValueError, match="takes no class_labels"):
+        codes(class_labels=[0])
+
+
 def test_offloading_is_of_whole_models(codes):
     with pytest.raises(ValueError, match="enable_model_cpu_offload"):
         codes.enable_sequential_cpu_offload()

@@ -48,7 +48,7 @@ class GeneratorLossConfig:
     alignment: RepresentationAlignmentConfig = field(default_factory=RepresentationAlignmentConfig)
 
 
-class ClassToImageModule(nn.Module):
+class DiffusionModule(nn.Module):
     """A LightningDiT, DiT or UNet with all that its training computes. This is what DistributedDataParallel wraps.
 
     diffusers' DiT embeds the class anew in each block, and would drop it in each for itself: labels are dropped here,

@@ -1,15 +1,50 @@
-"""What pipelines that take texts have in common."""
+"""What pipelines that take classes or texts have in common."""
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from favae.models.class_conditional import num_classes
 from favae.text_encoder import encode_texts, text_limit, warn_of_cut
 
 
-class TextPipeline(DiffusionPipeline):
-    """A pipeline with `text_encoder` and `tokenizer` of transformers, either of them perhaps None, and `max_length`."""
+class ConditionalPipeline(DiffusionPipeline):
+    """A pipeline with `text_encoder` and `tokenizer` of transformers, either of them perhaps None, and, in its
+    configuration, `max_length` and the names of classes, `id2label`."""
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class indices by name; of classes with the same name, the last."""
+        return {name: int(index) for index, name in (self.config.id2label or {}).items()}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """The class indices of one or more class names.
+
+        Raises:
+            ValueError: for a name that the pipeline does not know.
+        """
+        names = [label] if isinstance(label, str) else label
+        for name in names:
+            if name not in self.labels:
+                raise ValueError(f"no class '{name}', there are {', '.join(self.labels)}")
+        return [self.labels[name] for name in names]
+
+    def _labels_of(self, class_labels: list[int] | None) -> Tensor | None:
+        """Class indices (B,); None for a transformer without classes.
+
+        Raises:
+            ValueError: if the transformer needs classes, or takes none, or does not have one of them.
+        """
+        count = num_classes(self.transformer)
+        if (class_labels is None) != (count == 0):
+            raise ValueError(f"this transformer {'takes no' if count == 0 else 'needs'} class_labels")
+        if class_labels is None:
+            return None
+        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        if bool(((labels < 0) | (labels >= count)).any()):
+            raise ValueError(f"class labels go from 0 to {count - 1}, got {labels.tolist()}")
+        return labels
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
         """The text embeddings (B, L, D) and mask (B, L) of prompts. An empty prompt has an empty mask: no text at all.

@@ -16,7 +16,7 @@ from favae.data.latents import load_tokenizer, open_latents
 from favae.data.sources import open_source
 from favae.eval.sampling import class_names
 from favae.models.class_conditional import initialize_dit
-from favae.training.class_to_image import ClassToImageModule, GeneratorLossConfig
+from favae.training.diffusion import DiffusionModule, GeneratorLossConfig
 
 TINY_DIT = {
     "sample_size": 4,
@@ -52,7 +52,7 @@ class Recorder:
         return (torch.zeros(len(hidden_states), self.channels, 4, 4),)
 
 
-def recorded(module: ClassToImageModule, latents: torch.Tensor, label: int, channels: int = 6):
+def recorded(module: DiffusionModule, latents: torch.Tensor, label: int, channels: int = 6):
     """Losses, and what the transformer was called with."""
     module.transformer.forward = recorder = Recorder(channels)
     result = module(latents, {"label": torch.full((len(latents),), label)})
@@ -61,7 +61,7 @@ def recorded(module: ClassToImageModule, latents: torch.Tensor, label: int, chan
 
 def test_the_class_is_dropped_once_for_all_blocks_of_a_dit():
     transformer = DiTTransformer2DModel(**TINY_DIT)
-    module = ClassToImageModule(transformer, GeneratorLossConfig())
+    module = DiffusionModule(transformer, GeneratorLossConfig())
     assert module.class_dropout == 0.1 and module.null_class == 3
     for parameter in transformer.parameters():  # its own dropping is off: the same labels, the same output
         torch.nn.init.normal_(parameter, std=0.2)
@@ -93,7 +93,7 @@ def test_a_new_dit_starts_as_dit_does():
 
 
 def test_lightningdit_drops_its_labels_itself():
-    module = ClassToImageModule(LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT), GeneratorLossConfig())
+    module = DiffusionModule(LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT), GeneratorLossConfig())
     *_, times, seen = recorded(module, torch.zeros(500, 6, 4, 4), label=1)
     assert (seen == 1).all() and times.min() > 0 and times.max() < 1
 
@@ -101,7 +101,7 @@ def test_lightningdit_drops_its_labels_itself():
 def test_diffusion_adds_noise_like_the_scheduler():
     transformer = DiTTransformer2DModel(**TINY_DIT, out_channels=12)
     module, data = (
-        ClassToImageModule(transformer, GeneratorLossConfig(objective="ddpm")),
+        DiffusionModule(transformer, GeneratorLossConfig(objective="ddpm")),
         torch.full((256, 6, 4, 4), 3.0),
     )
     _, logs, noisy, timesteps, _ = recorded(module, data, label=0, channels=12)
@@ -127,7 +127,7 @@ def test_the_projector_sees_the_block_and_the_alignment_is_added():
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     config = GeneratorLossConfig(alignment={"weight": 0.5, "layer": 1})
-    module = ClassToImageModule(transformer, config, Teacher()).eval()
+    module = DiffusionModule(transformer, config, Teacher()).eval()
     assert list(module.trained_parts()) == ["transformer", "projector"]  # the teacher is in no checkpoint
     latents, batch = torch.randn(2, 6, 4, 4), {"label": torch.tensor([0, 1])}
     with_images = {**batch, "image": torch.zeros(2, 3, 16, 16)}
@@ -220,7 +220,7 @@ def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache):
 
 
 def test_a_unet_sees_times_of_diffusion_and_no_class_now_and_then():
-    module = ClassToImageModule(UNet2DModel(**TINY_UNET), GeneratorLossConfig(class_dropout_prob=0.2))
+    module = DiffusionModule(UNet2DModel(**TINY_UNET), GeneratorLossConfig(class_dropout_prob=0.2))
     *_, times, seen = recorded(module, torch.zeros(4000, 6, 4, 4), label=1)
     assert 0.17 < (seen == 3).float().mean() < 0.23 and set(seen.tolist()) == {1, 3}
     assert times.min() + times.max() > 100 and times.max() <= 1000
@@ -272,8 +272,8 @@ def test_latents_of_smooth_images_are_learned_first(tiny_cache, monkeypatch):
     assert torch.allclose(low[3], expected[0], atol=1e-4) and not torch.allclose(low, whole, atol=1e-2)
 
     seen = []
-    plain = ClassToImageModule.forward
-    monkeypatch.setattr(ClassToImageModule, "forward", lambda self, z, b: seen.append(b["mean"]) or plain(self, z, b))
+    plain = DiffusionModule.forward
+    monkeypatch.setattr(DiffusionModule, "forward", lambda self, z, b: seen.append(b["mean"]) or plain(self, z, b))
     recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
     settings = [f"data.warmup_latents={tiny_cache / 'smooth'}", "data.warmup_steps=2", f"output={tiny_cache / 'run'}"]
     train("train_generator", recipe, "data.flip=false", *settings)

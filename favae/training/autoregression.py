@@ -1,18 +1,16 @@
-"""What a text-to-image generator learns: the tokens of an image one by one, given the text's embeddings."""
+"""What an autoregressive generator learns: the tokens of an image one by one, given a text or a class."""
 
 from typing import Any
 
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from favae.data.latents import MomentsDataset, TokenDataset
 from favae.errors import ConfigError, hint
 from favae.models.cat_transformer import CATTransformerModel
-from favae.pipelines.pipeline_cat import CATPipeline
 from favae.text_encoder import TextEncoder
 
 
-class TextToImageModule(nn.Module):
+class AutoregressionModule(nn.Module):
     """CAT with the loss of its training. This is what DistributedDataParallel wraps.
 
     Args:
@@ -32,27 +30,17 @@ class TextToImageModule(nn.Module):
         """
         Args:
             latents: normalized latents (B, C, h, w), or tokens (B, h, w[, Q]) or (B, N), int64.
-            batch: "text_embeddings" (B, L, D) and "text_mask" (B, L).
+            batch: "text_embeddings" (B, L, D) and "text_mask" (B, L), or "label" (B,), int64.
         Returns:
             The loss, and the same by name, detached.
         """
-        loss, *_ = self.transformer(latents, batch["text_embeddings"], batch["text_mask"], return_dict=False)
+        if self.transformer.config.num_classes:
+            condition = {"class_labels": batch["label"]}
+        else:
+            condition = {"encoder_hidden_states": batch["text_embeddings"]}
+            condition["encoder_attention_mask"] = batch["text_mask"]
+        loss, *_ = self.transformer(latents, **condition, return_dict=False)
         return loss, {self.loss_name: loss.detach()}
-
-
-def build_text_pipeline(
-    transformer: CATTransformerModel,
-    tokenizer: ModelMixin,
-    dataset: MomentsDataset | TokenDataset,
-    text_encoder: str | None = None,
-) -> CATPipeline:
-    """The pipeline that samples the transformer, with the text encoder that the data set's embeddings come from.
-
-    Args:
-        tokenizer: with the statistics that its latents were normalized with, if it has continuous ones.
-        text_encoder, and what is raised: as `open_text_encoder`.
-    """
-    return CATPipeline(transformer, tokenizer, **open_text_encoder(dataset, text_encoder))
 
 
 def open_text_encoder(dataset: MomentsDataset | TokenDataset, text_encoder: str | None = None) -> dict[str, Any]:
@@ -80,10 +68,9 @@ def open_text_encoder(dataset: MomentsDataset | TokenDataset, text_encoder: str 
     return {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer, "max_length": encoder.max_length}
 
 
-def check_text_shapes(transformer: CATTransformerModel, dataset: MomentsDataset | TokenDataset) -> None:
-    """Raises ConfigError if the transformer was built for other tokens than the cache holds, or for other texts."""
-    built, embeddings = transformer.config, dataset.text_embeddings
-    assert embeddings is not None, "the data set was opened without text embeddings"
+def check_tokens(transformer: CATTransformerModel, dataset: MomentsDataset | TokenDataset) -> None:
+    """Raises ConfigError if the transformer was built for other tokens than the cache holds."""
+    built = transformer.config
     wanted: dict[str, object]
     size = (built.sample_size, built.sample_size)
     if isinstance(dataset, MomentsDataset):
@@ -100,7 +87,6 @@ def check_text_shapes(transformer: CATTransformerModel, dataset: MomentsDataset 
             "model.codebook_size": dataset.codebook_size,
         }
         found = {"model.head": built.head, shape: tokens, "model.codebook_size": built.codebook_size}
-    wanted["model.text_dim"], found["model.text_dim"] = embeddings.dim, built.text_dim
     for key, value in wanted.items():
         if found[key] != value:
             raise ConfigError(f"{dataset.folder} needs a generator with {key} = {value}, this one has {found[key]}")

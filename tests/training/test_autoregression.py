@@ -13,13 +13,13 @@ from favae import CATPipeline, CATTransformerModel, LightningDiTPipeline, VQMode
 from favae.data.images import ImageDataset
 from favae.data.latents import open_latents, write_latent_cache
 from favae.data.sources import open_source
-from favae.data.text_embeddings import TextEmbeddings, write_text_embeddings
+from favae.data.text_embeddings import write_text_embeddings
 from favae.errors import ConfigError, DataError
 from favae.eval.sampling import sample_to_folder
 from favae.text_encoder import TextEncoder
+from favae.training.autoregression import check_tokens
 from favae.training.config import load_config
 from favae.training.generator_config import GeneratorConfig
-from favae.training.text_to_image import check_text_shapes
 
 MODEL = {"name": "CATTransformerModel", **TINY_CAT}
 FLOW = {"head": "flow", "latent_channels": 6, "low_latent_channels": 4, "head_width": 16, "head_layers": 1}
@@ -128,6 +128,29 @@ def test_lightningdit_of_other_texts_is_refused(flow, override, named):
     assert named in refusal("train_generator", flow, override)
 
 
+def test_classes_are_learned_resumed_sampled_and_measured(codes, tmp_path):
+    settings = yaml.safe_load(codes.read_text())
+    settings["model"] |= {"text_dim": None, "num_classes": 3}
+    settings["evaluation"] = {"every": 3, "reference": str(tmp_path / "images"), "num_images": 6, "batch_size": 3}
+    settings["evaluation"] |= {"features": "efficientnet-lite0"}
+    codes.write_text(yaml.safe_dump(settings))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for output, more in ((whole, []), (parts, ["train.steps=4"]), (parts, [])):
+        train("train_generator", codes, f"output={output}", *more)
+    for file in sorted((whole / "final").rglob("*.safetensors")):
+        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
+    lines = [json.loads(line) for line in (whole / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6] and (whole / "samples/step-0000006.png").exists()
+    pipe = DiffusionPipeline.from_pretrained(whole / "final")
+    assert type(pipe) is CATPipeline and pipe.text_encoder is None and len(pipe.labels) == 3
+    sample_to_folder(pipe, tmp_path / "samples", 3, guidance_scale=2.0)
+    with pytest.raises(DataError, match="takes no prompts"):
+        sample_to_folder(pipe, tmp_path / "others", 3, prompts=["the dog"])
+    assert "has 3 classes, the generator 2 (model.num_classes)" in refusal(
+        "train_generator", codes, f"output={tmp_path / 'run'}", "model.num_classes=2"
+    )
+
+
 def test_two_processes_train_together(codes, tmp_path):
     assert train_in_processes(2, "train_generator", codes, f"output={tmp_path / 'run'}", "train.steps=2") == [0, 0]
     assert (tmp_path / "run/final/model_index.json").exists()
@@ -138,6 +161,7 @@ def test_two_processes_train_together(codes, tmp_path):
     [
         ("model.codebook_size=16", "model.codebook_size = 32, this one has 16"),
         ("data.text_embeddings=NOWHERE", "NOWHERE"),
+        ("model.text_dim=5", "text embeddings of 8 numbers, the generator is built for 5"),
         ("model={name: CATTransformerModel, head: flow, latent_channels: 6}", "model.head = categorical"),
         ("data.text_encoder=NOWHERE", "NOWHERE"),
     ],
@@ -151,15 +175,13 @@ def test_what_does_not_fit_is_one_line(codes, tmp_path, override, named):
     [
         ({"sample_size": 8}, r"model.sample_size, .* = \(4, 4\), this one has \(8, 8\)"),
         ({"num_quantizers": 2}, r"model.num_quantizers = \(4, 4\), this one has \(4, 4, 2\)"),
-        ({"text_dim": 5}, "model.text_dim = 8, this one has 5"),
     ],
 )
 def test_shapes_that_do_not_fit(codes, override, named):
     config = load_config(GeneratorConfig, codes)
-    embeddings = TextEmbeddings(codes.parent / "cache/text_embeddings")
-    dataset = open_latents(config.data.latents, text_embeddings=embeddings)
+    dataset = open_latents(config.data.latents)
     with pytest.raises(ConfigError, match=named):
-        check_text_shapes(CATTransformerModel(**TINY_CAT | override), dataset)
+        check_tokens(CATTransformerModel(**TINY_CAT | override), dataset)
 
 
 def test_codes_are_not_for_generators_of_classes(codes, tmp_path):
