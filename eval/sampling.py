@@ -22,6 +22,7 @@ from favae.eval.features import everyone, image_generator
 from favae.files import atomic_path, is_unwritten, lock_folder, read_json, write_text
 from favae.hashing import hash_model
 from favae.models.class_conditional import num_classes
+from favae.pipelines.conditions import ConditionalPipeline
 
 SETTINGS_FILE = "settings.json"
 OTHERWISE = "sample it with your own code, and evaluate the folder of images"
@@ -156,8 +157,9 @@ def hash_prompts(prompts: Sequence[str]) -> str:
 
 def takes_prompts(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline generates images of texts. One of ours may take them, and its transformer have none."""
-    config = getattr(getattr(pipeline, "transformer", None), "config", {})
-    return "prompt" in inspect.signature(pipeline.__call__).parameters and config.get("text_dim", 1) is not None
+    if isinstance(pipeline, ConditionalPipeline):
+        return pipeline.transformer.config.get("text_dim") is not None
+    return "prompt" in inspect.signature(pipeline.__call__).parameters
 
 
 def _check_call(

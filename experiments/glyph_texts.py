@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Does CAT need all words of a text, or their mean? Token by token, or all at once? On glyphs and their attributes.
+"""Does CAT need all words of a text, or their mean? Does it learn them as LightningDiT does? On glyphs and attributes.
 
     python scripts/glyphs.py --output glyphs
     FAVAE_GLYPHS=glyphs python -m experiments.glyph_texts
@@ -7,8 +7,7 @@
 CAT learns the codes of one tokenizer (`dsl` of experiments/codebooks.py) from "small blue bold digit 7 on a white
 ground, top left" and the like, by attention to the embeddings of all tokens of the text, or to their mean alone. On the
 latents of another (`stock` of experiments/latents.py), CAT's flow head is compared with a LightningDiT of as many
-parameters, which has all tokens of an image at once. And tokens row by row are compared with those of two more
-tokenizers, from coarse to fine: scale by scale, and band by band.
+parameters, which has all tokens of an image at once.
 Samples for texts of held-out families, and for pairs of color and character that no text in training has, are read by
 the classifier of experiments/glyphs.py: the share in which each attribute is the one that was asked for. Writes
 docs/results/glyph_texts.json and .md.
@@ -19,6 +18,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -31,7 +31,6 @@ from experiments import codebooks, latents
 from experiments.glyphs import ATTRIBUTES, accuracies, load_glyphs, trained_classifier
 from experiments.image_sets import read_images
 from experiments.latents import BOTH, load
-from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS
@@ -44,7 +43,7 @@ from favae.training.generator_config import GeneratorConfig
 from train_generator import train as train_generator
 from train_tokenizer import train as train_tokenizer
 
-STEPS = 10_000
+STEPS = 6_000
 PROMPTS = 960  # of each split
 SPLITS = {"heldout": "texts of other fonts", "combinations": "new pairs of color and character"}
 GUIDANCE_SCALES = (1.0, 3.0)
@@ -60,12 +59,10 @@ MODEL = {
     "codebook_size": codebooks.MODEL["codebook_size"],
     "text_dropout_prob": 0.1,
 }
-TRAIN = {"batch_size": 64, "learning_rate": 1.0e-3, "weight_decay": 0.01, "lr_warmup_steps": 100, "ema_decay": 0.999}
+TRAIN = {**latents.GENERATOR, "batch_size": 64}
 
 
 CODES, LATENTS = "dsl", "stock"  # the tokenizers
-NEXT_SCALE = {**MODEL, "order": "next_scale", "scales": [1, 2, 4], "codebook_size": 64}
-NEXT_BAND = {**MODEL, "order": "next_band", "scales": [1, 2, 4]}
 FLOW = {**MODEL, "head": "flow", "latent_channels": 16, "head_width": 192, "head_layers": 2}
 del FLOW["codebook_size"]
 LIGHTNINGDIT = {
@@ -94,8 +91,6 @@ class Variant:
 VARIANTS = {
     "tokens": Variant("attention to the embeddings of all tokens of the text"),
     "mean": Variant("attention to their mean alone", MODEL | {"text_pooling": "mean"}),
-    "next_scale": Variant("`tokens`, scale by scale", NEXT_SCALE, "next_scale"),
-    "next_band": Variant("`tokens`, band by band", NEXT_BAND, "next_band"),
     "tokens_flow": Variant("`tokens`, on continuous latents", FLOW, LATENTS),
     "lightningdit": Variant("LightningDiT, on the same latents", LIGHTNINGDIT, LATENTS),
 }
@@ -111,20 +106,25 @@ def make_row(task: Task) -> dict:
     params = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
     loss = log["cross_entropy" if "cross_entropy" in log else "velocity"]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": params, "loss": loss}
-    row["seconds_per_image"] = seconds_per_image(pipeline)
+    prompts = ["large red bold letter Q"] * PICTURED
+    row["seconds_per_image"] = seconds_per_image(pipeline, prompt=prompts, guidance_scale=GUIDANCE_SCALES[-1])
     for split in SPLITS:
         row[split] = [{"guidance_scale": scale, **measure(task, pipeline, split, scale)} for scale in GUIDANCE_SCALES]
     return row | environment()
 
 
-def seconds_per_image(pipeline: DiffusionPipeline) -> float:
-    """The time of sampling one batch, guided, of the second of two."""
-    batch = min(PICTURED, PROMPTS)
+def few_steps(pipeline: DiffusionPipeline) -> dict[str, int]:
+    """The argument of a pipeline of flow matching for the number of steps; CAT's flow head has as many by default."""
+    return {"num_inference_steps": latents.NUM_INFERENCE_STEPS} if hasattr(pipeline, "scheduler") else {}
+
+
+def seconds_per_image(pipeline: DiffusionPipeline, **options: Any) -> float:
+    """The time of sampling the latents of one batch with these options, of the second of two."""
     for _ in range(2):
         start = time.perf_counter()
-        pipeline(prompt=["large red bold letter Q"] * batch, guidance_scale=GUIDANCE_SCALES[-1], output_type="latent")
+        latent = pipeline(**options, **few_steps(pipeline), output_type="latent").images
         seconds = time.perf_counter() - start
-    return seconds / batch
+    return seconds / len(latent)
 
 
 def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -> dict:
@@ -133,9 +133,8 @@ def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -
     chosen = np.linspace(0, len(table) - 1, min(PROMPTS, len(table))).astype(int)
     prompts = [table["caption"][int(i)] for i in chosen]
     folder = task.run / f"samples-{split}-{scale}"
-    sample_to_folder(
-        pipeline, folder, len(prompts), prompts=prompts, seed=task.seed, guidance_scale=scale, batch_size=120
-    )
+    options = {"guidance_scale": scale, "batch_size": 120, **few_steps(pipeline)}
+    sample_to_folder(pipeline, folder, len(prompts), prompts=prompts, seed=task.seed, **options)
     samples = SampleFolder(folder)
     attributes = {name: values[chosen] for name, values in load_glyphs(split)[1].items()}
     if task.pictures is not None and task.seed == 0:
@@ -146,8 +145,8 @@ def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -
     return {"attributes": found, **GLYPHS.metrics(samples, attributes["label"])}
 
 
-def prepare(task: Task) -> tuple[Path, Path]:
-    """The tokenizer, and the cache of its tokens with the embeddings of captions; made once for all rows of it."""
+def prepare(task: Task, *, texts: bool = True) -> tuple[Path, Path]:
+    """The tokenizer, and the cache of its tokens, with the embeddings of captions or not; made once for all rows."""
     name = task.variant.tokenizer
     cache = task.runs / f"cache-{name}"
     variants, steps, recipe = (
@@ -161,18 +160,17 @@ def prepare(task: Task) -> tuple[Path, Path]:
             train_tokenizer(recipe(own))
         tokenizer = load_tokenizer(str(own.run / "final"))
         write_latent_cache(tokenizer, GLYPHS.dataset("train"), cache, data_name="glyphs", batch_size=256)
-        write_text_embeddings(TextEncoder("minilm"), cache, batch_size=256)
+        if texts:
+            write_text_embeddings(TextEncoder("minilm"), cache, batch_size=256)
     return own.run / "final", cache
 
 
 def generator_config(task: Task, tokenizer: Path, cache: Path) -> GeneratorConfig:
     every = {"log_every": task.steps // 20, "checkpoint_every": task.steps}
-    precision = "no" if task.variant.model is LIGHTNINGDIT else fastest_precision()  # as in experiments/latents.py
-    train = {**TRAIN, **BOTH, **every, "steps": task.steps, "mixed_precision": precision}
     sections = {
         "model": task.variant.model,
         "data": {"latents": str(cache), "tokenizer": str(tokenizer), "flip": False},
-        "train": train,
+        "train": {**TRAIN, **BOTH, **every, "steps": task.steps},
     }
     return load(GeneratorConfig, task, sections, task.run)
 

@@ -6,6 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,6 +17,7 @@ from favae.data.sources import open_source
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.generation import generation_metrics
+from favae.eval.references import load_statistics, save_statistics
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,15 @@ def load_images(images: TrainingSet, split: str) -> tuple[Tensor, Tensor]:
 
 @cache
 def reference(images: TrainingSet) -> ImageStatistics:
-    """Statistics of the training pictures."""
-    pictures = InMemoryImages(load_images(images, "train")[0])
-    return image_statistics(pictures, [images.extractor()], keep=10_000, batch_size=256)[0]
+    """Statistics of the training pictures, which are kept beside them for other rows."""
+    extractor, pictures = images.extractor(), images.file("train")
+    file = pictures.with_name(f"train-{images.size}-{extractor.hash[:8]}.safetensors")
+    with FileLock(f"{file}.lock"):
+        if not file.exists() or file.stat().st_mtime < pictures.stat().st_mtime:
+            dataset = InMemoryImages(load_images(images, "train")[0])
+            statistics = image_statistics(dataset, [extractor], keep=10_000, batch_size=256)
+            save_statistics(file, statistics, {"data": images.name, "resolution": images.size, "crop": "center"})
+    return load_statistics(str(file), [extractor])[1][0]
 
 
 GLYPHS = TrainingSet("glyphs", 32, len(CHARACTERS), 40 * len(CHARACTERS), (32, 64), GlyphExtractor)

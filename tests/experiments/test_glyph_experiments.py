@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from experiments import codebooks, glyph_texts, glyphs, latents, samplers, training_sets
+from experiments import codebooks, generators, glyph_texts, glyphs, latents, samplers, training_sets
 from experiments.glyphs import ATTRIBUTES, CHARACTERS, GlyphClassifier, GlyphExtractor, accuracies
 from experiments.latents import VARIANTS, on_plateau, tokenizer_config
 from experiments.rows import Task
@@ -38,13 +38,16 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setenv("FAVAE_GLYPHS", str(tmp_path))
     monkeypatch.setenv("FAVAE_PHOTOGRAPHS", str(tmp_path / "photographs"))
     monkeypatch.setattr(glyphs, "WEIGHTS", tmp_path / "classifier.safetensors")
-    for module in (latents, codebooks, glyph_texts):
+    for module in (latents, codebooks):
         monkeypatch.setattr(module, "fastest_precision", lambda: "no")
     for settings in (latents.TOKENIZER, latents.GENERATOR):
         monkeypatch.setitem(settings, "compile", False)
     for settings in (codebooks.TRAIN, glyph_texts.TRAIN):
         monkeypatch.setitem(settings, "batch_size", 4)
+        monkeypatch.setitem(settings, "compile", False)
     monkeypatch.setattr(latents, "POINTS", (0.5, 1.0))
+    monkeypatch.setattr(latents, "NUM_INFERENCE_STEPS", 2)
+    monkeypatch.setattr(glyph_texts, "PICTURED", 2)
     results = (glyphs.load_glyphs, glyphs.trained_classifier, training_sets.load_images, training_sets.reference)
     for cached in results:
         cached.cache_clear()
@@ -97,7 +100,6 @@ def test_the_classifier_is_trained_and_reads_glyphs(small, monkeypatch):
 @pytest.mark.parametrize("name", ["smooth_first", "photographs_ours"])
 def test_a_row_has_all_measures(name, small, classifier, monkeypatch):
     monkeypatch.setattr(latents, "PICTURED", 1)
-    monkeypatch.setattr(latents, "NUM_INFERENCE_STEPS", 2)
     task = task_of(name, small)
     classes = task.variant.images.num_classes
     fewer = replace(task.variant.images, batch_sizes=(4, 4), samples=max(6, classes))
@@ -144,7 +146,7 @@ def test_a_row_of_codebooks(small, classifier):
     assert "`dsl` | 1" in codebooks.tables({"rows": [row]})
 
 
-@pytest.mark.parametrize("name", ["next_band", "lightningdit"])
+@pytest.mark.parametrize("name", ["tokens", "lightningdit"])
 def test_a_row_of_glyph_texts(name, small, classifier, monkeypatch):
     monkeypatch.setattr(glyph_texts, "PROMPTS", 5)
     monkeypatch.setattr(glyph_texts, "SPLITS", {"heldout": "texts"})
@@ -158,6 +160,21 @@ def test_a_row_of_glyph_texts(name, small, classifier, monkeypatch):
     assert f"| `{name}` | 1 | texts | 2.0 |" in glyph_texts.tables(report)
 
 
-def test_generators_from_texts_have_about_as_many_parameters():
+@pytest.mark.parametrize("name", ["unet", "next_band"])
+def test_a_row_of_generators(name, small, classifier, monkeypatch):
+    for module in (codebooks, latents):
+        monkeypatch.setattr(module, "STEPS", 20)
+    fewer = replace(training_sets.GLYPHS, samples=94)
+    variant = replace(generators.VARIANTS[name], images=fewer)
+    row = generators.make_row(replace(task_of("stock", small), name=name, variant=variant))
+    assert [sampled["guidance_scale"] for sampled in row["samples"]] == [1.0, 2.0]
+    assert row["samples"][0]["fd"] > 0 and 0 <= row["samples"][1]["accuracy"] <= 1 and row["samples"][1]["seams"] > 0
+    assert (small / f"pictures/{name}.png").exists()
+    assert f"| `{name}` | 1 | 4." in generators.tables({"rows": [row]})
+
+
+def test_generators_have_about_as_many_parameters():
+    parts = {name: build_model(variant.model).num_parameters() for name, variant in generators.VARIANTS.items()}
+    assert max(parts.values()) < 1.05 * min(parts.values())
     sizes = {name: build_model(variant.model).num_parameters() for name, variant in glyph_texts.VARIANTS.items()}
     assert sizes["lightningdit"] == pytest.approx(sizes["tokens_flow"], rel=0.05)

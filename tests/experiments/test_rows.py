@@ -13,6 +13,7 @@ from experiments import (
     decoder_only,
     equal_budget,
     generator_quality,
+    generators,
     glyph_texts,
     latents,
     samplers,
@@ -55,7 +56,7 @@ def test_rows_have_processes_of_their_own(tmp_path):
     assert row["model"] == "good" and row["value"] == 1.0
 
 
-@pytest.mark.parametrize("experiment", [*EXPERIMENTS, codebooks, compression, glyph_texts, stft])
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, codebooks, compression, generators, glyph_texts, stft])
 def test_every_variant_can_be_sent_to_a_process(experiment):
     variants = experiment.COMPARISON.variants
     assert pickle.loads(pickle.dumps(variants)).keys() == variants.keys()

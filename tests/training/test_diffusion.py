@@ -14,7 +14,7 @@ from favae import LightningDiTTransformer2DModel
 from favae.data.images import ImageDataset, without_high_frequencies
 from favae.data.latents import load_tokenizer, open_latents
 from favae.data.sources import open_source
-from favae.eval.sampling import class_names
+from favae.eval.sampling import class_names, sample_to_folder
 from favae.models.class_conditional import initialize_dit
 from favae.training.diffusion import DiffusionModule, GeneratorLossConfig
 
@@ -212,6 +212,7 @@ def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache):
     pipe = DiffusionPipeline.from_pretrained(tiny_cache / "whole/final")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.transformer, UNet2DModel) and len(class_names(pipe)) == 3
+    sample_to_folder(pipe, recipe.parent / "samples", 3, num_inference_steps=2, guidance_scale=2.0)
     options = {"latents": torch.randn(2, 6, 4, 4), "num_inference_steps": 3, "output_type": "latent"}
     plain, guided = (pipe([0, 2], guidance_scale=scale, **options).images for scale in (1.0, 3.0))
     assert not torch.equal(plain, guided)
