@@ -7,28 +7,43 @@
 All rows have the same network but for the complements, the squared error, the rate loss and, for the last third of the
 steps, the adversary; there is no LPIPS. "ffl" adds the focal frequency loss of the image, "dsl" complements with the
 dynamic spectrum loss, "both" both, and "published" weakens the squared error 255 times, as the published training of
-FA-HiFiC did by a mistake. Windows of 64 px of photographs are learned; whole crops of 128 px of other pictures are
-written to files and read. Settings were chosen on validation crops. Writes docs/results/compression.json, .md and
-pictures.
+FA-HiFiC did by a mistake. Two tokenizers that were not made for files are in the same table: "latents", of an
+AutoencoderKLFA, rounded as coarsely as the rate wants, and "codes", of a VQModelFA, each written with as many bits as
+it is frequent. Windows of 64 px of photographs are learned; whole crops of 128 px of other pictures are written to
+files and read. Settings were chosen on validation crops. Writes docs/results/compression.json, .md and pictures.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from diffusers import ModelMixin
+from filelock import FileLock
+from torch.utils.data import Dataset, Subset
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment
+from experiments.latents import SPLIT
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.training_sets import PHOTOGRAPHS_128
-from favae import HyperpriorModelFA
+from favae import HyperpriorModelFA, VQModelFA
+from favae.autoencoders import load_autoencoder
 from favae.data.images import ImageDataset
-from favae.eval.compression import PillowCodec, available_formats, matching_quality, measure_codec, model_codec
+from favae.eval.compression import (
+    Codec,
+    PillowCodec,
+    TokenizerCodec,
+    available_formats,
+    matching_quality,
+    measure_codec,
+    model_codec,
+)
 from favae.eval.features import FeatureExtractor
 from favae.training.config import load_config
 from favae.training.tokenizer_config import TokenizerConfig
@@ -36,6 +51,7 @@ from train_tokenizer import train
 
 STEPS = 6_000
 FEATURES = "efficientnet-lite0"
+COUNTED = 500  # training pictures that say how often a number or a token occurs
 PICTURES = (0, 90, 170, 250, 330, 420)
 RATES = {"low": 0.25, "med": 0.5, "high": 1.0}  # bits per pixel
 RATE_WEIGHTS = {"low": 4e-2, "med": 2e-2, "high": 1e-2}
@@ -65,12 +81,13 @@ TRAIN = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: its losses of frequencies, at one of `RATES`."""
+    """A row: its losses of frequencies, at one of `RATES`; or a tokenizer's model, which has none."""
 
     note: str
     rate: str
     loss: dict = field(default_factory=dict)
     factor: float = 1.0  # of everything but the squared error
+    tokenizer: dict | None = None
     length: float = 1.0
 
 
@@ -90,22 +107,71 @@ VARIANTS = {
 }
 
 
+CODES = {
+    "name": "VQModelFA",
+    "block_out_channels": [16, 32, 48, 96],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 16,
+    "codebook_size": 256,
+    "frequency_complement": None,
+    "quantizer": "residual",
+    "num_quantizers": 2,
+    "dead_code_threshold": 0.1,
+    "sample_size": 64,
+}
+VARIANTS |= {
+    f"latents_{rate}": Variant(f"rounded latents, about {bpp} bits per pixel", rate, tokenizer=SPLIT)
+    for rate, bpp in RATES.items()
+}
+VARIANTS["codes_low"] = Variant("two codes of 8 bits for 8 x 8 pixels", "low", tokenizer=CODES)
+
+
 def make_row(task: Task) -> dict:
     """Trains one model with one seed, and measures the files that it writes of pictures that were in no training."""
-    train(recipe(task))
-    model = HyperpriorModelFA.from_pretrained(task.run / "final").eval()
-    log = [json.loads(line) for line in (task.run / "metrics.jsonl").read_text().splitlines()]
+    model, run = trained(task)
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": model.num_parameters()}
-    row |= {
-        "seconds": log[-1]["seconds"],
-        "curve": [[r["step"], r["reconstruction"], r["bits_per_pixel"]] for r in log],
-    }
-    for split in ("validation", "heldout"):
-        metrics = measure_codec(model_codec(model), PHOTOGRAPHS_128.dataset(split), [extractor()])
+    row |= {"curve": [[r["step"], r["reconstruction"], r.get("bits_per_pixel")] for r in log]}
+    codec = codec_of(task, model)
+    for split, extractors in (("validation", []), ("heldout", [extractor()])):
+        metrics = measure_codec(codec, PHOTOGRAPHS_128.dataset(split), extractors)
         row[split] = {name: value for name, value in metrics.items() if value is not None}
     if task.pictures is not None and task.seed == 0:
-        save_pictures(task, model)
+        save_pictures(task, codec)
     return row | environment()
+
+
+def trained(task: Task) -> tuple[ModelMixin, Path]:
+    """The model of a row and its run folder; a tokenizer is trained once for all rates."""
+    own = task if task.variant.tokenizer is None else replace(task, name=task.name.rpartition("_")[0])
+    with FileLock(own.run.with_suffix(".lock")):
+        if not (own.run / "final").exists():
+            train(recipe(own))
+    return load_autoencoder(str(own.run / "final")), own.run
+
+
+def codec_of(task: Task, model: ModelMixin) -> Codec:
+    """What writes and reads the files of a row."""
+    if isinstance(model, HyperpriorModelFA):
+        return model_codec(model)
+    images = PHOTOGRAPHS_128.dataset("train")
+    counted = Subset(images, range(0, len(images), max(1, len(images) // COUNTED)))
+    if isinstance(model, VQModelFA):
+        return TokenizerCodec(model, counted, 1.0)
+    return TokenizerCodec(model, counted, matching_step(model, counted, RATES[task.variant.rate]))
+
+
+def matching_step(model: ModelMixin, counted: Dataset, bpp: float) -> float:
+    """How coarsely latents are rounded so that validation crops take about so many bits per pixel."""
+    crops = PHOTOGRAPHS_128.dataset("validation")
+    images = torch.stack([crops[i]["image"] for i in range(min(32, len(crops)))])
+    low, high = 0.02, 20.0  # times the std; coarser costs less
+    for _ in range(10):
+        middle = (low * high) ** 0.5
+        _, sizes = TokenizerCodec(model, counted, middle)(images)
+        low, high = (middle, high) if 8 * np.mean(sizes) / images[0, 0].numel() > bpp else (low, middle)
+    return (low * high) ** 0.5
 
 
 @cache
@@ -115,14 +181,17 @@ def extractor() -> FeatureExtractor:
 
 def recipe(task: Task) -> TokenizerConfig:
     variant, third = task.variant, max(1, task.steps * 2 // 3)
+    every = {"steps": task.steps, "log_every": max(1, task.steps // 50), "checkpoint_every": max(1, task.steps // 10)}
     weight = RATE_WEIGHTS[variant.rate]
     loss = {"rate": {"weight": weight, "weight_below": weight / 16}, "adversarial": {"weight": 4e-3}, **variant.loss}
     scaled = {name: {**section, "weight": section["weight"] * variant.factor} for name, section in loss.items()}
     scaled["rate"] |= {"target": RATES[variant.rate], "weight_below": weight / 16 * variant.factor}
     scaled["adversarial"] |= {"start_step": third, "adaptive": False, "channels": 32, "num_layers": 2}
-    every = {"steps": task.steps, "log_every": max(1, task.steps // 50), "checkpoint_every": max(1, task.steps // 10)}
+    model = {**MODEL, "frequency_complement": "conv" if "spectrum" in loss else None}
+    if variant.tokenizer is not None:
+        model, scaled = variant.tokenizer, {"kl": 1e-6}
     sections = {
-        "model": {**MODEL, "frequency_complement": "conv" if "spectrum" in loss else None},
+        "model": model,
         "data": {"path": str(PHOTOGRAPHS_128.file("train")), "label_column": "none", "crop": "window"},
         "loss": {"reconstruction": "l2", **scaled},
         "train": {**TRAIN, **every, "mixed_precision": fastest_precision()},
@@ -133,13 +202,13 @@ def recipe(task: Task) -> TokenizerConfig:
 
 
 @torch.no_grad()
-def save_pictures(task: Task, model: HyperpriorModelFA) -> None:
+def save_pictures(task: Task, codec: Codec) -> None:
     """NAME.png and original.png: a few crops in a row."""
     dataset = PHOTOGRAPHS_128.dataset("heldout")
     images = torch.stack([dataset[i % len(dataset)]["image"] for i in PICTURES])
     assert task.pictures is not None
     task.pictures.mkdir(parents=True, exist_ok=True)
-    for name, pictures in ((task.name, model_codec(model)(images)[0]), ("original", images)):
+    for name, pictures in ((task.name, codec(images)[0]), ("original", images)):
         file = task.pictures / f"{name}.png"
         save_image(pictures.cpu(), file, nrow=len(PICTURES), padding=0, normalize=True, value_range=(-1, 1))
 
@@ -181,7 +250,7 @@ def at_equal_bits(rows: dict[str, list[dict]], name: str) -> str:
     losses, _, rate = name.rpartition("_")
     names = [f"{losses}_{each}" for each in RATES]
     reference = rows.get(f"hific_{rate}")
-    if losses == "hific" or reference is None or any(each not in rows for each in names):
+    if losses not in LOSSES or losses == "hific" or reference is None or any(each not in rows for each in names):
         return ""
 
     def mean(own: list[dict], key: str) -> float:
@@ -201,7 +270,8 @@ def at_equal_bits(rows: dict[str, list[dict]], name: str) -> str:
 
 def figures(report: dict, stem) -> None:
     for rate in RATES:
-        save_strips(stem, [f"{name}_{rate}" for name in LOSSES], stem.with_name(f"{stem.name}_{rate}.png"))
+        names = [f"{name}_{rate}" for name in (*LOSSES, "latents", "codes") if f"{name}_{rate}" in VARIANTS]
+        save_strips(stem, names, stem.with_name(f"{stem.name}_{rate}.png"))
 
 
 COMPARISON = Comparison(
