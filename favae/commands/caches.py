@@ -25,7 +25,9 @@ def add_commands(commands) -> None:
     )
     add_output_option(parser, "folder")
     parser.add_argument("--shard-size", type=in_range(Count), default=4096, help="images per file (default: 4096)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    stored.add_argument("--compress", action="store_true", help="store latents in 6 bits, in a tenth of the space")
     parser.add_argument(
         "--low-pass",
         type=in_range(Share),
@@ -81,6 +83,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,
         dtype=getattr(torch, arguments.dtype),
+        compress=arguments.compress,
         low_pass=arguments.low_pass,
         num_workers=arguments.num_workers,
     )

@@ -26,11 +26,11 @@ class LatentManifest(CaptionedManifest):
     classes: list[str]
     latent_shape: list[PositiveInt]
     tokenizer: str
-    stores: Literal["moments", "tokens"]
+    stores: Literal["moments", "packed_moments", "tokens"]
 
 
 class CachedDataset(ShardedCache):
-    """Base class of the two data sets that a latent cache can be, `MomentsDataset` and `TokenDataset`.
+    """Base class of the data sets that a latent cache can be: `MomentsDataset`, also in 6 bits, and `TokenDataset`.
 
     Args:
         folder: of the cache.
@@ -47,6 +47,7 @@ class CachedDataset(ShardedCache):
     contents = CONTENTS
     columns: tuple[str, ...]  # the tensors that hold the latents
     dtypes: tuple[str, ...]  # that these may have
+    stores: str  # in the manifest
 
     def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
         super().__init__(folder)
@@ -69,10 +70,20 @@ class CachedDataset(ShardedCache):
     def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """The columns' values for images (B, C, H, W) in [-1, 1], and what must be finite for them to mean anything."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
+    def summarize(cls, tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
         """What the manifest says about the latents in these shards; each of them holds at least one image."""
+
+    @classmethod
+    def column_shapes(cls, latent_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """The shape of each column for one view of one image."""
+        return [tuple(latent_shape)] * len(cls.columns)
+
+    @staticmethod
+    def latent_shape_of(first_column: Sequence[int]) -> list[int]:
+        """The shape of an image's latents, from that of the first column."""
+        return list(first_column)
 
     @classmethod
     def count(cls, shard: safe_open, path: Path) -> int:
@@ -93,7 +104,7 @@ class CachedDataset(ShardedCache):
         """
         latents = {name: shard.get_tensor(name).flatten(0, 1) for name in self.columns}
         labels, indices = shard.get_tensor("labels"), shard.get_tensor("indices")
-        if any(values.shape[1:] != self.latent_shape for values in latents.values()):
+        if [values.shape[1:] for values in latents.values()] != self.column_shapes(self.latent_shape):
             raise CacheError(f"{path} has latents of another shape; delete it and {FILL_THE_GAP}")
         if not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
             raise CacheError(f"{path} has labels without a class; delete it and {FILL_THE_GAP}")

@@ -6,6 +6,12 @@ A sharded cache (`favae.data.sharded_cache`). A shard holds, for n images in two
     labels (n,), indices (n,)       class of each image, and its index in the data set
     checksums (n,)                  CRC-32 of the bytes that the image was stored in
 
+or, in 6 bits, in place of the mean and the log-variance
+
+    codes (n, 2, C, h, 3 w / 4)         uint8, four latents in three bytes; see `favae.data.packing`
+    offset, step (n, 2, C, 1, 1)        float16
+    logvar (n, 2, C, 1, 1)              float16, of the mean variance of the channel
+
 or, if the tokenizer has a codebook, in place of the moments
 
     tokens (n, 2, h, w[, Q])        int32, for Q codebooks in a row, or (n, 2, N) from coarse to fine
@@ -37,6 +43,7 @@ from favae.data.cached_dataset import CONTENTS, CachedDataset, LatentManifest
 from favae.data.captions import captions_file, check_captions, summarize_captions
 from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
 from favae.data.images import ImageDataset, skip_missing, without_high_frequencies
+from favae.data.packing import pack, unpack
 from favae.data.sharded_cache import (
     FILL_THE_GAP,
     FLOATS,
@@ -110,8 +117,9 @@ class MomentsDataset(CachedDataset):
     """
 
     schema = MomentsManifest
-    columns = ("mean", "logvar")
-    dtypes = FLOATS
+    columns: tuple[str, ...] = ("mean", "logvar")
+    dtypes: tuple[str, ...] = FLOATS
+    stores = "moments"
 
     def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
         super().__init__(folder, flip=flip, text_embeddings=text_embeddings)
@@ -124,7 +132,12 @@ class MomentsDataset(CachedDataset):
         return moments.chunk(2, dim=1), moments
 
     @staticmethod
-    def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
+    def moments(columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of what is stored."""
+        return columns["mean"], columns["logvar"]
+
+    @classmethod
+    def summarize(cls, tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
         """Mean and std of each channel over samples of all posteriors: Var z = Var mean + E exp(logvar), in float64.
 
         Var mean is that within the shards and that between their means. A channel that is constant gets a std of 1.
@@ -135,7 +148,7 @@ class MomentsDataset(CachedDataset):
         shards = []  # number of latents; mean, variance of the mean and mean of the variance of each channel
         for file in files:
             with open_shard(file) as shard:
-                mean, logvar = shard.get_tensor("mean"), shard.get_tensor("logvar")
+                mean, logvar = cls.moments({name: shard.get_tensor(name) for name in cls.columns})
             if not (all_finite(mean) and all_finite(logvar)):
                 raise CacheError(f"{file} has numbers that are not finite; delete it and {FILL_THE_GAP}")
             others = (0, 1, 3, 4)  # all dimensions but the channels
@@ -152,7 +165,7 @@ class MomentsDataset(CachedDataset):
             channels = constant.nonzero().flatten().tolist()
             logger.warning("channels %s of the latents are constant: they are not normalized", channels)
         std = std.masked_fill(constant, 1.0)
-        return {"stores": "moments", "latents_mean": mean.tolist(), "latents_std": std.tolist()}
+        return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
     def sample(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Samples of a batch's posteriors, normalized to mean 0 and std 1: (B, C, h, w) float32 on its device."""
@@ -160,6 +173,42 @@ class MomentsDataset(CachedDataset):
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         latents = mean + (0.5 * logvar).exp() * noise
         return (latents - self.mean.to(mean.device)) / self.std.to(mean.device)
+
+
+class PackedMomentsDataset(MomentsDataset):
+    """A latent cache of posteriors in 6 bits, read as those of a `MomentsDataset` are.
+
+    Batches have mean (B, C, h, w), rounded, and logvar (B, C, 1, 1), float32.
+    """
+
+    columns = ("codes", "offset", "step", "logvar")
+    dtypes = ("U8", "F16")
+    stores = "packed_moments"
+
+    @staticmethod
+    def encode(tokenizer: ModelMixin, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        (mean, logvar), moments = MomentsDataset.encode(tokenizer, images)
+        return (*pack(mean), logvar.float().exp().mean((2, 3), keepdim=True).log().half()), moments
+
+    @classmethod
+    def column_shapes(cls, latent_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        channels, height, width = latent_shape
+        return [(channels, height, 3 * -(-width // 4)), *[(channels, 1, 1)] * 3]
+
+    @staticmethod
+    def latent_shape_of(first_column: Sequence[int]) -> list[int]:
+        channels, size, _ = first_column
+        return [channels, size, size]  # crops are square
+
+    @staticmethod
+    def moments(columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        codes, offset, step, logvar = (columns[name] for name in PackedMomentsDataset.columns)
+        return unpack(codes, offset, step, width=codes.shape[-2]), logvar.float()
+
+    def read(self, indices: np.ndarray, views: np.ndarray, choices: np.ndarray | None = None) -> dict[str, Tensor]:
+        batch = super().read(indices, views, choices)
+        mean, logvar = self.moments({name: batch.pop(name) for name in self.columns})
+        return {"mean": mean, "logvar": logvar, **batch}
 
 
 class TokenDataset(CachedDataset):
@@ -172,6 +221,7 @@ class TokenDataset(CachedDataset):
     schema = TokenManifest
     columns = ("tokens",)
     dtypes = ("I32",)
+    stores = "tokens"
 
     def __init__(self, folder: str | Path, *, flip: bool = True, text_embeddings: TextEmbeddings | None = None):
         super().__init__(folder, flip=flip, text_embeddings=text_embeddings)
@@ -182,9 +232,9 @@ class TokenDataset(CachedDataset):
         latents = tokenizer.encode(images).latents
         return (tokenizer.quantize(latents).indices,), latents
 
-    @staticmethod
-    def summarize(tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
-        return {"stores": "tokens", "codebook_size": tokenizer.num_tokens}
+    @classmethod
+    def summarize(cls, tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
+        return {"codebook_size": tokenizer.num_tokens}
 
     def load(self, shard: safe_open, path: Path) -> dict[str, Tensor]:
         """Raises `CacheError` if there are tokens outside the codebook."""
@@ -228,7 +278,8 @@ def open_latents(
         raise CacheError(
             f"{folder} was made by another tokenizer; take the one that made it, or write a cache into another folder"
         )
-    dataset = TokenDataset if manifest["stores"] == "tokens" else MomentsDataset
+    kinds = (MomentsDataset, PackedMomentsDataset, TokenDataset)
+    dataset = next(kind for kind in kinds if kind.stores == manifest["stores"])
     return dataset(folder, flip=flip, text_embeddings=text_embeddings)
 
 
@@ -246,6 +297,7 @@ def write_latent_cache(
     batch_size: int = 32,
     shard_size: int = 4096,
     dtype: torch.dtype = torch.float32,
+    compress: bool = False,
     low_pass: float | None = None,
     num_workers: int = 0,
 ) -> dict:
@@ -259,6 +311,7 @@ def write_latent_cache(
         batch_size: images that are encoded at a time.
         shard_size: images per shard.
         dtype: of the stored moments; tokens are int32.
+        compress: stores the moments in 6 bits instead.
         low_pass: encodes the images `without_high_frequencies` above this radius.
         num_workers: processes that read images, for each process that encodes.
     Returns:
@@ -272,16 +325,19 @@ def write_latent_cache(
     images = images.with_channels(image_channels(tokenizer))
     classes = images.classes  # refuses labels that are no classes, likewise
     captioned = images.source.has_captions  # refuses what is no text
-    dataset_class: type[CachedDataset] = MomentsDataset
+    dataset_class: type[CachedDataset] = PackedMomentsDataset if compress else MomentsDataset
+    stored = None if compress else dtype
     if isinstance(tokenizer, VQModelFA):
-        dataset_class, dtype = TokenDataset, torch.int32
+        if compress:
+            raise CacheError("tokens of a codebook are not compressed: they are integers already")
+        dataset_class, stored = TokenDataset, torch.int32
     plan = {
         "tokenizer": tokenizer_hash(tokenizer),
         "data": data_name,
         "images": len(images),
         "resolution": images.resolution,
         "shard_size": shard_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "int6" if stored is None else str(stored).removeprefix("torch."),
         "low_pass": low_pass,
     }
     writer = CacheWriter(output, plan, CONTENTS, names=["data", "images"])
@@ -302,7 +358,7 @@ def write_latent_cache(
         part = Subset(RecordedImages(images), ranges[number])
         loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
         batches = (batch for batch in loader if batch is not None)
-        save_file(_encode(dataset_class, tokenizer, batches, dtype, images.source.name, low_pass), path)
+        save_file(_encode(dataset_class, tokenizer, batches, stored, images.source.name, low_pass), path)
 
     writer.write_missing(files, write_shard, "latents")
 
@@ -323,7 +379,7 @@ def write_latent_cache(
     def summarize() -> dict:
         summary = _summarize(dataset_class, tokenizer, files)
         captions = summarize_captions(writer.folder, summary["counts"]) if captioned else None
-        return {"classes": classes, **summary, "captions": captions}
+        return {"classes": classes, "stores": dataset_class.stores, **summary, "captions": captions}
 
     return writer.finish(summarize)
 
@@ -332,11 +388,16 @@ def _encode(
     dataset_class: type[CachedDataset],
     tokenizer: ModelMixin,
     batches: Iterable[dict],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     name: Callable[[int], str],
     low_pass: float | None,
 ) -> dict[str, Tensor]:
-    """The tensors of a shard: both views of all images in the batches. `name` gives an image's, for messages."""
+    """The tensors of a shard: both views of all images in the batches.
+
+    Args:
+        dtype: of the columns; None keeps what the data set makes.
+        name: gives an image's, for messages.
+    """
     columns: dict[str, list[Tensor]] = {key: [] for key in (*dataset_class.columns, "labels", "indices", "checksums")}
     for batch in batches:
         image = batch["image"].to(tokenizer.device, tokenizer.dtype)
@@ -345,7 +406,7 @@ def _encode(
         views = []
         for view in (image, image.flip(-1)):
             values, exact = dataset_class.encode(tokenizer, view)
-            stored = [value.to("cpu", dtype) for value in values]
+            stored = [value.to("cpu", dtype or value.dtype) for value in values]
             if not (all_finite(exact) and all(map(all_finite, stored))):
                 _refuse(exact, stored, batch["index"].tolist(), name)
             views.append(stored)
@@ -368,7 +429,7 @@ def _refuse(exact: Tensor, stored: Sequence[Tensor], indices: Sequence[int], nam
         if not all(all_finite(value[row]) for value in stored):
             largest = exact[row].float().abs().max()
             raise CacheError(
-                f"{name(index)}: latents of up to {largest:.3g} overflow in {stored[0].dtype}; float32 holds them"
+                f"{name(index)}: latents of up to {largest:.3g} overflow in {stored[-1].dtype}; float32 holds them"
             )
 
 
@@ -382,5 +443,5 @@ def _summarize(dataset_class: type[CachedDataset], tokenizer: ModelMixin, files:
     if not filled:
         raise CacheError(f"{files[0].parent}: not one image could be read")
     with open_shard(filled[0]) as shard:
-        shape = shard.get_slice(dataset_class.columns[0]).get_shape()[2:]
+        shape = dataset_class.latent_shape_of(shard.get_slice(dataset_class.columns[0]).get_shape()[2:])
     return {"counts": counts, "latent_shape": shape, **dataset_class.summarize(tokenizer, filled)}

@@ -21,6 +21,7 @@ from favae.data.latents import (
     tokenizer_hash,
     write_latent_cache,
 )
+from favae.data.packing import pack, unpack
 from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
 from favae.errors import CacheError, ModelError
@@ -77,6 +78,50 @@ def test_statistics_against_numpy(written):
     assert np.allclose(dataset.manifest["latents_mean"], mean.mean((0, 2, 3)), rtol=1e-6)
     expected = np.sqrt(mean.var((0, 2, 3)) + variance.mean((0, 2, 3)))
     assert np.allclose(dataset.manifest["latents_std"], expected, rtol=1e-6)
+
+
+def test_compressed_latents(written, tmp_path):
+    tokenizer, images, cache = written
+    manifest = write_latent_cache(tokenizer, images, tmp_path / "packed", shard_size=5, batch_size=2, compress=True)
+    assert manifest["dtype"] == "int6" and manifest["counts"] == [5, 5, 2]
+    dataset, exact = open_latents(tmp_path / "packed", tokenizer), open_latents(cache)
+    assert isinstance(dataset, MomentsDataset) and dataset.latent_shape == (6, 4, 4)
+    for view in (0, 1):
+        packed, whole = read(dataset, [11, 0, 7], view), read(exact, [11, 0, 7], view)
+        span = whole["mean"].amax((2, 3), keepdim=True) - whole["mean"].amin((2, 3), keepdim=True)
+        assert ((packed["mean"] - whole["mean"]).abs() <= 0.51 * span / 63 + 1e-3).all()
+        variance = whole["logvar"].exp().mean((2, 3), keepdim=True)
+        assert torch.allclose(packed["logvar"].exp(), variance, rtol=0.02)
+        assert torch.equal(packed["label"], whole["label"])
+    assert torch.allclose(dataset.std, exact.std, rtol=0.05)
+    samples = dataset.sample(read(dataset, list(range(12)) * 20))
+    assert samples.shape == (240, 6, 4, 4) and (samples.std((0, 2, 3)) - 1).abs().max() < 0.2
+
+    with pytest.raises(CacheError, match="another dtype"):
+        write_latent_cache(tokenizer, images, tmp_path / "packed", shard_size=5)
+    with pytest.raises(CacheError, match="integers already"):
+        write_latent_cache(VQModelFA(**TINY_VQ).eval(), images, tmp_path / "tokens", compress=True)
+    shard = tmp_path / "packed/shard-00000.safetensors"
+    manifest_of = json.loads((tmp_path / "packed/manifest.json").read_text())
+    assert sum(value.nbytes for name, value in load_file(shard).items() if name == "codes") == 5 * 2 * 6 * 4 * 3
+    del manifest_of["manifest_checksum"], manifest_of["quick_checksums"]
+    save_file(load_file(shard) | {"step": torch.zeros(5, 2, 6, 1, 2, dtype=torch.float16)}, shard)
+    (tmp_path / "packed/manifest.json").write_text(json.dumps(manifest_of))
+    with pytest.raises(CacheError, match="another shape"):
+        read(open_latents(tmp_path / "packed"), [0])
+
+
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_packing(width):
+    latents = torch.randn(2, 3, 4, width) * torch.tensor([0.0, 1.0, 100.0]).view(3, 1, 1) + 5
+    codes, offset, step = pack(latents)
+    assert codes.shape == (2, 3, 4, 3 * -(-width // 4)) and codes.dtype == torch.uint8
+    unpacked = unpack(codes, offset, step, width)
+    assert unpacked.shape == latents.shape
+    span = latents.amax((2, 3), keepdim=True) - latents.amin((2, 3), keepdim=True)
+    assert ((unpacked - latents).abs() <= span / 126 * 1.05 + 0.01 * (span > 50) + 0.002).all()
+    again = unpack(*pack(unpacked), width)
+    assert (again - unpacked).abs().max() < 0.2 and torch.equal(unpacked[:, 0], torch.full_like(unpacked[:, 0], 5))
 
 
 def test_samples_are_normalized_and_from_the_posterior(written):
