@@ -73,7 +73,7 @@ VARIANTS = {
     "quality": Variant(QUALITY, "ours: split, shortcut, and the loss on the high bands", loss=HIGH_BAND_LOSS),
     "overlapping": Variant(
         {**QUALITY, "shortcut": "overlapping"},
-        "as `quality`, with a shortcut that decodes each patch together with its neighbors: the recipes' default",
+        "as `quality`, with a shortcut that decodes each patch together with its neighbors",
         loss=HIGH_BAND_LOSS,
     ),
     "fast": Variant(FAST, "ours at half the FLOPs", loss=HIGH_BAND_LOSS),

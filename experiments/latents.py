@@ -161,7 +161,7 @@ VARIANTS = {
     ),
     "published": Variant("the published two branches", PUBLISHED),
     "split": Variant("two branches, without shortcut and band loss", SPLIT),
-    "ours": Variant("split, shortcut, and the loss on the high bands: the recipes' default", OURS, BANDS),
+    "ours": Variant("split, shortcut, and the loss on the high bands", OURS, BANDS),
     "no_shortcut": ours("without the shortcut", {"shortcut": None}),
     "decoder_shortcut": ours("with the shortcut in the decoder alone", {"shortcut": "decoder"}),
     "faded_shortcut": ours(
@@ -199,7 +199,7 @@ VARIANTS = {
         for name, note, model, loss in (
             ("stock", "`stock`", STOCK, {}),
             ("one_trunk", "`one_trunk`", ONE_TRUNK, {}),
-            ("no_shortcut", "`no_shortcut`", {**OURS, "shortcut": None}, BANDS),
+            ("split", "`split`", SPLIT, {}),
             ("ours", "`ours`", OURS, BANDS),
         )
     },
@@ -357,7 +357,7 @@ def generator_config(task: Task, run, latents, smooth) -> GeneratorConfig:
 def save_pictures(task: Task, samples: Dataset) -> None:
     """NAME.png: a few rows of samples, each class in a column of its own."""
     task.pictures.mkdir(parents=True, exist_ok=True)
-    columns = task.variant.images.num_classes if task.variant.images.num_classes > 1 else 24
+    columns = task.variant.images.num_classes if task.variant.images.num_classes > 1 else 12
     grid = torch.stack([samples[i]["image"] for i in range(min(PICTURED * columns, len(samples)))])
     save_image(grid / 255, task.pictures / f"{task.name}.png", nrow=columns, padding=1)
 

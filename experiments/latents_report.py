@@ -6,24 +6,24 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from experiments.report import format_table, rows_by_model, with_std
-from experiments.training_sets import GLYPHS
+from experiments.training_sets import GLYPHS, PHOTOGRAPHS
 
-SHOWN = ["stock", "one_trunk", "split", "ours"]  # whose samples are shown below each other
+SHOWN = {"samples": ["stock", "stock_spectrum", "stock_aligned", "one_trunk", "split", "ours"]}  # below each other
+SHOWN["photographs"] = [f"photographs_{name}" for name in ("stock", "one_trunk", "split", "ours")]
 
 
 def figures(report: dict, stem: Path) -> None:
-    """NAME_samples.png: the first samples of the first classes, of one tokenizer below the other, doubled in size."""
-    rows, columns = 4, 24
-    strips = [Image.open(stem / f"{name}.png") for name in SHOWN if (stem / f"{name}.png").exists()]
-    if not strips:
-        return
-    width, height = (count * (GLYPHS.size + 1) + 1 for count in (columns, rows))
-    sheet = Image.new("RGB", (width, len(strips) * (height + 8) - 8), "white")
-    for number, strip in enumerate(strips):
-        sheet.paste(strip.crop((0, 0, width, height)), (0, number * (height + 8)))
-    sheet.resize((2 * width, 2 * sheet.height), Image.Resampling.NEAREST).save(
-        stem.with_name(f"{stem.name}_samples.png")
-    )
+    """NAME_samples.png and NAME_photographs.png: samples of one tokenizer's generator below the other's, magnified."""
+    for (kind, names), images in zip(SHOWN.items(), (GLYPHS, PHOTOGRAPHS)):
+        strips = [Image.open(stem / f"{name}.png") for name in names if (stem / f"{name}.png").exists()]
+        if strips:
+            size, columns = images.size, 768 // images.size
+            width, height = columns * (size + 1) + 1, columns // 6 * (size + 1) + 1
+            sheet = Image.new("RGB", (width, len(strips) * (height + 8) - 8), "white")
+            for number, strip in enumerate(strips):
+                sheet.paste(strip.crop((0, 0, width, height)), (0, number * (height + 8)))
+            sheet = sheet.resize((2 * width, 2 * sheet.height), Image.Resampling.NEAREST)
+            sheet.save(stem.with_name(f"{stem.name}_{kind}.png"))
 
 
 COLUMNS: dict[str, tuple[int, str]] = {  # decimals, and where a row has it

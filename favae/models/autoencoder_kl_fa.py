@@ -35,8 +35,9 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
         wavelet: any discrete wavelet of pywt.
         wavelet_levels: how often the image is split; see `WaveletBands`.
         shortcut: a linear path from patches to latents and back, which the networks only correct: an untrained model is
-            then a linear codec. "overlapping" decodes a patch from its latent and the eight around it, "patches" from
-            its own alone; "decoder" is "overlapping" without the way from patches to latents; `None` is without.
+            then a linear codec, which helps in trainings of a few hundred steps. "overlapping" decodes a patch from its
+            latent and the eight around it, "patches" from its own alone; "decoder" is "overlapping" without the way
+            from patches to latents; `None` is without.
         latent_norm: "rms" divides the latents of each position by their root mean square over the channels, and there
             is no posterior: train it with noise (`loss.latent_noise`), and with `loss.kl` 0.
         sample_size, scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: as in [`AutoencoderKL`].
@@ -61,7 +62,7 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
         high_latent_channels: PositiveInt = 6,
         wavelet: str = "haar",
         wavelet_levels: PositiveInt = 1,
-        shortcut: Literal["overlapping", "patches", "decoder"] | None = "overlapping",
+        shortcut: Literal["overlapping", "patches", "decoder"] | None = None,
         latent_norm: Literal["rms"] | None = None,
         sample_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 256,
         scaling_factor: float = 1.0,

@@ -5,10 +5,13 @@ import json
 import subprocess
 import sys
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_LIGHTNINGDIT, tiny_tokenizer_recipe, train
+from PIL import Image
 
 from benchmarks import (
     cat_sampling,
@@ -18,6 +21,7 @@ from benchmarks import (
     decoder_cost,
     latent_loading,
     on_gpu,
+    packed_latents,
     tar_shards,
     timing,
     training_run,
@@ -193,3 +197,15 @@ def test_a_training_is_timed(tmp_path, image_folder):
     training_run.main(["tokenizer", str(recipe), "--steps", "4", "--warmup-steps", "2", "--output", str(output)])
     result = json.loads(output.read_text())
     assert result["seconds_per_step"] > 0 and result["images_per_step"] == 2 and result["processes"] == 1
+
+
+def test_packed_latents_are_measured(tmp_path, monkeypatch, tiny_favae):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)) for _ in range(3)]
+    datasets.Dataset.from_dict({"image": pictures}).to_parquet(tmp_path / "heldout.parquet")
+    monkeypatch.setenv("FAVAE_PHOTOGRAPHS", str(tmp_path))
+    tiny_favae.save_pretrained(tmp_path / "vae")
+    stored = packed_latents.measure(str(tmp_path / "vae"), 2)["stored"]
+    assert stored["bfloat16"]["bytes_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert stored["6 bits"]["bytes_ratio"] < 0.11 and stored["6 bits"]["recon_ratio"] == pytest.approx(1, abs=0.02)
+    assert stored["float32"]["fd"] > 0 and stored["6 bits"]["fd_ratio"] != 1
