@@ -55,6 +55,7 @@ class FoundationModel(nn.Module):
         self.stride: int = info["reduction"]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.to(memory_format=torch.channels_last)  # faster on a CPU
         self.requires_grad_(False)
         super().train(False)
         # Some models are built for one image size; they show it on the first image of another size.
