@@ -73,7 +73,13 @@ ON_ALL_GPUS = {
         "sharded_compiled": [*GENERATOR, "train.shard=true", "train.compile=true"],
     },
 }
-EXPERIMENTS = {"latents": 120_000, "codebooks": 160_000, "glyph_texts": 200_000, "stft": 40_000}  # and their steps
+EXPERIMENTS = {  # and their steps
+    "latents": 120_000,
+    "codebooks": 160_000,
+    "generators": 120_000,
+    "glyph_texts": 120_000,
+    "stft": 40_000,
+}
 SLICES = [*BENCHMARKS, *TRAININGS, *ON_ALL_GPUS, *EXPERIMENTS]
 
 

@@ -155,7 +155,12 @@ def test_the_checks_find_what_differs(tmp_path, image_folder, monkeypatch, capsy
         train("train_tokenizer", *command[2:])
 
     monkeypatch.setattr(checks.subprocess, "run", run_here)
-    settings = ["loss.adversarial.weight=0", "train.log_every=1", "train.lr_warmup_steps=0"]
+    settings = [
+        "model.shortcut=overlapping",
+        "loss.adversarial.weight=0",
+        "train.log_every=1",
+        "train.lr_warmup_steps=0",
+    ]
     words = [*settings, "--recipe", str(recipe), "--steps", "4", "--only", "bf16", "tiles", "resumed"]
     checks.main([*words, "--output", str(tmp_path / "checks.json")])
     found = json.loads((tmp_path / "checks.json").read_text())["checks"]

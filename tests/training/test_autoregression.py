@@ -131,7 +131,7 @@ def test_lightningdit_of_other_texts_is_refused(flow, override, named):
 def test_classes_are_learned_resumed_sampled_and_measured(codes, tmp_path):
     settings = yaml.safe_load(codes.read_text())
     settings["model"] |= {"text_dim": None, "num_classes": 3}
-    settings["evaluation"] = {"every": 3, "reference": str(tmp_path / "images"), "num_images": 6, "batch_size": 3}
+    settings["evaluation"] = {"every": 6, "reference": str(tmp_path / "images"), "num_images": 3, "batch_size": 3}
     settings["evaluation"] |= {"features": "efficientnet-lite0"}
     codes.write_text(yaml.safe_dump(settings))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -140,7 +140,7 @@ def test_classes_are_learned_resumed_sampled_and_measured(codes, tmp_path):
     for file in sorted((whole / "final").rglob("*.safetensors")):
         assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
     lines = [json.loads(line) for line in (whole / "evaluation.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6] and (whole / "samples/step-0000006.png").exists()
+    assert [line["step"] for line in lines] == [6] and (whole / "samples/step-0000006.png").exists()
     pipe = DiffusionPipeline.from_pretrained(whole / "final")
     assert type(pipe) is CATPipeline and pipe.text_encoder is None and len(pipe.labels) == 3
     sample_to_folder(pipe, tmp_path / "samples", 3, guidance_scale=2.0)
@@ -163,7 +163,7 @@ def test_two_processes_train_together(codes, tmp_path):
         ("data.text_embeddings=NOWHERE", "NOWHERE"),
         ("model.text_dim=5", "text embeddings of 8 numbers, the generator is built for 5"),
         ("model={name: CATTransformerModel, head: flow, latent_channels: 6}", "model.head = categorical"),
-        ("data.text_encoder=NOWHERE", "NOWHERE"),
+        ("data.text_encoder=no/such/folder", "no/such/folder"),
     ],
 )
 def test_what_does_not_fit_is_one_line(codes, tmp_path, override, named):
@@ -186,7 +186,7 @@ def test_shapes_that_do_not_fit(codes, override, named):
 
 def test_codes_are_not_for_generators_of_classes(codes, tmp_path):
     settings = yaml.safe_load(codes.read_text())
-    settings["model"] = {"name": "LightningDiTTransformer2DModel", "sample_size": 4, "in_channels": 6, "num_classes": 3}
+    settings["model"] = {"name": "LightningDiTTransformer2DModel", **TINY_LIGHTNINGDIT}
     codes.write_text(yaml.safe_dump(settings))
     assert "CATTransformerModel" in refusal("train_generator", codes, f"output={tmp_path / 'run'}")
 
