@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.timing import environment, make_parser, parse_arguments, write_result
 from experiments.image_sets import InMemoryImages
-from experiments.training_sets import LITE, PHOTOGRAPHS_128
+from experiments.training_sets import PHOTOGRAPHS_128, lite
 from favae.autoencoders import decode, load_autoencoder
 from favae.data.images import ImageDataset, to_uint8
 from favae.data.latents import open_latents, write_latent_cache
@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict] = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16
 
 
 def statistics(images: Tensor) -> ImageStatistics:
-    return image_statistics(InMemoryImages(to_uint8(images)), [LITE()], keep=0)[0]
+    return image_statistics(InMemoryImages(to_uint8(images)), [lite()], keep=0)[0]
 
 
 @torch.no_grad()

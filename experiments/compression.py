@@ -15,7 +15,6 @@ files and read. Settings were chosen on validation crops. Writes docs/results/co
 
 import json
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from experiments.latents import SPLIT
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, main
-from experiments.training_sets import PHOTOGRAPHS_128
+from experiments.training_sets import PHOTOGRAPHS_128, lite
 from favae import HyperpriorModelFA, VQModelFA
 from favae.autoencoders import load_autoencoder
 from favae.data.images import ImageDataset
@@ -44,7 +43,6 @@ from favae.eval.compression import (
     measure_codec,
     model_codec,
 )
-from favae.eval.features import FeatureExtractor
 from favae.training.config import load_config
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
@@ -134,7 +132,7 @@ def make_row(task: Task) -> dict:
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": model.num_parameters()}
     row |= {"curve": [[r["step"], r["reconstruction"], r.get("bits_per_pixel")] for r in log]}
     codec = codec_of(task, model)
-    for split, extractors in (("validation", []), ("heldout", [extractor()])):
+    for split, extractors in (("validation", []), ("heldout", [lite()])):
         metrics = measure_codec(codec, PHOTOGRAPHS_128.dataset(split), extractors)
         row[split] = {name: value for name, value in metrics.items() if value is not None}
     if task.pictures is not None and task.seed == 0:
@@ -172,11 +170,6 @@ def matching_step(model: ModelMixin, counted: Dataset, bpp: float) -> float:
         _, sizes = TokenizerCodec(model, counted, middle)(images)
         low, high = (middle, high) if 8 * np.mean(sizes) / images[0, 0].numel() > bpp else (low, middle)
     return (low * high) ** 0.5
-
-
-@cache
-def extractor() -> FeatureExtractor:
-    return FeatureExtractor(FEATURES)
 
 
 def recipe(task: Task) -> TokenizerConfig:
@@ -225,7 +218,7 @@ def finish(report: dict, stem) -> None:
 
 def measure_format(format: str, images: ImageDataset, bpp: float) -> dict:
     quality = matching_quality(format, images, bpp)
-    metrics = measure_codec(PillowCodec(format, quality), images, [extractor()], description=f"{format} {quality}")
+    metrics = measure_codec(PillowCodec(format, quality), images, [lite()], description=f"{format} {quality}")
     return {"format": format, "quality": quality, **metrics}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -86,7 +86,12 @@ def reference(images: TrainingSet) -> ImageStatistics:
     return load_statistics(str(file), [extractor])[1][0]
 
 
+@cache
+def lite() -> FeatureExtractor:
+    """EfficientNet-Lite0, which needs no network."""
+    return FeatureExtractor("efficientnet-lite0")
+
+
 GLYPHS = TrainingSet("glyphs", 32, len(CHARACTERS), 40 * len(CHARACTERS), (32, 64), GlyphExtractor)
-LITE = partial(FeatureExtractor, "efficientnet-lite0")
-PHOTOGRAPHS = TrainingSet("photographs", 64, 1, 2000, (8, 16), LITE, label_column="none")
+PHOTOGRAPHS = TrainingSet("photographs", 64, 1, 2000, (8, 16), lite, label_column="none")
 PHOTOGRAPHS_128 = replace(PHOTOGRAPHS, size=128)

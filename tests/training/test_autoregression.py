@@ -131,11 +131,11 @@ def test_lightningdit_of_other_texts_is_refused(flow, override, named):
 def test_classes_are_learned_resumed_sampled_and_measured(codes, tmp_path):
     settings = yaml.safe_load(codes.read_text())
     settings["model"] |= {"text_dim": None, "num_classes": 3}
-    settings["evaluation"] = {"every": 6, "reference": str(tmp_path / "images"), "num_images": 3, "batch_size": 3}
-    settings["evaluation"] |= {"features": "efficientnet-lite0"}
     codes.write_text(yaml.safe_dump(settings))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for output, more in ((whole, []), (parts, ["train.steps=4"]), (parts, [])):
+    evaluation = {"every": 6, "reference": str(tmp_path / "images"), "num_images": 3, "features": "efficientnet-lite0"}
+    measured = [f"evaluation.{key}={value}" for key, value in evaluation.items()]
+    for output, more in ((whole, measured), (parts, ["train.steps=4"]), (parts, [])):
         train("train_generator", codes, f"output={output}", *more)
     for file in sorted((whole / "final").rglob("*.safetensors")):
         assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
