@@ -40,11 +40,11 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, "WEIGHTS", tmp_path / "classifier.safetensors")
     for module in (latents, codebooks):
         monkeypatch.setattr(module, "fastest_precision", lambda: "no")
-    for settings in (latents.TOKENIZER, latents.GENERATOR):
+    for settings in (latents.TOKENIZER, latents.GENERATOR, glyph_texts.TRAIN):
         monkeypatch.setitem(settings, "compile", False)
+        monkeypatch.setitem(settings, "optimizer", "adamw")
     for settings in (codebooks.TRAIN, glyph_texts.TRAIN):
         monkeypatch.setitem(settings, "batch_size", 4)
-        monkeypatch.setitem(settings, "compile", False)
     monkeypatch.setattr(latents, "POINTS", (0.5, 1.0))
     monkeypatch.setattr(latents, "NUM_INFERENCE_STEPS", 2)
     monkeypatch.setattr(glyph_texts, "PICTURED", 2)
