@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment
+from experiments import codebooks
 from experiments.latents import SPLIT
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
@@ -106,16 +107,10 @@ VARIANTS = {
 
 
 CODES = {
-    "name": "VQModelFA",
-    "block_out_channels": [16, 32, 48, 96],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "latent_channels": 16,
-    "codebook_size": 256,
-    "frequency_complement": None,
+    **codebooks.MODEL,
     "quantizer": "residual",
     "num_quantizers": 2,
-    "dead_code_threshold": 0.1,
+    "frequency_complement": None,
     "sample_size": 64,
 }
 VARIANTS |= {
