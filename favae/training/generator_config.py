@@ -105,7 +105,9 @@ class GeneratorConfig(RunConfig):
     @property
     def takes_texts(self) -> bool:
         """Whether the generator is conditioned on texts."""
-        return self.model.get("text_dim", 768 if self.is_autoregressive else None) is not None
+        if self.is_autoregressive:
+            return not self.model.get("num_classes")
+        return self.model.get("text_dim") is not None
 
     @property
     def takes_classes(self) -> bool:
@@ -140,12 +142,12 @@ class GeneratorConfig(RunConfig):
             raise ConfigError(f"{section}.guidance_channels must be at most model.in_channels, got {channels}")
 
     def _check_autoregressive(self) -> None:
-        class_only = {
+        not_for_tokens = {
             "loss.alignment.weight": self.loss.alignment.weight,
             "data.warmup_latents": self.data.warmup_latents,
             "loss.objective": self.loss.objective != "flow_matching",
         }
-        for key, is_set in class_only.items():
+        for key, is_set in not_for_tokens.items():
             if is_set:
                 raise ConfigError(f"{key} is not for a CATTransformerModel")
         if self.model.get("head") != "flow" and self.evaluation.num_inference_steps is not None:
