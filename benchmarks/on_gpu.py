@@ -75,7 +75,7 @@ ON_ALL_GPUS = {
 }
 EXPERIMENTS = {  # and their steps
     "latents": 120_000,
-    "codebooks": 160_000,
+    "codebooks": 80_000,
     "generators": 120_000,
     "glyph_texts": 120_000,
     "stft": 40_000,

@@ -40,7 +40,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, "WEIGHTS", tmp_path / "classifier.safetensors")
     for module in (latents, codebooks):
         monkeypatch.setattr(module, "fastest_precision", lambda: "no")
-    for settings in (latents.TOKENIZER, latents.GENERATOR, glyph_texts.TRAIN):
+    for settings in (latents.TOKENIZER, latents.GENERATOR, codebooks.TRAIN, glyph_texts.TRAIN):
         monkeypatch.setitem(settings, "compile", False)
         monkeypatch.setitem(settings, "optimizer", "adamw")
     for settings in (codebooks.TRAIN, glyph_texts.TRAIN):
