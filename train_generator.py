@@ -146,8 +146,9 @@ def train(config: GeneratorConfig) -> None:
                 if finite:
                     ema.step()
 
+        run.collect(logs)
         if accelerator.sync_gradients:
-            run.end_step(logs, finite)
+            run.end_step(finite)
             if run.due(settings.sample_every):
                 with ema_pipeline(run, pipeline, ema):
                     save_samples(run, pipeline, **sampling_options(config, dataset), **config.sampling.guidance)

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, spatial_compression_ratio
+from favae.bitstream import import_constriction
 from favae.channels import in_color
 from favae.data.images import ImageDataset, skip_missing
-from favae.data.latents import open_latents
+from favae.data.latents import MomentsDataset, open_latents
 from favae.data.latents_with_images import LatentsWithImages
 from favae.data.sources import Selection, open_source
 from favae.errors import ConfigError, hint
@@ -33,6 +34,7 @@ from favae.files import atomic_path
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS, cached_vgg16
+from favae.models import HyperpriorModelFA
 from favae.models.linear_shortcut import fade_shortcut
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
@@ -51,7 +53,7 @@ from favae.training.run import Run, find_checkpoint_to_resume
 from favae.training.sharding import blocks_of, compile_blocks, gather_full_model, shard
 from favae.training.tokenizer_config import TokenizerConfig, losses_at
 from favae.training.tokenizer_losses import TokenizerLossConfig
-from favae.training.tokenizer_module import TokenizerTrainingModule
+from favae.training.tokenizer_module import TokenizerTrainingModule, last_layers
 from favae.wavelets import WaveletBands
 
 PRINCIPAL_IMAGES = 512  # in which the principal components of features are found
@@ -65,7 +67,7 @@ def train(config: TokenizerConfig) -> None:
     # Data, the autoencoder and its losses. Whatever is missing is reported here, before anything is written.
     dataset = open_data(config)
     vae = build_tokenizer(config)
-    freeze_parts(vae, settings.parts)
+    freeze_parts(vae, config.trained_parts)
     dataset = dataset.with_channels(image_channels(vae))
     with accelerator.main_process_first():  # one process downloads, the others find it
         module = build_training_module(config, vae)
@@ -108,9 +110,9 @@ def train(config: TokenizerConfig) -> None:
     for batch in run.batches(training_data):
         images, teacher_moments = batch["image"], None
         if "mean" in batch:
-            teacher_moments = torch.cat([batch["mean"], batch["logvar"]], dim=1)
+            teacher_moments = torch.cat([batch["mean"], batch["logvar"].expand_as(batch["mean"])], dim=1)
         losses = losses_at(stages, run.step)
-        adversarial = discriminator is not None and run.step >= adversarial_start
+        adversarial = losses.adversarial.weight > 0 and run.step >= losses.adversarial.start_step
         model.train()
         with accelerator.accumulate(*trained):
             # 1. Forward: reconstruct the images and add up the losses. The discriminator judges and does not learn.
@@ -146,8 +148,9 @@ def train(config: TokenizerConfig) -> None:
                     optimizer_step(accelerator, d_optimizers, d_schedules, d_finite)
                     finite = finite and d_finite
 
+        run.collect(logs)
         if accelerator.sync_gradients:
-            run.end_step(logs, finite)
+            run.end_step(finite)
             if run.due(settings.sample_every) and preview is not None:
                 with ema:
                     save_preview(run, gather_full_model(vae), module, preview["image"])
@@ -178,6 +181,8 @@ def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
     if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ConfigError(f"model.name: a {type(vae).__name__} is no autoencoder, it has no encode and decode")
     image_channels(vae)  # refuses numbers that mean nothing
+    if config.train.fade_shortcut_steps and not vae.config.get("shortcut"):
+        raise ConfigError("train.fade_shortcut_steps needs a model with a shortcut: model.shortcut=overlapping")
     ratio, side = spatial_compression_ratio(vae), resolution
     if any(losses.scale_equivariance for _, losses in config.loss_stages):
         ratio, side = ratio * 2, side // 2  # the half-size latent must be one too
@@ -221,6 +226,10 @@ def check_latents(losses: TokenizerLossConfig, vae: ModelMixin, resolution: int)
 def build_training_module(config: TokenizerConfig, vae: ModelMixin) -> TokenizerTrainingModule:
     """Opens the frozen networks that a stage of the training needs, and joins them with the autoencoder."""
     stages = [losses for _, losses in config.loss_stages]
+    for losses in stages:
+        for part, loss in {vae.encoder: losses.alignment, vae.decoder: losses.adversarial}.items():
+            if loss.weight and loss.adaptive:
+                last_layers(part)  # refuses a network whose last layer is not known
     teacher = lpips = None
     if any(losses.alignment.weight for losses in stages):
         alignment = config.loss.alignment
@@ -278,7 +287,8 @@ def statistics_for(vae: ModelMixin, teacher: ModelMixin, normalized: bool) -> di
 def open_teacher_latents(
     config: TokenizerConfig, module: TokenizerTrainingModule, dataset: ImageDataset
 ) -> LatentsWithImages:
-    """Raises ConfigError if they are of another resolution, CacheError if of another teacher or other images."""
+    """Raises ConfigError if they are no moments of images of this resolution, CacheError if of another teacher or other
+    images."""
     with hint("`favae cache-latents` writes teacher.latents with teacher.autoencoder"):
         latents = open_latents(config.teacher.latents, module.latent_teacher, flip=config.data.flip)
     if latents.manifest["resolution"] != config.train.resolution:
@@ -286,6 +296,8 @@ def open_teacher_latents(
             f"teacher.latents are of images of {latents.manifest['resolution']} px, and train.resolution is "
             f"{config.train.resolution}"
         )
+    if not isinstance(latents, MomentsDataset) or latents.manifest.get("low_pass") is not None:
+        raise ConfigError("teacher.latents must be moments of whole images, not tokens, and written without --low-pass")
     return LatentsWithImages(latents, dataset)
 
 
@@ -303,7 +315,10 @@ def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:
 
 
 def open_evaluation(config: TokenizerConfig, run: Run, module: TokenizerTrainingModule) -> TokenizerEvaluation:
-    """Raises MissingWeights or DataError if the images or the networks that look at them cannot be opened."""
+    """Raises MissingWeights, DataError or ModelError if the images, the networks that look at them, or the coder that
+    counts bits, cannot be opened."""
+    if isinstance(module.vae, HyperpriorModelFA):
+        import_constriction()
     lpips = module.lpips
     if lpips is None and (config.loss.perceptual_weights or cached_vgg16()):
         lpips = LPIPS(config.loss.perceptual_weights or cached_vgg16()).to(run.device)
@@ -324,7 +339,8 @@ def save_preview(run: Run, vae: ModelMixin, module: TokenizerTrainingModule, ima
     if not run.is_main:
         return
     file = run.folder / "samples" / f"step-{run.step:07}.png"
-    reconstruction = decode(vae, module.latents_of(vae.eval(), images.to(vae.device))).cpu()
+    vae = vae.to(run.device).eval()  # of a sharded model, a copy in the CPU's memory
+    reconstruction = decode(vae, module.latents_of(vae, images.to(run.device))).cpu()
     rows = in_color(torch.cat([images, reconstruction]).clamp(-1, 1))
     with atomic_path(file) as temporary:
         save_image(rows, temporary, nrow=len(images), normalize=True, value_range=(-1, 1))

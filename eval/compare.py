@@ -5,7 +5,14 @@ import statistics
 from pathlib import Path
 
 from favae.errors import DataError
-from favae.eval.results import format_metric, format_table, higher_is_better, read_results
+from favae.eval.results import (
+    BEST_AT_ONE,
+    WITHOUT_VERDICT,
+    format_metric,
+    format_table,
+    higher_is_better,
+    read_results,
+)
 
 NAMES_IN_PROTOCOL = ("data_name", "reference_name")  # not compared: the hashes say whether they are the same
 GROUPED_BY = ("model", "guidance_scale")
@@ -54,6 +61,8 @@ def compare_results(first: dict, second: dict) -> str:
     """
     if first["task"] != second["task"]:
         raise DataError(f"a result of {first['task']} cannot be compared with one of {second['task']}")
+    if first["task"] == "compression":
+        raise DataError("rates differ; `favae evaluate compression` with both models gives the BD-rates of one table")
     groups, tables = (group(first["rows"]), group(second["rows"])), []
     for a, b in pair(*groups):
         sides = groups[0][a], groups[1][b]
@@ -99,7 +108,7 @@ def pair(first: dict[tuple, list], second: dict[tuple, list]) -> list[tuple[tupl
 
 
 def verdict(name: str, first: list[float], second: list[float]) -> str:
-    """ "A" or "B", whichever is better, or why neither is: "equal", "within the spread".
+    """ "A" or "B", whichever is better, or why neither is: "equal", "within the spread"; "" for what is no quality.
 
     Beyond the spread is a difference of means larger than both standard deviations together. With one seed on a side
     there is no spread, and the verdict says so.
@@ -107,6 +116,10 @@ def verdict(name: str, first: list[float], second: list[float]) -> str:
     Args:
         name: of the metric. first, second: its values, one per seed.
     """
+    if name in WITHOUT_VERDICT:
+        return ""
+    if name in BEST_AT_ONE:
+        first, second = ([abs(value - 1) for value in values] for values in (first, second))
     difference = statistics.mean(second) - statistics.mean(first)
     if difference == 0:
         return "equal"

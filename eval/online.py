@@ -82,8 +82,11 @@ class TokenizerEvaluation:
         columns = {"image_column": config.image_column, "label_column": config.label_column}
         source = Selection(open_source(config.data, config.split, **columns), config.num_images)
         self.images = ImageDataset(source, resolution, channels=channels)
+        labels_of(self.images, [])  # bad labels are reported now, not at the first evaluation
         self.extractors = [FeatureExtractor(config.features, config.weights)] if config.features else []
-        self.references = image_statistics(CroppedImages(self.images), self.extractors, keep=0, **self.loading)
+        self.references = []
+        if self.extractors:
+            self.references = image_statistics(CroppedImages(self.images), self.extractors, keep=0, **self.loading)
         self.protocol = {
             "data_name": config.data,
             "num_images": len(self.images),

@@ -20,7 +20,9 @@ from favae.ranges import describe
 UINT8 = "round((x + 1) * 127.5)"
 PACKAGES = ("torch", "diffusers", "timm", "torch-fidelity", "favae")
 
-HIGHER_IS_BETTER = ("PSNR", "SSIM", "MS-SSIM", "IS", "precision", "recall", "LNC", "power kept")
+HIGHER_IS_BETTER = ("PSNR", "SSIM", "MS-SSIM", "IS", "precision", "recall", "LNC")
+BEST_AT_ONE = ("seams", "power kept")
+WITHOUT_VERDICT = ("MIND_floor",)
 DIGITS = {"Recon": 5, "Low": 5, "High": 5, "PSNR": 2, "IS": 2, "KID": 5, "KD": 5}
 
 

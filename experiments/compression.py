@@ -138,7 +138,7 @@ def make_row(task: Task) -> dict:
 def trained(task: Task) -> tuple[ModelMixin, Path]:
     """The model of a row and its run folder; a tokenizer is trained once for all rates."""
     own = task if task.variant.tokenizer is None else replace(task, name=task.name.rpartition("_")[0])
-    with FileLock(own.run.with_suffix(".lock")):
+    with FileLock(own.beside(".lock")):
         if not (own.run / "final").exists():
             train(recipe(own))
     return load_autoencoder(str(own.run / "final")), own.run
@@ -184,7 +184,7 @@ def recipe(task: Task) -> TokenizerConfig:
         "loss": {"reconstruction": "l2", **scaled},
         "train": {**TRAIN, **every, "mixed_precision": fastest_precision()},
     }
-    file = task.run.with_suffix(".yaml")
+    file = task.beside(".yaml")
     file.write_text(yaml.safe_dump(sections, sort_keys=False))
     return load_config(TokenizerConfig, file, [f"output={task.run}", f"seed={task.seed}"])
 

@@ -88,7 +88,8 @@ class Variant:
 
     Attributes:
         note: what it is, a phrase for the list below the table.
-        model: the `model:` section of the tokenizer's recipe. loss, train: what differs from the others.
+        model: the `model:` section of the tokenizer's recipe. loss: what differs from the others.
+        faded_share: of the tokenizer's steps in which its shortcut vanishes.
         smooth_share: of the generator's steps that learn latents of smooth images first.
         images: what it is trained on.
         length: its number of steps, in multiples of the others'.
@@ -97,7 +98,7 @@ class Variant:
     note: str
     model: dict
     loss: dict = field(default_factory=dict)
-    train: dict = field(default_factory=dict)
+    faded_share: float = 0.0
     smooth_share: float = 0.0
     images: TrainingSet = GLYPHS
     length: float = 1.0
@@ -144,8 +145,8 @@ PUBLISHED |= {"block_out_channels": [16, 24, 32, 72], "high_block_out_channels":
 del PUBLISHED["shortcut"]
 
 
-def ours(note: str, model: dict | None = None, *, train: dict | None = None, smooth: float = 0.0, **loss) -> Variant:
-    return Variant(f"`ours`, {note}", OURS | (model or {}), BANDS | loss, train or {}, smooth)
+def ours(note: str, model: dict | None = None, *, faded: float = 0.0, smooth: float = 0.0, **loss) -> Variant:
+    return Variant(f"`ours`, {note}", OURS | (model or {}), BANDS | loss, faded, smooth)
 
 
 ALIGNMENT = {"weight": 0.5, "backbone": "efficientnet-lite0"}
@@ -164,9 +165,7 @@ VARIANTS = {
     "ours": Variant("split, shortcut, and the loss on the high bands", OURS, BANDS),
     "no_shortcut": ours("without the shortcut", {"shortcut": None}),
     "decoder_shortcut": ours("with the shortcut in the decoder alone", {"shortcut": "decoder"}),
-    "faded_shortcut": ours(
-        "with a shortcut that vanishes in the first half", train={"fade_shortcut_steps": STEPS // 2}
-    ),
+    "faded_shortcut": ours("with a shortcut that vanishes in the first half", faded=0.5),
     "spectrum": ours("+ spectrum matching", spectrum_matching={"weight": 0.01}, kl=0.0),
     "masking": ours("+ frequency masking", frequency_masking={"probability": 0.75, "latent_block": 4}),
     "prefix": ours("+ prefixes of the channels", prefix={"probability": 0.5, "widths": [4, 8, 12]}),
@@ -212,7 +211,7 @@ VARIANTS = {
 
 def make_row(task: Task) -> dict:
     """Trains a tokenizer and the generator of its latents with one seed, and measures both along the way."""
-    file = task.run.with_name(f"{task.run.name}-tokenizer.json")  # a row that was interrupted goes on after it
+    file = task.beside("-tokenizer.json")  # a row that was interrupted goes on after it
     if not file.exists():
         write_text(file, json.dumps(tokenizer_metrics(task)))
     AcceleratorState._reset_state()  # the generator may train in another precision
@@ -257,12 +256,14 @@ def tokenizer_config(task: Task) -> TokenizerConfig:
     images = task.variant.images
     own = {"resolution": images.size, "batch_size": images.batch_sizes[0], "mixed_precision": fastest_precision()}
     train = {**TOKENIZER, **BOTH, **own, **steps_of(task)}
+    if task.variant.faded_share:
+        train["fade_shortcut_steps"] = round(task.variant.faded_share * task.steps)
     data = {"path": str(images.file("train")), "label_column": images.label_column, "flip": False}
     sections = {
         "model": task.variant.model,
         "data": data,
         "loss": {"reconstruction": "l2", "kl": 1e-6, **task.variant.loss},
-        "train": train | task.variant.train,
+        "train": train,
     }
     return load(TokenizerConfig, task, sections, task.run)
 
@@ -273,7 +274,7 @@ def steps_of(task: Task) -> dict:
 
 def load(schema, task: Task, sections: dict, output: Path) -> TokenizerConfig | GeneratorConfig:
     """Settings of a training with a row's seed, from the sections of a recipe that is left beside its run folder."""
-    recipe = output.with_suffix(".yaml")
+    recipe = output.with_name(f"{output.name}.yaml")
     recipe.write_text(yaml.safe_dump(sections, sort_keys=False))
     return load_config(schema, recipe, [f"output={output}", f"seed={task.seed}"])
 

@@ -14,7 +14,7 @@ the inverse wavelet transform, and TAEF2's architecture, narrower, at the same F
 import json
 import os
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import ModelMixin
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
@@ -207,13 +208,10 @@ def teacher_folder() -> Path:
 
 def make_row(task: Task) -> dict:
     """Trains one decoder with one seed, and measures it on pictures that were in no training."""
-    recipe = task.run.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump(task.variant.recipe(task)))
-    config = load_config(TokenizerConfig, recipe, [f"output={task.run}", f"seed={task.seed}"])
     teacher = AutoencoderTinyFA.from_pretrained(teacher_folder()).eval()
     model, training = teacher, {}
     if task.steps:
-        train(config)
+        config = train_once(task)
         log = [json.loads(line) for line in (task.run / "metrics.jsonl").read_text().splitlines()]
         training = {
             "mixed_precision": config.train.mixed_precision,
@@ -231,6 +229,21 @@ def make_row(task: Task) -> dict:
     if task.pictures is not None and task.seed == 0:
         save_pictures(images, reconstructions, task.pictures, task.name)
     return row | training | environment()
+
+
+def train_once(task: Task) -> TokenizerConfig:
+    """Trains a row, and before it the one that it goes on from, unless another process has done so."""
+    after = task.variant.after
+    if after is not None:
+        steps = COMPARISON.steps_of(after, round(task.steps / task.variant.length))
+        train_once(replace(task, name=after, variant=VARIANTS[after], steps=steps))
+    recipe = task.beside(".yaml")
+    with FileLock(task.beside(".lock")):
+        recipe.write_text(yaml.safe_dump(task.variant.recipe(task)))
+        config = load_config(TokenizerConfig, recipe, [f"output={task.run}", f"seed={task.seed}"])
+        if not (task.run / "final").exists():
+            train(config)
+    return config
 
 
 @torch.no_grad()

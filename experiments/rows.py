@@ -51,6 +51,10 @@ class Task:
         """The run folder of this row."""
         return self.runs / f"{self.name}-{self.seed}"
 
+    def beside(self, suffix: str) -> Path:
+        """A file next to the run folder."""
+        return self.run.with_name(self.run.name + suffix)
+
 
 @dataclass
 class Comparison:
@@ -102,7 +106,10 @@ def main(comparison: Comparison, description: str, argv: list[str] | None = None
     output = arguments.output
     report = json.loads(output.read_text()) if output.exists() else {"rows": []}
     if not arguments.report:
-        report |= environment() | {"resolution": arguments.resolution, "batch_size": arguments.batch_size}
+        sizes = {"resolution": arguments.resolution, "batch_size": arguments.batch_size}
+        for key in (key for key, value in sizes.items() if report.get(key, value) != value):
+            raise SystemExit(f"error: {output} is of {key}={report[key]}, not {sizes[key]}: name another --output")
+        report |= environment() | sizes
         make_missing_rows(comparison, arguments, report)
 
     # Only rows of this length are compared, in the order of the variants; others stay in the file.
@@ -193,7 +200,7 @@ def make_here(make_row: Callable[[Task], dict], task: Task) -> dict:
 def make_in_process(make_row: Callable[[Task], dict], task: Task) -> dict:
     """The row, made by a new process whose output goes to a log beside the run folder."""
     task.runs.mkdir(parents=True, exist_ok=True)
-    log, file = task.run.with_suffix(".log"), task.run.with_suffix(".json")
+    log, file = task.beside(".log"), task.beside(".json")
     process = get_context("spawn").Process(target=_write_row, args=(make_row, task, log, file))
     process.start()
     process.join()

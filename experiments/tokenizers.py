@@ -86,7 +86,7 @@ class Variant:
 
 def make_row(task: Task) -> dict:
     """Trains one tokenizer with one seed and measures it, along the way and at the end."""
-    recipe = task.run.with_suffix(".yaml")
+    recipe = task.beside(".yaml")
     sections = task.variant.recipe(task.steps, task.resolution, task.batch_size)
     recipe.write_text(yaml.safe_dump(sections, sort_keys=False))
     config = load_config(TokenizerConfig, recipe, [f"output={task.run}", f"seed={task.seed}"])

@@ -77,7 +77,7 @@ class Writer:
     """
 
     def __init__(self):
-        self.library = _constriction()
+        self.library = import_constriction()
         self.coder = self.library.stream.queue.RangeEncoder()
 
     def channels(self, symbols: np.ndarray, table: np.ndarray) -> None:
@@ -102,7 +102,7 @@ class Reader:
     """
 
     def __init__(self, payload: bytes):
-        self.library = _constriction()
+        self.library = import_constriction()
         words = np.frombuffer(payload, "<u4").astype(np.uint32)
         self.coder = self.library.stream.queue.RangeDecoder(words)
 
@@ -117,7 +117,7 @@ class Reader:
         return self.coder.decode(family, np.zeros_like(scales), scales)
 
 
-def _constriction() -> Any:
+def import_constriction() -> Any:
     try:
         import constriction
     except ImportError as error:

@@ -36,10 +36,10 @@ def test_a_training_ends_after_its_step_and_goes_on_as_if_nothing_had_happened(
     train(*words, f"output={tiny_cache / 'whole'}")
     output, end_step = tiny_cache / "run", Run.end_step
 
-    def end_third_step(run, logs, finite):
+    def end_third_step(run, finite):
         if run.step == 2:
             signal.raise_signal(number)
-        end_step(run, logs, finite)
+        end_step(run, finite)
 
     monkeypatch.setattr(Run, "end_step", end_third_step)
     capsys.readouterr()

@@ -61,6 +61,8 @@ class CachedDataset(ShardedCache):
     def about(self) -> dict:
         """What the latents and texts are of: the same for a cache that was written again from the same images."""
         about = {key: self.manifest.get(key) for key in ("tokenizer", "images", "resolution", "classes")}
+        if self.manifest.get("low_pass") is not None:
+            about["low_pass"] = self.manifest["low_pass"]
         if self.text_embeddings is not None:
             about |= {"text_encoder": self.text_embeddings.hash, "captions": self.text_embeddings.manifest["captions"]}
         return about

@@ -15,7 +15,7 @@ def pack(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         codes (..., h, 3 ceil(w / 4)), uint8: of four neighbors in a row, each byte has the 6 bits of one of the first
         three and 2 bits of the last, the lowest first; offset and step (..., 1, 1), float16. A latent is about
-        offset + code * step, within half a step.
+        offset + code * step, within half a step and what float16 loses of the offset.
     """
     latents = latents.float()
     offset = latents.amin((-2, -1), keepdim=True).half()

@@ -80,7 +80,7 @@ def keep_low_frequencies(images: Tensor, share: float, block: int) -> Tensor:
         share: how much is cut: 0 nothing, 1 all above the diagonal, 1.5 keeps u + v < block / 2 - 1.
         block: side of the blocks, whose DCT is cut.
     Returns:
-        (B, C, H, W).
+        (B, C, H, W), float32 or float64.
     Raises:
         ValueError: if no number of blocks fills the images.
     Source: DSM, arXiv 2603.14645: shares 1, 1.25 and 1.5, blocks of 8 of latents and of images.
@@ -91,5 +91,6 @@ def keep_low_frequencies(images: Tensor, share: float, block: int) -> Tensor:
     blocks = images.unflatten(3, (-1, block)).unflatten(2, (-1, block)).transpose(3, 4)  # (B, C, rows, columns, b, b)
     u = torch.arange(block, device=images.device)
     kept = u[:, None] + u < (2 - share) * block - 1
-    blocks = inverse_dct(dct(blocks) * kept)
+    with no_autocast(images.device):
+        blocks = inverse_dct(dct(blocks if blocks.dtype == torch.float64 else blocks.float()) * kept)
     return blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)

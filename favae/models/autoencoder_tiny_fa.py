@@ -100,6 +100,11 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
         """Image pixels per latent along each side, f."""
         return compression_ratio(len(self.config.block_out_channels))
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What is compiled and sharded one by one."""
+        return [module for module in self.modules() if isinstance(module, TinyBlock)]
+
     def enable_slicing(self) -> None:
         """Decodes and encodes one image of a batch at a time."""
         self.use_slicing = True

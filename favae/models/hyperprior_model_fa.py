@@ -235,10 +235,12 @@ class LatentCoder:
     """Writes and reads latents of one model. Made anew after the weights have changed.
 
     Raises:
-        ModelError: if the table of the factorized density is not that of the weights.
+        ModelError: if the model is not in float32, or the table of the factorized density is not that of the weights.
     """
 
     def __init__(self, model: HyperpriorModelFA):
+        if model.dtype != torch.float32:
+            raise ModelError(f"files are written and read in float32, and the model is in {model.dtype}: call float()")
         if not model.density.table_is_current:
             raise ModelError("the coder's table is older than the weights: call update_table()")
         self.model = model

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 
 from favae.errors import NonFiniteError
+from favae.normalization import denormalize_latents
 
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -23,14 +24,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     Raises:
         NonFiniteError: as `decode_finite`.
     """
-    config = vae.config
-    if config.latents_mean is not None and config.latents_std is not None:
-        mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1)
-        std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1)
-        latents = latents * std / config.scaling_factor + mean  # in SDXL's order
-    else:
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-    return decode_finite(vae, latents)
+    return decode_finite(vae, denormalize_latents(vae, latents))
 
 
 def decode_finite(vae: ModelMixin, latents: Tensor) -> Tensor:

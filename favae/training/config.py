@@ -56,6 +56,10 @@ class TrainConfig:
     tracker: Literal["tensorboard", "wandb"] | None = "tensorboard"
 
     def __post_init__(self):
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ConfigError(
+                "train.mixed_precision=fp16 has one gradient scale, and train.optimizer=muon two optimizers; use bf16"
+            )
         if self.shard and self.mixed_precision == "fp16":
             raise ConfigError("train.shard has no gradient scaler for train.mixed_precision=fp16; use bf16")
 

@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 import torch
-from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class GeneratorLossConfig:
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     time_shift: Shift = 1.0  # above 1, more noise in training; as sampling.shift
     cosine_weight: Weight = 1.0  # of the velocity's direction
-    class_dropout_prob: Probability = 0.1  # of a UNet2DModel; the others' is a setting of the model
+    class_dropout_prob: Probability = 0.1  # of DiT and UNet2DModel; LightningDiT's is in `model`
     alignment: RepresentationAlignmentConfig = field(default_factory=RepresentationAlignmentConfig)
 
 
@@ -52,7 +52,7 @@ class DiffusionModule(nn.Module):
     """A LightningDiT, DiT or UNet with all that its training computes. This is what DistributedDataParallel wraps.
 
     diffusers' DiT embeds the class anew in each block, and would drop it in each for itself: labels are dropped here,
-    once, with its probability, and its own dropping is switched off.
+    once, and its own dropping is switched off.
 
     Args:
         transformer: a LightningDiT, a DiT, or a UNet2DModel, which is called so here.
@@ -65,11 +65,11 @@ class DiffusionModule(nn.Module):
         self.transformer, self.config, self.teacher = transformer, config, teacher
         self.null_class, self.time_scale = num_classes(transformer), time_scale(transformer)
         self.scheduler = DDPMScheduler(**DIFFUSION_SCHEDULE)
-        self.class_dropout = config.class_dropout_prob if isinstance(transformer, UNet2DModel) else 0.0
-        if self.time_scale != 1:
-            for module in transformer.modules():
-                if isinstance(module, LabelEmbedding):
-                    self.class_dropout, module.dropout_prob = max(self.class_dropout, module.dropout_prob), 0.0
+        is_of_diffusers = isinstance(transformer, DiTTransformer2DModel | UNet2DModel)
+        self.class_dropout = config.class_dropout_prob if is_of_diffusers else 0.0
+        for module in transformer.modules() if is_of_diffusers else ():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0
         self.projector: nn.Conv2d | None = None
         if teacher is not None:
             shape = transformer.config

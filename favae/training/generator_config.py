@@ -1,5 +1,6 @@
 """The schema of train_generator.py."""
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any
 
@@ -11,8 +12,11 @@ from favae.pipelines.solvers import Solver
 from favae.ranges import Count, Decay, Probability, Rate, Share, Shift, Step, Text, Weight
 from favae.training.config import RunConfig, TrainConfig
 from favae.training.diffusion import GeneratorLossConfig
-from favae.training.models import GENERATORS, check_model
+from favae.training.models import GENERATORS, check_model, inherit_settings
 from favae.training.validation import STRICT
+
+FOR_FLOWS = ("loss.time_sampling", "loss.time_shift", "loss.cosine_weight", "sampling.solver", "sampling.shift")
+FOR_TOKENS = ("sampling.temperature", "sampling.top_k", "sampling.top_p")
 
 
 @dataclass(config=STRICT)
@@ -67,7 +71,7 @@ class SamplingConfig(GuidanceConfig):
     prompts: Annotated[list[str], Field(min_length=1)] | None = (
         None  # of the sample grids, with texts; None: captions of the first images
     )
-    temperature: Weight = 1.0  # with texts, as the next two
+    temperature: Weight = 1.0  # of a CATTransformerModel, as the next two
     top_k: Count | None = None
     top_p: Share | None = None
 
@@ -116,6 +120,7 @@ class GeneratorConfig(RunConfig):
 
     def __post_init__(self):
         check_model(self.model, GENERATORS)
+        self.model = inherit_settings(self.model)
         if self.is_autoregressive:
             self._check_autoregressive()
         else:
@@ -123,10 +128,12 @@ class GeneratorConfig(RunConfig):
         if self.takes_texts and self.evaluation.every:
             raise ConfigError("evaluation.every is for generators of classes, not for model.text_dim")
         scales = {"sampling": self.sampling.guidance_scale, "evaluation": self.evaluation.guidance_scale}
-        for key in ("class_dropout_prob", "text_dropout_prob"):
-            for section, scale in scales.items():
-                if self.model.get(key) == 0 and scale != 1:
-                    raise ConfigError(f"{section}.guidance_scale must be 1 with model.{key}=0: nothing trains the null")
+        dropped = {f"model.{key}": self.model.get(key) for key in ("class_dropout_prob", "text_dropout_prob")}
+        if self.model["name"] in ("DiTTransformer2DModel", "UNet2DModel"):
+            dropped["loss.class_dropout_prob"] = self.loss.class_dropout_prob
+        for key in (key for key, probability in dropped.items() if probability == 0):
+            for section in (section for section, scale in scales.items() if scale != 1):
+                raise ConfigError(f"{section}.guidance_scale must be 1 with {key}=0: nothing trains the null")
         for section, settings in {"sampling": self.sampling, "evaluation": self.evaluation}.items():
             self._check_guidance(section, settings)
 
@@ -134,12 +141,21 @@ class GeneratorConfig(RunConfig):
         interval, channels = settings.guidance_interval, settings.guidance_channels
         given = {"guidance_interval": interval, "guidance_channels": channels}
         if self.is_autoregressive or self.loss.objective == "ddpm":
+            self._refuse(FOR_FLOWS, "is for flow matching")
             for key in (key for key, value in given.items() if value is not None):
                 raise ConfigError(f"{section}.{key} is for generators that LightningDiTPipeline samples")
         if interval is not None and interval[0] > interval[1]:
             raise ConfigError(f"{section}.guidance_interval must rise, got {interval}")
         if channels is not None and channels > self.model.get("in_channels", 32):
             raise ConfigError(f"{section}.guidance_channels must be at most model.in_channels, got {channels}")
+
+    def _refuse(self, keys: Sequence[str], why: str) -> None:
+        """Raises ConfigError for the first of these settings that is not the default."""
+        for key in keys:
+            section, _, name = key.partition(".")
+            settings = getattr(self, section)
+            if getattr(settings, name) != getattr(type(settings)(), name):
+                raise ConfigError(f"{key} {why}")
 
     def _check_autoregressive(self) -> None:
         not_for_tokens = {
@@ -165,6 +181,7 @@ class GeneratorConfig(RunConfig):
             raise ConfigError("loss.alignment.weight is for transformers, not for a UNet2DModel")
 
     def _check_diffusion(self) -> None:
+        self._refuse(FOR_TOKENS, "is for a CATTransformerModel")
         model, alignment = self.model, self.loss.alignment
         if not self.takes_texts and model.get("num_classes") == 0:
             raise ConfigError("model.num_classes=0 needs model.text_dim: a generator is told a class or a text")

@@ -4,7 +4,8 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,25 +105,47 @@ def build_model(settings: dict[str, Any]) -> ModelMixin:
         raise ConfigError(_naming_keys(error, build, arguments)) from error
 
 
+def inherit_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """A `model:` section with what it does not say as in the model that it begins with, if the class has it.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    if settings.get(FROM_PRETRAINED) is None:
+        return settings
+    source = PretrainedSource.parse(settings[FROM_PRETRAINED], FROM_PRETRAINED)
+    model_class = find_model_class(settings["name"])
+    known = signature_schema(model_class.__init__).model_fields
+    with _opening(source):
+        config = model_class.load_config(source.path, **source.options)
+    return {**{name: value for name, value in config.items() if name in known}, **settings}
+
+
+@contextmanager
+def _opening(source: PretrainedSource) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.{FROM_PRETRAINED}: no model at {source.path}, in a folder or on the hub ({reason})"
+        ) from error
+
+
 def _start_from(source: PretrainedSource, settings: dict[str, Any]) -> ModelMixin:
     """A model of these settings that begins with the weights of another one, as far as names and shapes agree.
 
-    What the settings do not say is as in the other model, if the class has it. A warning names what begins anew.
+    A warning names what begins anew.
 
     Raises:
         ConfigError: if there is no such model, or not one of its weights fits.
     """
-    key, model_class = f"model.{FROM_PRETRAINED}", find_model_class(settings["name"])
-    with torch.device("cpu"):  # its weights exist, even in a dry run on the meta device
-        try:
-            config = model_class.load_config(source.path, **source.options)
-            other = find_model_class(config["_class_name"]).from_pretrained(source.path, **source.options)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{key}: no model at {source.path}, in a folder or on the hub ({reason})") from error
-    known = signature_schema(model_class.__init__).model_fields
-    kept = {name: value for name, value in other.config.items() if name in known}
-    model = build_model({**kept, **{name: value for name, value in settings.items() if name != FROM_PRETRAINED}})
+    key = f"model.{FROM_PRETRAINED}"
+    settings = inherit_settings(settings)
+    with torch.device("cpu"), _opening(source):  # its weights exist, even in a dry run on the meta device
+        config = find_model_class(settings["name"]).load_config(source.path, **source.options)
+        other = find_model_class(config["_class_name"]).from_pretrained(source.path, **source.options)
+    model = build_model({name: value for name, value in settings.items() if name != FROM_PRETRAINED})
     weights, wanted = other.state_dict(), model.state_dict()
     fitting = {name: value for name, value in weights.items() if name in wanted and wanted[name].shape == value.shape}
     if not fitting:

@@ -39,7 +39,7 @@ def create_optimizers(
 
 
 def matrices_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The weights of all linear layers and convolutions that are trained."""
+    """The weights of all linear layers and convolutions that are trained, but for transposed ones."""
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     weights = [layer.get_parameter("weight") for layer in layers]
     return [weight for weight in weights if weight.requires_grad]

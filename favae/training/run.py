@@ -173,6 +173,7 @@ class Run:
         self._seconds = 0.0
         self._skipped_in_a_row = 0
         self._sums: dict[str, Tensor] = {}
+        self._collected: list[dict[str, Tensor]] = []  # of the micro-batches of this step
         self._count = 0
         set_seed(config.seed)
 
@@ -307,17 +308,22 @@ class Run:
         self._bar.close()
         raise exception_of(self._signals.received or signal.SIGTERM)(f" at step {self.step}")
 
-    def end_step(self, logs: dict[str, Tensor], finite: bool) -> None:
-        """Counts and logs an optimizer step.
+    def collect(self, logs: dict[str, Tensor]) -> None:
+        """Keeps the detached scalars of a micro-batch for the log of its step."""
+        self._collected.append(logs)
+
+    def end_step(self, finite: bool) -> None:
+        """Counts and logs an optimizer step, with the means over its micro-batches.
 
         Args:
-            logs: detached scalars.
             finite: whether the gradient was, so that the weights changed.
         Raises:
             NonFiniteError: after more than `train.max_skipped_steps` skipped steps in a row.
         """
         self.step += 1
         self._bar.update()
+        logs = {name: torch.stack([each[name] for each in self._collected]).mean() for name in self._collected[-1]}
+        self._collected = []
         if finite:
             self._skipped_in_a_row = 0
             self._count += 1

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from diffusers import ModelMixin, UNet2DModel
-from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock, Decoder, Encoder
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,13 +25,14 @@ from favae.distributed import process_state
 
 
 def blocks_of(model: ModelMixin) -> list[nn.Module]:
-    """The blocks of a transformer, or the stages of an autoencoder or UNet: what is compiled and sharded one by one."""
+    """What is compiled and sharded one by one: blocks of a transformer or TAESD, stages of an autoencoder or UNet."""
     for name in ("transformer_blocks", "blocks"):
         if hasattr(model, name):
             return list(getattr(model, name))
     networks = [module for module in model.modules() if isinstance(module, (Encoder, Decoder, UNet2DModel))]
     stages = [[*getattr(n, "down_blocks", []), n.mid_block, *getattr(n, "up_blocks", [])] for n in networks]
-    return [block for network in stages for block in network if block is not None]
+    tiny = [module for module in model.modules() if isinstance(module, AutoencoderTinyBlock)]
+    return tiny + [block for network in stages for block in network if block is not None]
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

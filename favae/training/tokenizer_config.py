@@ -15,6 +15,8 @@ from favae.training.recipes import merge
 from favae.training.tokenizer_losses import TokenizerLossConfig
 from favae.training.validation import STRICT, validate
 
+SMALLEST_PERCEPTUAL = 16  # pixels, of images that VGG16 halves four times
+
 
 @dataclass(config=STRICT)
 class ImageDataConfig:
@@ -89,8 +91,6 @@ class TokenizerConfig(RunConfig):
 
     def __post_init__(self):
         check_model(self.model, TOKENIZERS)
-        if self.train.fade_shortcut_steps and not self.model.get("shortcut"):
-            raise ConfigError("train.fade_shortcut_steps needs a model with a shortcut: model.shortcut=overlapping")
         for _, loss in self.loss_stages:
             check_loss(loss, self)
             check_teacher(loss, self)
@@ -114,6 +114,14 @@ class TokenizerConfig(RunConfig):
                     raise ConfigError(f"stages[{i}]: loss.{key} holds for the whole run; set it in loss")
             stages.append((stage.start_step, loss))
         return stages
+
+    @property
+    def trained_parts(self) -> Literal["all", "encoder", "decoder"]:
+        """Which parts of the model learn: of a student, the decoder alone if nothing asks for latents of its own."""
+        stages = [loss for _, loss in self.loss_stages]
+        if self.teacher.autoencoder is not None and not any(loss.latents for loss in stages):
+            return "decoder"
+        return self.train.parts
 
     @property
     def adversarial_start(self) -> int | None:
@@ -159,7 +167,7 @@ def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
 
 def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     """Raises ConfigError for losses that the model, the resolution or the precision does not allow."""
-    model, resolution = config.model, config.train.resolution
+    model, resolution, parts = config.model, config.train.resolution, config.train.parts
     model_class = find_model_class(model["name"])
     if loss.spectrum.weight and not (hasattr(model_class, "quantize") and model.get("frequency_complement", "conv")):
         raise ConfigError("loss.spectrum.weight needs a VQModelFA or HyperpriorModelFA with model.frequency_complement")
@@ -169,11 +177,15 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     continuous = {"latent_noise": loss.latent_noise, **loss.shaping_latents}
     for key in (key for key, is_set in continuous.items() if is_set and hasattr(model_class, "quantize")):
         raise ConfigError(f"loss.{key} needs continuous latents; those of a {model['name']} are quantized")
+    freezing = f"model.{FROM_AUTOENCODER_KL}" if FROM_AUTOENCODER_KL in model else "train.parts=decoder"
     for name in ("alignment", "spectrum_matching"):
-        if getattr(loss, name).weight and FROM_AUTOENCODER_KL in model:
-            raise ConfigError(
-                f"loss.{name}.weight needs an encoder that learns; model.{FROM_AUTOENCODER_KL} freezes it"
-            )
+        if getattr(loss, name).weight and (FROM_AUTOENCODER_KL in model or parts == "decoder"):
+            raise ConfigError(f"loss.{name}.weight needs an encoder that learns; {freezing} freezes it")
+    if parts == "encoder" and loss.adversarial.weight and loss.adversarial.adaptive:
+        raise ConfigError(
+            "loss.adversarial.adaptive looks at the decoder's last layer, which train.parts=encoder freezes; set it to "
+            "false"
+        )
     if config.train.mixed_precision == "fp16" and (loss.adversarial.weight or loss.has_adaptive_weights):
         raise ConfigError(
             "train.mixed_precision=fp16 has one gradient scale, and loss.adversarial and loss.alignment.adaptive need "
@@ -193,6 +205,11 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     if loss.stft.weight and loss.stft.window > largest:
         what = "a quarter of train.resolution, with loss.equivariance," if loss.equivariance else "train.resolution"
         raise ConfigError(f"loss.stft.window must be at most {what} = {largest}, got {loss.stft.window}")
+    if loss.perceptual and largest < SMALLEST_PERCEPTUAL:
+        raise ConfigError(
+            f"loss.perceptual needs images of {SMALLEST_PERCEPTUAL} px or more; the smallest that are compared have "
+            f"{largest}"
+        )
     if loss.band.weight and resolution % 2**loss.band.levels:
         raise ConfigError(f"loss.band.levels={loss.band.levels} does not fit train.resolution = {resolution}")
     builders = {"stft": loss.stft.build, "spectrum": lambda: loss.spectrum.build(levels=1), "band": loss.band.build}

@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
-from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
+from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, DiagonalGaussianDistribution, Encoder
 from torch import Tensor, nn
 
 from favae.autoencoders import decode, encode, encode_moments
+from favae.errors import ConfigError
 from favae.foundation import FoundationModel
 from favae.losses.adversarial import adaptive_weight, adversarial_loss
 from favae.losses.alignment import PrincipalComponents, vision_foundation_alignment
@@ -28,6 +29,7 @@ from favae.training.latent_regularization import add_noise, regularize
 from favae.training.tokenizer_losses import TokenizerLossConfig
 
 STATISTICS_WINDOW = 100  # batches that the codebook statistics look back on
+NETWORKS = (Encoder, Decoder, HiFiCEncoder, HiFiCGenerator)  # whose last layer is `conv_out`
 MAX_ALIGNMENT_FACTOR = 10.0  # the most that the adaptive factor of the alignment may be
 
 Discriminator = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> logits (B, 1, h, w)
@@ -260,7 +262,7 @@ class TokenizerTrainingModule(nn.Module):
             posterior = DiagonalGaussianDistribution(moments.float())
             raw = posterior.sample() if self.posterior == "sample" else posterior.mode()
             latents = self._normalized(teacher, raw)
-        if losses.latents and self.trains_encoder:
+        if self.trains_encoder:
             own = DiagonalGaussianDistribution(encode_moments(self.vae, images).float())
             mean = self._normalized(teacher, posterior.mean)
             distance = (own.mean - mean).square().mean()
@@ -329,8 +331,7 @@ class TokenizerTrainingModule(nn.Module):
         )
         if not settings.adaptive:
             return 1.0, value
-        last_layers = [m.conv_out.weight for m in self.vae.modules() if isinstance(m, Encoder | HiFiCEncoder)]
-        return adaptive_weight(fidelity, value, last_layers, MAX_ALIGNMENT_FACTOR), value
+        return adaptive_weight(fidelity, value, last_layers(self.vae.encoder), MAX_ALIGNMENT_FACTOR), value
 
     def _adversarial(
         self, reconstruction: Tensor, discriminator: Discriminator, fidelity: Tensor, losses: TokenizerLossConfig
@@ -361,15 +362,19 @@ def _distance(reconstruction: Tensor, target: Tensor, losses: TokenizerLossConfi
     return _error(reconstruction, target, losses).mean()
 
 
-def last_layers(decoder: nn.Module) -> list[Tensor]:
-    """The weights that give an image or its bands, which adaptive loss weights look at."""
-    tiny = (
-        [layers for layers in (decoder.layers, decoder.high_layers) if layers]
-        if isinstance(decoder, TinyDecoder)
-        else []
-    )
-    stock = [module.conv_out.weight for module in decoder.modules() if isinstance(module, Decoder | HiFiCGenerator)]
-    return stock + [layers[-1].weight for layers in tiny]
+def last_layers(network: nn.Module) -> list[Tensor]:
+    """The weights that give latents, an image or its bands, which adaptive loss weights look at.
+
+    Raises:
+        ConfigError: for a network whose last layer is not known.
+    """
+    named = [module.conv_out.weight for module in network.modules() if isinstance(module, NETWORKS)]
+    branches = [network.layers, network.high_layers] if isinstance(network, TinyDecoder) else []
+    branches += [network.layers] if isinstance(network, DecoderTiny) else []
+    weights = named + [layers[-1].weight for layers in branches if layers]
+    if not weights:
+        raise ConfigError(f"the last layer of a {type(network).__name__} is not known: set adaptive=false in loss")
+    return weights
 
 
 def _total(terms: Terms, like: Tensor) -> Tensor:

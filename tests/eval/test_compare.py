@@ -31,6 +31,8 @@ def test_judgement_knows_the_direction_and_the_spread():
     assert verdict("Recon", [0.10, 0.20], [0.12, 0.16]) == "within the spread"
     assert verdict("Recon", [0.10], [0.05]) == "B (one seed)"
     assert verdict("Recon", [0.10], [0.10]) == "equal"
+    assert verdict("seams", [1.0], [0.7]) == verdict("power kept", [1.0], [1.4]) == "A (one seed)"
+    assert verdict("MIND_floor", [1.0], [0.7]) == ""
 
 
 def test_results_of_one_protocol(tmp_path, capsys):
@@ -67,6 +69,12 @@ def test_guidance_scales_are_matched(tmp_path):
         compare_results(a, c)
     unknown = load_results(result(tmp_path, "d", [row("folder", 3.0, 1.0)]))
     assert "A: y" in compare_results(b, unknown)  # one set on each side: nothing else could be meant
+
+
+def test_curves_of_compression_are_not_seeds(tmp_path):
+    rates = load_results(result(tmp_path, "a", [row("x", 1.0, 1.0), row("x", 2.0, 2.0)])) | {"task": "compression"}
+    with pytest.raises(DataError, match="BD-rates"):
+        compare_results(rates, rates)
 
 
 def test_files_that_are_no_results(tmp_path):

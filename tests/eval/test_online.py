@@ -2,9 +2,11 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, command, refusal, tiny_generator_recipe, tiny_tokenizer_recipe, train, write_images
+from picture_files import encoded, smooth
 from safetensors.torch import load_file
 
 from favae import HyperpriorModelFA, LightningDiTPipeline
@@ -111,7 +113,12 @@ def test_a_tokenizer_without_images_to_evaluate(tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
     assert "evaluation.data" in refusal("train_tokenizer", recipe, "evaluation.every=2")
     missing = refusal("train_tokenizer", recipe, "evaluation.every=2", f"evaluation.data={tmp_path / 'nowhere'}")
-    assert "nowhere" in missing and not (tmp_path / "run").exists()
+    assert "nowhere" in missing
+    image = {"bytes": encoded(smooth()), "path": None}
+    datasets.Dataset.from_dict({"image": [image], "label": [1.5]}).to_parquet(tmp_path / "set.parquet")
+    options = ("evaluation.every=2", f"evaluation.data={tmp_path / 'set.parquet'}", "evaluation.features=null")
+    assert "label column 'label'" in refusal("train_tokenizer", recipe, *options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_compression_model_is_trained_resumed_and_evaluated_by_its_files(tmp_path):

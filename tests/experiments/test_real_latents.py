@@ -1,6 +1,7 @@
 """The decoders of experiments/real_latents.py: what they cost, and one row from training to measures."""
 
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -72,9 +73,24 @@ def test_a_row(files):
     real_latents.finish(report, files / "report")
     assert row["images_per_second"] > 0 and "`wavelet_2`" in real_latents.tables(report)
 
-    # What goes on from another row needs it.
-    after = Task(name="wavelet_2_eye", variant=VARIANTS["wavelet_2_eye"], **common)
-    assert after.variant.recipe(after)["model"]["from_pretrained"] == str(files / "wavelet_2-0/final")
+
+def test_a_row_that_goes_on_from_another_trains_that_first(files, monkeypatch):
+    trained = []
+
+    def train(config):
+        trained.append((Path(config.output).name, config.train.steps))
+        build_model({key: value for key, value in config.model.items() if key != "from_pretrained"}).save_pretrained(
+            f"{config.output}/final"
+        )
+
+    monkeypatch.setattr(real_latents, "train", train)
+    common = {"seed": 0, "runs": files, "resolution": 64, "batch_size": 2}
+    after = Task(name="wavelet_2_longer", variant=VARIANTS["wavelet_2_longer"], steps=4, **common)
+    config = real_latents.train_once(after)
+    assert config.model["from_pretrained"] == str(files / "wavelet_2_long-0/final")
+    assert trained == [("wavelet_2_long-0", 10), ("wavelet_2_longer-0", 4)]
+    real_latents.train_once(after)
+    assert len(trained) == 2  # by whichever process
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ def test_rows_that_are_missing_are_made_and_the_others_kept(tmp_path):
     report = json.loads(output.read_text())
     assert [(row["model"], row["steps"]) for row in report["rows"]] == [("a", 30), ("b", 10), ("b", 20)]
     assert {"command", "hardware", "versions"} <= set(report)
+    with pytest.raises(SystemExit, match="resolution=64, not 128: name another --output"):
+        main(comparison, "Guesses.", ["--resolution", "128", *options])
 
     # The table has the rows of 10 steps, in the order of the variants.
     markdown = output.with_suffix(".md").read_text()
@@ -45,15 +47,16 @@ def test_rows_that_are_missing_are_made_and_the_others_kept(tmp_path):
 
 
 def test_rows_have_processes_of_their_own(tmp_path):
-    """One that fails is named with its log, and the others are kept."""
-    variants = {"good": Guess("works", 1.0), "bad": Guess("fails", None)}
+    """One that fails is named with its log, and the others are kept; also names with a dot are different."""
+    variants = {"good.1": Guess("works", 1.0), "good.2": Guess("works", 2.0), "bad": Guess("fails", None)}
     comparison = Comparison("guesses", variants, guess, tables, steps=10, seeds=1)
     options = ["--output", str(tmp_path / "guesses.json"), "--runs", str(tmp_path), "--jobs", "2"]
     with pytest.raises(RuntimeError, match="bad-0.log"):
         main(comparison, "", options)
     assert "TypeError" in (tmp_path / "bad-0.log").read_text()
-    (row,) = json.loads((tmp_path / "guesses.json").read_text())["rows"]
-    assert row["model"] == "good" and row["value"] == 1.0
+    rows = json.loads((tmp_path / "guesses.json").read_text())["rows"]
+    assert [(row["model"], row["value"]) for row in rows] == [("good.1", 1.0), ("good.2", 2.0)]
+    assert (tmp_path / "good.1-0.log").exists() and (tmp_path / "good.2-0.log").exists()
 
 
 @pytest.mark.parametrize("experiment", [*EXPERIMENTS, codebooks, compression, generators, glyph_texts, stft])

@@ -176,6 +176,8 @@ def test_stale_tables_are_refused(images):
     model.update_table()
     with pytest.raises(CompressedFileError, match="another model"):
         model.decompress([data])
+    with pytest.raises(ModelError, match="float32, and the model is in torch.bfloat16"):
+        model.bfloat16().compress(images)
 
 
 def test_damaged_and_foreign_files_are_refused(model, images):

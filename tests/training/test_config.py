@@ -3,8 +3,9 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, command, refusal, tiny_tokenizer_recipe, train
+from conftest import ROOT, TINY_LIGHTNINGDIT, command, refusal, tiny_tokenizer_recipe, train
 
+from favae import LightningDiTTransformer2DModel
 from favae.autoencoders import measure_budget
 from favae.errors import ConfigError
 from favae.training.config import load_config, to_yaml
@@ -72,6 +73,9 @@ def recipe(tmp_path):
         ("loss.adversarial.num_layers=3", "train.resolution must be at least 24 for loss.adversarial.num_layers"),
         ("train.mixed_precision=fp16", "train.mixed_precision=fp16 .*use bf16"),
         ("train.shard=true", "train.shard .*loss.adversarial.adaptive=false"),
+        ("train={optimizer: muon, mixed_precision: fp16}", "train.mixed_precision=fp16 .*train.optimizer=muon"),
+        ("train.parts=encoder", "loss.adversarial.adaptive .*train.parts=encoder"),
+        ("loss={perceptual: 1, equivariance: 0.5, adversarial: {weight: 0}}", "loss.perceptual .*16 px .* have 4"),
         ("loss.spectrum.weight=1", "loss.spectrum.weight needs a VQModelFA"),
         ("loss.reconstruction=none", "loss.reconstruction=none .*loss.adversarial"),
         ("loss.stft={weight: 1, window: 32}", "loss.stft.window .*train.resolution = 16, got 32"),
@@ -208,6 +212,11 @@ def test_losses_that_a_model_does_not_allow(tmp_path, model, override, named):
         load_config(TokenizerConfig, tmp_path / "recipe.yaml", [override])
 
 
+def test_a_frozen_encoder_is_not_aligned(recipe):
+    with pytest.raises(ConfigError, match="loss.alignment.weight .*train.parts=decoder"):
+        load_config(TokenizerConfig, recipe, ["loss.alignment.weight=1", "train.parts=decoder"])
+
+
 def test_stages_change_the_losses_at_their_step(recipe):
     stages = "stages=[{start_step: 3, loss: {alignment: {weight: 0.1}}}, {start_step: 5, loss: {kl: 0.5}}]"
     config = load_config(TokenizerConfig, recipe, ["loss.alignment.weight=0.5", stages])
@@ -245,6 +254,10 @@ def test_stages_change_the_losses_at_their_step(recipe):
         ("CATTransformerModel", "model.head=x", "model.head .*'categorical' or 'flow'"),
         ("CATTransformerModel", "sampling.temperature=-1", "sampling.temperature"),
         ("CATTransformerModel", "sampling.top_p=2", "sampling.top_p"),
+        ("CATTransformerModel", "loss.time_shift=3", "loss.time_shift is for flow matching"),
+        ("LightningDiTTransformer2DModel", "sampling.top_p=0.9", "sampling.top_p is for a CATTransformerModel"),
+        ("DiTTransformer2DModel", "loss.class_dropout_prob=0", "guidance_scale must be 1 with loss.class_dropout_prob"),
+        ("DiTTransformer2DModel", "loss={objective: ddpm, cosine_weight: 0}", "loss.cosine_weight is for flow"),
     ],
 )
 def test_mistakes_in_a_generators_recipe(tmp_path, model, override, named):
@@ -258,6 +271,17 @@ def test_mistakes_in_a_generators_recipe(tmp_path, model, override, named):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ConfigError, match=named):
         load_config(GeneratorConfig, tmp_path / "recipe.yaml", [override])
+
+
+def test_what_a_generator_inherits_counts_as_its_own(tmp_path):
+    texts = {**TINY_LIGHTNINGDIT, "num_classes": 0, "text_dim": 8}
+    LightningDiTTransformer2DModel(**texts).save_pretrained(tmp_path / "other")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name: LightningDiTTransformer2DModel, from_pretrained: {tmp_path / 'other'}}}"
+    )
+    config = load_config(GeneratorConfig, tmp_path / "recipe.yaml")
+    assert config.takes_texts and not config.takes_classes
+    assert load_config(GeneratorConfig, tmp_path / "recipe.yaml", ["model.text_dim=5"]).model["text_dim"] == 5
 
 
 @pytest.mark.parametrize(

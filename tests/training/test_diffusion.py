@@ -69,6 +69,7 @@ def test_the_class_is_dropped_once_for_all_blocks_of_a_dit():
     assert torch.equal(transformer.train()(*inputs).sample, transformer(*inputs).sample)
     *_, times, seen = recorded(module, torch.zeros(4000, 6, 4, 4), label=1)
     assert 0.08 < (seen == 3).float().mean() < 0.12 and set(seen.tolist()) == {1, 3}
+    assert DiffusionModule(transformer, GeneratorLossConfig(class_dropout_prob=0.5)).class_dropout == 0.5
     assert times.min() + times.max() > 100 and times.max() <= 1000
 
 

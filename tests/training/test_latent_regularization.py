@@ -85,6 +85,9 @@ def test_masks_cut_latents_and_images(monkeypatch):
     decoded, target = regularized(latents, images, frequency_masking=FrequencyMaskingConfig(probability=1.0))
     for before, after in ((latents, decoded), (images, target)):
         assert after.shape == before.shape and 0.3 < after.var() / before.var() < 0.6  # 28 of 64
+    with torch.autocast("cpu", torch.bfloat16):
+        _, in_autocast = regularized(latents, images, frequency_masking=FrequencyMaskingConfig(probability=1.0))
+    assert torch.equal(in_autocast, target)
     assert regularized(latents, images, frequency_masking=FrequencyMaskingConfig(probability=0.0))[0] is latents
 
 

@@ -71,22 +71,39 @@ class Training:
         self.model, self.optimizers = self.run.prepare(module, optimizers)
         self.run.start({}, Ema(module, 0.0), self.model, self.optimizers, self.schedules)
 
-    def step(self, value: float) -> torch.Tensor:
+    def step(self, value: float, logged: float = 1.0) -> torch.Tensor:
         accelerator = self.run.accelerator
         with accelerator.accumulate(self.model):
             loss = (self.model(torch.ones(1, 1)) * value).sum()
             accelerator.backward(loss)
             finite = clip_gradients(accelerator, self.model, None)
             optimizer_step(accelerator, self.optimizers, self.schedules, finite)
-        self.run.end_step({"reconstruction": loss.detach(), "kl": torch.tensor(1.0)}, finite)
+        self.run.collect({"reconstruction": loss.detach(), "kl": torch.tensor(logged)})
+        if accelerator.sync_gradients:
+            self.run.end_step(finite)
         return self.model.weight.detach().clone()
+
+
+def training_of(tmp_path, *settings: str) -> Training:
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would find it
+    recipe = tiny_tokenizer_recipe(tmp_path, "photos")
+    return Training(load_config(TokenizerConfig, recipe, [f"output={tmp_path / 'run'}", *settings]))
 
 
 @pytest.fixture
 def training(tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would find it
-    recipe = tiny_tokenizer_recipe(tmp_path, "photos")
-    return Training(load_config(TokenizerConfig, recipe, [f"output={tmp_path / 'run'}", "train.max_skipped_steps=2"]))
+    return training_of(tmp_path, "train.max_skipped_steps=2")
+
+
+def test_the_log_has_all_micro_batches(tmp_path, caplog):
+    training = training_of(tmp_path, "train.gradient_accumulation_steps=2", "train.max_skipped_steps=0")
+    for logged in (1.0, 3.0, 5.0, 5.0):
+        training.step(1.0, logged)
+    records = [json.loads(line) for line in (training.run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["kl"] for record in records] == [2.0, 5.0]
+    training.step(math.nan)
+    with pytest.raises(NonFiniteError, match="step 3: reconstruction has not been finite"):
+        training.step(1.0)  # though this micro-batch is
 
 
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(training):

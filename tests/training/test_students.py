@@ -20,6 +20,7 @@ from favae.errors import ConfigError
 from favae.normalization import normalize_latents
 from favae.training.config import load_config
 from favae.training.models import build_model
+from favae.training.sharding import blocks_of
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import build_tokenizer, build_training_module
 
@@ -69,7 +70,8 @@ def existing(tmp_path) -> str:
 @pytest.mark.parametrize("model", [STUDENT, STOCK_TINY, NARROW])
 def test_a_student_decodes_its_teacher_s_latents(model, existing, tmp_path, image_folder):
     teacher = {"autoencoder": existing, "posterior": "mode"}
-    recipe = recipe_of(tmp_path, model, 40, teacher=teacher, loss={"latent_noise": 0.1})
+    losses = {"latent_noise": 0.1, "adversarial": {"weight": 0.01, "start_step": 39, "channels": 8, "num_layers": 1}}
+    recipe = recipe_of(tmp_path, model, 40, teacher=teacher, loss=losses)
     train("train_tokenizer", recipe, f"output={tmp_path / 'run'}", "train.sample_every=40")
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert "kl" not in log[0] and log[-1]["reconstruction"] < log[0]["reconstruction"]
@@ -128,8 +130,10 @@ def test_cached_latents_take_the_teacher_s_place(existing, tmp_path, image_folde
     """The first step is the same; a cache of other images, or at another size, is refused."""
     teacher = load_autoencoder(existing)
     images = ImageDataset(open_source(str(tmp_path / "images")), 16)
-    for name, resolution in (("cache", 16), ("larger", 32)):
-        write_latent_cache(teacher, ImageDataset(images.source, resolution), tmp_path / name)
+    options = {"cache": {}, "larger": {}, "packed": {"compress": True}, "smooth": {"low_pass": 0.2}}
+    for name, how in options.items():
+        own = ImageDataset(images.source, 32 if name == "larger" else 16)
+        write_latent_cache(teacher, own, tmp_path / name, **how)
     sections = {"teacher": {"autoencoder": existing, "posterior": "mode"}, "loss": {"latents": 0.0}}
     recipe = recipe_of(tmp_path, STUDENT, 2, **sections, train={"batch_size": len(images)})
     with_path = recipe, f"data.path={tmp_path / 'images'}", "data.crop=center", "data.flip=false"
@@ -143,9 +147,11 @@ def test_cached_latents_take_the_teacher_s_place(existing, tmp_path, image_folde
         for run in ("encoding", "cached")
     )
     assert first == pytest.approx(second, rel=1e-5)
+    train("train_tokenizer", *cached, f"teacher.latents={tmp_path / 'packed'}", f"output={tmp_path / 'packed-run'}")
     for changes, named in (
         ((f"teacher.latents={tmp_path / 'larger'}",), "images of 32 px, and train.resolution is 16"),
         (("data.crop=random",), "set data.crop=center"),
+        ((f"teacher.latents={tmp_path / 'smooth'}",), "written without --low-pass"),
         (("teacher.latents=nowhere",), "`favae cache-latents` writes teacher.latents"),
     ):
         assert named in refusal("train_tokenizer", *cached, *changes, f"output={tmp_path / 'refused'}")
@@ -162,6 +168,9 @@ def test_a_teacher_is_not_trained_and_its_reconstruction_may_be_the_target(exist
     assert all(torch.equal(before[name], after[name]) for name in before)
     log = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert log["distillation"] > 0 and "reconstruction" not in log and "latents" not in log and "adversarial" in log
+    module = build_training_module(config := load_config(TokenizerConfig, recipe), build_tokenizer(config))
+    assert config.trained_parts == "decoder" and config.train.parts == "all"
+    assert len(blocks_of(module.vae)) == 5  # of TinyBlocks, which train.compile would find
 
 
 def test_what_is_decoded_may_have_to_have_the_latents_it_came_from(existing, tmp_path, image_folder):

@@ -126,11 +126,16 @@ def test_two_processes_with_every_regularizer(tmp_path, image_folder):
     assert all(math.isfinite(value) for value in last.values())
 
 
+KEYS = ("ssim", "adversarial", "discriminator")
+
+
 def test_stages_change_the_loss_in_one_run(tmp_path, image_folder):
     file = recipe(tmp_path, image_folder)
-    stages = "stages=[{start_step: 4, loss: {ssim: 1.0}}, {start_step: 6, loss: {ssim: 0.0}}]"
+    without = "loss: {ssim: 0.0, adversarial: {weight: 0.0}}"
+    stages = f"stages=[{{start_step: 4, loss: {{ssim: 1.0}}}}, {{start_step: 6, {without}}}]"
     train("train_tokenizer", file, stages, f"output={tmp_path / 'run'}")
-    assert [record["step"] for record in metrics(tmp_path / "run") if "ssim" in record] == [5, 6]  # steps 4 and 5
+    found = {key: [record["step"] for record in metrics(tmp_path / "run") if key in record] for key in KEYS}
+    assert found == {"ssim": [5, 6], "adversarial": [4, 5, 6], "discriminator": [4, 5, 6]}  # steps 3 to 5
 
 
 def test_muon_trains_convolutions_and_resumes(tmp_path, image_folder):
