@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from favae.autoencoders import encode_moments, image_channels, load_autoencoder, measure_budget
+from favae.autoencoders import encode_moments, image_channels, load_autoencoder, measure_budget, takes_frames
 from favae.data.cached_dataset import CONTENTS, CachedDataset, LatentManifest
 from favae.data.captions import captions_file, check_captions, summarize_captions
 from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
@@ -57,7 +57,8 @@ from favae.data.sharded_cache import (
 from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import CacheError
 from favae.hashing import hash_model
-from favae.models import VQModelFA
+from favae.models import HyperpriorModelFA, VQModelFA
+from favae.normalization import has_batch_norm
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +67,17 @@ STATISTICS_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_st
 
 
 def load_tokenizer(path: str) -> ModelMixin:
-    """Opens an autoencoder whose latents generators learn: one with a posterior, or a `VQModelFA`.
+    """Opens an autoencoder whose latents generators learn: a `VQModelFA`, or one of single images whose channels are
+    normalized one by one.
 
     Raises:
         ModelError: if there is no autoencoder at `path`.
-        CacheError: if it is of another class.
+        CacheError: if it is of another kind.
     """
     model = load_autoencoder(path)
-    if not isinstance(model, (diffusers.AutoencoderKL, VQModelFA)):
-        raise CacheError(
-            f"{path}: no generator is trained on latents of the class {type(model).__name__}; AutoencoderKL and its "
-            "subclasses have a posterior, VQModelFA has tokens"
-        )
+    name, other_kinds = type(model).__name__, (HyperpriorModelFA, getattr(diffusers, "AutoencoderRAE", ()))
+    if takes_frames(model) or has_batch_norm(model) or isinstance(model, other_kinds):
+        raise CacheError(f"{path}: no generator here is trained on latents of a {name}; they can be teacher.latents")
     return model
 
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
 from torch import Tensor
 
 from favae.errors import NonFiniteError
 from favae.normalization import denormalize_latents
 
 
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
     """Scales normalized latents back and decodes them.
 
     The decoder gets z std / `scaling_factor` + mean, with the autoencoder's `latents_mean` and `latents_std`, or, where

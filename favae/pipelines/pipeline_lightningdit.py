@@ -1,14 +1,14 @@
-"""`LightningDiTPipeline`: classes or texts to images, with any KL autoencoder and diffusers' flow-matching Euler."""
+"""`LightningDiTPipeline`: classes or texts to images, with any autoencoder and diffusers' flow-matching Euler."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
     SchedulerMixin,
     UNet2DModel,
 )
@@ -34,7 +34,8 @@ class LightningDiTPipeline(ConditionalPipeline):
         transformer: predicts the velocity data - noise at time t (0 is noise, 1 is data): a
             [`LightningDiTTransformer2DModel`], or a [`DiTTransformer2DModel`] or [`UNet2DModel`] that was trained to do
             so and has as many output as input channels.
-        vae: an [`AutoencoderKL`] or a subclass. See `decode_latents` for how its config scales latents back.
+        vae: an autoencoder of single images, such as [`AutoencoderKL`]. See `decode_latents` for how its config scales
+            latents back.
         scheduler: a [`FlowMatchEulerDiscreteScheduler`], whose `shift` is 1 / s for LightningDiT's timestep shift s, or
             another one of flows; see `flow_scheduler`.
         id2label: class index -> name, for `get_label_ids`.
@@ -49,7 +50,7 @@ class LightningDiTPipeline(ConditionalPipeline):
     def __init__(
         self,
         transformer: LightningDiTTransformer2DModel | DiTTransformer2DModel | UNet2DModel,
-        vae: AutoencoderKL,
+        vae: ModelMixin,
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         text_encoder: PreTrainedModel | None = None,

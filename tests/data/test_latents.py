@@ -9,6 +9,7 @@ import torch
 from conftest import TINY_FAVAE, TINY_VQ, write_images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_autoencoders import autoencoders
 
 from favae import AutoencoderKLFA, VQModelFA
 from favae.autoencoders import encode
@@ -265,11 +266,12 @@ def test_stock_autoencoders_can_be_cached(tiny_kl, written, tmp_path):
     with pytest.raises(ModelError, match="no autoencoder"):
         load_tokenizer(str(tmp_path / "cache"))
     widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    flux2 = autoencoders()["AutoencoderKLFlux2"]
+    flux2.save_pretrained(tmp_path / "flux2")
+    with pytest.raises(CacheError, match="no generator .* AutoencoderKLFlux2; they can be teacher.latents"):
+        load_tokenizer(str(tmp_path / "flux2"))
     tiny = diffusers.AutoencoderTiny(**widths).eval()
-    tiny.save_pretrained(tmp_path / "tiny")
-    with pytest.raises(CacheError, match="no generator .* AutoencoderTiny"):
-        load_tokenizer(str(tmp_path / "tiny"))
-    write_latent_cache(tiny, images, tmp_path / "of_tiny")  # for its students
+    write_latent_cache(tiny, images, tmp_path / "of_tiny")
     batch = open_latents(tmp_path / "of_tiny", tiny).read(np.array([0]), np.array([0]))
     assert torch.allclose(batch["mean"], encode(tiny, images[0]["image"][None]), atol=1e-5)
     assert batch["logvar"].unique().tolist() == [-30]

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import TINY_LIGHTNINGDIT
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from tiny_autoencoders import autoencoders
 from tiny_text import save_bert
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
 from favae.adapters.latent_previews import latent_rgb
+from favae.autoencoders import decode, encode
 from favae.errors import NonFiniteError
 from favae.eval.sampling import class_names, takes_prompts
 from favae.pipelines.solvers import Solver, flow_scheduler, shift_of
@@ -305,3 +307,21 @@ def test_classes_and_prompts_together(of_texts):
     assert not torch.equal(found[0][1], found[1][1]) and not torch.equal(found[0][1], found[2][1])
     with pytest.raises(ValueError, match="as many images"):
         of_texts([0], prompt=["a", "dog"], **options)
+
+
+@pytest.mark.parametrize("name", ["AsymmetricAutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel"])
+@torch.no_grad()
+def test_other_autoencoders_keep_the_statistics_of_their_latents(name, tmp_path):
+    vae = autoencoders()[name].eval()
+    latents = encode(vae, torch.rand(2, 3, 16, 16) * 2 - 1)
+    channels, side = latents.shape[1:3]
+    statistics = {"latents_mean": [0.5] * channels, "latents_std": [2.0] * channels}
+    vae.register_to_config(**statistics, scaling_factor=1.0, shift_factor=0.0)
+    transformer = LightningDiTTransformer2DModel(
+        **{**TINY_LIGHTNINGDIT, "in_channels": channels, "sample_size": side, "patch_size": 1}
+    )
+    LightningDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.allclose(pipe.decode_latents((latents - 0.5) / 2), decode(vae, latents), atol=1e-5)
+    assert pipe([0], num_inference_steps=2, output_type="pt").images.shape == (1, 3, 16, 16)
