@@ -184,6 +184,7 @@ VARIANTS = {
         alignment={**ALIGNMENT, "channels": "all", "target": "principal"},
     ),
     "stock_aligned": Variant("`stock` + alignment", STOCK, {"alignment": ALIGNMENT}),
+    "split_aligned": Variant("`split` + alignment of the low channels", SPLIT, {"alignment": ALIGNMENT}),
     "stock_spectrum": Variant("`stock` + spectrum matching", STOCK, {"spectrum_matching": {"weight": 0.01}, "kl": 0.0}),
     "stock_mask": Variant("`stock` + as much weight again on errors where there is detail", STOCK, {"mask": 1.0}),
     "smooth_first": ours("whose generator learns smooth images first", smooth=0.2),
@@ -199,6 +200,8 @@ VARIANTS = {
             ("stock", "`stock`", STOCK, {}),
             ("one_trunk", "`one_trunk`", ONE_TRUNK, {}),
             ("split", "`split`", SPLIT, {}),
+            ("stock_aligned", "`stock_aligned`", STOCK, {"alignment": ALIGNMENT}),
+            ("split_aligned", "`split_aligned`", SPLIT, {"alignment": ALIGNMENT}),
             ("ours", "`ours`", OURS, BANDS),
         )
     },
