@@ -4,8 +4,8 @@
     python scripts/photographs.py --output photographs
     FAVAE_PHOTOGRAPHS=photographs python -m experiments.compression --models hific_low both_low --seeds 0
 
-All rows have the same network but for the complements, the squared error, the rate loss and, for the last third of the
-steps, the adversary; there is no LPIPS. "ffl" adds the focal frequency loss of the image, "dsl" complements with the
+All rows have the same network but for the complements, the squared error, the rate loss and, in the last third of the
+steps, the discriminator; without LPIPS. "ffl" adds the focal frequency loss of the image, "dsl" complements with the
 dynamic spectrum loss, "both" both, and "published" weakens the squared error 255 times, as the published training of
 FA-HiFiC did by a mistake. Two tokenizers that were not made for files are in the same table: "latents", of an
 AutoencoderKLFA, rounded as coarsely as the rate wants, and "codes", of a VQModelFA, each written with as many bits as

@@ -1,4 +1,4 @@
-"""Decoders for a real latent space, FLUX.2's: TAEF2's own, trained on, and smaller ones that end in a wavelet.
+"""Decoders for a real latent space, FLUX.2's: TAEF2's own, fine-tuned, and smaller ones that end in a wavelet.
 
     python scripts/photographs.py --output photographs
     FAVAE_TAEF2=FOLDER FAVAE_PHOTOGRAPHS=photographs python -m experiments.real_latents
@@ -155,22 +155,24 @@ HIGH_BANDS = {"band": {"weight": 1.0, "weights": [0.0, 1.0, 1.0, 1.0], "levels":
 
 VARIANTS = {
     "teacher": Variant("TAEF2's decoder as it is", OWN, length=0),
-    "teacher_tuned": Variant("TAEF2's decoder, trained on", OWN, rate=1e-4),
+    "teacher_tuned": Variant("TAEF2's decoder, fine-tuned", OWN, rate=1e-4),
     "wavelet_1": Variant("ends one octave before the image", ONE, rate=2e-4),
     "wavelet_2": Variant("ends two octaves before", TWO),
     "wavelet_1_long": Variant("`wavelet_1`, trained for longer", ONE, length=4, rate=1e-4),
     "wavelet_2_long": Variant("`wavelet_2`, trained for longer", TWO, length=5, rate=3e-4),
-    "wavelet_2_longer": Variant("`wavelet_2_long`, trained on", TWO, after="wavelet_2_long", length=2, rate=2e-4),
+    "wavelet_2_longer": Variant(
+        "`wavelet_2_long`, trained for longer still", TWO, after="wavelet_2_long", length=2, rate=2e-4
+    ),
     "shuffle_1": Variant("`wavelet_1` with a pixel shuffle", ONE | SHUFFLE, rate=2e-4),
     "shuffle_2": Variant("`wavelet_2` with a pixel shuffle", TWO | SHUFFLE),
     "plain_1": Variant(
         "TAEF2's architecture at the FLOPs of `wavelet_1`, narrower where images are large", PLAIN_ONE, rate=1e-3
     ),
     "plain_2": Variant("the same at the FLOPs of `wavelet_2`", PLAIN_TWO, rate=1e-3),
-    "plain_1_new": Variant("`plain_1` from nothing", PLAIN_ONE, warm=False, rate=1e-3),
-    "plain_2_new": Variant("`plain_2` from nothing", PLAIN_TWO, warm=False, rate=1e-3),
-    "wavelet_1_new": Variant("`wavelet_1` from nothing", ONE, warm=False, rate=1e-3),
-    "wavelet_2_new": Variant("`wavelet_2` from nothing", TWO, warm=False, rate=1e-3),
+    "plain_1_new": Variant("`plain_1` from scratch", PLAIN_ONE, warm=False, rate=1e-3),
+    "plain_2_new": Variant("`plain_2` from scratch", PLAIN_TWO, warm=False, rate=1e-3),
+    "wavelet_1_new": Variant("`wavelet_1` from scratch", ONE, warm=False, rate=1e-3),
+    "wavelet_2_new": Variant("`wavelet_2` from scratch", TWO, warm=False, rate=1e-3),
     "wavelet_2_bior": Variant("`wavelet_2` with the filters of bior4.4", {**TWO, "wavelet": "bior4.4"}),
     "wavelet_2_bands": Variant("`wavelet_2`, with a loss on the high bands", TWO, loss=HIGH_BANDS),
     "wavelet_1_amplitudes": Variant(
@@ -181,13 +183,18 @@ VARIANTS = {
         rate=2e-4,
     ),
     "wavelet_1_eye": Variant(
-        "`wavelet_1_long`, trained on for the eye", ONE, after="wavelet_1_long", loss=EYE, rate=2e-4, length=0.5
+        "`wavelet_1_long`, fine-tuned with perceptual losses",
+        ONE,
+        after="wavelet_1_long",
+        loss=EYE,
+        rate=2e-4,
+        length=0.5,
     ),
     "wavelet_2_eye": Variant(
-        "`wavelet_2`, trained on for the eye", TWO, after="wavelet_2", loss=EYE, rate=3e-4, length=0.5
+        "`wavelet_2`, fine-tuned with perceptual losses", TWO, after="wavelet_2", loss=EYE, rate=3e-4, length=0.5
     ),
     "wavelet_2_branches": Variant(
-        "low and high bands from networks of their own, from nothing", BRANCHES, warm=False, rate=1e-3
+        "low and high bands from networks of their own, from scratch", BRANCHES, warm=False, rate=1e-3
     ),
 }
 

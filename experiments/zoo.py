@@ -35,7 +35,7 @@ FLUX.2's latents, decoded by a network of {params:.1f} M parameters that leaves 
 wavelet transform: {gflop:.1f} GFLOP for 256 px, where FLUX.2's own decoder needs {stock:.0f} and TAEF2's {taef2:.1f}. A
 small encoder for the same latents is with it. The latents are normalized, as generators see them and as TAEF2's are.
 
-It began from nothing: no weight is anybody else's. It learned from {steps:,} steps of 8 windows of 64 px, taken from
+It was trained from scratch: no weight is anybody else's. It learned from {steps:,} steps of 8 windows of 64 px, from
 fewer than 200 photographs, and from what TAEF2's encoder (madebyollin/taesd, MIT) makes of them. That is little: expect
 fair colors and soft textures. It is a model to begin with, and the start of a better one
 (`model.from_pretrained=zoo/{name}`), not a replacement for FLUX.2's decoder.
