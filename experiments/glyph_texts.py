@@ -146,16 +146,17 @@ def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -
 
 
 def prepare(task: Task, *, texts: bool = True) -> tuple[Path, Path]:
-    """The tokenizer, and the cache of its tokens, with the embeddings of captions or not; made once for all rows."""
+    """The tokenizer, and the cache of its tokens, with the embeddings of captions or not; made once for all rows.
+
+    The tokenizer is that of the experiment whose row it is, if that has left it in the folder beside `task.runs`.
+    """
     name = task.variant.tokenizer
     cache = task.runs / f"cache-{name}"
-    variants, steps, recipe = (
-        (latents.VARIANTS, latents.STEPS, latents.tokenizer_config)
-        if name == LATENTS
-        else (codebooks.VARIANTS, codebooks.STEPS, codebooks.recipe)
-    )
-    with FileLock(task.runs / f"tokenizer-{name}.lock"):
-        own = Task(f"tokenizer-{name}", variants[name], 0, steps, task.runs, task.resolution, task.batch_size)
+    module, recipe = (latents, latents.tokenizer_config) if name == LATENTS else (codebooks, codebooks.recipe)
+    runs = task.runs.with_name(module.COMPARISON.name)
+    own = Task(name, module.VARIANTS[name], 0, module.STEPS, runs, task.resolution, task.batch_size)
+    runs.mkdir(parents=True, exist_ok=True)
+    with FileLock(own.beside(".lock")):
         if not (own.run / "final").exists():
             train_tokenizer(recipe(own))
         tokenizer = load_tokenizer(str(own.run / "final"))

@@ -8,13 +8,19 @@ from scipy.stats import spearmanr
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS
 
-SHOWN = {"samples": ["stock", "stock_spectrum", "stock_aligned", "one_trunk", "split", "ours"]}  # below each other
-SHOWN["photographs"] = [f"photographs_{name}" for name in ("stock", "one_trunk", "split", "ours")]
+SHOWN = {  # below each other
+    "alignment": (GLYPHS, ["stock", "stock_aligned", "split", "split_aligned"]),
+    "samples": (GLYPHS, ["stock", "stock_spectrum", "one_trunk", "ours"]),
+    "photographs": (
+        PHOTOGRAPHS,
+        [f"photographs_{name}" for name in ("stock", "stock_aligned", "one_trunk", "split", "split_aligned", "ours")],
+    ),
+}
 
 
 def figures(report: dict, stem: Path) -> None:
-    """NAME_samples.png and NAME_photographs.png: samples of one tokenizer's generator below the other's, magnified."""
-    for (kind, names), images in zip(SHOWN.items(), (GLYPHS, PHOTOGRAPHS)):
+    """NAME_KIND.png for each of `SHOWN`: samples of one tokenizer's generator below the other's, magnified."""
+    for kind, (images, names) in SHOWN.items():
         strips = [Image.open(stem / f"{name}.png") for name in names if (stem / f"{name}.png").exists()]
         if strips:
             size, columns = images.size, 768 // images.size

@@ -152,8 +152,11 @@ def test_a_row_of_glyph_texts(small, classifier, monkeypatch):
     monkeypatch.setattr(glyph_texts, "GUIDANCE_SCALES", (2.0,))
     for module in (codebooks, latents):
         monkeypatch.setattr(module, "STEPS", 20)
-    task = Task("tokens", glyph_texts.VARIANTS["tokens"], seed=0, steps=20, runs=small, resolution=32, batch_size=64)
+    runs = small / "glyph_texts"
+    runs.mkdir()
+    task = Task("tokens", glyph_texts.VARIANTS["tokens"], seed=0, steps=20, runs=runs, resolution=32, batch_size=64)
     row = glyph_texts.make_row(task)
+    assert (small / "codebooks/dsl-0/final").exists()
     assert set(row["heldout"][0]["attributes"]) == set(ATTRIBUTES) and row["heldout"][0]["fd"] > 0
     report = {"rows": [row]}
     assert "| `tokens` | 1 | texts | 2.0 |" in glyph_texts.tables(report)
@@ -165,7 +168,9 @@ def test_a_row_of_generators(small, classifier, monkeypatch):
     fewer = replace(training_sets.GLYPHS, batch_sizes=(4, 4), samples=94)
     monkeypatch.setitem(VARIANTS, "stock", replace(VARIANTS["stock"], images=fewer))
     variant = replace(generators.VARIANTS["unet"], images=fewer)
-    row = generators.make_row(replace(task_of("stock", small), name="unet", variant=variant))
+    runs = small / "generators"
+    runs.mkdir()
+    row = generators.make_row(replace(task_of("stock", small), name="unet", variant=variant, runs=runs))
     assert [sampled["guidance_scale"] for sampled in row["samples"]] == [1.0, 2.0]
     assert row["samples"][0]["fd"] > 0 and 0 <= row["samples"][1]["accuracy"] <= 1 and row["samples"][1]["seams"] > 0
     assert (small / "pictures/unet.png").exists()
