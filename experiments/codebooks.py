@@ -10,7 +10,6 @@ three kinds of frequency complements; and tokens from coarse to fine. Measured o
 training. Writes docs/results/codebooks.json and .md.
 """
 
-import json
 import shutil
 from dataclasses import dataclass, field
 
@@ -19,13 +18,14 @@ import torch
 from benchmarks.timing import environment
 from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages
-from experiments.latents import BOTH, TOKENIZER, error_curve, load, on_plateau, steps_of
+from experiments.latents import BOTH, TOKENIZER, error_curve, on_plateau, steps_of
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
-from experiments.rows import Comparison, Task, main
+from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.training_sets import GLYPHS, load_images
 from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
 from favae.data.images import to_uint8
+from favae.files import read_json_lines
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
@@ -97,7 +97,7 @@ def make_row(task: Task) -> dict:
     budget = measure_budget(vae, GLYPHS.size)
     with torch.no_grad():
         reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
-    log = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
+    log = read_json_lines(task.run / "metrics.jsonl")[-1]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": "glyphs", "curve": curve}
     row |= {"gflop": budget.flops / 1e9, "params": budget.params, "bits_per_image": budget.bits_per_image}
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
@@ -115,7 +115,7 @@ def recipe(task: Task) -> TokenizerConfig:
         "loss": task.variant.loss,
         "train": {**TRAIN, **BOTH, **steps_of(task), "mixed_precision": fastest_precision()},
     }
-    return load(TokenizerConfig, task, sections, task.run)
+    return load_recipe(TokenizerConfig, task, sections)
 
 
 def tables(report: dict) -> str:

@@ -13,13 +13,11 @@ it is frequent. Windows of 64 px of photographs are learned; whole crops of 128 
 files and read. Settings were chosen on validation crops. Writes docs/results/compression.json, .md and pictures.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from diffusers import ModelMixin
 from filelock import FileLock
 from torch.utils.data import Dataset, Subset
@@ -30,7 +28,7 @@ from experiments import codebooks
 from experiments.latents import SPLIT
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
-from experiments.rows import Comparison, Task, main
+from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.training_sets import PHOTOGRAPHS_128, lite
 from favae import HyperpriorModelFA, VQModelFA
 from favae.autoencoders import load_autoencoder
@@ -44,7 +42,7 @@ from favae.eval.compression import (
     measure_codec,
     model_codec,
 )
-from favae.training.config import load_config
+from favae.files import read_json_lines
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
@@ -123,7 +121,7 @@ VARIANTS["codes_low"] = Variant("two codes of 8 bits for 8 x 8 pixels", "low", t
 def make_row(task: Task) -> dict:
     """Trains one model with one seed, and measures the files that it writes of pictures that were in no training."""
     model, run = trained(task)
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = read_json_lines(run / "metrics.jsonl")
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": model.num_parameters()}
     row |= {"curve": [[r["step"], r["reconstruction"], r.get("bits_per_pixel")] for r in log]}
     codec = codec_of(task, model)
@@ -184,9 +182,7 @@ def recipe(task: Task) -> TokenizerConfig:
         "loss": {"reconstruction": "l2", **scaled},
         "train": {**TRAIN, **every, "mixed_precision": fastest_precision()},
     }
-    file = task.beside(".yaml")
-    file.write_text(yaml.safe_dump(sections, sort_keys=False))
-    return load_config(TokenizerConfig, file, [f"output={task.run}", f"seed={task.seed}"])
+    return load_recipe(TokenizerConfig, task, sections)
 
 
 @torch.no_grad()

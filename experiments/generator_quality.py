@@ -42,6 +42,7 @@ from favae.eval.features import FeatureExtractor
 from favae.eval.generation import generation_metrics
 from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.sampling import sample_to_folder
+from favae.files import read_json_lines
 from favae.training.checkpoints import find_checkpoints
 from favae.training.config import load_config
 from favae.training.generator_config import GeneratorConfig
@@ -73,7 +74,7 @@ def make_row(task: Task) -> dict:
     # Images of the EMA weights at some checkpoints, without and with guidance.
     extractor = FeatureExtractor(FEATURES)
     (reference,) = image_statistics(CroppedImages(training_crops(task)), [extractor])
-    log = [json.loads(line) for line in (task.run / "metrics.jsonl").read_text().splitlines()]
+    log = read_json_lines(task.run / "metrics.jsonl")
     losses = {record["step"]: record["velocity"] for record in log}
     checkpoints = dict(find_checkpoints(task.run / "checkpoints"))
     curve = []

@@ -11,7 +11,6 @@ band. All have about 4.2 million parameters, and the optimizer and number of ste
 docs/results/generators.json, .md and pictures.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from experiments.training_sets import GLYPHS, TrainingSet, load_images
 from favae.autoencoders import spatial_compression_ratio
 from favae.eval.image_sets import SampleFolder
 from favae.eval.sampling import sample_to_folder
+from favae.files import read_json_lines
 from train_generator import train
 
 STEPS = latents.STEPS
@@ -143,7 +143,7 @@ def make_row(task: Task) -> dict:
     train(glyph_texts.generator_config(task, tokenizer, cache))
     shutil.rmtree(task.run / "checkpoints")
     pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
-    log = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
+    log = read_json_lines(task.run / "metrics.jsonl")[-1]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "tokenizer": task.variant.tokenizer}
     row |= {"params": pipeline.transformer.num_parameters()}
     row["loss"] = log["cross_entropy" if "cross_entropy" in log else "velocity"]

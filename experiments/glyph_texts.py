@@ -13,7 +13,6 @@ the classifier of experiments/glyphs.py: the share in which each attribute is th
 docs/results/glyph_texts.json and .md.
 """
 
-import json
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -30,14 +29,15 @@ from benchmarks.timing import environment
 from experiments import codebooks, latents
 from experiments.glyphs import ATTRIBUTES, accuracies, load_glyphs, trained_classifier
 from experiments.image_sets import read_images
-from experiments.latents import BOTH, load
+from experiments.latents import BOTH
 from experiments.report import format_table, rows_by_model, with_std
-from experiments.rows import Comparison, Task, main
+from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.training_sets import GLYPHS
 from favae.data.latents import load_tokenizer, write_latent_cache
 from favae.data.text_embeddings import write_text_embeddings
 from favae.eval.image_sets import SampleFolder
 from favae.eval.sampling import sample_to_folder
+from favae.files import read_json_lines
 from favae.text_encoder import TextEncoder
 from favae.training.generator_config import GeneratorConfig
 from train_generator import train as train_generator
@@ -102,7 +102,7 @@ def make_row(task: Task) -> dict:
     train_generator(generator_config(task, tokenizer, cache))
     shutil.rmtree(task.run / "checkpoints")
     pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
-    log = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
+    log = read_json_lines(task.run / "metrics.jsonl")[-1]
     params = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
     loss = log["cross_entropy" if "cross_entropy" in log else "velocity"]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": params, "loss": loss}
@@ -173,7 +173,7 @@ def generator_config(task: Task, tokenizer: Path, cache: Path) -> GeneratorConfi
         "data": {"latents": str(cache), "tokenizer": str(tokenizer), "flip": False},
         "train": {**TRAIN, **BOTH, **every, "steps": task.steps},
     }
-    return load(GeneratorConfig, task, sections, task.run)
+    return load_recipe(GeneratorConfig, task, sections)
 
 
 def tables(report: dict) -> str:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -33,7 +32,7 @@ from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages, read_images, seams_of
 from experiments.latents_report import figures, tables
 from experiments.precision import fastest_precision
-from experiments.rows import Comparison, Task, main
+from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import mean_errors
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128, TrainingSet, load_images
 from favae.autoencoders import encode, load_autoencoder, measure_budget, reconstruct
@@ -42,9 +41,8 @@ from favae.data.latents import load_tokenizer, open_latents, write_latent_cache
 from favae.eval.image_sets import SampleFolder
 from favae.eval.latent_evaluation import latent_metrics
 from favae.eval.sampling import sample_to_folder
-from favae.files import write_text
+from favae.files import read_json_lines, write_text
 from favae.training.checkpoints import find_checkpoints
-from favae.training.config import load_config
 from favae.training.generator_config import GeneratorConfig
 from favae.training.models import find_model_class
 from favae.training.tokenizer_config import TokenizerConfig
@@ -270,18 +268,11 @@ def tokenizer_config(task: Task) -> TokenizerConfig:
         "loss": {"reconstruction": "l2", "kl": 1e-6, **task.variant.loss},
         "train": train,
     }
-    return load(TokenizerConfig, task, sections, task.run)
+    return load_recipe(TokenizerConfig, task, sections)
 
 
 def steps_of(task: Task) -> dict:
     return {"steps": task.steps, "log_every": task.steps // 20, "checkpoint_every": task.steps // len(POINTS)}
-
-
-def load(schema, task: Task, sections: dict, output: Path) -> TokenizerConfig | GeneratorConfig:
-    """Settings of a training with a row's seed, from the sections of a recipe that is left beside its run folder."""
-    recipe = output.with_name(f"{output.name}.yaml")
-    recipe.write_text(yaml.safe_dump(sections, sort_keys=False))
-    return load_config(schema, recipe, [f"output={output}", f"seed={task.seed}"])
 
 
 @torch.no_grad()
@@ -333,7 +324,7 @@ def generator_metrics(task: Task) -> dict:
         curve.append(point)
     for leftover in (run / "checkpoints", latents, *([smooth] if smooth else [])):
         shutil.rmtree(leftover)
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = read_json_lines(run / "metrics.jsonl")
     last = {key: value for key, value in curve[-1].items() if key != "steps"}
     distances = [point["unguided"]["fd"] for point in curve]
     return {**last, "velocity": log[-1]["velocity"], "plateau": on_plateau(distances), "curve": curve}
@@ -357,7 +348,7 @@ def generator_config(task: Task, run, latents, smooth) -> GeneratorConfig:
         "data": data,
         "train": {**GENERATOR, **BOTH, "batch_size": images.batch_sizes[1], **steps_of(task)},
     }
-    return load(GeneratorConfig, task, sections, run)
+    return load_recipe(GeneratorConfig, task, sections, run)
 
 
 def save_pictures(task: Task, samples: Dataset) -> None:

@@ -11,7 +11,6 @@ scripts/photographs.py got more after the first ones. The controls: the same net
 the inverse wavelet transform, and TAEF2's architecture, narrower, at the same FLOPs.
 """
 
-import json
 import os
 import statistics
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from diffusers import ModelMixin
 from filelock import FileLock
 from torch import Tensor, nn
@@ -32,7 +30,7 @@ from benchmarks.timing import environment, speedup, time_paired
 from experiments.image_sets import InMemoryImages, seams_of
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
-from experiments.rows import Comparison, Task, main
+from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import named_means
 from experiments.training_sets import PHOTOGRAPHS
 from favae import AutoencoderTinyFA
@@ -44,7 +42,7 @@ from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import frechet_distance
 from favae.eval.reconstruction import image_errors
-from favae.training.config import load_config
+from favae.files import read_json_lines
 from favae.training.models import build_model, find_model_class
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
@@ -219,7 +217,7 @@ def make_row(task: Task) -> dict:
     model, training = teacher, {}
     if task.steps:
         config = train_once(task)
-        log = [json.loads(line) for line in (task.run / "metrics.jsonl").read_text().splitlines()]
+        log = read_json_lines(task.run / "metrics.jsonl")
         training = {
             "mixed_precision": config.train.mixed_precision,
             "seconds": log[-1]["seconds"],
@@ -244,10 +242,8 @@ def train_once(task: Task) -> TokenizerConfig:
     if after is not None:
         steps = COMPARISON.steps_of(after, round(task.steps / task.variant.length))
         train_once(replace(task, name=after, variant=VARIANTS[after], steps=steps))
-    recipe = task.beside(".yaml")
     with FileLock(task.beside(".lock")):
-        recipe.write_text(yaml.safe_dump(task.variant.recipe(task)))
-        config = load_config(TokenizerConfig, recipe, [f"output={task.run}", f"seed={task.seed}"])
+        config = load_recipe(TokenizerConfig, task, task.variant.recipe(task))
         if not (task.run / "final").exists():
             train(config)
     return config

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import yaml
 
 from benchmarks.timing import ROOT, environment, make_parser
 from favae.files import write_text
+from favae.training.config import RunConfig, load_config
 
 RESULTS = ROOT / "docs/results"
+Settings = TypeVar("Settings", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,18 @@ class Task:
     def beside(self, suffix: str) -> Path:
         """A file next to the run folder."""
         return self.run.with_name(self.run.name + suffix)
+
+
+def load_recipe(schema: type[Settings], task: Task, sections: dict, run: Path | None = None) -> Settings:
+    """Settings of a training with a row's seed, from the sections of a recipe, which is left beside the run folder.
+
+    Args:
+        run: the folder of this training; None: the row's.
+    """
+    output = task.run if run is None else run
+    recipe = output.with_name(f"{output.name}.yaml")
+    recipe.write_text(yaml.safe_dump(sections, sort_keys=False))
+    return load_config(schema, recipe, [f"output={output}", f"seed={task.seed}"])
 
 
 @dataclass

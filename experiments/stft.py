@@ -18,10 +18,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment
-from experiments.latents import BOTH, TOKENIZER, error_curve, load, on_plateau, steps_of
+from experiments.latents import BOTH, TOKENIZER, error_curve, on_plateau, steps_of
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
-from experiments.rows import Comparison, Task, main
+from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.training_sets import GLYPHS
 from favae.autoencoders import load_autoencoder, reconstruct
 from favae.eval.compression import high_power
@@ -98,7 +98,7 @@ def recipe(task: Task) -> TokenizerConfig:
         "loss": {"kl": 1e-6, **task.variant.loss},
         "train": {**TOKENIZER, **BOTH, **own, **steps_of(task)},
     }
-    return load(TokenizerConfig, task, sections, task.run)
+    return load_recipe(TokenizerConfig, task, sections)
 
 
 def save_pictures(images: Tensor, reconstructions: Tensor, task: Task) -> None:

@@ -36,6 +36,7 @@ from favae.data.images import to_uint8
 from favae.eval.image_sets import SampleFolder
 from favae.eval.reconstruction import image_errors
 from favae.eval.sampling import sample_to_folder
+from favae.files import read_json_lines
 from favae.training.config import load_config
 from favae.training.generator_config import GeneratorConfig
 from train_generator import train as train_generator
@@ -95,7 +96,7 @@ def make_row(task: Task) -> dict:
     tokenizer, cache = prepare(task.variant.tokens, task.runs)
     config = generator_config(task, tokenizer, cache)
     train_generator(config)
-    log = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
+    log = read_json_lines(task.run / "metrics.jsonl")[-1]
 
     # Images for held-out names at each guidance scale, and for names of training at one.
     emoji = read_emoji(task.runs)

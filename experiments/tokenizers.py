@@ -4,19 +4,17 @@ Every row is trained by `train` of train_tokenizer.py, with an EMA of the weight
 each point of its curve is what a training of that many steps gives.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from diffusers import ModelMixin
 from torch import Tensor
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment, speedup, time_paired
-from experiments.rows import Task
+from experiments.rows import Task, load_recipe
 from favae.autoencoders import measure_budget, reconstruct
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
@@ -25,8 +23,8 @@ from favae.eval.features import FeatureExtractor
 from favae.eval.figures import radial_spectrum
 from favae.eval.image_sets import CroppedImages
 from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors
+from favae.files import read_json_lines
 from favae.training.checkpoints import find_checkpoints
-from favae.training.config import load_config
 from favae.training.models import build_model, find_model_class
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
@@ -86,10 +84,8 @@ class Variant:
 
 def make_row(task: Task) -> dict:
     """Trains one tokenizer with one seed and measures it, along the way and at the end."""
-    recipe = task.beside(".yaml")
     sections = task.variant.recipe(task.steps, task.resolution, task.batch_size)
-    recipe.write_text(yaml.safe_dump(sections, sort_keys=False))
-    config = load_config(TokenizerConfig, recipe, [f"output={task.run}", f"seed={task.seed}"])
+    config = load_recipe(TokenizerConfig, task, sections)
     train(config)
 
     # Errors of the EMA weights at each checkpoint.
@@ -102,7 +98,7 @@ def make_row(task: Task) -> dict:
     shutil.rmtree(task.run / "checkpoints")
 
     # What the row says of the last checkpoint: `vae` holds its weights.
-    last = json.loads((task.run / "metrics.jsonl").read_text().splitlines()[-1])
+    last = read_json_lines(task.run / "metrics.jsonl")[-1]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, **curve[-1]}
     row |= {"seconds": last["seconds"], "curve": curve}
     row["training"] = {key: value for key, value in last.items() if key not in ("step", "seconds")}
