@@ -19,12 +19,11 @@ from favae.data.images import to_uint8
 from favae.distributed import main_process_does, process_state
 from favae.errors import DataError, NonFiniteError
 from favae.eval.features import everyone, image_generator
-from favae.files import atomic_path, is_unwritten, lock_folder, read_json, write_text
+from favae.files import SETTINGS_FILE, atomic_path, is_unwritten, lock_folder, read_json, write_text
 from favae.hashing import hash_model
 from favae.models.class_conditional import num_classes
 from favae.pipelines.conditions import ConditionalPipeline
 
-SETTINGS_FILE = "settings.json"
 OTHERWISE = "sample it with your own code, and evaluate the folder of images"
 
 

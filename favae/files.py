@@ -38,6 +38,7 @@ READ_ERRORS = (
 )
 UNFINISHED = ".writing-"  # the names of what is being written begin so; a process and its host follow
 LOCK_FILE = ".lock"
+SETTINGS_FILE = "settings.json"  # in a folder of samples, how they were made
 # Some libraries lose the number of the error. PyTorch loses its text, too; then only the disk itself can tell.
 DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded")
 NOTHING_FREE = 1 << 16  # bytes

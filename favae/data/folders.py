@@ -13,6 +13,7 @@ from favae.data.captions import read_caption_lines
 from favae.data.decoding import UnusableImage, image_extensions, read_image, stored_size
 from favae.data.images import ImageIdentity
 from favae.errors import DataError
+from favae.files import LOCK_FILE, SETTINGS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +195,8 @@ class FolderScan:
         stems, texts = set(), []
         for entry in _sorted_entries(folder):
             name = "/".join((*parts, entry.name))
+            if entry.name in (LOCK_FILE, SETTINGS_FILE):
+                continue  # of a folder of samples
             if entry.name.startswith("."):
                 self._ignored["names that begin with '.'"].append(name)
                 continue
