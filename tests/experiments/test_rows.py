@@ -22,7 +22,7 @@ from experiments import (
 )
 from experiments.rows import RESULTS, Comparison, main
 
-EXPERIMENTS = (ablation, decoder_only, equal_budget, generator_quality, latents, samplers, text_to_image)
+EXPERIMENTS = (ablation, codebooks, decoder_only, equal_budget, generator_quality, latents, samplers, text_to_image)
 
 
 def test_rows_that_are_missing_are_made_and_the_others_kept(tmp_path):
@@ -59,7 +59,7 @@ def test_rows_have_processes_of_their_own(tmp_path):
     assert (tmp_path / "good.1-0.log").exists() and (tmp_path / "good.2-0.log").exists()
 
 
-@pytest.mark.parametrize("experiment", [*EXPERIMENTS, codebooks, compression, generators, glyph_texts, stft])
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, compression, generators, glyph_texts, stft])
 def test_every_variant_can_be_sent_to_a_process(experiment):
     variants = experiment.COMPARISON.variants
     assert pickle.loads(pickle.dumps(variants)).keys() == variants.keys()
