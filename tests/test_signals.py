@@ -61,7 +61,7 @@ def test_a_training_ends_after_its_step_and_goes_on_as_if_nothing_had_happened(
 def test_a_second_signal_ends_a_training_at_once(tiny_cache, monkeypatch):
     recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
 
-    def never_ends(run, logs, finite):
+    def never_ends(run, finite):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         pytest.fail("it went on")

@@ -8,7 +8,6 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from favae.errors import NonFiniteError
-from favae.normalization import denormalize_latents
 
 
 def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
@@ -24,7 +23,14 @@ def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
     Raises:
         NonFiniteError: as `decode_finite`.
     """
-    return decode_finite(vae, denormalize_latents(vae, latents))
+    config = vae.config  # in full here, where `adapters.latent_normalization` reads it
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1)
+        std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1)
+        latents = latents * std / config.scaling_factor + mean  # in SDXL's order
+    else:
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+    return decode_finite(vae, latents)
 
 
 def decode_finite(vae: ModelMixin, latents: Tensor) -> Tensor:
