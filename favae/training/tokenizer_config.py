@@ -119,9 +119,8 @@ class TokenizerConfig(RunConfig):
     def trained_parts(self) -> Literal["all", "encoder", "decoder"]:
         """Which parts of the model learn: of a student, the decoder alone if nothing asks for latents of its own."""
         stages = [loss for _, loss in self.loss_stages]
-        if self.teacher.autoencoder is not None and not any(loss.latents for loss in stages):
-            return "decoder"
-        return self.train.parts
+        is_idle = self.teacher.autoencoder is not None and not any(loss.latents for loss in stages)
+        return "decoder" if self.train.parts == "all" and is_idle else self.train.parts
 
     @property
     def adversarial_start(self) -> int | None:
