@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
@@ -248,6 +249,10 @@ def build_pipeline(
     if config.is_autoregressive:
         return CATPipeline(transformer, tokenizer, **{"text_encoder": None, "tokenizer": None, **texts}, id2label=names)
     if config.loss.objective == "ddpm":
+        if not isinstance(tokenizer, AutoencoderKL):  # statistics are folded into its convolutions
+            raise ConfigError(
+                f"loss.objective=ddpm needs the latents of an AutoencoderKL, not of a {type(tokenizer).__name__}"
+            )
         scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False)
         pipeline = DiTPipeline(transformer, fold_latent_statistics(tokenizer), scheduler, id2label=names)
         pipeline.register_to_config(id2label=names)  # DiTPipeline does not save its names otherwise

@@ -14,9 +14,13 @@ from favae import LightningDiTTransformer2DModel
 from favae.data.images import ImageDataset, without_high_frequencies
 from favae.data.latents import load_tokenizer, open_latents
 from favae.data.sources import open_source
+from favae.errors import ConfigError
 from favae.eval.sampling import class_names, sample_to_folder
 from favae.models.class_conditional import initialize_dit
+from favae.training.config import load_config
 from favae.training.diffusion import DiffusionModule, GeneratorLossConfig
+from favae.training.generator_config import GeneratorConfig
+from train_generator import build_pipeline
 
 TINY_DIT = {
     "sample_size": 4,
@@ -188,6 +192,13 @@ def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels
     images = pipe([0, 2], num_inference_steps=3, guidance_scale=2.0, output_type="np").images
     assert images.shape == (2, 16, 16, 3)
     if objective == "ddpm":
+        widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+        blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+        tiny = diffusers.AutoencoderTiny(latent_channels=6, **widths, **blocks)
+        with pytest.raises(ConfigError, match="loss.objective=ddpm .* AutoencoderTiny"):
+            build_pipeline(
+                load_config(GeneratorConfig, recipe), pipe.transformer, tiny, open_latents(tiny_cache / "cache")
+            )
         assert type(pipe) is diffusers.DiTPipeline and pipe.vae.config.latents_std is None
         assert pipe.get_label_ids(["class2"]) == [2]
         assert class_names(pipe) == ["class0", "class1", "class2"]  # of the 1,000 it could have

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY_LIGHTNINGDIT, make_tiny_kl, refusal, train
+from conftest import TINY_LIGHTNINGDIT, TINY_VQ, make_tiny_kl, refusal, train
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from tiny_autoencoders import autoencoders
 
-from favae import AutoencoderTinyFA
+from favae import AutoencoderTinyFA, VQModelFA
 from favae.autoencoders import decode, encode, load_autoencoder
 from favae.data.images import ImageDataset
 from favae.data.latents import write_latent_cache
@@ -155,6 +155,17 @@ def test_cached_latents_take_the_teacher_s_place(existing, tmp_path, image_folde
         (("teacher.latents=nowhere",), "`favae cache-latents` writes teacher.latents"),
     ):
         assert named in refusal("train_tokenizer", *cached, *changes, f"output={tmp_path / 'refused'}")
+
+
+def test_cached_tokens_are_no_latents_of_a_teacher(tmp_path, image_folder):
+    teacher = VQModelFA(**TINY_VQ).eval()
+    teacher.save_pretrained(tmp_path / "vq")
+    images = ImageDataset(open_source(str(tmp_path / "images")), 16)
+    write_latent_cache(load_autoencoder(str(tmp_path / "vq")), images, tmp_path / "tokens")
+    section = {"autoencoder": str(tmp_path / "vq"), "latents": str(tmp_path / "tokens")}
+    recipe = recipe_of(tmp_path, STUDENT, 2, teacher=section)
+    refused = refusal("train_tokenizer", recipe, "data.crop=center", "data.flip=false", f"output={tmp_path / 'run'}")
+    assert "teacher.latents must be moments" in refused
 
 
 def test_a_teacher_is_not_trained_and_its_reconstruction_may_be_the_target(existing, tmp_path, image_folder):

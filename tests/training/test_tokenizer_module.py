@@ -6,6 +6,7 @@ from conftest import TINY_FAVAE, TINY_HYPERPRIOR, TINY_VQ
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, HyperpriorModelFA, VQModelFA
+from favae.errors import ConfigError
 from favae.losses.adversarial import PatchDiscriminator
 from favae.training.tokenizer_losses import (
     AdversarialConfig,
@@ -17,7 +18,7 @@ from favae.training.tokenizer_losses import (
     STFTConfig,
     TokenizerLossConfig,
 )
-from favae.training.tokenizer_module import CodebookStatistics, TokenizerTrainingModule
+from favae.training.tokenizer_module import CodebookStatistics, TokenizerTrainingModule, last_layers
 
 
 class Teacher(torch.nn.Module):
@@ -182,6 +183,11 @@ def test_adaptive_weights_balance_the_gradients_at_the_last_layers(tiny_favae):
     assert 0 < logs["alignment_scale"] <= 10 and 0 < logs["adversarial_scale"] <= 10
     loss.backward()
     assert module.projector.weight.grad.abs().sum() > 0
+
+
+def test_a_network_whose_last_layer_is_not_known_is_refused():
+    with pytest.raises(ConfigError, match="last layer of a Linear is not known: set adaptive=false"):
+        last_layers(torch.nn.Linear(1, 1))
 
 
 def test_a_fixed_alignment_weight_compiles(tiny_favae):
