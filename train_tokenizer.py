@@ -216,6 +216,10 @@ def check_latents(losses: TokenizerLossConfig, vae: ModelMixin, resolution: int)
         raise ConfigError(
             f"loss.prefix.widths must be below the {channels} latent channels, got {losses.prefix.widths}"
         )
+    if losses.alignment.weight and losses.alignment.channels not in ("low", "all", *range(1, channels + 1)):
+        raise ConfigError(
+            f"loss.alignment.channels must be at most the {channels} latent channels, got {losses.alignment.channels}"
+        )
     if losses.equivariance and losses.band.weight and ratio % 2**losses.band.levels:
         raise ConfigError(
             f"loss.band.levels={losses.band.levels} does not fit images that loss.equivariance makes smaller by steps "

@@ -184,6 +184,9 @@ VARIANTS = {
         alignment={**ALIGNMENT, "channels": "all", "target": "principal"},
     ),
     "stock_aligned": Variant("`stock` + alignment", STOCK, {"alignment": ALIGNMENT}),
+    "stock_half_aligned": Variant(
+        "`stock` + alignment of eight of the 16 channels", STOCK, {"alignment": {**ALIGNMENT, "channels": 8}}
+    ),
     "split_aligned": Variant("`split` + alignment of the low channels", SPLIT, {"alignment": ALIGNMENT}),
     "stock_spectrum": Variant("`stock` + spectrum matching", STOCK, {"spectrum_matching": {"weight": 0.01}, "kl": 0.0}),
     "stock_mask": Variant("`stock` + as much weight again on errors where there is detail", STOCK, {"mask": 1.0}),

@@ -6,7 +6,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from experiments.report import format_table, rows_by_model, with_std
-from experiments.training_sets import GLYPHS, PHOTOGRAPHS
+from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128
 
 SHOWN = {  # below each other
     "alignment": (GLYPHS, ["stock", "stock_aligned", "split", "split_aligned"]),
@@ -32,47 +32,68 @@ def figures(report: dict, stem: Path) -> None:
             sheet.save(stem.with_name(f"{stem.name}_{kind}.png"))
 
 
-COLUMNS: dict[str, tuple[int, str]] = {  # decimals, and where a row has it
+Columns = dict[str, tuple[int, str]]  # decimals, and where a row has it
+AUTOENCODERS: Columns = {
+    "GFLOP": (2, "gflop"),
+    "Recon, a quarter": (5, "curve.0.recon"),
     "Recon": (5, "recon"),
+    "Low": (5, "low"),
     "High": (5, "high"),
     "PSNR": (2, "psnr"),
-    "VIV": (3, "latents.VIV"),
-    "SEC 1/4": (3, "latents.SEC 1/4"),
+    "seams": (2, "seams"),
+    "VIV": (2, "latents.VIV"),
+    "SEC 1/4": (2, "latents.SEC 1/4"),
     "LNC": (3, "latents.LNC"),
-    "seams": (3, "seams"),
-    "FD of samples": (2, "generator.unguided.fd"),
-    "guided": (2, "generator.guided.fd"),
+}
+GENERATORS: Columns = {
+    "FD, a quarter": (1, "generator.curve.0.unguided.fd"),
+    "FD": (1, "generator.unguided.fd"),
+    "FD, guided": (1, "generator.guided.fd"),
     "IS, guided": (1, "generator.guided.is"),
-    "accuracy": (3, "generator.unguided.accuracy"),
+    "accuracy": (2, "generator.unguided.accuracy"),
+    "guided": (2, "generator.guided.accuracy"),
     "precision": (2, "generator.unguided.precision"),
     "recall": (2, "generator.unguided.recall"),
-    "seams of samples": (3, "generator.unguided.seams"),
+    "MIND": (1, "generator.unguided.mind"),
+    "seams of samples": (2, "generator.unguided.seams"),
 }
 
 
 def tables(report: dict, names: list[str]) -> str:
-    """The rows of these tokenizers, what real pictures reach, and what the meters predict."""
-    rows, lines = rows_by_model(report), []
-    for name in (name for name in names if name in rows):
-        own = rows[name]
-        plateaus = [sum(row["plateau"] for row in own), sum(row["generator"]["plateau"] for row in own)]
-        cells = [_cell(own, place, digits) for digits, place in COLUMNS.values()]
-        shape = [f"`{name}`", len(own), own[0]["f"], f"{own[0]['gflop']:.2f}"]
-        lines.append([*shape, *cells, f"{plateaus[0]}, {plateaus[1]}"])
-    floors = [
-        f"Real {name} that nobody has seen have FD {real['fd']:.2f}"
-        + (f", IS {real['is']:.1f} and an accuracy of {real['accuracy']:.3f}." if "accuracy" in real else ".")
-        for name, real in report["real"].items()
+    """For each set, its autoencoders and their generators, and what real pictures reach; what the meters predict."""
+    parts = []
+    for data in map(str, (GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128)):
+        rows = rows_by_model({"rows": [row for row in report["rows"] if row["data"] == data]})
+        own = {name: rows[name] for name in names if name in rows}
+        if own:
+            parts += [f"## {data}", table(own, "autoencoder", AUTOENCODERS), table(own, "latents of", GENERATORS)]
+        if data in report["real"]:
+            real = report["real"][data]
+            classes = f", IS {real['is']:.1f} and an accuracy of {real['accuracy']:.2f}" if "accuracy" in real else ""
+            parts.append(f"Real {data} that nobody has seen have FD {real['fd']:.1f}{classes}.")
+    return "\n\n".join([*parts, correlations(report)])
+
+
+def table(rows: dict[str, list[dict]], head: str, columns: Columns) -> str:
+    """Means over seeds, without the columns that no row has, and how many of the trainings reached a plateau."""
+    found = {
+        column: [_cell(own, place, digits) for own in rows.values()] for column, (digits, place) in columns.items()
+    }
+    found = {column: cells for column, cells in found.items() if any(cells)}
+    found["plateaus"] = [
+        str(sum((row["generator"] if columns is GENERATORS else row)["plateau"] for row in own))
+        for own in rows.values()
     ]
-    table = format_table(["tokenizer", "seeds", "f", "GFLOP", *COLUMNS, "plateaus"], lines)
-    return "\n\n".join([table, " ".join(floors), correlations(report)])
+    names = [[f"`{name}`", len(own)] for name, own in rows.items()]
+    lines = [[*name, *cells] for name, cells in zip(names, zip(*found.values()))]
+    return format_table([head, "seeds", *found], lines)
 
 
 def _cell(rows: list[dict], place: str, digits: int) -> str:
     """The mean of a value over seeds; nothing where rows do not have it."""
     values: list = rows
     for key in place.split("."):
-        values = [(value or {}).get(key) for value in values]
+        values = [value[int(key)] if isinstance(value, list) else (value or {}).get(key) for value in values]
     return "" if None in values else with_std(values, digits)
 
 

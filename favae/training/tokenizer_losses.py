@@ -77,7 +77,7 @@ class AlignmentConfig:
     distmat_margin: Weight = 0.25
     cosine_margin: Weight = 0.5
     adaptive: bool = True  # scale to the gradient of the reconstruction at the encoder's last layer
-    channels: Literal["low", "all"] = "low"  # of the latent
+    channels: Literal["low", "all"] | Count = "low"  # or the first so many
     target: Literal["features", "principal"] = "features"  # by a projector; or as many principal components, without
 
 

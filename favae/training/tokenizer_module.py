@@ -110,7 +110,10 @@ class TokenizerTrainingModule(nn.Module):
         channels = vae.config.latent_channels
         self.low_channels: int = getattr(vae, "low_latent_channels", channels)
         self.has_posterior = vae.config.get("latent_norm") is None
-        self.aligned_channels = channels if first.alignment.channels == "all" else self.low_channels
+        aligned = first.alignment.channels
+        self.aligned_channels = (
+            {"low": self.low_channels, "all": channels}[aligned] if isinstance(aligned, str) else aligned
+        )
         self.projector: nn.Conv2d | None = None
         self.principal: PrincipalComponents | None = None
         self.spectrum: SpectrumLoss | None = None
