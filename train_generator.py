@@ -64,7 +64,7 @@ from favae.training.config import to_yaml
 from favae.training.diffusion import DIFFUSION_SCHEDULE, DiffusionModule
 from favae.training.dry_run import describe_run
 from favae.training.generator_config import GeneratorConfig
-from favae.training.models import build_model
+from favae.training.models import build_model, enable_gradient_checkpointing
 from favae.training.optimization import (
     Ema,
     clip_gradients,
@@ -100,7 +100,7 @@ def train(config: GeneratorConfig) -> None:
         module = build_training_module(config, transformer)
     blocks = blocks_of(transformer)
     if settings.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        enable_gradient_checkpointing(transformer)
     if settings.compile:
         compile_blocks(blocks)
     if settings.shard:

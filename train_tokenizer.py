@@ -35,12 +35,13 @@ from favae.foundation import FoundationModel
 from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss
 from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.models import HyperpriorModelFA
+from favae.models.hyperprior_model_fa import SMALLEST_SIDE
 from favae.models.linear_shortcut import fade_shortcut
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
 from favae.training.dry_run import describe_run, describe_tokenizer
 from favae.training.latent_regularization import IMAGE_BLOCK
-from favae.training.models import build_model
+from favae.training.models import build_model, enable_gradient_checkpointing
 from favae.training.optimization import (
     Ema,
     clip_gradients,
@@ -79,7 +80,7 @@ def train(config: TokenizerConfig) -> None:
         about = training_data.dataset.about
     blocks = blocks_of(vae)
     if settings.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
+        enable_gradient_checkpointing(vae)
     if settings.channels_last:
         module.to(memory_format=torch.channels_last)
     if settings.compile:
@@ -188,6 +189,11 @@ def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
         ratio, side = ratio * 2, side // 2  # the half-size latent must be one too
     if resolution % ratio:
         raise ConfigError(f"train.resolution must be a multiple of {ratio} for this model and loss, got {resolution}")
+    if vae.config.get("quantizer") in ("next_scale", "next_band") and resolution != ratio * vae.config.scales[-1]:
+        size = ratio * vae.config.scales[-1]
+        raise ConfigError(f"train.resolution must be {size} for model.scales={vae.config.scales}, got {resolution}")
+    if isinstance(vae, HyperpriorModelFA) and resolution < SMALLEST_SIDE * ratio:
+        raise ConfigError(f"train.resolution must be {SMALLEST_SIDE * ratio} or more for this model, got {resolution}")
     side = min(side, max(ratio, int(resolution * min(losses.smallest_scale for _, losses in config.loss_stages))))
     for bands in (module for module in vae.modules() if isinstance(module, WaveletBands)):
         smallest, taps = side // 2 ** (bands.levels - 1), bands.transform.length

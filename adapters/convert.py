@@ -37,6 +37,8 @@ def convert_to_folder(
     """
     check_new_folder(Path(folder))
     if format == "taesd":
+        if latents_stats is not None or scaling_factor is not None:
+            raise CheckpointError("an AutoencoderTiny takes neither latent statistics nor another scaling factor")
         model = autoencoder_from_taesd(*(_only_file(Path(file), f"*{part}.safetensors") for part in TAESD_PARTS))
     else:
         model = from_single_file(file, format, latents_stats, scaling_factor)

@@ -91,7 +91,7 @@ def latent_rgb(vae: ModelMixin, latents: Tensor, *, normalized: bool = False) ->
     factors, bias = (vae.config.get(key) for key in LATENT_RGB_KEYS)
     if factors is None or bias is None:
         raise DataError(f"this {type(vae).__name__} has no latent_rgb_factors; favae preview writes them")
-    latents = latents if normalized else normalize_latents(vae, latents)
+    latents = (latents if normalized else normalize_latents(vae, latents)).float()
     previews = torch.einsum("bchw,ck->bkhw", latents, torch.tensor(factors, device=latents.device))
     return previews + torch.tensor(bias, device=latents.device)[:, None, None]
 

@@ -91,7 +91,15 @@ def transformer_from_lightningdit(state: Mapping[str, Tensor]) -> tuple[dict[str
 
 
 def lightningdit_from_transformer(config: Mapping[str, object], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `transformer_from_lightningdit`, for the original with `use_swiglu`, `use_rope`, `use_rmsnorm`."""
+    """The inverse of `transformer_from_lightningdit`, for the original with `use_swiglu`, `use_rope`, `use_rmsnorm`.
+
+    Raises:
+        CheckpointError: for a transformer of texts, or without classes, which the original has no place for.
+    """
+    text_dim = config.get("text_dim")
+    if text_dim is not None or config["num_classes"] == 0:
+        kind = "without classes" if text_dim is None else "of texts"
+        raise CheckpointError(f"LightningDiT has no place for a transformer {kind}")
     converted = tensors_to_original(state, _locations(state_shapes(LightningDiTTransformer2DModel, config)))
     dtype = next(iter(converted.values())).dtype
     return converted | {name: tensor.to(dtype) for name, tensor in _position_buffers(config).items()}

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from favae.autoencoders import decode, encode, load_autoencoder
+from favae.autoencoders import decode, encode, load_autoencoder, takes_frames
 from favae.data.decoding import to_rgb
 from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.models import VQModelFA
 from favae.models.scale_quantizers import MultiScaleQuantizer
+from favae.normalization import has_batch_norm
 
 __all__ = ["DeTokVAE", "EDM2Encoder", "LlamaGenVQ", "MARVAE", "VARVQ", "VA_VAE"]
 
@@ -170,7 +171,7 @@ class EDM2Encoder:
         vae: an autoencoder with a posterior. If it is a path, pickling this object leaves the weights out.
         raw_mean, raw_std: of the latents, one number per channel or one for all. None takes them from the autoencoder's
             config: `latents_mean` and `latents_std / scaling_factor`, or `shift_factor` and `1 / scaling_factor` if
-            there are no such statistics.
+            there are no such statistics. FLUX.2's are not there, so that both must be given.
         final_mean, final_std: of the generator's latents; 0.5 is EDM2's `sigma_data`.
         batch_size: how many images go through the autoencoder at a time.
 
@@ -189,6 +190,8 @@ class EDM2Encoder:
         self.path = str(vae) if isinstance(vae, str | Path) else None
         self.vae = _open(vae)
         config = self.vae.config
+        if has_batch_norm(self.vae) and (raw_mean is None or raw_std is None):
+            raise ValueError(f"the statistics of a {type(self.vae).__name__} are not in its config: give both")
         has_statistics = config.get("latents_std") is not None
         config_mean = config.latents_mean if has_statistics else config.get("shift_factor") or 0.0
         config_std = _per_channel(config.latents_std if has_statistics else 1.0) / config.get("scaling_factor", 1.0)
@@ -396,10 +399,14 @@ def _open_codebook(vq: str | Path | VQModelFA) -> VQModelFA:
 
 def _posterior(vae: ModelMixin, images: Tensor) -> DiagonalGaussianDistribution:
     """The posterior of images in [-1, 1]; raises ValueError if the autoencoder does not have one."""
-    output = vae.encode(images.to(vae.dtype))
+    has_frames, images = takes_frames(vae), images.to(vae.dtype)
+    output = vae.encode(images.unsqueeze(2) if has_frames else images)
     if not hasattr(output, "latent_dist"):
         raise ValueError(f"these scripts need an autoencoder with a posterior, not a {type(vae).__name__}")
-    return output.latent_dist
+    posterior = output.latent_dist
+    if has_frames:
+        posterior = DiagonalGaussianDistribution(torch.cat([posterior.mean, posterior.logvar], dim=1).squeeze(2))
+    return posterior
 
 
 def _per_channel(values: float | list[float] | Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -103,8 +104,8 @@ def from_single_file(
     layout = FORMATS[format]
     if latents_stats is not None and layout.model_class is not AutoencoderKL:
         raise CheckpointError(f"latent statistics are for an AutoencoderKL, not a {layout.model_class.__name__}")
-    if scaling_factor is not None and layout.model_class is LightningDiTTransformer2DModel:
-        raise CheckpointError(f"a scaling factor is for an autoencoder, not a {layout.model_class.__name__}")
+    if scaling_factor is not None and "scaling_factor" not in signature(layout.model_class).parameters:
+        raise CheckpointError(f"a {layout.model_class.__name__} has no scaling factor")
     state = read_checkpoint(path, layout.containers)
     try:
         config, state = layout.convert(state)

@@ -67,7 +67,12 @@ def passes(vae: ModelMixin, resolution: int) -> dict[str, Callable[[], float]]:
 def trainings(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[], float]]:
     """The checks of a training, by name: each compares its last weights with those of the plain one."""
     common = [str(arguments.recipe), *arguments.settings, "train.mixed_precision=no", "train.tracker=null"]
-    common += ["train.sample_every=0", "train.lr_scheduler=constant", "train.checkpoint_every=1000000"]
+    common += [
+        "train.sample_every=0",
+        "train.lr_scheduler=constant",
+        "train.lr_warmup_steps=0",
+        "train.checkpoint_every=1000000",
+    ]
 
     def train(name: str, *settings: str, launcher: tuple[str, ...] = ()) -> Tensor:
         command = [sys.executable, *launcher, "train_tokenizer.py", *common, f"output={folder / name}", *settings]

@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from PIL import Image, features
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from favae import bitstream
@@ -28,13 +29,13 @@ from favae.eval.results import UINT8, number_duplicates, write_results
 from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS
 from favae.models import HyperpriorModelFA, VQModelFA
-from favae.models.entropy import LARGEST_SYMBOL
 
 FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}  # Pillow's names
 PILLOW_FEATURES = {"webp": "webp", "avif": "avif"}
 QUALITIES = (5, 10, 20, 35, 50, 70, 85, 95)  # of the curves
 HIGHEST_QUALITY = 100
 LEVELS = 2  # of the bands
+MARGIN = 1.5  # how much further latents may be from zero than those that frequencies are counted on
 CURVED = ("PSNR", "MS-SSIM", "SSIM", "LPIPS")  # metrics that BD-rates are computed of, where there are enough rates
 SMALLEST_CURVE = 4  # rates
 
@@ -51,12 +52,11 @@ class PillowCodec:
     def __call__(self, images: Tensor) -> tuple[Tensor, list[int]]:
         decoded, sizes = [], []
         for image in to_uint8(images):
-            pixels = image.permute(1, 2, 0).squeeze(-1).cpu().numpy()
-            stream = io.BytesIO()
-            Image.fromarray(pixels).save(stream, FORMATS[self.format], quality=self.quality)
+            picture, stream = to_pil_image(image), io.BytesIO()
+            picture.save(stream, FORMATS[self.format], quality=self.quality)
             sizes.append(stream.tell())
             with Image.open(stream) as opened:
-                decoded.append(to_tensor(opened.convert("RGB" if pixels.ndim == 3 else "L")))
+                decoded.append(to_tensor(opened.convert(picture.mode)))
         return torch.stack(decoded).to(images.device), sizes
 
 
@@ -93,7 +93,8 @@ class TokenizerCodec:
             raise DataError("not one of the images can be read")
         values = torch.cat(found).transpose(0, 1).flatten(1)  # (C, N)
         self.step = torch.ones(len(values), 1, 1) if self.is_codebook else step * values.std(dim=1).view(-1, 1, 1)
-        self.size = vae.num_tokens if isinstance(vae, VQModelFA) else 2 * LARGEST_SYMBOL + 1
+        self.largest = math.ceil(MARGIN * (values.unsqueeze(-1) / self.step).abs().max())  # of the rounded numbers
+        self.size = vae.num_tokens if isinstance(vae, VQModelFA) else 2 * self.largest + 1
         symbols = self._symbols(values.unsqueeze(-1)).squeeze(-1)
         counts = torch.stack([torch.bincount(channel, minlength=self.size) for channel in symbols]) + 0.5
         self.table = (counts / counts.sum(dim=1, keepdim=True)).numpy()
@@ -110,7 +111,7 @@ class TokenizerCodec:
         """(C', h, w) -> integers from 0 on."""
         if self.is_codebook:
             return values.long()
-        return (values / self.step).round().clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).long() + LARGEST_SYMBOL
+        return (values / self.step).round().clamp(-self.largest, self.largest).long() + self.largest
 
     def __call__(self, images: Tensor) -> tuple[Tensor, list[int]]:
         read, sizes = [], []
@@ -125,7 +126,7 @@ class TokenizerCodec:
         if self.is_codebook:
             indices = symbols.long().movedim(1, -1)
             return decode(self.vae, indices if self.vae.config.quantizer == "residual" else indices[..., 0]), sizes
-        latents = (symbols - LARGEST_SYMBOL).float() * self.step.to(images.device)
+        latents = (symbols - self.largest).float() * self.step.to(images.device)
         return decode(self.vae, latents.to(self.vae.dtype)), sizes
 
 
@@ -239,7 +240,7 @@ def evaluate_compression(
 
     Args:
         models: (name, path) each; a name that occurs several times is one curve of as many rates.
-        formats: what they are compared with.
+        formats: what they are compared with; "jpeg" is left out for RGBA.
         training_images: for tokenizers that were not made for files; see `TokenizerCodec`. steps: of these, one row
             each.
     Returns:
@@ -254,6 +255,8 @@ def evaluate_compression(
         if image_channels(model) != image_channels(opened[0][2]):
             raise ModelError(f"{name} takes images of other channels than {opened[0][0]}; measure them apart")
     images = images.with_channels(image_channels(opened[0][2]))
+    if images.channels == len("RGBA"):
+        formats = [format for format in formats if format != "jpeg"]  # it has no transparency
     loading = {"lpips": lpips, "batch_size": batch_size, "num_workers": num_workers}
     protocol = {
         "num_images": len(images),
@@ -317,7 +320,8 @@ def check_writes_files(path: str, model: ModelMixin) -> None:
 def bd_rates(rows: list[dict], anchor: str) -> dict[str, dict[str, float]]:
     """By how many percent more bits each curve costs than the anchor's at equal quality, by metric (Bjontegaard, 2001).
 
-    Curves of fewer than four rates, and metrics that are not measured, are left out.
+    Metrics that are not measured are left out, and those in which a curve rises over fewer than four rates, or the two
+    share less than half of the qualities of the shorter one.
     """
     import bjontegaard
 
@@ -326,14 +330,22 @@ def bd_rates(rows: list[dict], anchor: str) -> dict[str, dict[str, float]]:
         curves.setdefault(row["model"], []).append(row["metrics"])
     found: dict[str, dict[str, float]] = {}
     for name, points in curves.items():
-        if name == anchor or min(len(points), len(curves.get(anchor, []))) < SMALLEST_CURVE:
+        if name == anchor or anchor not in curves:
             continue
         for metric in CURVED:
             if all(point[metric] is not None for point in points):
                 pair = [_rising(each, metric) for each in (curves[anchor], points)]
+                if min(len(rates) for rates, _ in pair) < SMALLEST_CURVE or not _overlap(*(each[1] for each in pair)):
+                    continue
                 value = bjontegaard.bd_rate(*pair[0], *pair[1], method="pchip", require_matching_points=False)
                 found.setdefault(name, {})[metric] = float(value)
     return found
+
+
+def _overlap(first: list[float], second: list[float]) -> bool:
+    """Whether two rising lists share half of the range of the shorter one."""
+    shared = min(first[-1], second[-1]) - max(first[0], second[0])
+    return shared >= 0.5 * min(first[-1] - first[0], second[-1] - second[0])
 
 
 def _rising(points: list[dict], metric: str) -> tuple[list[float], list[float]]:

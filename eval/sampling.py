@@ -22,6 +22,7 @@ from favae.eval.features import everyone, image_generator
 from favae.files import SETTINGS_FILE, atomic_path, is_unwritten, lock_folder, read_json, write_text
 from favae.hashing import hash_model
 from favae.models.class_conditional import num_classes
+from favae.models.hub import LATENT_RGB_KEYS
 from favae.pipelines.conditions import ConditionalPipeline
 
 OTHERWISE = "sample it with your own code, and evaluate the folder of images"
@@ -194,10 +195,11 @@ def pipeline_hash(pipeline: DiffusionPipeline) -> str:
 
 
 def _settings(part: nn.Module | SchedulerMixin) -> list | None:
-    """Class and configuration of a part of diffusers, without what says where it comes from."""
+    """Class and configuration of a part of diffusers, without what says where it comes from, or is for previews."""
     if not isinstance(part, (ModelMixin, SchedulerMixin)):
         return None
-    return [type(part).__name__, {key: value for key, value in part.config.items() if not key.startswith("_")}]
+    settings = {k: v for k, v in part.config.items() if k not in LATENT_RGB_KEYS and not k.startswith("_")}
+    return [type(part).__name__, settings]
 
 
 @contextmanager

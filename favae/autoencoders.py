@@ -50,7 +50,11 @@ def load_autoencoder(path: str) -> ModelMixin:
         if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
             raise ModelError(f"{path}: a {name} is not an autoencoder")
         with silent_about_previews():
-            return model_class.from_pretrained(path, **options).eval()
+            model, found = model_class.from_pretrained(path, output_loading_info=True, **options)
+        if found["missing_keys"]:  # diffusers would begin with random ones
+            lacking = sorted(found["missing_keys"])
+            raise ModelError(f"{path}: the file lacks {len(lacking)} weights of its config, such as {lacking[0]}")
+        return model.eval()
     except NameError as error:  # AutoencoderRAE uses names of transformers that it could not import
         raise ModelError(f"{path}: a {name} needs the package transformers ({error})") from error
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:

@@ -144,7 +144,9 @@ def exit_on_error(
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FAULTS_OF_A_DISK:
             end_with(error)
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # mostly for want of memory
+        if isinstance(error, RuntimeError) and (
+            str(error).startswith("DataLoader worker") or "shared memory" in str(error)
+        ):  # mostly for want of memory
             end_with(DataError(f"{one_line(error).rstrip('. ')}; fewer workers (num_workers) need less memory"))
         if _another_has_failed():
             sys.exit(1)  # mostly the connection to that process was lost

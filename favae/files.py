@@ -41,6 +41,7 @@ LOCK_FILE = ".lock"
 SETTINGS_FILE = "settings.json"  # in a folder of samples, how they were made
 # Some libraries lose the number of the error. PyTorch loses its text, too; then only the disk itself can tell.
 DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded")
+SHARED_MEMORY = "shared memory"  # which PyTorch says is full in the same words
 NOTHING_FREE = 1 << 16  # bytes
 
 
@@ -111,7 +112,7 @@ def removed_on_error(temporary: Path, final: Path) -> Iterator[None]:
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    if isinstance(error, FavaeError):
+    if isinstance(error, FavaeError) or SHARED_MEMORY in str(error):
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -194,7 +195,12 @@ def replace(temporary: Path, final: Path) -> None:
     old = temporary_path(final.with_name(f"old-{final.name}"))
     if final.is_dir():  # a folder cannot be renamed onto another one
         final.replace(old)
-    temporary.replace(final)
+    try:
+        temporary.replace(final)
+    except BaseException:
+        if old.is_dir():
+            old.replace(final)
+        raise
     _sync_one(final.parent)  # the name as well
     remove(old)
 
@@ -249,5 +255,5 @@ def _remove_leftovers_once(folder: Path) -> None:
     for path in folder.glob(f"{UNFINISHED}*"):
         match = own_host.match(path.name)
         if match and not psutil.pid_exists(int(match[1])):
-            with suppress(FileNotFoundError):  # another process may be at it
+            with suppress(OSError):  # another process may be at it, or it is another user's
                 remove(path)

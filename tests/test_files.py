@@ -23,6 +23,28 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in final.parent.iterdir()] == ["final"]
 
 
+def test_a_folder_that_cannot_get_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+    final, rename = tmp_path / "final", Path.replace
+    final.mkdir()
+    (final / "old").touch()
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == final and "old" not in self.name:
+            raise PermissionError
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(PermissionError), atomic_path(final) as folder:
+        folder.mkdir()
+    assert [path.name for path in final.iterdir()] == ["old"] and [*tmp_path.iterdir()] == [final]
+
+
+def test_shared_memory_is_not_the_disk(tmp_path):
+    message = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+    with pytest.raises(RuntimeError, match="shared memory"), atomic_path(tmp_path / "final"):
+        raise RuntimeError(message)
+
+
 def test_a_file_replaces_the_older_one_and_what_a_killed_process_left(tmp_path):
     killed = subprocess.Popen(["true"])
     killed.wait()

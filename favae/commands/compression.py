@@ -140,7 +140,7 @@ def _images(paths: list[str]) -> list[tuple[Path, Path]]:
     """Image files, and where they are below the folder that was named."""
     from favae.eval.side_by_side import find_images
 
-    return [(file, _below(file, given)) for given in paths for file in find_images([given])]
+    return _apart([(file, _below(file, given)) for given in paths for file in find_images([given])])
 
 
 def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
@@ -157,6 +157,18 @@ def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
         if not files:
             raise DataError(f"{given} holds no file that ends in .fav")
         found += [(file, _below(file, given).with_suffix("")) for file in files]
+    return _apart(found)
+
+
+def _apart(found: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Raises DataError if two files would be written to one place."""
+    from favae.errors import DataError
+
+    first: dict[Path, Path] = {}
+    for file, place in found:
+        if place in first:
+            raise DataError(f"{first[place]} and {file} would both be {place} in the output; write them apart")
+        first[place] = file
     return found
 
 

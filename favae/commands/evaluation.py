@@ -256,8 +256,9 @@ def evaluate_latents(arguments: argparse.Namespace) -> None:
         raise ConfigError("name latents by --latents CACHE, or by --model with --data and --resolution")
     if arguments.model and not (arguments.data and arguments.resolution):
         raise ConfigError("--model needs images: --data and --resolution")
-    if arguments.features and not arguments.model:
-        raise ConfigError("--features is for --model, whose decoder makes the images that are compared")
+    for option in ("features", "data", "resolution"):
+        if getattr(arguments, option) and not arguments.model:
+            raise ConfigError(f"--{option} is for --model: a cache has no images")
     count = arguments.num_images
     extractors = open_extractors(arguments)
     sets = [(name, latent_evaluation.cached_latents(folder, count)) for name, folder in arguments.latents]

@@ -58,6 +58,7 @@ from favae.data.text_embeddings import TextEmbeddings
 from favae.errors import CacheError
 from favae.hashing import hash_model
 from favae.models import HyperpriorModelFA, VQModelFA
+from favae.models.hub import LATENT_RGB_KEYS
 from favae.normalization import has_batch_norm
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,9 @@ def load_tokenizer(path: str) -> ModelMixin:
 
 
 def tokenizer_hash(tokenizer: ModelMixin) -> str:
-    """SHA-256 of all that determines the latents: class, configuration without statistics of latents, weights."""
-    config = {k: v for k, v in tokenizer.config.items() if k not in STATISTICS_KEYS and not k.startswith("_")}
+    """SHA-256 of all that determines the latents: class, weights, and configuration without what is said of latents."""
+    said = {*STATISTICS_KEYS, *LATENT_RGB_KEYS}
+    config = {k: v for k, v in tokenizer.config.items() if k not in said and not k.startswith("_")}
     return hash_model(tokenizer, [type(tokenizer).__name__, config])
 
 

@@ -21,7 +21,7 @@ def pack(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = latents.amin((-2, -1), keepdim=True).half()
     span = latents.amax((-2, -1), keepdim=True) - offset.float()
     step = (span / GREATEST).half()
-    codes = (latents - offset.float()) / step.float().clamp_min(torch.finfo(torch.float16).tiny)
+    codes = (latents - offset.float()) / step.float().masked_fill(step == 0, 1.0)
     codes = F.pad(codes.round().clamp(0, GREATEST).to(torch.uint8), (0, -latents.shape[-1] % 4)).unflatten(-1, (-1, 4))
     last = torch.stack([codes[..., 3] >> 2 * place & 3 for place in range(3)], dim=-1)
     return (codes[..., :3] | last << 6).flatten(-2), offset, step

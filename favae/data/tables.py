@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import zlib
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,11 @@ class HuggingFaceSource:
                 columns = ", ".join(self.data.column_names)
                 logger.warning("%s: no column 'label', only %s: all images are of one class", self.path, columns)
             return ["image"], [0] * len(self)
+        import datasets
+
         feature = self.data.features[column]
-        if not getattr(feature, "dtype", "").startswith(("int", "uint", "bool", "string", "large_string")):
+        has_one_value = isinstance(feature, datasets.Value | datasets.ClassLabel)
+        if not has_one_value or not feature.dtype.startswith(("int", "uint", "bool", "string", "large_string")):
             raise DataError(
                 f"{self.path}: the label column '{column}' is of the type {_type_name(feature)}; classes are integers "
                 f"or strings; {NO_LABELS}"
@@ -162,7 +166,11 @@ class HuggingFaceSource:
         return f"{self.path}[{index}]"
 
     def identity(self, index: int) -> ImageIdentity:
-        return ImageIdentity(str(index), self._stored_sizes[index], self._time)
+        size, time = self._stored_sizes[index], self._time
+        if size == 0 and (path := (self._stored[index][self.image_column] or {}).get("path")):
+            with suppress(OSError):
+                size, time = os.stat(path).st_size, os.stat(path).st_mtime_ns
+        return ImageIdentity(str(index), size, time)
 
     @cached_property
     def _time(self) -> int:

@@ -66,9 +66,13 @@ class TarSource:
     ):
         self.path, self.min_size, self._labels_are_expected = path, min_size, label_column != NONE
         self.shards = _find_shards(path, split)
-        endings = image_extensions() if image_column == AUTO else {f".{image_column}"}
+        endings = image_extensions() if image_column == AUTO else {f".{image_column.lower()}"}
         wanted = {"label": (label_column, "cls"), "caption": (caption_column, "txt")}
-        others = {kind: f".{usual if name == AUTO else name}" for kind, (name, usual) in wanted.items() if name != NONE}
+        others = {
+            kind: f".{usual if name == AUTO else name.lower()}"
+            for kind, (name, usual) in wanted.items()
+            if name != NONE
+        }
 
         self._keys: list[str] = []
         self._firsts: list[int] = []  # the first row of each shard
@@ -181,11 +185,16 @@ def is_tar(path: str) -> bool:
         return path.endswith(ENDING)
     found = False
     for _, _, files in os.walk(path):
-        endings = {os.path.splitext(name)[1].lower() for name in files if not name.startswith(".")}
+        endings = set(map(_ending, files))
         if endings & (image_extensions() | {".parquet"}):
             return False
         found |= ENDING in endings
     return found
+
+
+def _ending(name: str) -> str:
+    """Of a file's name, in lower case; nothing for hidden files."""
+    return "" if name.startswith(".") else os.path.splitext(name)[1].lower()
 
 
 def _find_shards(path: str, split: str) -> list[Path]:
@@ -195,7 +204,7 @@ def _find_shards(path: str, split: str) -> list[Path]:
             raise DataError(f"{path}: no such file")
         return files
     splits: dict[str, list[Path]] = {}
-    for file in sorted(Path(path).rglob(f"*{ENDING}")):
+    for file in sorted(each for each in Path(path).rglob("*") if _ending(each.name) == ENDING and each.is_file()):
         words = set(re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower()))
         name = next((name for name, usual in SPLIT_WORDS.items() if words & usual), "train")
         splits.setdefault(name, []).append(file)

@@ -5,6 +5,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
@@ -119,6 +120,7 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
     def disable_tiling(self) -> None:
         self.use_tiling = False
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """(B, C, H, W) in [-1, 1] -> latents (B, C', H/f, W/f)."""
         ratio = self.spatial_compression_ratio
@@ -127,6 +129,7 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
         latents = torch.cat([self._in_tiles(self.encoder, part, self.config.sample_size, ratio) for part in parts])
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
 
+    @apply_forward_hook
     def decode(
         self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:

@@ -30,7 +30,8 @@ def initialize_dit(transformer: DiTTransformer2DModel) -> None:
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     patches = transformer.pos_embed.proj
     nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
     nn.init.zeros_(patches.bias)

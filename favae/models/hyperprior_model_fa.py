@@ -327,7 +327,7 @@ class HiFiCGenerator(nn.Module):
         )
         self.complements = nn.ModuleList(
             nn.Identity() if frequency_complement is None else FrequencyComplement(frequency_complement, width)
-            for width in widths[:2]
+            for width in widths[:-1][:2]  # of each block's output
         )
         self.conv_out = _mirrored(widths[0], out_channels, 7)
 

@@ -182,5 +182,5 @@ def fade_shortcut(model: nn.Module, step: int, steps: int) -> None:
     """
     left = max(0.0, (steps - step - 1) / (steps - step)) if step < steps else 0.0
     for module in model.modules():
-        if isinstance(module, (PatchesToLatents, LatentsToPatches)):
+        if isinstance(module, (PatchesToLatents, LatentsToPatches)) and module.weight.requires_grad:
             module.weight.mul_(left)

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -80,9 +81,11 @@ class PackedNormAutoencoder(AutoencoderAdapter):
     def spatial_compression_ratio(self) -> int:
         return 2 ** (len(self.config.block_out_channels) - 1)
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple:
         return self.autoencoder.encode(x, return_dict=return_dict)
 
+    @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
@@ -125,6 +128,7 @@ class SingleFrameAutoencoder(AutoencoderAdapter):
     def spatial_compression_ratio(self) -> int:
         return self.config.scale_factor_spatial
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple:
         """(B, 3, 1, H, W) -> a distribution of (B, C, 1, h, w), or latents where the model inside has no distribution.
 
@@ -138,6 +142,7 @@ class SingleFrameAutoencoder(AutoencoderAdapter):
         posterior = DiagonalGaussianDistribution(output.latent_dist.parameters[:, :, None])
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:

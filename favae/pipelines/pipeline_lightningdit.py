@@ -152,7 +152,7 @@ class LightningDiTPipeline(ConditionalPipeline):
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            time = 1 - timestep / self.scheduler.config.num_train_timesteps  # 0 is noise
+            time = 1 - self.scheduler.sigmas[number].to(device)  # 0 is noise; some schedulers round their time steps
             is_guided = guidance_scale != 1 and guidance_interval[0] <= time <= guidance_interval[1]
             batch = torch.cat([latents, latents]) if is_guided else latents
             given = {key: torch.cat(pair) if is_guided else pair[0] for key, pair in condition.items()}

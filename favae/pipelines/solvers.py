@@ -73,6 +73,8 @@ def flow_scheduler(solver: Solver, shift: float = 1.0) -> SchedulerMixin:
 
 
 def shift_of(scheduler: SchedulerMixin) -> float | None:
-    """The shift of the time steps; None for a scheduler that has none."""
+    """The shift of the time steps; None for a scheduler that has none, or one that follows the image's size."""
     config = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        return None
     return config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")

@@ -56,6 +56,8 @@ class TrainConfig:
     tracker: Literal["tensorboard", "wandb"] | None = "tensorboard"
 
     def __post_init__(self):
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ConfigError("train.lr_warmup_steps is not for train.lr_scheduler=constant: constant_with_warmup")
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
             raise ConfigError(
                 "train.mixed_precision=fp16 has one gradient scale, and train.optimizer=muon two optimizers; use bf16"

@@ -158,6 +158,7 @@ class GeneratorConfig(RunConfig):
                 raise ConfigError(f"{key} {why}")
 
     def _check_autoregressive(self) -> None:
+        self._refuse(["loss.class_dropout_prob"], "is model.text_dropout_prob here")
         not_for_tokens = {
             "loss.alignment.weight": self.loss.alignment.weight,
             "data.warmup_latents": self.data.warmup_latents,
@@ -187,6 +188,8 @@ class GeneratorConfig(RunConfig):
             raise ConfigError("model.num_classes=0 needs model.text_dim: a generator is told a class or a text")
         if self.takes_texts and self.data.warmup_latents:
             raise ConfigError("data.warmup_latents is for generators of classes, not for model.text_dim")
+        if model["name"] == "LightningDiTTransformer2DModel":
+            self._refuse(["loss.class_dropout_prob"], "is model.class_dropout_prob here")
         is_dit = model["name"] == "DiTTransformer2DModel"
         if self.loss.objective == "ddpm" and not is_dit:
             raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel")

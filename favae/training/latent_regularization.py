@@ -1,5 +1,6 @@
 """What a tokenizer's decoder is given in place of the latents, and what it should make of them."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,12 +44,12 @@ def regularize(
         decoded = torch.where(is_high, decoded + std * torch.randn_like(decoded), decoded)
     if losses.prefix.probability and losses.prefix.widths is not None:
         decoded = _keep_prefix(decoded, losses.prefix.probability, losses.prefix.widths)
-    if torch.rand(()) < losses.equivariance:
-        decoded, target = _scaled_and_turned(decoded, target)
     if torch.rand(()) < losses.frequency_masking.probability:
         share = MASKED_SHARES[int(torch.randint(len(MASKED_SHARES), ()))]
         decoded = keep_low_frequencies(decoded, share, losses.frequency_masking.latent_block)
         target = keep_low_frequencies(target, share, IMAGE_BLOCK)
+    if torch.rand(()) < losses.equivariance:  # last, since blocks do not fill every size
+        decoded, target = _scaled_and_turned(decoded, target)
     return decoded, target
 
 
@@ -78,7 +79,7 @@ def _scaled_and_turned(latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]
     Source: EQ-VAE, arXiv 2502.09509: bilinear, one to three quarters; the factor is one of whole numbers of latents.
     """
     sides = torch.tensor(latents.shape[-2:])
-    smallest = max(1, int(sides.min() * SMALLEST_SCALE))
+    smallest = math.ceil(sides.min() * SMALLEST_SCALE)
     scale = int(torch.randint(smallest, int(sides.min()), ())) / sides.min() if sides.min() > 1 else 1.0
     size = (sides * scale).round().int().tolist()
     ratio = images.shape[-1] // latents.shape[-1]

@@ -105,6 +105,13 @@ def build_model(settings: dict[str, Any]) -> ModelMixin:
         raise ConfigError(_naming_keys(error, build, arguments)) from error
 
 
+def enable_gradient_checkpointing(model: ModelMixin) -> None:
+    """Raises ConfigError if the model does not have it."""
+    if not model._supports_gradient_checkpointing:
+        raise ConfigError(f"train.gradient_checkpointing is not there for a {type(model).__name__}")
+    model.enable_gradient_checkpointing()
+
+
 def inherit_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """A `model:` section with what it does not say as in the model that it begins with, if the class has it.
 

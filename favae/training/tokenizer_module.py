@@ -119,6 +119,11 @@ class TokenizerTrainingModule(nn.Module):
         self.spectrum: SpectrumLoss | None = None
         self.codebook_statistics: CodebookStatistics | None = None
         if teacher is not None and first.alignment.target == "principal":
+            if self.aligned_channels > teacher.channels:
+                raise ConfigError(
+                    f"loss.alignment.target=principal has {teacher.channels} components with this backbone, fewer than "
+                    f"the {self.aligned_channels} channels; loss.alignment.channels takes fewer"
+                )
             self.principal = PrincipalComponents(teacher.channels, self.aligned_channels)
         elif teacher is not None:
             self.projector = nn.Conv2d(self.aligned_channels, teacher.channels, 1, bias=False)

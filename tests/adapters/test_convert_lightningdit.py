@@ -41,6 +41,13 @@ def test_half_precision_stays():
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items() if "rope" not in name)
 
 
+def test_transformers_that_the_original_has_no_place_for():
+    config, state = transformer_from_lightningdit(LightningDiT().state_dict())
+    for changes, kind in (({"text_dim": 8}, "of texts"), ({"num_classes": 0}, "without classes")):
+        with pytest.raises(CheckpointError, match=kind):
+            lightningdit_from_transformer(config | changes, state)
+
+
 def test_what_is_not_of_the_layout_is_named():
     state = LightningDiT().state_dict()
 

@@ -165,6 +165,7 @@ def test_variances_that_flux2_cannot_hold_are_refused():
         (["kl", "full", "--format", "onnx"], "full is not empty"),
         (["full", "out.safetensors", "--format", "ldm"], "no autoencoder could be opened"),
         (["full", "out", "--format", "lightningdit"], "no transformer could be opened"),
+        (["kl", "out", "--format", "lightningdit"], "AutoencoderKL is no LightningDiTTransformer2DModel"),
     ],
 )
 def test_what_cannot_be_expressed_is_one_line_and_writes_nothing(arguments, match, tmp_path, monkeypatch):

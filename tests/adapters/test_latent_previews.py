@@ -58,6 +58,7 @@ def test_latents_with_a_batch_norm():
     vae.register_to_config(**fitted.settings())
     previews = latent_rgb(vae, encode(vae, IMAGES))
     target = torch.nn.functional.avg_pool2d(IMAGES, 4)
+    assert latent_rgb(vae, encode(vae, IMAGES).half(), normalized=True).dtype == torch.float32
     share = 1 - (previews - target).square().sum() / (target - target.mean((0, 2, 3), keepdim=True)).square().sum()
     assert fitted.explained == pytest.approx(float(share), abs=1e-3)
 

@@ -15,6 +15,8 @@ from tiny_pipelines import STEPS, dit, ours, stable_diffusion, stock
 import favae.models.hub
 from favae import AutoencoderKLFA, LightningDiTPipeline, LightningDiTTransformer2DModel
 from favae.adapters.hub import prepare_for_hub
+from favae.autoencoders import load_autoencoder
+from favae.errors import ModelError
 
 ABSENT = dict.fromkeys(("text_encoder", "tokenizer"))  # of Stable Diffusion, which gets embeddings here
 
@@ -50,6 +52,14 @@ def test_our_autoencoder_over_a_stock_index(tmp_path, caplog):
         loaded = type(pipe).from_pretrained(tmp_path, vae=ours(), **ABSENT)
     assert loaded.vae_scale_factor == 4 and not caplog.records
     assert images(loaded, {**call, "height": 32, "width": 32}).shape == (1, 32, 32, 3)
+
+
+def test_a_file_that_lacks_weights_is_refused(tmp_path):
+    stock().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layers_per_block": 3}))
+    with pytest.raises(ModelError, match="lacks .* weights of its config, such as decoder"):
+        load_autoencoder(str(tmp_path))
 
 
 def test_loading_and_saving_again_says_nothing(tiny_favae, tmp_path, caplog):

@@ -7,10 +7,12 @@ import torch
 from conftest import TINY_VQ
 from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 from PIL import Image
+from tiny_autoencoders import autoencoders
 
 from favae import VQModelFA
 from favae.adapters.pipelines import fold_latent_statistics
 from favae.adapters.shims import MARVAE, VA_VAE, VARVQ, DeTokVAE, EDM2Encoder, LlamaGenVQ
+from favae.autoencoders import encode
 from favae.data.images import center_crop, to_uint8
 
 RESIDUAL = {"quantizer": "residual", "num_quantizers": 3}
@@ -191,6 +193,17 @@ def test_edm2_takes_statistics_from_the_config(tiny_favae, tiny_kl):
     assert torch.allclose(EDM2Encoder(tiny_favae, 0, 1).encode_latents(raw), torch.ones(1, 6, 2, 2))
     with pytest.raises(ValueError, match="raw_std must be above 0"):
         EDM2Encoder(tiny_favae, raw_std=0.0)
+    with pytest.raises(ValueError, match="not in its config"):
+        EDM2Encoder(autoencoders()["AutoencoderKLFlux2"])
+
+
+@torch.no_grad()
+def test_autoencoders_of_frames_have_a_posterior_of_images():
+    vae = autoencoders()["AutoencoderKLWan, as Wan 2.1's"]
+    x = images()
+    posterior = MARVAE(vae).encode(x)
+    torch.testing.assert_close(posterior.mean, encode(vae, x))
+    assert posterior.sample().ndim == 4 and MARVAE(vae).decode(posterior.mean).shape == x.shape
 
 
 def test_edm2_snapshots_hold_no_weights(tiny_favae, tmp_path):

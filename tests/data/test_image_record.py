@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import command, command_error, make_tiny_kl, write_images
 from PIL import Image
 
 from favae.data import image_record
+from favae.data.image_record import ImageRecord
 from favae.data.images import ImageDataset
 from favae.data.latents import open_latents, write_latent_cache
 from favae.data.latents_with_images import LatentsWithImages
@@ -141,6 +143,15 @@ def test_labels_of_tables_are_compared(tmp_path):
     write(open_source(str(tmp_path / "images.parquet")), tmp_path / "cache")
     with pytest.raises(CacheError, match="1 was of class 0 and is of class 1"):
         write(open_source(str(tmp_path / "images.parquet"), label_column="other"), tmp_path / "cache")
+
+
+def test_files_that_a_table_names_are_looked_at(tmp_path):
+    files = FolderSource(write_images(tmp_path / "images")).files
+    datasets.Dataset.from_dict({"image": list(map(str, files))}).to_parquet(tmp_path / "table.parquet")
+    before = ImageRecord.of(open_source(str(tmp_path / "table.parquet")))
+    assert before.sizes == [file.stat().st_size for file in files]
+    files[0].write_bytes(files[0].read_bytes() + b"more")
+    assert "bytes and has" in before.difference(ImageRecord.of(open_source(str(tmp_path / "table.parquet"))))
 
 
 def test_another_split_is_another_set(tmp_path):

@@ -121,6 +121,8 @@ def test_packing(width):
     assert unpacked.shape == latents.shape
     span = latents.amax((2, 3), keepdim=True) - latents.amin((2, 3), keepdim=True)
     assert ((unpacked - latents).abs() <= span / 126 * 1.05 + 0.01 * (span > 50) + 0.002).all()
+    near = torch.linspace(0, 1e-3, 16).view(1, 4, 4)
+    assert (unpack(*pack(near), 4) - near).abs().max() < 1e-3 / 63
     again = unpack(*pack(unpacked), width)
     assert (again - unpacked).abs().max() < 0.2 and torch.equal(unpacked[:, 0], torch.full_like(unpacked[:, 0], 5))
 
@@ -243,6 +245,7 @@ def test_unreadable_images_are_left_out(tiny_favae, images, tmp_path, caplog):
 def test_hash_is_about_latents_only(tiny_favae, tmp_path):
     digest = tokenizer_hash(tiny_favae)
     tiny_favae.register_to_config(latents_mean=[0.0] * 6, latents_std=[1.0] * 6, scaling_factor=2.0)
+    tiny_favae.register_to_config(latent_rgb_factors=[[0.1] * 3] * 6, latent_rgb_factors_bias=[0.0] * 3)
     tiny_favae.save_pretrained(tmp_path)
     assert tokenizer_hash(load_tokenizer(str(tmp_path))) == digest
     with torch.no_grad():

@@ -129,7 +129,9 @@ def test_webdataset_shards(tmp_path):
     with pytest.raises(DataError, match="no split 'validation', there are train"):
         open_source(str(shards), "validation")
     (shards / "val").mkdir()
-    (shards / "00001.tar").rename(shards / "val/00001.tar")
+    (shards / "00001.tar").rename(shards / "val/00001.TAR")
+    (shards / "._00000.tar").write_bytes(b"of another system")
+    assert len(open_source(str(shards), image_column="JPG")) == 2
     assert len(open_source(str(shards))) == len(open_source(str(shards), "validation")) == 2
 
 
@@ -286,14 +288,16 @@ def test_columns_that_hold_no_images(tmp_path):
 
 @pytest.mark.parametrize(
     "labels",
-    [[[1], [2]], [{"a": 1}, {"a": 2}], [1, None], [1.5, 2.5], [{"bytes": b"", "path": None}] * 2],
-    ids=["lists", "structs", "half null", "floats", "masks"],
+    [[[[1]], [[2]]], [[1], [2]], [{"a": 1}, {"a": 2}], [1, None], [1.5, 2.5], [{"bytes": b"", "path": None}] * 2],
+    ids=["arrays", "lists", "structs", "half null", "floats", "masks"],
 )
 def test_labels_that_are_no_classes_matter_to_those_who_ask(tmp_path, labels):
     image = {"bytes": encoded(smooth()), "path": None}
     table = datasets.Dataset.from_dict({"image": [image, image], "label": labels})
     if isinstance(labels[0], dict) and "bytes" in labels[0]:
         table = table.cast_column("label", datasets.Image())
+    if labels == [[[1]], [[2]]]:
+        table = table.cast_column("label", datasets.Array2D((1, 1), "int64"))
     table.to_parquet(tmp_path / "set.parquet")
     file = str(tmp_path / "set.parquet")
     assert ImageDataset(open_source(file), 16)[1]["image"].shape == (3, 16, 16)

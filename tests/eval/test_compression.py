@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from favae import HyperpriorModelFA, VQModelFA
 from favae.autoencoders import reconstruct
-from favae.data.images import ImageDataset, to_uint8
+from favae.data.images import ImageDataset, to_tensor, to_uint8
 from favae.data.sources import open_source
 from favae.eval import compression
 from favae.eval.compression import PillowCodec, TokenizerCodec, bd_rates, high_power, matching_quality
@@ -63,6 +63,8 @@ def test_bad_files_are_one_line(model, pictures, tmp_path, tiny_kl):
     tiny_kl.save_pretrained(tmp_path / "kl")
     message = command_error("compress", pictures, "--model", tmp_path / "kl", "--output", tmp_path / "out")
     assert "AutoencoderKL writes no files" in message
+    words = (pictures / "a.png", pictures, "--model", model, "--output", tmp_path / "out")
+    assert "a.png and" in command_error("compress", *words) and not (tmp_path / "out").exists()
 
 
 def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
@@ -85,6 +87,14 @@ def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "rate_distortion.png").exists() and "ours" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode, formats", [("L", ["jpeg", "webp"]), ("RGBA", ["webp"])])
+def test_formats_keep_the_channels(mode, formats):
+    images = torch.stack([to_tensor(Image.new(mode, (16, 16), 120))] * 2)
+    for format in formats:
+        decoded, sizes = PillowCodec(format, 90)(images)
+        assert decoded.shape == images.shape and (decoded - images).abs().max() < 0.05 and min(sizes) > 0
+
+
 def test_qualities_match_a_rate():
     images = ImageDataset(open_source("photos", "heldout"), 64)
     quality = matching_quality("jpeg", images, 3.0)
@@ -101,6 +111,9 @@ def test_bd_rates_of_half_the_bits_are_minus_a_half():
     rows = [{"model": "jpeg", "metrics": point} for point in points]
     rows += [{"model": "half", "metrics": {**point, "bpp": point["bpp"] / 2}} for point in points]
     rows += [{"model": "single", "metrics": points[0]}]
+    worse = [{**point, "PSNR": 30 - i, "LPIPS": 0.5 + 0.1 * i} for i, point in enumerate(points)]
+    apart = [{**point, "PSNR": point["PSNR"] + 11, "LPIPS": point["LPIPS"] - 0.28} for point in points]
+    rows += [{"model": name, "metrics": each} for name, curve in (("worse", worse), ("apart", apart)) for each in curve]
     found = bd_rates(rows, "jpeg")
     assert set(found) == {"half"} and found["half"] == pytest.approx({"PSNR": -50, "LPIPS": -50}, abs=0.5)
 
@@ -128,7 +141,8 @@ def test_finer_steps_cost_more_and_are_nearer(tiny_favae):
     images = ImageDataset(open_source("photos", "heldout"), 32)
     batch = torch.stack([images[i]["image"] for i in range(3)])
     wanted, found = reconstruct(tiny_favae, batch), []
-    for step in (0.2, 1.0):
+    for step in (0.02, 0.2, 1.0):
         decoded, sizes = TokenizerCodec(tiny_favae, images, step)(batch)
         found.append((sum(sizes), (decoded - wanted).square().mean().item()))
-    assert found[0][0] > 1.2 * found[1][0] and found[0][1] < 0.2 * found[1][1]
+    for fine, coarse in zip(found, found[1:]):
+        assert fine[0] > 1.2 * coarse[0] and fine[1] < 0.2 * coarse[1]

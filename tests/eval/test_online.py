@@ -90,8 +90,18 @@ def test_a_tokenizer_is_evaluated_and_trained_as_before(tmp_path, caplog):
     recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
     others = write_images(tmp_path / "others", classes=2, per_class=16)
     settings = {"every": 4, "data": others, "features": "efficientnet-lite0", "num_images": 32, "batch_size": 7}
-    evaluation = ["train.lr_scheduler=constant", *(f"evaluation.{key}={value}" for key, value in settings.items())]
-    train("train_tokenizer", recipe, f"output={tmp_path / 'plain'}", "train.lr_scheduler=constant")
+    evaluation = [
+        "train.lr_scheduler=constant",
+        "train.lr_warmup_steps=0",
+        *(f"evaluation.{key}={value}" for key, value in settings.items()),
+    ]
+    train(
+        "train_tokenizer",
+        recipe,
+        f"output={tmp_path / 'plain'}",
+        "train.lr_scheduler=constant",
+        "train.lr_warmup_steps=0",
+    )
     train("train_tokenizer", recipe, f"output={tmp_path / 'run'}", "train.steps=4", *evaluation)
     train("train_tokenizer", recipe, f"output={tmp_path / 'run'}", *evaluation)  # goes on
     plain, evaluated = (load_file(next((tmp_path / name / "final").glob("*.safetensors"))) for name in ("plain", "run"))
@@ -131,6 +141,7 @@ def test_a_compression_model_is_trained_resumed_and_evaluated_by_its_files(tmp_p
     settings = {"every": 4, "data": tmp_path / "images", "features": "null", "batch_size": 8}
     options = [
         "train.lr_scheduler=constant",
+        "train.lr_warmup_steps=0",
         "loss.spectrum.weight=0.1",
         *(f"evaluation.{key}={value}" for key, value in settings.items()),
     ]

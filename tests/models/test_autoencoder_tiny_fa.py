@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import command, command_error
 from safetensors.torch import save_file
 
@@ -7,6 +8,7 @@ from favae import AutoencoderTinyFA
 from favae.adapters.taesd import autoencoder_from_taesd
 from favae.autoencoders import decode, encode, load_autoencoder, measure_budget
 from favae.errors import CheckpointError
+from favae.models.pipeline_autoencoders import PackedNormAutoencoder, SingleFrameAutoencoder
 
 TINY = {
     "latent_channels": 6,
@@ -52,6 +54,29 @@ def test_shapes_and_saving(changes, tmp_path):
     assert latents.shape == (2, 6, 8, 6) and model.decode(latents).sample.shape == images.shape
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoencoderTinyFA.from_pretrained(tmp_path).decode(latents).sample, model.decode(latents).sample)
+
+
+@pytest.mark.parametrize("adapter", [None, PackedNormAutoencoder, SingleFrameAutoencoder])
+def test_offloaded_weights_are_fetched(adapter):
+    """As `enable_model_cpu_offload` of a pipeline does, whose hooks are of `forward`."""
+    fetched = []
+
+    class Fetches(ModelHook):
+        def pre_forward(self, module, *arguments, **options):
+            fetched.append(module)
+            return arguments, options
+
+    model, images = make(), torch.rand(1, 3, 16, 16)
+    if adapter is not None:
+        model = adapter({**model.config, "_class_name": "AutoencoderTinyFA"})
+    if adapter is SingleFrameAutoencoder:
+        images = images.unsqueeze(2)
+    add_hook_to_module(model, Fetches())
+    model._hf_hook.execution_device = None
+    latents = model.encode(images).latents
+    assert fetched == [model]
+    model.decode(latents)
+    assert fetched == [model, model]
 
 
 def test_each_octave_left_to_the_wavelet_saves_work():

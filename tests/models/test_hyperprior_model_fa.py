@@ -121,6 +121,8 @@ def test_what_a_spectrum_loss_compares(model, images):
         for module in modules:
             module._forward_hooks.clear()
     assert shapes == {0: {(2, 8, 48, 32)}, 1: {(2, 8, 24, 16)}}
+    shallow = HyperpriorModelFA(**{**TINY_HYPERPRIOR, "block_out_channels": (8, 8)})
+    assert len(shallow.compared_modules) == len(shallow.decoder.complements) == 1  # each is run
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_solvers_of_second_order_need_fewer_evaluations(pipeline, shift, monkeyp
     errors, calls = {}, []
 
     def counted(*arguments, **options):
-        calls.append(arguments)
+        calls.append(options["timestep"][0])
         return exact_velocity(*arguments, **options)
 
     monkeypatch.setattr(pipeline.transformer, "forward", counted)
@@ -183,6 +183,9 @@ def test_solvers_of_second_order_need_fewer_evaluations(pipeline, shift, monkeyp
         found = pipeline([0, 1], latents=noise, **options).images
         errors[solver] = (found - (MEAN + STD * noise)).abs().mean().item()
         assert len(calls) == (19 if solver == "heun" else 20)
+        told = torch.stack(calls)
+        sigmas = pipeline.scheduler.sigmas[: len(told)]
+        torch.testing.assert_close(told, 1 - sigmas, rtol=0, atol=1e-6)  # also where time steps are rounded
     assert errors["heun"] < 0.5 * errors["euler"] and errors["dpm++"] < 0.7 * errors["euler"]
 
 
@@ -215,6 +218,7 @@ def test_solvers_are_saved_and_known_by_their_shift(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipeline")
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "pipeline").scheduler) is type(scheduler)
     assert shift_of(DDIMScheduler()) is None
+    assert shift_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)) is None
 
 
 def test_a_callback_sees_and_changes_latents(pipeline):

@@ -77,6 +77,13 @@ def test_the_class_is_dropped_once_for_all_blocks_of_a_dit():
     assert times.min() + times.max() > 100 and times.max() <= 1000
 
 
+def test_a_dit_without_biases_of_attention_starts():
+    size = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 1}
+    dit = DiTTransformer2DModel(sample_size=4, attention_bias=False, **size)
+    initialize_dit(dit)
+    assert dit.transformer_blocks[0].attn1.to_q.bias is None and not dit.proj_out_2.weight.any()
+
+
 @torch.no_grad()
 def test_a_new_dit_starts_as_dit_does():
     """With LightningDiT's distributions where both have the same layers: diffusers leaves torch's defaults."""

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from favae import AutoencoderKLFA
 from favae.autoencoders import decode, encode
+from favae.errors import ConfigError
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, fade_shortcut
 from favae.training import latent_regularization
 from favae.training.latent_regularization import regularize
@@ -52,6 +53,20 @@ def test_noise_of_the_high_latents_alone():
     assert torch.equal(decoded[:, :4], latents[:, :4]) and target is images
     std = (decoded - latents)[:, 4:].std(dim=(1, 2, 3))
     assert std.max() < 1.0 and std.mean() == pytest.approx(0.4, abs=0.05)  # uniform in 0 ... 0.8
+
+
+def test_latents_become_smaller_after_they_are_masked():
+    masking = FrequencyMaskingConfig(probability=1.0)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        decoded, target = regularized(*pair(side=16), equivariance=1.0, frequency_masking=masking)
+        assert decoded.shape[-1] < 16 and target.shape[-1] == 4 * decoded.shape[-1]
+
+
+def test_latents_become_no_smaller_than_a_quarter(monkeypatch):
+    monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.tensor(low))
+    for side, smallest in ((6, 2), (8, 2), (5, 2), (2, 1)):
+        assert regularized(*pair(side=side), equivariance=1.0)[0].shape[-2:] == (smallest, smallest)
 
 
 def test_prefixes_keep_the_first_channels():
@@ -118,12 +133,16 @@ def test_the_low_channels_all_or_the_first_few_are_aligned():
         losses = TokenizerLossConfig(alignment=AlignmentConfig(weight=1.0, channels=channels))
         module = TokenizerTrainingModule(vae, [losses], Teacher())
         assert module.projector.in_channels == module.aligned_channels == expected and module.low_channels == 4
+    Teacher.channels = 5
+    losses = TokenizerLossConfig(alignment=AlignmentConfig(weight=1.0, channels="all", target="principal"))
+    with pytest.raises(ConfigError, match="5 components .* fewer than the 6 channels"):
+        TokenizerTrainingModule(vae, [losses], Teacher())
 
 
 def test_latents_are_aligned_to_principal_components_and_the_run_goes_on(tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
     alignment = "loss.alignment={weight: 0.5, backbone: efficientnet-lite0, channels: all, target: principal}"
-    words = (recipe, alignment, "loss.adversarial.weight=0", "train.lr_scheduler=constant")
+    words = (recipe, alignment, "loss.adversarial.weight=0", "train.lr_scheduler=constant", "train.lr_warmup_steps=0")
     train("train_tokenizer", *words, f"output={tmp_path / 'whole'}")
     train("train_tokenizer", *words, "train.steps=4", f"output={tmp_path / 'halves'}")
     train("train_tokenizer", *words, f"output={tmp_path / 'halves'}")
@@ -166,6 +185,10 @@ def test_a_shortcut_fades_linearly_and_stays_away():
         left = max(0, 3 - step) / 4
         assert torch.allclose(vae.encoder.shortcut.weight, left * before, atol=1e-6)
     assert not vae.decoder.shortcut.weight.any()
+    frozen = AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": "overlapping"})
+    frozen.encoder.requires_grad_(False)
+    fade_shortcut(frozen, 9, 4)
+    assert frozen.encoder.shortcut.weight.any() and not frozen.decoder.shortcut.weight.any()
 
 
 def test_training_fades_the_shortcut(tmp_path):

@@ -23,6 +23,7 @@ from favae.training.tokenizer_config import TokenizerConfig
 
 VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
 codebook_size: 16, frequency_complement: res}"
+SMALL = "block_out_channels: [8, 8, 8], latent_channels: 4, hyper_channels: 4"
 TRAIN = ("train.lr_scheduler=constant", "train.lr_warmup_steps=0")
 MUON = ("train.optimizer=muon", "loss.adversarial.weight=0")
 SPECTRUM = ("loss.spectrum={weight: 0.1, sigma: 1.0, learning_rate: 0.01}", "loss.focal_frequency.weight=1")
@@ -43,6 +44,19 @@ def metrics(folder) -> list[dict]:
 
 def weights(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    "model, setting, named",
+    [
+        (VQ.replace("{", "{quantizer: next_scale, scales: [1, 2], "), "seed=1", "train.resolution must be 8"),
+        (f"{{name: HyperpriorModelFA, {SMALL}}}", "train.resolution=4", "train.resolution must be 8"),
+        (f"{{name: HyperpriorModelFA, {SMALL}}}", "train.gradient_checkpointing=true", "train.gradient_checkpointing"),
+    ],
+)
+def test_what_a_model_does_not_take(model, setting, named, tmp_path, image_folder):
+    more = ["loss.kl=0", "loss.adversarial.weight=0", f"output={tmp_path / 'run'}"]
+    assert named in refusal("train_tokenizer", recipe(tmp_path, image_folder, model), setting, *more)
 
 
 def test_a_codebook_with_dynamic_spectrum_loss(tmp_path, image_folder, capsys):
