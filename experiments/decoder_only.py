@@ -81,10 +81,13 @@ def finish(report: dict, stem: Path) -> None:
     pretrained = AutoencoderKL.from_pretrained(PRETRAINED / "final").eval()
     report["before"] = mean_errors(pretrained, load_photos("heldout", report["resolution"]))
     images, report["generator"], sampled = [], {}, None
-    for name, variant in VARIANTS.items():
+    steps = {row["model"]: row["steps"] for row in report["rows"] if row["seed"] == 0}
+    for name, variant in ((name, variant) for name, variant in VARIANTS.items() if name in steps):
         pipeline = DiffusionPipeline.from_pretrained(GENERATOR / "final")
         pipeline.set_progress_bar_config(disable=True)
-        swap_vae(pipeline, find_model_class(variant.model["name"]).from_pretrained(RUNS / f"{name}-0/final"))
+        swap_vae(
+            pipeline, find_model_class(variant.model["name"]).from_pretrained(RUNS / f"{name}-0-{steps[name]}/final")
+        )
         latents = sample(pipeline, "latent")
         assert sampled is None or torch.equal(latents, sampled), f"{name}: the generator samples other latents"
         sampled = latents

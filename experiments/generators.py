@@ -139,7 +139,7 @@ VARIANTS = {
 
 def make_row(task: Task) -> dict:
     """Trains one generator with one seed, and measures its samples."""
-    tokenizer, cache = glyph_texts.prepare(task, texts=False)
+    tokenizer, cache = glyph_texts.prepare(task, task.steps / STEPS, texts=False)
     train(glyph_texts.generator_config(task, tokenizer, cache))
     shutil.rmtree(task.run / "checkpoints")
     pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
@@ -175,7 +175,8 @@ def tables(report: dict) -> str:
         for name in (name for name in VARIANTS if name in rows):
             own = rows[name]
             cells = [with_std([row["samples"][number][key] for row in own], count) for key, count in COLUMNS.items()]
-            times = [f"{min(row['seconds_per_image'] for row in own):.4f}"]
+            seconds = min(row["seconds_per_image"] for row in own)
+            times = [f"{seconds:.4f}" if scale == GUIDANCE_SCALES[-1] else ""]
             lines.append([f"`{name}`", len(own), f"{own[0]['params'] / 1e6:.1f} M", scale, *cells, *times])
     columns = ["FD", "accuracy", "IS", "precision", "recall", "seams", "s/image"]
     return format_table(["row", "seeds", "parameters", "guidance", *columns], lines)

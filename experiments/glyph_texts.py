@@ -98,7 +98,7 @@ VARIANTS = {
 
 def make_row(task: Task) -> dict:
     """Trains one generator with one seed, and reads what it makes of texts."""
-    tokenizer, cache = prepare(task)
+    tokenizer, cache = prepare(task, task.steps / STEPS)
     train_generator(generator_config(task, tokenizer, cache))
     shutil.rmtree(task.run / "checkpoints")
     pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
@@ -145,17 +145,19 @@ def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -
     return {"attributes": found, **GLYPHS.metrics(samples, attributes["label"])}
 
 
-def prepare(task: Task, *, texts: bool = True) -> tuple[Path, Path]:
+def prepare(task: Task, longer: float, *, texts: bool = True) -> tuple[Path, Path]:
     """The tokenizer, and the cache of its tokens, with the embeddings of captions or not; made once for all rows.
 
-    The tokenizer is that of the experiment whose row it is, if that has left it in the folder beside `task.runs`.
+    The tokenizer is that of the experiment whose row it is, if that has left it in the folder beside `task.runs`; it is
+    trained so many times longer than there by default.
     """
     name = task.variant.tokenizer
-    cache = task.runs / f"cache-{name}"
     module, recipe = (latents, latents.tokenizer_config) if name == LATENTS else (codebooks, codebooks.recipe)
     runs = task.runs.with_name(module.COMPARISON.name)
-    own = Task(name, module.VARIANTS[name], 0, module.STEPS, runs, task.resolution, task.batch_size)
+    steps = round(longer * module.STEPS)
+    own = Task(name, module.VARIANTS[name], 0, steps, runs, task.resolution, task.batch_size)
     runs.mkdir(parents=True, exist_ok=True)
+    cache = task.runs / f"cache-{name}-{steps}"
     with FileLock(own.beside(".lock")):
         if not (own.run / "final").exists():
             train_tokenizer(recipe(own))
@@ -184,7 +186,8 @@ def tables(report: dict) -> str:
                 own = [row[split][number] for row in rows[name]]
                 cells = [with_std([entry["attributes"][key] for entry in own], 3) for key in ATTRIBUTES]
                 times = [row["seconds_per_image"] for row in rows[name]]
-                cells += [with_std([entry["fd"] for entry in own], 1), f"{min(times):.3f}"]
+                seconds = f"{min(times):.3f}" if scale == GUIDANCE_SCALES[-1] else ""
+                cells += [with_std([entry["fd"] for entry in own], 1), seconds]
                 lines.append([f"`{name}`", len(own), note, scale, *cells])
     return format_table(["row", "seeds", "texts", "guidance", *ATTRIBUTES, "FD", "s/image"], lines)
 

@@ -17,11 +17,12 @@ pictures.
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
@@ -234,7 +235,12 @@ def tokenizer_metrics(task: Task) -> dict:
     budget = measure_budget(vae, own.size)
     reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(own), "f": patch_size(vae)}
-    row |= {"gflop": budget.flops / 1e9, "params": budget.params, "floats_per_image": budget.floats_per_image}
+    row |= {
+        "mixed_precision": fastest_precision(),
+        "gflop": budget.flops / 1e9,
+        "params": budget.params,
+        "floats_per_image": budget.floats_per_image,
+    }
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve]), "curve": curve}
     row["latents"] = measure_latents(vae, images, labels)
@@ -297,7 +303,7 @@ def on_plateau(errors: list[float]) -> bool:
 
 
 def generator_metrics(task: Task) -> dict:
-    run = task.run.with_name(f"{task.name}-{task.seed}-generator")
+    run = task.beside("-generator")
     tokenizer = load_tokenizer(str(task.run / "final"))
     images = task.variant.images
     latents = write_cache(tokenizer, images, run.with_name(f"{run.name}-latents"))
@@ -331,6 +337,17 @@ def generator_metrics(task: Task) -> dict:
     last = {key: value for key, value in curve[-1].items() if key != "steps"}
     distances = [point["unguided"]["fd"] for point in curve]
     return {**last, "velocity": log[-1]["velocity"], "plateau": on_plateau(distances), "curve": curve}
+
+
+def trained_generator(task: Task, name: str, seed: int) -> Path:
+    """The run folder of the generator of a row of this experiment, which is made if it is not beside `task.runs`."""
+    runs = task.runs.with_name(COMPARISON.name)
+    runs.mkdir(parents=True, exist_ok=True)
+    own = replace(task, name=name, variant=VARIANTS[name], seed=seed, runs=runs, pictures=None)
+    with FileLock(own.beside(".lock")):
+        if not (own.beside("-generator") / "final").exists():
+            make_row(own)
+    return own.beside("-generator")
 
 
 def write_cache(tokenizer, images: TrainingSet, folder: Path, low_pass: float | None = None) -> Path:
@@ -367,12 +384,15 @@ def save_pictures(task: Task, samples: Dataset) -> None:
 
 
 def finish(report: dict, stem) -> None:
-    """Adds what real pictures that nobody has seen reach: no generator can be expected to be closer."""
+    """Adds what as many glyphs as samples reach that nobody has seen: no generator can be expected to be closer.
+
+    Of photographs, those that nobody has seen show other things, and are no such floor.
+    """
     report["real"] = {}
-    for own in (GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128):
-        if any(row["data"] == str(own) for row in report["rows"]):
-            images, labels = load_images(own, "heldout")
-            report["real"][str(own)] = own.metrics(InMemoryImages(images), labels)
+    if any(row["data"] == str(GLYPHS) for row in report["rows"]):
+        images, labels = load_images(GLYPHS, "heldout")
+        chosen = torch.linspace(0, len(images) - 1, GLYPHS.samples).long()
+        report["real"][str(GLYPHS)] = GLYPHS.metrics(InMemoryImages(images[chosen]), labels[chosen])
 
 
 COMPARISON = Comparison(

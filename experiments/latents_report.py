@@ -1,5 +1,6 @@
 """What experiments/latents.py writes of its rows: the table, correlations, and the sheet of samples."""
 
+import statistics
 from pathlib import Path
 
 from PIL import Image
@@ -67,10 +68,10 @@ def tables(report: dict, names: list[str]) -> str:
         own = {name: rows[name] for name in names if name in rows}
         if own:
             parts += [f"## {data}", table(own, "autoencoder", AUTOENCODERS), table(own, "latents of", GENERATORS)]
-        if data in report["real"]:
-            real = report["real"][data]
+        real = report.get("real", {}).get(data)
+        if real is not None:
             classes = f", IS {real['is']:.1f} and an accuracy of {real['accuracy']:.2f}" if "accuracy" in real else ""
-            parts.append(f"Real {data} that nobody has seen have FD {real['fd']:.1f}{classes}.")
+            parts.append(f"As many real pictures that nobody has seen have FD {real['fd']:.1f}{classes}.")
     return "\n\n".join([*parts, correlations(report)])
 
 
@@ -91,22 +92,32 @@ def table(rows: dict[str, list[dict]], head: str, columns: Columns) -> str:
 
 def _cell(rows: list[dict], place: str, digits: int) -> str:
     """The mean of a value over seeds; nothing where rows do not have it."""
-    values: list = rows
-    for key in place.split("."):
-        values = [value[int(key)] if isinstance(value, list) else (value or {}).get(key) for value in values]
+    values = _values(rows, place)
     return "" if None in values else with_std(values, digits)
 
 
+def _values(rows: list[dict], place: str) -> list:
+    values: list = rows
+    for key in place.split("."):
+        values = [value[int(key)] if isinstance(value, list) else (value or {}).get(key) for value in values]
+    return values
+
+
 def correlations(report: dict) -> str:
-    """Spearman's rank correlation of each meter with the FD of samples, over the rows of glyphs at f8."""
+    """Spearman's rank correlation of each meter with the FD of samples, over means of autoencoders of glyphs at f8."""
     rows = [row for row in report["rows"] if row["f"] == 8 and row["data"] == str(GLYPHS)]
-    if len(rows) < 4:
+    models = rows_by_model({"rows": rows})
+    if len(models) < 4:
         return ""
-    distances = [row["generator"]["unguided"]["fd"] for row in rows]
-    meters = {name: [row["latents"][name] for row in rows] for name in ("VIV", "rho", "phi", "SEC 1/4", "LNC")}
-    meters |= {
-        "Recon": [row["recon"] for row in rows],
-        "FD of reconstructions": [r["reconstructions"]["fd"] for r in rows],
-    }
-    found = [f"{name} {spearmanr(values, distances).statistic:+.2f}" for name, values in meters.items()]
-    return f"Rank correlation with the FD of samples, {len(rows)} rows of glyphs at f8: {', '.join(found)}."
+    meters = {name: f"latents.{name}" for name in ("VIV", "rho", "phi", "SEC 1/4", "LNC")}
+    meters |= {"Recon": "recon", "FD of reconstructions": "reconstructions.fd"}
+    lines = []
+    for kind in ("unguided", "guided"):
+        distances = _means(models, f"generator.{kind}.fd")
+        found = [f"{name} {spearmanr(_means(models, at), distances).statistic:+.2f}" for name, at in meters.items()]
+        lines.append(f"with the FD of {kind} samples: {', '.join(found)}")
+    return f"Rank correlation over {len(models)} autoencoders of glyphs at f8, {'; '.join(lines)}."
+
+
+def _means(models: dict[str, list[dict]], place: str) -> list[float]:
+    return [statistics.mean(_values(rows, place)) for rows in models.values()]

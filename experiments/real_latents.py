@@ -119,7 +119,7 @@ class Variant:
         """What train_tokenizer.py is given."""
         model = {"name": "AutoencoderTinyFA", "latent_channels": 32, "latent_pooling": True, **self.model}
         if self.after is not None:
-            model["from_pretrained"] = str(task.runs / f"{self.after}-{task.seed}/final")
+            model["from_pretrained"] = str(predecessor(task, self.after).run / "final")
         elif self.warm:
             model["from_pretrained"] = str(teacher_folder())
         own = {"resolution": task.resolution, "batch_size": task.batch_size, "steps": task.steps or 1, **self.train}
@@ -238,15 +238,19 @@ def make_row(task: Task) -> dict:
 
 def train_once(task: Task) -> TokenizerConfig:
     """Trains a row, and before it the one that it goes on from, unless another process has done so."""
-    after = task.variant.after
-    if after is not None:
-        steps = COMPARISON.steps_of(after, round(task.steps / task.variant.length))
-        train_once(replace(task, name=after, variant=VARIANTS[after], steps=steps))
+    if task.variant.after is not None:
+        train_once(predecessor(task, task.variant.after))
     with FileLock(task.beside(".lock")):
         config = load_recipe(TokenizerConfig, task, task.variant.recipe(task))
         if not (task.run / "final").exists():
             train(config)
     return config
+
+
+def predecessor(task: Task, name: str) -> Task:
+    """The row of this name and a row's seed that it goes on from."""
+    steps = COMPARISON.steps_of(name, round(task.steps / task.variant.length))
+    return replace(task, name=name, variant=VARIANTS[name], steps=steps)
 
 
 @torch.no_grad()

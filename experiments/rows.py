@@ -51,8 +51,8 @@ class Task:
 
     @property
     def run(self) -> Path:
-        """The run folder of this row."""
-        return self.runs / f"{self.name}-{self.seed}"
+        """The run folder of this row; one of another length has another."""
+        return self.runs / f"{self.name}-{self.seed}-{self.steps}"
 
     def beside(self, suffix: str) -> Path:
         """A file next to the run folder."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
-from filelock import FileLock
 
 from benchmarks.timing import environment
 from experiments import latents
@@ -45,7 +44,7 @@ VARIANTS = {
 
 def make_row(task: Task) -> dict:
     """Samples with one solver, with several numbers of evaluations."""
-    pipeline = DiffusionPipeline.from_pretrained(trained_generator(task) / "final")
+    pipeline = DiffusionPipeline.from_pretrained(latents.trained_generator(task, "stock", 0) / "final")
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(GLYPHS), "curve": []}
     for evaluations in EVALUATIONS:
         pipeline.scheduler = flow_scheduler(task.variant.solver)
@@ -57,16 +56,6 @@ def make_row(task: Task) -> dict:
         metrics = GLYPHS.metrics(samples, torch.arange(len(samples)) % GLYPHS.num_classes)
         row["curve"].append({"evaluations": evaluations, **metrics})
     return row | environment()
-
-
-def trained_generator(task: Task):
-    """The run folder of the generator on the latents of `stock`, with seed 0; made once for all rows."""
-    stock = Task("stock", latents.VARIANTS["stock"], 0, task.steps, task.runs, task.resolution, task.batch_size)
-    generator = stock.run.with_name(f"{stock.run.name}-generator")
-    with FileLock(task.runs / "generator.lock"):
-        if not (generator / "final").exists():
-            latents.make_row(stock)
-    return generator
 
 
 def tables(report: dict) -> str:

@@ -62,7 +62,7 @@ def test_a_tokenizer_is_a_codec(files, monkeypatch):
     monkeypatch.setattr(compression, "PICTURES", (0, 1))
     monkeypatch.setitem(compression.TRAIN, "batch_size", 2)
     row = compression.make_row(task_of("latents_med", files))
-    assert row["validation"]["bpp"] == pytest.approx(0.5, rel=0.1) and (files / "latents-0/final").is_dir()
+    assert row["validation"]["bpp"] == pytest.approx(0.5, rel=0.1) and [*files.glob("latents-0-*/final")]
     assert "`latents_med` | 1 |" in compression.tables({"rows": [row]})
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from experiments import codebooks, generators, glyph_texts, glyphs, latents, samplers, training_sets
+from experiments import codebooks, generators, glyph_texts, glyphs, guidance, latents, samplers, training_sets
 from experiments.glyphs import ATTRIBUTES, CHARACTERS, GlyphClassifier, GlyphExtractor, accuracies
 from experiments.latents import VARIANTS, on_plateau, tokenizer_config
 from experiments.rows import Task
@@ -116,14 +116,19 @@ def test_a_row_has_all_measures(name, small, classifier, monkeypatch):
     assert (small / f"pictures/{name}.png").exists()
     assert not list(small.glob("*latents")) and not list(small.glob("*smooth"))
     report = {"rows": [row], "real": {str(fewer): row["reconstructions"]}}
-    assert f"`{name}` | 1 | 8" in latents.COMPARISON.tables(report)
+    assert f"| `{name}` | 1 |" in latents.COMPARISON.tables(report)
 
     if classes > 1:  # other solvers sample the same generator
-        monkeypatch.setattr(samplers, "trained_generator", lambda task: small / f"{name}-0-generator")
+        generator = task.beside("-generator")
+        monkeypatch.setattr(latents, "trained_generator", lambda task, name, seed: generator)
         monkeypatch.setattr(samplers, "GLYPHS", fewer)
         monkeypatch.setattr(samplers, "EVALUATIONS", (2,))
         row = samplers.make_row(replace(task, name="sde", variant=samplers.VARIANTS["sde"]))
         assert row["curve"][0]["evaluations"] == 2 and "| `sde` | 1 |" in samplers.tables({"rows": [row]})
+        monkeypatch.setattr(guidance, "GLYPHS", fewer)
+        monkeypatch.setattr(guidance, "SCALES", (1.5,))
+        row = guidance.make_row(replace(task, name="stock"))
+        assert row["scales"][0]["fd"] > 0 and "| `stock` | 1 | 1.5 |" in guidance.tables({"rows": [row]})
 
 
 def test_plateaus():
@@ -150,20 +155,20 @@ def test_a_row_of_glyph_texts(small, classifier, monkeypatch):
     monkeypatch.setattr(glyph_texts, "PROMPTS", 5)
     monkeypatch.setattr(glyph_texts, "SPLITS", {"heldout": "texts"})
     monkeypatch.setattr(glyph_texts, "GUIDANCE_SCALES", (2.0,))
-    for module in (codebooks, latents):
+    for module in (codebooks, latents, glyph_texts):
         monkeypatch.setattr(module, "STEPS", 20)
     runs = small / "glyph_texts"
     runs.mkdir()
     task = Task("tokens", glyph_texts.VARIANTS["tokens"], seed=0, steps=20, runs=runs, resolution=32, batch_size=64)
     row = glyph_texts.make_row(task)
-    assert (small / "codebooks/dsl-0/final").exists()
+    assert (small / "codebooks/dsl-0-20/final").exists()
     assert set(row["heldout"][0]["attributes"]) == set(ATTRIBUTES) and row["heldout"][0]["fd"] > 0
     report = {"rows": [row]}
     assert "| `tokens` | 1 | texts | 2.0 |" in glyph_texts.tables(report)
 
 
 def test_a_row_of_generators(small, classifier, monkeypatch):
-    for module in (codebooks, latents):
+    for module in (codebooks, latents, generators):
         monkeypatch.setattr(module, "STEPS", 20)
     fewer = replace(training_sets.GLYPHS, batch_sizes=(4, 4), samples=94)
     monkeypatch.setitem(VARIANTS, "stock", replace(VARIANTS["stock"], images=fewer))

@@ -87,8 +87,8 @@ def test_a_row_that_goes_on_from_another_trains_that_first(files, monkeypatch):
     common = {"seed": 0, "runs": files, "resolution": 64, "batch_size": 2}
     after = Task(name="wavelet_2_longer", variant=VARIANTS["wavelet_2_longer"], steps=4, **common)
     config = real_latents.train_once(after)
-    assert config.model["from_pretrained"] == str(files / "wavelet_2_long-0/final")
-    assert trained == [("wavelet_2_long-0", 10), ("wavelet_2_longer-0", 4)]
+    assert config.model["from_pretrained"] == str(files / "wavelet_2_long-0-10/final")
+    assert trained == [("wavelet_2_long-0-10", 10), ("wavelet_2_longer-0-4", 4)]
     real_latents.train_once(after)
     assert len(trained) == 2  # by whichever process
 

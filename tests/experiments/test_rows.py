@@ -15,6 +15,7 @@ from experiments import (
     generator_quality,
     generators,
     glyph_texts,
+    guidance,
     latents,
     samplers,
     stft,
@@ -61,15 +62,15 @@ def test_rows_have_processes_of_their_own(tmp_path):
     variants = {"good.1": Guess("works", 1.0), "good.2": Guess("works", 2.0), "bad": Guess("fails", None)}
     comparison = Comparison("guesses", variants, guess, tables, steps=10, seeds=1)
     options = ["--output", str(tmp_path / "guesses.json"), "--runs", str(tmp_path), "--jobs", "2"]
-    with pytest.raises(RuntimeError, match="bad-0.log"):
+    with pytest.raises(RuntimeError, match="bad-0-10.log"):
         main(comparison, "", options)
-    assert "TypeError" in (tmp_path / "bad-0.log").read_text()
+    assert "TypeError" in (tmp_path / "bad-0-10.log").read_text()
     rows = json.loads((tmp_path / "guesses.json").read_text())["rows"]
     assert [(row["model"], row["value"]) for row in rows] == [("good.1", 1.0), ("good.2", 2.0)]
-    assert (tmp_path / "good.1-0.log").exists() and (tmp_path / "good.2-0.log").exists()
+    assert (tmp_path / "good.1-0-10.log").exists() and (tmp_path / "good.2-0-10.log").exists()
 
 
-@pytest.mark.parametrize("experiment", [*EXPERIMENTS, compression, generators, stft])
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, compression, generators, guidance, stft])
 def test_every_variant_can_be_sent_to_a_process(experiment):
     variants = experiment.COMPARISON.variants
     assert pickle.loads(pickle.dumps(variants)).keys() == variants.keys()

@@ -69,7 +69,7 @@ def test_a_tokenizer_is_trained_and_measured(tmp_path, monkeypatch):
     assert [point["steps"] for point in row["curve"]] == [1, 2, 3, 4]
     assert row["floats_per_image"] == 64 and row["recon"] > 0 and set(row["test"]) >= {"recon", "low", "high"}
     assert row["recon"] == pytest.approx((row["low"] + 3 * row["high"]) / 4, rel=1e-4)
-    assert not (tmp_path / "runs/tiny-0/checkpoints").exists()
+    assert not (tmp_path / "runs/tiny-0-4/checkpoints").exists()
     assert "| `tiny` | 1 | 0.1 M |" in output.with_suffix(".md").read_text()
 
 

@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Which guidance do samples need? Generators on the latents of several autoencoders at several scales, on glyphs.
+
+    python scripts/glyphs.py --output glyphs
+    FAVAE_GLYPHS=glyphs python -m experiments.guidance
+
+The generators are those of experiments/latents.py, which are trained if they are not in its run folder. Generators of
+different latents are best at different scales, so that one scale for all is fair to none. The Fréchet distance is that
+to the training set. Writes docs/results/guidance.json and .md.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+
+from benchmarks.timing import environment
+from experiments import latents
+from experiments.glyphs import trained_classifier
+from experiments.report import format_table, rows_by_model, with_std
+from experiments.rows import Comparison, Task, main
+from experiments.training_sets import GLYPHS
+from favae.eval.image_sets import SampleFolder
+from favae.eval.sampling import sample_to_folder
+
+SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    note: str
+    length: float = 1.0
+
+
+NAMES = ("stock", "split", "stock_aligned", "split_aligned")
+VARIANTS = {name: Variant(latents.VARIANTS[name].note) for name in NAMES}
+
+
+def make_row(task: Task) -> dict:
+    """Samples one generator at each scale."""
+    pipeline = DiffusionPipeline.from_pretrained(latents.trained_generator(task, task.name, task.seed) / "final")
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(GLYPHS), "scales": []}
+    for scale in SCALES:
+        folder = task.run / f"samples-{scale}"
+        options = {"guidance_scale": scale, "num_inference_steps": latents.NUM_INFERENCE_STEPS, "batch_size": 200}
+        sample_to_folder(pipeline, folder, GLYPHS.samples, seed=task.seed, **options)
+        samples = SampleFolder(folder)
+        metrics = GLYPHS.metrics(samples, torch.arange(len(samples)) % GLYPHS.num_classes)
+        row["scales"].append({"guidance_scale": scale, **metrics})
+    return row | environment()
+
+
+COLUMNS = {"fd": 1, "accuracy": 2, "is": 1, "precision": 2, "recall": 2}
+
+
+def tables(report: dict) -> str:
+    rows, lines = rows_by_model(report), []
+    for name in (name for name in VARIANTS if name in rows):
+        for own in zip(*(row["scales"] for row in rows[name])):
+            cells = [with_std([entry[key] for entry in own], digits) for key, digits in COLUMNS.items()]
+            lines.append([f"`{name}`", len(own), own[0]["guidance_scale"], *cells])
+    return format_table(["latents of", "seeds", "scale", "FD", "accuracy", "IS", "precision", "recall"], lines)
+
+
+COMPARISON = Comparison(
+    name="guidance",
+    variants=VARIANTS,
+    prepare=trained_classifier,
+    make_row=make_row,
+    tables=tables,
+    steps=latents.STEPS,
+    seeds=1,
+    resolution=GLYPHS.size,
+    batch_size=GLYPHS.batch_sizes[0],
+    other_sizes=False,
+    pictures=False,
+)
+
+if __name__ == "__main__":
+    main(COMPARISON, __doc__)
