@@ -118,7 +118,7 @@ def finish(report: dict, stem: Path) -> None:
 def tables(report: dict) -> str:
     untrained = [
         f"`{shortcut}` Recon {errors['recon']:.4f}, Low {errors['low']:.4f}, High {errors['high']:.5f}"
-        for shortcut, errors in report["linear"].items()
+        for shortcut, errors in report.get("linear", {}).items()
     ]
     sections = [
         short_table(report, list(VARIANTS), "stock"),

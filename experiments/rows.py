@@ -108,10 +108,10 @@ class Comparison:
         return round(steps * self.variants[name].length)
 
     def markdown(self, report: dict) -> str:
-        """What docs/results/NAME.md holds: the command, the tables, and a note on each variant."""
+        """What docs/results/NAME.md holds: the tables, and a note on each variant."""
         shown = {row["model"] for row in report["rows"]}
         notes = [f"- `{name}`: {variant.note}" for name, variant in self.variants.items() if name in shown]
-        head = f"# {self.name}\n\nWritten by `{report['command']}` from {self.name}.json; see docs/results.md."
+        head = f"# {self.name}\n\nOf {self.name}.json, which has the commands; see docs/results.md."
         return "\n".join([head, "", self.tables(report), "", *notes, ""])
 
 
