@@ -99,6 +99,7 @@ def make_row(task: Task) -> dict:
         reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
     log = read_json_lines(task.run / "metrics.jsonl")[-1]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": "glyphs", "curve": curve}
+    row |= {"mixed_precision": fastest_precision()}
     row |= {"gflop": budget.flops / 1e9, "params": budget.params, "bits_per_image": budget.bits_per_image}
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve])}

@@ -123,7 +123,10 @@ def make_row(task: Task) -> dict:
     model, run = trained(task)
     log = read_json_lines(run / "metrics.jsonl")
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": model.num_parameters()}
-    row |= {"curve": [[r["step"], r["reconstruction"], r.get("bits_per_pixel")] for r in log]}
+    row |= {
+        "mixed_precision": fastest_precision(),
+        "curve": [[r["step"], r["reconstruction"], r.get("bits_per_pixel")] for r in log],
+    }
     codec = codec_of(task, model)
     for split, extractors in (("validation", []), ("heldout", [lite()])):
         metrics = measure_codec(codec, PHOTOGRAPHS_128.dataset(split), extractors)

@@ -81,6 +81,7 @@ def make_row(task: Task) -> dict:
     with torch.no_grad():
         reconstructions = torch.cat([reconstruct(vae, batch) for batch in images.split(256)])
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": "glyphs, gray", "curve": curve}
+    row |= {"mixed_precision": fastest_precision()}
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve])}
     row["high_power"] = float(high_power(reconstructions).mean() / high_power(images).mean())
