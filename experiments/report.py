@@ -30,9 +30,9 @@ def format_table(columns: list[str], lines: list[list]) -> str:
 
 
 def with_std(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over seeds; the mean alone of a single seed."""
+    """Mean and standard deviation over seeds; the mean alone of a single seed, or of equal values."""
     text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+    return text if len(set(values)) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def mean_ratio(own: list[dict], reference: list[dict], *keys: str) -> float:
