@@ -9,8 +9,8 @@ steps, the discriminator; without LPIPS. "ffl" adds the focal frequency loss of 
 dynamic spectrum loss, "both" both, and "published" weakens the squared error 255 times, as the published training of
 FA-HiFiC did by a mistake. Two tokenizers that were not made for files are in the same table: "latents", of an
 AutoencoderKLFA, rounded as coarsely as the rate wants, and "codes", of a VQModelFA, each written with as many bits as
-it is frequent. Windows of 64 px of photographs are learned; whole crops of 128 px of other pictures are written to
-files and read. Settings were chosen on validation crops. Writes docs/results/compression.json, .md and pictures.
+it is frequent. Crops of 128 px of photographs are learned; those of other pictures are written to files and read.
+Settings were chosen on validation crops. Writes docs/results/compression.json, .md and pictures.
 """
 
 from dataclasses import dataclass, field, replace
@@ -46,7 +46,7 @@ from favae.files import read_json_lines
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
-STEPS = 6_000
+STEPS = 3_000
 FEATURES = "efficientnet-lite0"
 COUNTED = 500  # training pictures that say how often a number or a token occurs
 PICTURES = (0, 90, 170, 250, 330, 420)
@@ -61,9 +61,10 @@ MODEL = {
     "hyper_channels": 48,
 }
 TRAIN = {
-    "resolution": 64,
-    "batch_size": 8,
-    "learning_rate": 1e-3,
+    "resolution": 128,  # of windows of 64 px, the hyperprior would learn borders alone, and files be twice as large
+    "batch_size": 4,
+    "optimizer": "muon",  # after 500 steps, half of the error of AdamW on validation crops
+    "learning_rate": 3e-3,
     "betas": [0.9, 0.99],
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 100,
@@ -109,7 +110,7 @@ CODES = {
     "quantizer": "residual",
     "num_quantizers": 2,
     "frequency_complement": None,
-    "sample_size": 64,
+    "sample_size": PHOTOGRAPHS_128.size,
 }
 VARIANTS |= {
     f"latents_{rate}": Variant(f"rounded latents, about {bpp} bits per pixel", rate, tokenizer=SPLIT)
@@ -181,7 +182,7 @@ def recipe(task: Task) -> TokenizerConfig:
         model, scaled = variant.tokenizer, {"kl": 1e-6}
     sections = {
         "model": model,
-        "data": {"path": str(PHOTOGRAPHS_128.file("train")), "label_column": "none", "crop": "window"},
+        "data": {"path": str(PHOTOGRAPHS_128.file("train")), "label_column": "none"},
         "loss": {"reconstruction": "l2", **scaled},
         "train": {**TRAIN, **every, "mixed_precision": fastest_precision()},
     }
@@ -270,8 +271,8 @@ COMPARISON = Comparison(
     seeds=2,
     finish=finish,
     figures=figures,
-    resolution=64,
-    batch_size=8,
+    resolution=PHOTOGRAPHS_128.size,
+    batch_size=TRAIN["batch_size"],
     other_sizes=False,
 )
 
