@@ -46,7 +46,7 @@ from favae.files import read_json_lines
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
-STEPS = 3_000
+STEPS = 12_000
 FEATURES = "efficientnet-lite0"
 COUNTED = 500  # training pictures that say how often a number or a token occurs
 PICTURES = (0, 90, 170, 250, 330, 420)

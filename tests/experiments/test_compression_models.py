@@ -47,7 +47,7 @@ def test_every_recipe_is_valid(name, files):
 
 def test_a_row_is_measured_by_its_files(files, monkeypatch):
     monkeypatch.setattr(compression, "PICTURES", (0, 1))
-    monkeypatch.setitem(compression.TRAIN, "batch_size", 2)
+    monkeypatch.setattr(compression, "TRAIN", compression.TRAIN | {"resolution": 64, "batch_size": 2})
     row = compression.make_row(task_of("both_low", files))
     assert row["heldout"]["bpp"] > 8 * 26 / 128**2 and row["heldout"]["PSNR"] > 5 and row["curve"][-1][0] == 6
     assert row["heldout"][f"rFD({FEATURES})"] > 0 and (files / "pictures/both_low.png").exists()
@@ -60,7 +60,7 @@ def test_a_row_is_measured_by_its_files(files, monkeypatch):
 
 def test_a_tokenizer_is_a_codec(files, monkeypatch):
     monkeypatch.setattr(compression, "PICTURES", (0, 1))
-    monkeypatch.setitem(compression.TRAIN, "batch_size", 2)
+    monkeypatch.setattr(compression, "TRAIN", compression.TRAIN | {"resolution": 64, "batch_size": 2})
     row = compression.make_row(task_of("latents_med", files))
     assert row["validation"]["bpp"] == pytest.approx(0.5, rel=0.1) and [*files.glob("latents-0-*/final")]
     assert "`latents_med` | 1 |" in compression.tables({"rows": [row]})
