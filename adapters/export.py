@@ -90,13 +90,11 @@ def differences_from_comfyui(config: Mapping) -> list[str]:
 
 
 def _open_transformer(folder: Path) -> LightningDiTTransformer2DModel:
-    subfolder, model_class = None, LightningDiTTransformer2DModel
-    if (folder / "model_index.json").is_file():
-        subfolder = "transformer"
+    subfolder = "transformer" if (folder / "model_index.json").is_file() else None
     try:
-        name = model_class.load_config(folder, subfolder=subfolder)["_class_name"]
-        if name != model_class.__name__:
-            raise CheckpointError(f"{folder}: a {name} is no {model_class.__name__}")
-        return model_class.from_pretrained(folder, subfolder=subfolder)
+        name = LightningDiTTransformer2DModel.load_config(folder, subfolder=subfolder)["_class_name"]
+        if name != LightningDiTTransformer2DModel.__name__:
+            raise CheckpointError(f"{folder}: a {name} is no LightningDiTTransformer2DModel")
+        return LightningDiTTransformer2DModel.from_pretrained(folder, subfolder=subfolder)
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: no transformer could be opened ({str(error).splitlines()[0]})") from error
