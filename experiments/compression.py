@@ -61,7 +61,7 @@ MODEL = {
     "hyper_channels": 48,
 }
 TRAIN = {
-    "resolution": 128,  # of windows of 64 px, the hyperprior would learn borders alone, and files be twice as large
+    "resolution": 128,  # of windows of 64 px, the hyperprior would learn borders alone
     "batch_size": 4,
     "optimizer": "muon",  # after 500 steps, half of the error of AdamW on validation crops
     "learning_rate": 3e-3,
