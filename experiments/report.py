@@ -138,7 +138,11 @@ def save_strips(folder: Path, models: list[str], file: Path) -> None:
     strips = {name: Image.open(folder / f"{name}.png") for name in names if (folder / f"{name}.png").exists()}
     if not strips:
         return
-    figure, axes = plt.subplots(len(strips), 1, figsize=(6, 1.15 * len(strips)), constrained_layout=True, squeeze=False)
+    first = next(iter(strips.values()))
+    height = 0.1 + 6 * first.height / first.width  # inches of each
+    figure, axes = plt.subplots(
+        len(strips), 1, figsize=(6, height * len(strips)), constrained_layout=True, squeeze=False
+    )
     for axis, (name, strip) in zip(axes[:, 0], strips.items()):
         axis.imshow(strip, interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
