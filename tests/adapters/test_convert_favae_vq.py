@@ -41,7 +41,7 @@ def test_published_codec_gives_the_same_indices_and_images(layout, tmp_path):
     torch.testing.assert_close(quantized.latents, codes, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.lookup(indices), codes, atol=1e-5, rtol=1e-5)
     images = original.decode(codes)
-    torch.testing.assert_close(model(IMAGES).sample, images, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(IMAGES).sample, images, atol=1e-4, rtol=1e-4)
 
     model.save_pretrained(tmp_path)
     for other in (VQModelFA.from_pretrained(tmp_path), copy.deepcopy(model)):
