@@ -76,7 +76,8 @@ torch.set_num_threads(1)  # tiny tensors; threads would only wait for each other
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.parent.name != "training")  # the longest first, so that no worker waits
+    # The longest first, so that no worker waits.
+    items.sort(key=lambda item: item.path.parent.name not in ("training", "tests"))
 
 
 @pytest.fixture(autouse=True)
