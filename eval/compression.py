@@ -92,7 +92,10 @@ class TokenizerCodec:
         if not found:
             raise DataError("not one of the images can be read")
         values = torch.cat(found).transpose(0, 1).flatten(1)  # (C, N)
-        self.step = torch.ones(len(values), 1, 1) if self.is_codebook else step * values.std(dim=1).view(-1, 1, 1)
+        self.step = torch.ones(len(values), 1, 1)
+        if not self.is_codebook:
+            std = values.std(dim=1).view(-1, 1, 1)
+            self.step = step * std.masked_fill(std == 0, 1.0)  # of a channel that never changes
         self.largest = math.ceil(MARGIN * (values.unsqueeze(-1) / self.step).abs().max())  # of the rounded numbers
         self.size = vae.num_tokens if isinstance(vae, VQModelFA) else 2 * self.largest + 1
         symbols = self._symbols(values.unsqueeze(-1)).squeeze(-1)

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from favae.signals import Terminated, end_with_launcher, sigterm_raises
 
+SHARED_MEMORY = "shared memory"  # in what PyTorch says when it is full, in the words of a full disk
 FAULTS_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
 
@@ -145,7 +146,7 @@ def exit_on_error(
         if isinstance(error, OSError) and error.errno in FAULTS_OF_A_DISK:
             end_with(error)
         if isinstance(error, RuntimeError) and (
-            str(error).startswith("DataLoader worker") or "shared memory" in str(error)
+            str(error).startswith("DataLoader worker") or SHARED_MEMORY in str(error)
         ):  # mostly for want of memory
             end_with(DataError(f"{one_line(error).rstrip('. ')}; fewer workers (num_workers) need less memory"))
         if _another_has_failed():

@@ -17,7 +17,7 @@ import psutil
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from favae.errors import ConfigError, DataError, DiskFull, FavaeError, FolderInUse
+from favae.errors import SHARED_MEMORY, ConfigError, DataError, DiskFull, FavaeError, FolderInUse
 
 try:
     import fcntl
@@ -41,7 +41,6 @@ LOCK_FILE = ".lock"
 SETTINGS_FILE = "settings.json"  # in a folder of samples, how they were made
 # Some libraries lose the number of the error. PyTorch loses its text, too; then only the disk itself can tell.
 DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded")
-SHARED_MEMORY = "shared memory"  # which PyTorch says is full in the same words
 NOTHING_FREE = 1 << 16  # bytes
 
 

@@ -137,6 +137,15 @@ def test_tokens_are_coded_and_decoded(quantizer):
     assert all(26 < size <= 26 + 4 + tokens * 5 / 8 + 4 for size in sizes)  # 32 entries: 5 bits at most
 
 
+def test_a_channel_that_never_changes_is_coded(tiny_favae):
+    images = ImageDataset(open_source("photos", "heldout"), 32)
+    with torch.no_grad():
+        tiny_favae.quant_conv.weight[0], tiny_favae.quant_conv.bias[0] = 0, 0
+    batch = torch.stack([images[i]["image"] for i in range(2)])
+    decoded, _ = TokenizerCodec(tiny_favae, images, 0.05)(batch)
+    torch.testing.assert_close(decoded, reconstruct(tiny_favae, batch), rtol=0, atol=0.05)
+
+
 def test_finer_steps_cost_more_and_are_nearer(tiny_favae):
     images = ImageDataset(open_source("photos", "heldout"), 32)
     batch = torch.stack([images[i]["image"] for i in range(3)])

@@ -137,6 +137,7 @@ def test_latents_that_cannot_be_measured(tiny_cache):
     write_latent_cache(tokens, ImageDataset(open_source(str(tiny_cache / "images")), 16), tiny_cache / "tokens")
     for words, named in (
         ((), "name latents by --latents CACHE"),
+        (("--latents", tiny_cache / "cache", *images), "--data is for --model"),
         (("--model", tiny_cache / "tokenizer"), "--model needs images"),
         (("--latents", tiny_cache / "tokens"), "holds tokens"),
         (("--latents", tiny_cache / "cache", "--model", tiny_cache / "tokenizer", *images), "at 32 px"),
