@@ -13,8 +13,6 @@ training. Writes docs/results/codebooks.json and .md.
 import shutil
 from dataclasses import dataclass, field
 
-import torch
-
 from benchmarks.timing import environment
 from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages
@@ -22,8 +20,9 @@ from experiments.latents import BOTH, TOKENIZER, error_curve, on_plateau, steps_
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
+from experiments.tokenizers import load_trained, reconstruct_all
 from experiments.training_sets import GLYPHS, load_images
-from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
+from favae.autoencoders import measure_budget
 from favae.data.images import to_uint8
 from favae.files import read_json_lines
 from favae.training.tokenizer_config import TokenizerConfig
@@ -93,10 +92,9 @@ def make_row(task: Task) -> dict:
     images, labels = load_images(GLYPHS, "heldout")
     images = images.float() / 127.5 - 1
     curve = error_curve(task, images)
-    vae = load_autoencoder(str(task.run / "final"))
+    vae = load_trained(task.run / "final")
     budget = measure_budget(vae, GLYPHS.size)
-    with torch.no_grad():
-        reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
+    reconstructions = to_uint8(reconstruct_all(vae, images))
     log = read_json_lines(task.run / "metrics.jsonl")[-1]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": "glyphs", "curve": curve}
     row |= {"mixed_precision": fastest_precision()}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.timing import environment
+from benchmarks.timing import device, environment
 from experiments import glyph_texts, latents
 from experiments.glyph_texts import few_steps, seconds_per_image
 from experiments.glyphs import trained_classifier
@@ -142,7 +142,7 @@ def make_row(task: Task) -> dict:
     tokenizer, cache = glyph_texts.prepare(task, task.steps / STEPS, texts=False)
     train(glyph_texts.generator_config(task, tokenizer, cache))
     shutil.rmtree(task.run / "checkpoints")
-    pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
+    pipeline = DiffusionPipeline.from_pretrained(task.run / "final").to(device())
     log = read_json_lines(task.run / "metrics.jsonl")[-1]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "tokenizer": task.variant.tokenizer}
     row |= {"params": pipeline.transformer.num_parameters()}

@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline
 from filelock import FileLock
 from torchvision.utils import save_image
 
-from benchmarks.timing import environment
+from benchmarks.timing import device, environment, synchronize
 from experiments import codebooks, latents
 from experiments.glyphs import ATTRIBUTES, accuracies, load_glyphs, trained_classifier
 from experiments.image_sets import read_images
@@ -101,7 +101,7 @@ def make_row(task: Task) -> dict:
     tokenizer, cache = prepare(task, task.steps / STEPS)
     train_generator(generator_config(task, tokenizer, cache))
     shutil.rmtree(task.run / "checkpoints")
-    pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
+    pipeline = DiffusionPipeline.from_pretrained(task.run / "final").to(device())
     log = read_json_lines(task.run / "metrics.jsonl")[-1]
     params = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
     loss = log["cross_entropy" if "cross_entropy" in log else "velocity"]
@@ -123,6 +123,7 @@ def seconds_per_image(pipeline: DiffusionPipeline, **options: Any) -> float:
     for _ in range(2):
         start = time.perf_counter()
         latent = pipeline(**options, **few_steps(pipeline), output_type="latent").images
+        synchronize()
         seconds = time.perf_counter() - start
     return seconds / len(latent)
 

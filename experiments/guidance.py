@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.timing import environment
+from benchmarks.timing import device, environment
 from experiments import latents
 from experiments.glyphs import trained_classifier
 from experiments.report import format_table, rows_by_model, with_std
@@ -38,7 +38,8 @@ VARIANTS = {name: Variant(latents.VARIANTS[name].note) for name in NAMES}
 
 def make_row(task: Task) -> dict:
     """Samples one generator at each scale."""
-    pipeline = DiffusionPipeline.from_pretrained(latents.trained_generator(task, task.name, task.seed) / "final")
+    run = latents.trained_generator(task, task.name, task.seed)
+    pipeline = DiffusionPipeline.from_pretrained(run / "final").to(device())
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(GLYPHS), "scales": []}
     for scale in SCALES:
         folder = task.run / f"samples-{scale}"

@@ -27,16 +27,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from benchmarks.timing import environment
+from benchmarks.timing import device, environment
 from experiments.controls import ControlAutoencoder
 from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages, read_images, seams_of
 from experiments.latents_report import figures, tables
 from experiments.precision import fastest_precision
 from experiments.rows import Comparison, Task, load_recipe, main
-from experiments.tokenizers import mean_errors
+from experiments.tokenizers import load_trained, mean_errors, reconstruct_all
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128, TrainingSet, load_images
-from favae.autoencoders import encode, load_autoencoder, measure_budget, reconstruct
+from favae.autoencoders import encode, measure_budget
 from favae.data.images import to_uint8
 from favae.data.latents import load_tokenizer, open_latents, write_latent_cache
 from favae.eval.image_sets import SampleFolder
@@ -73,7 +73,13 @@ GENERATOR = {
     "ema_decay": 0.999,
     "compile": True,
 }
-BOTH = {"max_grad_norm": 1.0, "num_workers": 0, "sample_every": 0, "checkpoints_total_limit": None, "tracker": None}
+BOTH = {
+    "max_grad_norm": 1.0,
+    "num_workers": 2 if torch.cuda.is_available() else 0,  # where reading pictures takes as long as a step
+    "sample_every": 0,
+    "checkpoints_total_limit": None,
+    "tracker": None,
+}
 TRANSFORMER = {
     "name": "LightningDiTTransformer2DModel",
     "num_layers": 6,
@@ -231,9 +237,9 @@ def tokenizer_metrics(task: Task) -> dict:
     images, labels = load_images(own, "heldout")
     images = images.float() / 127.5 - 1
     curve = error_curve(task, images)
-    vae = load_autoencoder(str(task.run / "final"))
+    vae = load_trained(task.run / "final")
     budget = measure_budget(vae, own.size)
-    reconstructions = torch.cat([to_uint8(reconstruct(vae, batch)) for batch in images.split(256)])
+    reconstructions = to_uint8(reconstruct_all(vae, images))
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(own), "f": patch_size(vae)}
     row |= {
         "mixed_precision": fastest_precision(),
@@ -253,7 +259,7 @@ def tokenizer_metrics(task: Task) -> dict:
 def error_curve(task: Task, images: Tensor) -> list[dict]:
     """Errors of the EMA weights of a tokenizer at each point of its training."""
     return [
-        {"steps": step, **mean_errors(load_autoencoder(str(path / "ema")), images)}
+        {"steps": step, **mean_errors(load_trained(path / "ema"), images)}
         for step, path in points(task.run, task.steps)
     ]
 
@@ -286,11 +292,12 @@ def steps_of(task: Task) -> dict:
 
 @torch.no_grad()
 def measure_latents(vae, images: Tensor, labels: Tensor) -> dict[str, float | None]:
-    return latent_metrics(torch.cat([encode(vae, batch).float() for batch in images.split(256)]), labels)[0]
+    batches = images.split(256)
+    return latent_metrics(torch.cat([encode(vae, batch.to(vae.device)).float().cpu() for batch in batches]), labels)[0]
 
 
 def patch_size(vae) -> int:
-    return 32 // encode(vae, torch.zeros(1, 3, 32, 32)).shape[-1]
+    return 32 // encode(vae, torch.zeros(1, 3, 32, 32, device=vae.device)).shape[-1]
 
 
 def on_plateau(errors: list[float]) -> bool:
@@ -317,7 +324,7 @@ def generator_metrics(task: Task) -> dict:
     curve = []
     for step, path in points(run, task.steps):
         transformer = find_model_class(TRANSFORMER["name"]).from_pretrained(path / "ema").eval()
-        pipeline = build_pipeline(config, transformer, tokenizer, open_latents(latents))
+        pipeline = build_pipeline(config, transformer, tokenizer, open_latents(latents)).to(device())
         point, scales = {"steps": step}, dict(UNGUIDED)
         if images.num_classes > 1 and step == task.steps:
             scales |= GUIDED

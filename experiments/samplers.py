@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.timing import environment
+from benchmarks.timing import device, environment
 from experiments import latents
 from experiments.glyphs import trained_classifier
 from experiments.report import format_table, rows_by_model, with_std
@@ -44,7 +44,7 @@ VARIANTS = {
 
 def make_row(task: Task) -> dict:
     """Samples with one solver, with several numbers of evaluations."""
-    pipeline = DiffusionPipeline.from_pretrained(latents.trained_generator(task, "stock", 0) / "final")
+    pipeline = DiffusionPipeline.from_pretrained(latents.trained_generator(task, "stock", 0) / "final").to(device())
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(GLYPHS), "curve": []}
     for evaluations in EVALUATIONS:
         pipeline.scheduler = flow_scheduler(task.variant.solver)

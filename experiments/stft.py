@@ -22,8 +22,8 @@ from experiments.latents import BOTH, TOKENIZER, error_curve, on_plateau, steps_
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
+from experiments.tokenizers import load_trained, reconstruct_all
 from experiments.training_sets import GLYPHS
-from favae.autoencoders import load_autoencoder, reconstruct
 from favae.eval.compression import high_power
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
@@ -77,9 +77,8 @@ def make_row(task: Task) -> dict:
     dataset = GLYPHS.dataset("heldout").with_channels(1)
     images = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
     curve = error_curve(task, images)
-    vae = load_autoencoder(str(task.run / "final"))
-    with torch.no_grad():
-        reconstructions = torch.cat([reconstruct(vae, batch) for batch in images.split(256)])
+    vae = load_trained(task.run / "final")
+    reconstructions = reconstruct_all(vae, images)
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": "glyphs, gray", "curve": curve}
     row |= {"mixed_precision": fastest_precision()}
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}

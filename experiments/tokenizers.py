@@ -13,9 +13,9 @@ from diffusers import ModelMixin
 from torch import Tensor
 from torchvision.utils import save_image
 
-from benchmarks.timing import environment, speedup, time_paired
+from benchmarks.timing import device, environment, speedup, time_paired
 from experiments.rows import Task, load_recipe
-from favae.autoencoders import measure_budget, reconstruct
+from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
 from favae.eval.extraction import image_statistics
@@ -120,7 +120,19 @@ def load_photos(split: str, resolution: int) -> Tensor:
 @torch.no_grad()
 def mean_errors(vae: ModelMixin, images: Tensor) -> dict[str, float]:
     """Means over images of what `image_errors` measures, by lower-case names."""
-    return named_means(torch.cat([image_errors(batch, reconstruct(vae, batch)) for batch in images.split(32)]))
+    batches = (batch.to(vae.device) for batch in images.split(32))
+    return named_means(torch.cat([image_errors(batch, reconstruct(vae, batch)).cpu() for batch in batches]))
+
+
+def load_trained(folder: Path) -> ModelMixin:
+    """An autoencoder that a training has saved, on the GPU if there is one."""
+    return load_autoencoder(str(folder)).to(device())
+
+
+@torch.no_grad()
+def reconstruct_all(vae: ModelMixin, images: Tensor) -> Tensor:
+    """Reconstructions of many images, (N, C, H, W), on the CPU."""
+    return torch.cat([reconstruct(vae, batch.to(vae.device)).cpu() for batch in images.split(256)])
 
 
 def named_means(rows: Tensor) -> dict[str, float]:
