@@ -4,10 +4,10 @@
     python scripts/glyphs.py --output glyphs
     FAVAE_GLYPHS=glyphs python -m experiments.codebooks
 
-One VQGAN of 128 bits per image, without a loss on frequencies; with the focal frequency loss of the image;
-of all levels, unblurred; with fixed Gaussians (spectrum loss) and with learned ones (dynamic spectrum loss); the
-three kinds of frequency complements; and tokens from coarse to fine. Measured on families of fonts that are in no
-training. Writes docs/results/codebooks.json and .md.
+One VQGAN of 128 bits per image, without a loss on frequencies; with the focal frequency loss of the image, with and
+without complements; of all levels, unblurred; with fixed Gaussians (spectrum loss) and with learned ones (dynamic
+spectrum loss); the three kinds of frequency complements; and tokens from coarse to fine. Measured on families of fonts
+that are in no training. Writes docs/results/codebooks.json and .md.
 """
 
 import shutil
@@ -67,6 +67,7 @@ def spectrum(kind: str) -> dict:
 VARIANTS = {
     "none": Variant("no loss on frequencies, no complements", None),
     "complements": Variant("complements, without a loss on them"),
+    "ffl_alone": Variant("the focal frequency loss of the image, without complements", None, FOCAL),
     "ffl": Variant("+ focal frequency loss of the image", loss=FOCAL),
     "ffl_levels": Variant("+ the same of the features at all levels, unblurred", loss=FOCAL | spectrum("none")),
     "sl": Variant("+ spectrum loss: Gaussians of a fixed sigma", loss=FOCAL | spectrum("fixed")),
