@@ -32,20 +32,39 @@ def focal_frequency_loss(prediction: Tensor, target: Tensor, *, alpha: float = 1
     """
     check_same_shape(prediction, target)
     with no_autocast(prediction.device):
-        return _focal_mean(torch.fft.fft2(prediction.float() - target.float(), norm="ortho"), alpha)
+        error = prediction.float() - target.float()
+        return _focal_mean(torch.fft.rfft2(error, norm="ortho"), error.shape[-1], alpha)
 
 
-def _focal_mean(spectrum: Tensor, alpha: float) -> Tensor:
-    """mean w |E|^2 of the complex spectrum E (..., H, W) of an error."""
-    energy = _energy(spectrum)
+def _focal_mean(half_spectrum: Tensor, width: int, alpha: float) -> Tensor:
+    """mean w |E|^2 over all frequencies of the spectrum E of an error."""
+    energy = _energy(half_spectrum)
     weights = energy.detach().sqrt() ** alpha
     largest = weights.amax(dim=(-2, -1), keepdim=True)
-    return (weights / largest.clamp_min(torch.finfo(weights.dtype).tiny) * energy).mean()
+    return _mean(weights / largest.clamp_min(torch.finfo(weights.dtype).tiny) * energy, width)
 
 
-def _energy(spectrum: Tensor) -> Tensor:
+def _energy(half_spectrum: Tensor) -> Tensor:
     """|E|^2, whose gradient is finite at 0, unlike that of abs()."""
-    return spectrum.real.square() + spectrum.imag.square()
+    return half_spectrum.real.square() + half_spectrum.imag.square()
+
+
+def _mean(half: Tensor, width: int) -> Tensor:
+    """The mean over all frequencies of what is alike at opposite ones, (..., H, W // 2 + 1)."""
+    return (half.mean(dim=tuple(range(half.ndim - 1))) * multiplicity(width, half.device)).sum() / width
+
+
+def multiplicity(width: int, device: torch.device | None = None) -> Tensor:
+    """How many frequencies each column of `rfft2` stands for, (width // 2 + 1,).
+
+    A real signal's spectrum has conjugates at opposite frequencies, so a column stands for two, but for those of the
+    frequencies 0 and, if the width is even, 1/2.
+    """
+    counts = torch.full((width // 2 + 1,), 2.0, device=device)
+    counts[0] = 1
+    if width % 2 == 0:
+        counts[-1] = 1
+    return counts
 
 
 def gaussian_spectrum(size: tuple[int, int], sigma: Tensor) -> Tensor:
@@ -134,19 +153,19 @@ class SpectrumLoss(nn.Module):
     def _level_loss(self, complement: Tensor, activation: Tensor, sigma: Tensor) -> Tensor:
         check_same_shape(complement, activation)
         with no_autocast(complement.device):
+            width = complement.shape[-1]
             error = self._blurred_spectrum(complement.float() - activation.float(), sigma)
-            loss = _focal_mean(error, self.alpha)
+            loss = _focal_mean(error, width, self.alpha)
             if self.normalize:
                 target = self._blurred_spectrum(activation.detach().float(), sigma)
-                loss = loss / _energy(target).mean().clamp_min(1e-8)
+                loss = loss / _mean(_energy(target), width).clamp_min(1e-8)
             return loss
 
     def _blurred_spectrum(self, features: Tensor, sigma: Tensor) -> Tensor:
         if self.kernel_size is not None:
-            return torch.fft.fft2(_truncated_blur(features, sigma, self.kernel_size), norm="ortho")
-        return torch.fft.fft2(features, norm="ortho") * gaussian_spectrum(
-            (features.shape[-2], features.shape[-1]), sigma
-        )
+            return torch.fft.rfft2(_truncated_blur(features, sigma, self.kernel_size), norm="ortho")
+        half = torch.fft.rfft2(features, norm="ortho")
+        return half * gaussian_spectrum((features.shape[-2], features.shape[-1]), sigma)[:, : half.shape[-1]]
 
 
 class DynamicSpectrumLoss(SpectrumLoss):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from favae.losses.frequency import multiplicity
 from favae.losses.shapes import check_same_shape
 from favae.precision import no_autocast
 
@@ -57,13 +58,11 @@ class STFTLoss(nn.Module):
         self.window, self.stride, self.phase_weight, self.phase = window, stride, phase_weight, phase
         hann = torch.hann_window(window)
         self.register_buffer("taper", torch.outer(hann, hann), persistent=False)
-        # w_j on the half-plane of `rfft2`; most bins stand for their mirror image as well.
+        # w_j on the half-plane of `rfft2`.
         rows, columns = torch.fft.fftfreq(window), torch.fft.rfftfreq(window)
         radius = (rows.square()[:, None] + columns.square()[None, :]).sqrt()  # (L, L/2 + 1), cycles per pixel
-        multiplicity = torch.full_like(columns, 2.0)
-        multiplicity[0] = multiplicity[-1] = 1
-        weights = radius * multiplicity / (radius * multiplicity).sum()
-        self.register_buffer("weights", weights, persistent=False)
+        weights = radius * multiplicity(window)
+        self.register_buffer("weights", weights / weights.sum(), persistent=False)
 
     def spectrogram(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> complex (B, C, rows, columns, L, L/2 + 1) for windows of L x L pixels."""

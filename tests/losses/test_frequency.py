@@ -17,8 +17,9 @@ from favae.losses.frequency import (
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_focal_frequency_loss_agrees_with_the_package(alpha):
-    prediction, target = torch.randn(3, 3, 16, 24, requires_grad=True), torch.randn(3, 3, 16, 24)
+@pytest.mark.parametrize("size", [(16, 24), (15, 9), (4, 1)])
+def test_focal_frequency_loss_agrees_with_the_package(alpha, size):
+    prediction, target = torch.randn(3, 3, *size, requires_grad=True), torch.randn(3, 3, *size)
     value = focal_frequency_loss(prediction, target, alpha=alpha)
     expected = FocalFrequencyLoss(alpha=alpha)(prediction, target)
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
