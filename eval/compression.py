@@ -233,7 +233,7 @@ def evaluate_compression(
     data_name: str,
     formats: Sequence[Literal["jpeg", "webp", "avif"]],
     training_images: ImageDataset | None = None,
-    steps: Sequence[float] = (0.5,),
+    steps: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
     lpips: LPIPS | None = None,
     batch_size: int = 8,
     num_workers: int = 0,

@@ -19,6 +19,7 @@ from favae.cli_options import (
     open_lpips,
 )
 from favae.commands import add_command
+from favae.errors import ConfigError
 from favae.ranges import Positive, in_range
 
 COMPRESS = """Write images to small files by a compression model.
@@ -87,7 +88,6 @@ def add_evaluation(tasks) -> None:
         "--step",
         type=in_range(Positive),
         nargs="+",
-        default=[0.25, 0.5, 1.0, 2.0],
         help="with --training-data (default: 0.25 0.5 1 2)",
     )
     add_data_options(parser, "--data", split="validation")
@@ -181,6 +181,8 @@ def evaluate_compression(arguments: argparse.Namespace) -> None:
     from favae.eval import compression
     from favae.eval.results import format_table, shown_metrics
 
+    if arguments.step and not arguments.training_data:
+        raise ConfigError("--step is for tokenizers, which need --training-data")
     images, training_images = ImageDataset(open_data(arguments), arguments.resolution), None
     if arguments.training_data:
         others = argparse.Namespace(**{**vars(arguments), "data": arguments.training_data, "split": "train"})
@@ -193,7 +195,7 @@ def evaluate_compression(arguments: argparse.Namespace) -> None:
         data_name=data_name(arguments),
         formats=compression.available_formats() if arguments.formats is None else arguments.formats,
         training_images=training_images,
-        steps=arguments.step,
+        **({"steps": arguments.step} if arguments.step else {}),
         lpips=open_lpips(arguments.lpips_weights),
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from favae.cli_options import (
@@ -70,10 +71,13 @@ a class. SEC: the share of the energy above a quarter and a half of all frequenc
 their latents and neighbors."""
 
 # Options without a default, which say nothing about images that exist.
-SAMPLING_OPTIONS = (
-    "prompts", "guidance_interval", "guidance_channels", "shift", "solver", "num_inference_steps", "temperature",
-    "top_k", "top_p",
-)  # fmt: skip
+# Options of a pipeline, and what `sample_pipeline` calls them.
+SAMPLING_OPTIONS = {
+    **{name: name for name in ("num_images", "labels", "prompts", "guidance_interval", "guidance_channels", "shift")},
+    **{name: name for name in ("solver", "num_inference_steps", "temperature", "top_k", "top_p", "trust_remote_code")},
+    "guidance_scale": "guidance_scales",
+    "seed": "seeds",
+}
 
 
 def add_commands(commands) -> None:
@@ -157,39 +161,36 @@ def _add_generation(tasks) -> None:
     )
     parser.add_argument("--write-npz", action="store_true", help="write the samples for ADM's evaluator too, shuffled")
     group = parser.add_argument_group("sampling, with --pipeline")
-    group.add_argument("--num-images", type=in_range(Count), default=50_000)
-    group.add_argument("--labels", choices=["balanced", "random"], default="balanced")
-    group.add_argument("--prompts", type=Path, help="a text file with a prompt per line, for text-to-image pipelines")
-    group.add_argument(
-        "--guidance-scale", type=in_range(Weight), nargs="+", default=[1.0], help="1 is without guidance"
-    )
-    group.add_argument(
+    add_option = functools.partial(group.add_argument, default=argparse.SUPPRESS)  # `sample_pipeline` has the defaults
+    add_option("--num-images", type=in_range(Count), help="(default: 50,000)")
+    add_option("--labels", choices=["balanced", "random"], help="classes in turn (the default), or at random")
+    add_option("--prompts", type=Path, help="a text file with a prompt per line, for text-to-image pipelines")
+    add_option("--guidance-scale", type=in_range(Weight), nargs="+", help="1, the default, is without guidance")
+    add_option(
         "--guidance-interval",
         type=in_range(Probability),
         nargs=2,
         metavar=("FROM", "TO"),
         help="times with guidance; 1 is data",
     )
-    group.add_argument(
+    add_option(
         "--guidance-channels",
         type=in_range(Count),
         metavar="N",
         help="guide the first N latent channels alone, published 3",
     )
-    group.add_argument("--shift", type=in_range(Shift), help="of the scheduler (default: the pipeline's)")
-    group.add_argument(
+    add_option("--shift", type=in_range(Shift), help="of the scheduler (default: the pipeline's)")
+    add_option(
         "--solver",
         choices=["euler", "heun", "dpm++", "sde"],
         help="of a LightningDiTPipeline: Euler, Heun (two evaluations per step), DPM-Solver++, or an SDE",
     )
-    group.add_argument(
-        "--num-inference-steps", type=in_range(Count), help="(default: 50; 25 per token for CAT's flow head)"
-    )
-    group.add_argument("--seed", type=in_range(Seed), nargs="+", default=[0])
-    group.add_argument("--temperature", type=in_range(Weight), help="of autoregressive pipelines, as the next two")
-    group.add_argument("--top-k", type=in_range(Count))
-    group.add_argument("--top-p", type=in_range(Share))
-    group.add_argument("--trust-remote-code", action="store_true", help="run the code in the pipeline's hub repository")
+    add_option("--num-inference-steps", type=in_range(Count), help="(default: 50; 25 per token for CAT's flow head)")
+    add_option("--seed", type=in_range(Seed), nargs="+", help="(default: 0)")
+    add_option("--temperature", type=in_range(Weight), help="of autoregressive pipelines, as the next two")
+    add_option("--top-k", type=in_range(Count))
+    add_option("--top-p", type=in_range(Share))
+    add_option("--trust-remote-code", action="store_true", help="run the code in the pipeline's hub repository")
     add_data_options(parser, "--reference", split="train")
     add_feature_options(parser)
     add_loading_options(parser)
@@ -288,8 +289,10 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
     from favae.eval.references import Reference
     from favae.eval.results import format_table, shown_metrics
 
-    if arguments.guidance_interval is not None and arguments.guidance_interval[0] > arguments.guidance_interval[1]:
-        raise ConfigError(f"--guidance-interval must rise, got {' '.join(map(str, arguments.guidance_interval))}")
+    sampling = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS if name in arguments}
+    interval = sampling.get("guidance_interval")
+    if interval is not None and interval[0] > interval[1]:
+        raise ConfigError(f"--guidance-interval must rise, got {' '.join(map(str, interval))}")
     extractors = open_extractors(arguments)
     reference = Reference(arguments.data, extractors, lambda: open_data(arguments))
     validation = None
@@ -299,29 +302,13 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
     if arguments.pipeline:
         if arguments.patch_size is not None:
             raise ConfigError("--patch-size is for --samples; that of a pipeline is known")
-        samples = sample_pipeline(
-            arguments.pipeline,
-            arguments.output,
-            num_images=arguments.num_images,
-            labels=arguments.labels,
-            prompts=read_prompts(arguments.prompts) if arguments.prompts else None,
-            guidance_scales=arguments.guidance_scale,
-            guidance_interval=arguments.guidance_interval,
-            guidance_channels=arguments.guidance_channels,
-            shift=arguments.shift,
-            solver=arguments.solver,
-            num_inference_steps=arguments.num_inference_steps,
-            seeds=arguments.seed,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            batch_size=arguments.batch_size,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        if "prompts" in sampling:
+            sampling["prompts"] = read_prompts(sampling["prompts"])
+        settings = {SAMPLING_OPTIONS[name]: value for name, value in sampling.items()}
+        samples = sample_pipeline(arguments.pipeline, arguments.output, **settings, batch_size=arguments.batch_size)
     else:
-        given = [name for name in SAMPLING_OPTIONS if getattr(arguments, name) is not None]
-        if given:
-            raise ConfigError(f"--{given[0].replace('_', '-')} is for --pipeline, not for images that exist")
+        for name in sampling:
+            raise ConfigError(f"--{name.replace('_', '-')} is for --pipeline, not for images that exist")
         samples = given_samples(arguments.samples, arguments.patch_size)
     rows = evaluate_samples(
         samples,

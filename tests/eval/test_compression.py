@@ -85,6 +85,8 @@ def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
     assert rows["jpeg 95"]["rFD(efficientnet-lite0)"] < rows["jpeg 5"]["rFD(efficientnet-lite0)"]
     assert 0.9 < rows["jpeg 95"]["power kept"] < 1.1 and rows["ours"]["bpp"] > 8 * 26 / 32**2
     assert (tmp_path / "rate_distortion.png").exists() and "ours" in capsys.readouterr().out
+    alone = ("evaluate", "compression", "--model", f"kl={tmp_path / 'kl'}", "--step", 1, *words, *options)
+    assert "--step is for tokenizers" in command_error(*alone)
 
 
 @pytest.mark.parametrize("mode, formats", [("L", ["jpeg", "webp"]), ("RGBA", ["webp"])])

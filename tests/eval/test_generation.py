@@ -296,6 +296,7 @@ def test_given_samples_have_seams_and_a_scale_of_real_images(tmp_path):
     assert result["rows"][0]["metrics"]["FDr(efficientnet-lite0)"] == pytest.approx(1)
     assert result["rows"][0]["metrics"]["seams"] > 0
     assert result["protocol"]["patch_size"] == 4 and len(result["protocol"]["validation"]) == 1
+    assert "--num-images is for --pipeline" in command_error(*common, "--samples", others, "--num-images", 4)
     assert "--patch-size is for --samples" in command_error(*common, "--pipeline", "nowhere", "--patch-size", 4)
 
 
