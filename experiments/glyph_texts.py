@@ -147,18 +147,18 @@ def measure(task: Task, pipeline: DiffusionPipeline, split: str, scale: float) -
 
 
 def prepare(task: Task, longer: float, *, texts: bool = True) -> tuple[Path, Path]:
-    """The tokenizer, and the cache of its tokens, with the embeddings of captions or not; made once for all rows.
+    """The tokenizer, and the cache of its tokens, with the embeddings of captions or not; made once for each seed.
 
-    The tokenizer is that of the experiment whose row it is, if that has left it in the folder beside `task.runs`; it is
-    trained so many times longer than there by default.
+    The tokenizer is that of a row with this seed of another experiment, if that has left it in the folder beside
+    `task.runs`; it is trained so many times longer than there by default.
     """
     name = task.variant.tokenizer
     module, recipe = (latents, latents.tokenizer_config) if name == LATENTS else (codebooks, codebooks.recipe)
     runs = task.runs.with_name(module.COMPARISON.name)
     steps = round(longer * module.STEPS)
-    own = Task(name, module.VARIANTS[name], 0, steps, runs, task.resolution, task.batch_size)
+    own = Task(name, module.VARIANTS[name], task.seed, steps, runs, task.resolution, task.batch_size)
     runs.mkdir(parents=True, exist_ok=True)
-    cache = task.runs / f"cache-{name}-{steps}"
+    cache = task.runs / f"cache-{name}-{task.seed}-{steps}"
     with FileLock(own.beside(".lock")):
         if not (own.run / "final").exists():
             train_tokenizer(recipe(own))
