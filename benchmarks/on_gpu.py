@@ -3,14 +3,15 @@
 
     python -m benchmarks.on_gpu                                     (about an hour on one GPU)
     python -m benchmarks.on_gpu --only tokenizer_throughput training_memory
-    FAVAE_GLYPHS=glyphs FAVAE_PHOTOGRAPHS=photographs python -m benchmarks.on_gpu --only latents stft --minutes 9
+    FAVAE_GLYPHS=glyphs FAVAE_PHOTOGRAPHS=photographs python -m benchmarks.on_gpu --only latents --minutes 9 --jobs 8
 
 Each slice is one of the other benchmarks with settings for a GPU, or a training with each of several settings, by its
 own script; trainings are compared with the first setting. Those of `..._on_all_gpus` take all GPUs and are left out
 where there is one. Slices are independent of each other: one that fails is reported, and the others run. Each writes a
 JSON file into docs/results/gpu/. With --minutes, a slice is ended after so long, and the same command goes on: the
 experiments on glyphs and photographs (of 32, 64 and 128 px, with 20 times the steps; scripts/glyphs.py and
-scripts/photographs.py write their data) continue where they were.
+scripts/photographs.py write their data) continue where they were. Their models are too small to keep a GPU busy: with
+--jobs it trains several rows at a time, if there are as many cores; CUDA's MPS helps.
 """
 
 import json
@@ -103,9 +104,8 @@ def run(command: list[str], minutes: float | None = None) -> None:
         raise subprocess.CalledProcessError(code, command)
 
 
-def run_experiment(name: str, minutes: float | None) -> None:
-    """One row after the other, in one process."""
-    words = ["--steps", str(EXPERIMENTS[name]), "--jobs", "0", "--output", str(OUTPUT / f"{name}.json")]
+def run_experiment(name: str, minutes: float | None, jobs: int) -> None:
+    words = ["--steps", str(EXPERIMENTS[name]), "--jobs", str(jobs), "--output", str(OUTPUT / f"{name}.json")]
     run([sys.executable, "-m", f"experiments.{name}", *words], minutes)
 
 
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=SLICES, default=SLICES, metavar="SLICE", help=", ".join(SLICES))
     parser.add_argument("--minutes", type=float, help="the most that a slice takes (default: as long as it needs)")
+    parser.add_argument("--jobs", type=int, default=1, help="rows of an experiment at a time (default: 1)")
     arguments = parser.parse_args(argv)
     gpus = torch.cuda.device_count()
     if not gpus:
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
             if name in BENCHMARKS:
                 run_benchmark(name, arguments.minutes)
             elif name in EXPERIMENTS:
-                run_experiment(name, arguments.minutes)
+                run_experiment(name, arguments.minutes, arguments.jobs)
             elif name in TRAININGS:
                 compare_trainings(name, TRAININGS[name], processes=1)
             elif gpus > 1:

@@ -185,10 +185,10 @@ def test_a_slice_is_ended_and_goes_on_later(tmp_path, capsys):
 def test_the_experiments_on_a_gpu_can_be_called(name, monkeypatch):
     calls = []
     monkeypatch.setattr(on_gpu, "run", lambda command, minutes: calls.append(command))
-    on_gpu.run_experiment(name, 9)
+    on_gpu.run_experiment(name, 9, 8)
     comparison = importlib.import_module(f"experiments.{name}").COMPARISON
     arguments = parse_arguments(comparison, "", calls[0][3:])
-    assert arguments.steps == on_gpu.EXPERIMENTS[name] == 20 * comparison.steps and arguments.jobs == 0
+    assert arguments.steps == on_gpu.EXPERIMENTS[name] == 20 * comparison.steps and arguments.jobs == 8
 
 
 def test_nothing_is_measured_without_a_gpu(capsys):
