@@ -257,9 +257,11 @@ def at_equal_bits(rows: dict[str, list[dict]], name: str) -> str:
 
 
 def figures(report: dict, stem) -> None:
+    made = {row["model"] for row in report["rows"]}
     for rate in RATES:
-        names = [f"{name}_{rate}" for name in (*LOSSES, "latents", "codes") if f"{name}_{rate}" in VARIANTS]
-        save_strips(stem, names, stem.with_name(f"{stem.name}_{rate}.png"))
+        names = [f"{name}_{rate}" for name in (*LOSSES, "latents", "codes") if f"{name}_{rate}" in made]
+        if names:
+            save_strips(stem, names, stem.with_name(f"{stem.name}_{rate}.png"))
 
 
 COMPARISON = Comparison(

@@ -26,6 +26,7 @@ from experiments.rows import RESULTS, Comparison, main
 EXPERIMENTS = (
     ablation,
     codebooks,
+    compression,
     decoder_only,
     equal_budget,
     generator_quality,
@@ -72,7 +73,7 @@ def test_rows_have_processes_of_their_own(tmp_path):
     assert (tmp_path / "good.1-0-10.log").exists() and (tmp_path / "good.2-0-10.log").exists()
 
 
-@pytest.mark.parametrize("experiment", [*EXPERIMENTS, compression, generators])
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, generators])
 def test_every_variant_can_be_sent_to_a_process(experiment):
     variants = experiment.COMPARISON.variants
     assert pickle.loads(pickle.dumps(variants)).keys() == variants.keys()
