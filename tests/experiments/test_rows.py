@@ -30,6 +30,7 @@ EXPERIMENTS = (
     decoder_only,
     equal_budget,
     generator_quality,
+    generators,
     glyph_texts,
     guidance,
     latents,
@@ -73,7 +74,7 @@ def test_rows_have_processes_of_their_own(tmp_path):
     assert (tmp_path / "good.1-0-10.log").exists() and (tmp_path / "good.2-0-10.log").exists()
 
 
-@pytest.mark.parametrize("experiment", [*EXPERIMENTS, generators])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_variant_can_be_sent_to_a_process(experiment):
     variants = experiment.COMPARISON.variants
     assert pickle.loads(pickle.dumps(variants)).keys() == variants.keys()
