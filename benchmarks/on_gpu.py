@@ -11,7 +11,7 @@ where there is one. Slices are independent of each other: one that fails is repo
 JSON file into docs/results/gpu/. With --minutes, a slice is ended after so long, and the same command goes on: the
 experiments on glyphs and photographs (of 32, 64 and 128 px, with 20 times the steps; scripts/glyphs.py and
 scripts/photographs.py write their data) continue where they were. Their models are too small to keep a GPU busy: with
---jobs it trains several rows at a time, if there are as many cores; CUDA's MPS helps.
+--jobs it trains several rows at a time, if there are as many cores.
 """
 
 import json

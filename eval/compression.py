@@ -31,7 +31,7 @@ from favae.losses.perceptual import LPIPS
 from favae.models import HyperpriorModelFA, VQModelFA
 
 FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}  # Pillow's names
-SAVING: dict[str, dict[str, Any]] = {"jpeg": {"optimize": True}, "webp": {"method": 6}, "avif": {}}
+SAVING: dict[str, dict[str, Any]] = {"jpeg": {"optimize": True}, "webp": {"method": 6}, "avif": {}}  # bytes
 PILLOW_FEATURES = {"webp": "webp", "avif": "avif"}
 QUALITIES = (5, 10, 20, 35, 50, 70, 85, 95)  # of the curves
 HIGHEST_QUALITY = 100
