@@ -54,10 +54,11 @@ class TokenType:
     generator_changes: dict = field(default_factory=dict)
 
 
+COMPLEMENTS = {"frequency_complement": "conv"}  # of the first rows, before experiments/codebooks.py found them of no use
 TOKEN_TYPES = {
-    "codes": TokenType("emoji_vqfa", "emoji_cat"),
+    "codes": TokenType("emoji_vqfa", "emoji_cat", COMPLEMENTS),
     "residual": TokenType(
-        "emoji_vqfa", "emoji_cat", {"quantizer": "residual", "num_quantizers": 4}, {"num_quantizers": 4}
+        "emoji_vqfa", "emoji_cat", COMPLEMENTS | {"quantizer": "residual", "num_quantizers": 4}, {"num_quantizers": 4}
     ),
     "latents": TokenType("emoji_favae", "emoji_cat_flow"),
 }
