@@ -13,6 +13,7 @@ docs/results/generators.json, .md and pictures.
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,7 +24,7 @@ from experiments.glyph_texts import few_steps, seconds_per_image
 from experiments.glyphs import trained_classifier
 from experiments.image_sets import read_images, seams_of
 from experiments.latents import save_pictures
-from experiments.report import format_table, rows_by_model, with_std
+from experiments.report import format_table, rows_by_model, save_samples, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS, TrainingSet, load_images
 from favae.autoencoders import spatial_compression_ratio
@@ -161,7 +162,7 @@ def measure(task: Task, pipeline: DiffusionPipeline, scale: float) -> dict[str, 
     samples, patch_size = SampleFolder(folder), spatial_compression_ratio(pipeline.vae)
     metrics = images.metrics(samples, torch.arange(len(samples)) % images.num_classes)
     real = seams_of(load_images(images, "train")[0][:5000], patch_size)
-    if task.pictures is not None and task.seed == 0:
+    if task.pictures is not None:
         save_pictures(task, samples)  # guided at last
     return metrics | {"seams": seams_of(read_images(samples), patch_size) / real}
 
@@ -182,12 +183,18 @@ def tables(report: dict) -> str:
     return format_table(["row", "seeds", "parameters", "guidance", *columns], lines)
 
 
+def figures(report: dict, stem: Path) -> None:
+    """NAME_samples.png: guided samples of one generator below the other's, each class in a column of its own."""
+    save_samples(stem, list(VARIANTS), GLYPHS.size, stem.with_name(f"{stem.name}_samples.png"))
+
+
 COMPARISON = Comparison(
     name="generators",
     variants=VARIANTS,
     prepare=trained_classifier,
     make_row=make_row,
     tables=tables,
+    figures=figures,
     steps=STEPS,
     seeds=1,
     resolution=GLYPHS.size,

@@ -3,10 +3,9 @@
 import statistics
 from pathlib import Path
 
-from PIL import Image
 from scipy.stats import spearmanr
 
-from experiments.report import format_table, rows_by_model, with_std
+from experiments.report import format_table, rows_by_model, save_samples, with_std
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128
 
 SHOWN = {  # below each other
@@ -20,17 +19,9 @@ SHOWN = {  # below each other
 
 
 def figures(report: dict, stem: Path) -> None:
-    """NAME_KIND.png for each of `SHOWN`: samples of one tokenizer's generator below the other's, magnified."""
+    """NAME_KIND.png for each of `SHOWN`: samples of one tokenizer's generator below the other's."""
     for kind, (images, names) in SHOWN.items():
-        strips = [Image.open(stem / f"{name}.png") for name in names if (stem / f"{name}.png").exists()]
-        if strips:
-            size, columns = images.size, 768 // images.size
-            width, height = columns * (size + 1) + 1, columns // 6 * (size + 1) + 1
-            sheet = Image.new("RGB", (width, len(strips) * (height + 8) - 8), "white")
-            for number, strip in enumerate(strips):
-                sheet.paste(strip.crop((0, 0, width, height)), (0, number * (height + 8)))
-            sheet = sheet.resize((2 * width, 2 * sheet.height), Image.Resampling.NEAREST)
-            sheet.save(stem.with_name(f"{stem.name}_{kind}.png"))
+        save_samples(stem, names, images.size, stem.with_name(f"{stem.name}_{kind}.png"))
 
 
 Columns = dict[str, tuple[int, str]]  # decimals, and where a row has it

@@ -150,3 +150,20 @@ def save_strips(folder: Path, models: list[str], file: Path) -> None:
         axis.spines[:].set_visible(False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def save_samples(folder: Path, names: list[str], size: int, file: Path) -> None:
+    """The first samples of each NAME.png in a folder that is there, one name below the other, at twice their size.
+
+    Args:
+        size: of one sample; in NAME.png they are a pixel apart.
+    """
+    strips = [Image.open(folder / f"{name}.png") for name in names if (folder / f"{name}.png").exists()]
+    if not strips:
+        return
+    columns = 768 // size
+    width, height = columns * (size + 1) + 1, columns // 6 * (size + 1) + 1
+    sheet = Image.new("RGB", (width, len(strips) * (height + 8) - 8), "white")
+    for number, strip in enumerate(strips):
+        sheet.paste(strip.crop((0, 0, width, height)), (0, number * (height + 8)))
+    sheet.resize((2 * width, 2 * sheet.height), Image.Resampling.NEAREST).save(file)

@@ -54,7 +54,7 @@ class TokenType:
     generator_changes: dict = field(default_factory=dict)
 
 
-COMPLEMENTS = {"frequency_complement": "conv"}  # of the first rows, before experiments/codebooks.py found them of no use
+COMPLEMENTS = {"frequency_complement": "conv"}  # as measured; the recipe has none any more
 TOKEN_TYPES = {
     "codes": TokenType("emoji_vqfa", "emoji_cat", COMPLEMENTS),
     "residual": TokenType(
