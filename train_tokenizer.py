@@ -312,8 +312,12 @@ def open_teacher_latents(
 
 
 def freeze_parts(vae: ModelMixin, trained: str) -> None:
-    """Keeps what is not trained as it is: "encoder" or "decoder" is, or "all"."""
-    rest = {"all": (), "decoder": ("encoder", "quant_conv"), "encoder": ("decoder", "post_quant_conv")}
+    """Keeps what is not trained as it is: "encoder" or "decoder" is, or "all".
+
+    What quantizes latents, and the models of their entropy, belong to the encoder: tokens and files stay the same.
+    """
+    encoder = ["encoder", "quant_conv", "codebook", "hyper_encoder", "hyper_means", "hyper_scales", "density"]
+    rest = {"all": [], "decoder": encoder, "encoder": ["decoder", "post_quant_conv"]}
     for name in rest[trained]:
         if getattr(vae, name, None) is not None:
             getattr(vae, name).requires_grad_(False)

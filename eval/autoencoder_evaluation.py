@@ -13,12 +13,12 @@ from torch import Tensor
 from favae.autoencoders import Budget, decode, image_channels, load_autoencoder, measure_budget
 from favae.data.images import ImageDataset
 from favae.distributed import process_state
-from favae.errors import DataError, ModelError
+from favae.errors import ModelError
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor, everyone
 from favae.eval.figures import save_comparison, save_latents, save_spectra
 from favae.eval.image_sets import CroppedImages
-from favae.eval.reconstruction import ENCODE_BY_POSTERIOR, Reconstruction, evaluate_reconstruction
+from favae.eval.reconstruction import ENCODE_BY_POSTERIOR, Reconstruction, check_levels, evaluate_reconstruction
 from favae.eval.references import Reference
 from favae.eval.results import UINT8, number_duplicates, shown_metrics, write_results
 from favae.hashing import hash_model
@@ -55,8 +55,7 @@ def evaluate_autoencoders(
     Returns:
         The rows of results.json, and what went wrong with other models, one line each.
     """
-    if images.resolution % 2**levels:
-        raise DataError(f"{levels} wavelet levels need a resolution that is a multiple of {2**levels}")
+    check_levels(levels, images.resolution)
     loading = {"batch_size": batch_size, "num_workers": num_workers}
 
     # The models, before hours are spent on the images.

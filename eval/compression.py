@@ -17,14 +17,14 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from favae import bitstream
-from favae.autoencoders import decode, encode, image_channels, load_autoencoder
+from favae.autoencoders import decode, encode, image_channels, load_autoencoder, measure_budget
 from favae.data.images import ImageDataset, skip_missing, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
 from favae.eval.features import FeatureExtractor
 from favae.eval.figures import radial_spectrum, save_rate_distortion
 from favae.eval.frechet import feature_statistics, frechet_distance
-from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, image_errors
+from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, check_levels, image_errors
 from favae.eval.results import UINT8, number_duplicates, write_results
 from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS
@@ -250,7 +250,9 @@ def evaluate_compression(
     Returns:
         The rows of results.json.
     Raises:
-        ModelError: if a model cannot be opened, or writes no files and there are no training images.
+        ModelError: if a model cannot be opened, does not take images of this size, or writes no files and there are no
+            training images.
+        DataError: if the resolution has not that many octaves.
     """
     opened = [(name, path, load_autoencoder(path)) for name, path in models]
     for _, path, model in opened if training_images is None else []:
@@ -258,6 +260,10 @@ def evaluate_compression(
     for name, _, model in opened[1:]:
         if image_channels(model) != image_channels(opened[0][2]):
             raise ModelError(f"{name} takes images of other channels than {opened[0][0]}; measure them apart")
+    check_levels(LEVELS, images.resolution)
+    for _, _, model in opened:
+        if not isinstance(model, HyperpriorModelFA):  # which pads images
+            measure_budget(model, images.resolution)
     images = images.with_channels(image_channels(opened[0][2]))
     if images.channels == len("RGBA"):
         formats = [format for format in formats if format != "jpeg"]  # it has no transparency

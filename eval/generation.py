@@ -292,9 +292,9 @@ def sample_pipeline(
 
     # One folder for each guidance scale and seed.
     sets = []
-    guidances = [{"guidance_scale": scale} for scale in guidance_scales] if conditional else [{}]
+    guidances = [{"guidance_scale": scale} for scale in dict.fromkeys(guidance_scales)] if conditional else [{}]
     for guidance in guidances:
-        for seed in seeds:
+        for seed in dict.fromkeys(seeds):
             key = {**guidance, "seed": seed}
             folder = output / "samples" / slug(key)
             sample_to_folder(

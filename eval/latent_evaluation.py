@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from favae.autoencoders import decode, encode
+from favae.autoencoders import decode, encode, measure_budget
+from favae.data.image_record import ImageRecord
 from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.data.latents import TokenDataset, open_latents
-from favae.errors import DataError
+from favae.errors import DataError, ModelError
 from favae.eval.features import FeatureExtractor
 from favae.eval.figures import save_latent_spectra
 from favae.eval.frechet import feature_statistics, frechet_distance
@@ -38,6 +39,7 @@ class LatentSet:
     Attributes:
         latents: (N, C, h, w), means of posteriors. labels: (N,), all equal if there are no classes.
         data: what the images are. resolution: of their center crops.
+        images: the digest of their `ImageRecord`; None of a cache that is older than records.
         distances: what `interpolated_distances` has found, if there is a model.
     """
 
@@ -45,6 +47,7 @@ class LatentSet:
     labels: Tensor
     data: str
     resolution: int
+    images: str | None
     distances: dict[str, float] = field(default_factory=dict)
 
 
@@ -60,25 +63,41 @@ def cached_latents(folder: str, num_images: int) -> LatentSet:
         raise DataError(f"{folder} holds tokens; these meters are of continuous latents")
     indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int)
     batch = dataset.read(indices, np.zeros_like(indices))
-    return LatentSet(batch["mean"].float(), batch["label"], dataset.manifest["data"], dataset.manifest["resolution"])
+    about, record = dataset.manifest, ImageRecord.read(Path(folder))
+    digest = None if record is None else record.digest()
+    return LatentSet(batch["mean"].float(), batch["label"], about["data"], about["resolution"], digest)
 
 
 @torch.no_grad()
 def encoded_latents(
-    vae: ModelMixin, images: ImageDataset, data_name: str, *, batch_size: int, num_workers: int = 0
+    vae: ModelMixin,
+    images: ImageDataset,
+    data_name: str,
+    digest: str,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
 ) -> LatentSet:
-    """Latents that an autoencoder gives for images.
+    """Latents that an autoencoder gives for images, of which `digest` is that of the record.
 
     Raises:
         DataError: if not one image can be read.
+        ModelError: if the autoencoder does not take images of this size, has tokens in place of latents, or gives
+            latents that are not finite.
     """
+    if hasattr(vae, "quantize"):
+        raise ModelError(f"{type(vae).__name__} quantizes its latents; these meters are of continuous latents")
+    measure_budget(vae, images.resolution)
     latents, indices = [], []
     for batch in _batches(images, batch_size, num_workers, "latents"):
         latents.append(encode(vae, batch["image"].to(vae.device)).float().cpu())
         indices += batch["index"].tolist()
     if not latents:
         raise DataError("not one of the images can be read")
-    return LatentSet(torch.cat(latents), labels_of(images, indices), data_name, images.resolution)
+    found = torch.cat(latents)
+    if not found.isfinite().all():
+        raise ModelError(f"{type(vae).__name__} gives latents that are not finite")
+    return LatentSet(found, labels_of(images, indices), data_name, images.resolution, digest)
 
 
 def labels_of(images: ImageDataset, indices: Sequence[int]) -> Tensor:
@@ -140,6 +159,7 @@ def evaluate_latents(
     """
     first = sets[0][1]
     about = {"data_name": first.data, "resolution": first.resolution, "num_images": len(first.latents)}
+    about["data"] = {"hash": first.images}
     rows, spectra = [], {}
     for name, (_, found) in zip(number_duplicates([name for name, _ in sets]), sets):
         if (found.resolution, len(found.latents)) != (first.resolution, len(first.latents)):
@@ -147,6 +167,8 @@ def evaluate_latents(
                 f"{name} is of {len(found.latents)} images at {found.resolution} px, {sets[0][0]} of "
                 f"{len(first.latents)} at {first.resolution} px; only latents of the same images can be compared"
             )
+        if found.images != first.images and None not in (found.images, first.images):
+            raise DataError(f"{name} is of other images than {sets[0][0]}; only latents of the same can be compared")
         metrics, spectra[name], missing = latent_metrics(found.latents, found.labels)
         for reason in missing:
             logger.warning("%s: %s", name, reason)

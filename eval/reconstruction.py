@@ -77,6 +77,12 @@ def band_names(levels: int) -> list[str]:
     return [f"{band}{level}" for level in range(1, levels + 1) for band in BANDS] + [f"LL{levels}"]
 
 
+def check_levels(levels: int, resolution: int) -> None:
+    """Raises DataError if images of this size cannot be halved so often."""
+    if resolution % 2**levels:
+        raise DataError(f"{levels} wavelet levels need a resolution that is a multiple of {2**levels}")
+
+
 def band_errors(difference: Tensor, levels: int) -> Tensor:
     """Mean squared Haar coefficients of an error in each band: (B, C, H, W) -> (B, 3 levels + 1), on the CPU.
 

@@ -92,10 +92,13 @@ class Reference:
             raise DataError(f"{self.path} has neither images ({IMAGES_KEY}) nor statistics (mu, sigma)")
         for i, extractor in enumerate(self.extractors):
             if extractor.name == INCEPTION and "mu" in self.names:
-                found[i] = self._adm_statistics(features=found[i] and found[i].features)
+                found[i] = self._adm_statistics(found[i])
         return found
 
-    def _adm_statistics(self, features: np.ndarray | None) -> ImageStatistics:
+    def _adm_statistics(self, images: ImageStatistics | None) -> ImageStatistics:
+        """Args:
+        images: statistics of those in the file, whose features and seams are kept; None if there are none.
+        """
         spatial = [read_npz(self.path, key) for key in ("mu_s", "sigma_s")] if "mu_s" in self.names else [None, None]
         return ImageStatistics(
             extractor=INCEPTION,
@@ -105,7 +108,8 @@ class Reference:
             covariance=read_npz(self.path, "sigma"),
             spatial_mean=spatial[0],
             spatial_covariance=spatial[1],
-            features=features,
+            features=images and images.features,
+            differences=images and images.differences,
         )
 
     def _check_size(self, own: tuple[int, int], samples: tuple[int, int]) -> None:

@@ -7,6 +7,7 @@ with a results.json).
 import base64
 import html
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def _curves(logs: dict[str, list[dict]], terms: tuple[str, ...]) -> str:
     """Loss terms against steps, one panel per term, one line per run; as an <img>."""
     figure, axes = plt.subplots(1, len(terms), figsize=(3.2 * len(terms), 2.6), squeeze=False)
     for axis, term in zip(axes[0], terms):
-        for (name, records), color in zip(logs.items(), COLORS):
+        for (name, records), color in zip(logs.items(), itertools.cycle(COLORS)):
             points = [(record["step"], record[term]) for record in records if term in record]
             if points:
                 axis.plot(*zip(*points), label=name, color=color, linewidth=1.3)

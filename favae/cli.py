@@ -1,7 +1,7 @@
 """The command `favae`.
 
     favae COMMAND --help
-    torchrun --nproc_per_node 8 -m favae cache-latents ...     (commands that encode or sample share the work)
+    torchrun --nproc_per_node 8 -m favae cache-latents ...     (some commands share the work)
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
@@ -18,7 +18,8 @@ from favae.files import check_output
 
 DESCRIPTION = """Autoencoders for latent image generation: train them, measure them, train generators on their latents.
 
-Commands that encode, sample or measure images share the work between processes:
+cache-latents, embed-captions, reference-statistics and evaluate reconstruction and generation share the work between
+processes:
     torchrun --nproc_per_node 8 -m favae COMMAND ..."""
 
 
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         arguments, rest = parser.parse_known_args(argv)
         if rest and not arguments.passes_on:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not arguments.shares:
+            parser.error("processes cannot share the work of this command; run it without torchrun")
     arguments.rest = rest
 
     level = logging.WARNING if first else logging.ERROR  # a warning of every process would be the same one

@@ -115,6 +115,7 @@ def named_model(given: str) -> tuple[str, str]:
     if separator:
         return text(name), text(path)
     folder = Path(text(given))
+    folder = folder.absolute() if folder.exists() else folder  # "final" is in a folder of some name, too
     return (folder.parent.name if folder.name == "final" else folder.name), given
 
 

@@ -56,6 +56,13 @@ def test_help_imports_nothing_heavy():
     assert result.returncode == 0, result.stderr
 
 
+def test_a_command_that_processes_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        command("compress", "images", "--model", "model", "--output", "files")
+    assert "run it without torchrun" in capsys.readouterr().err
+
+
 def test_python_m_favae_is_the_command():
     result = subprocess.run([sys.executable, "-m", "favae", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("usage: favae")

@@ -17,6 +17,7 @@ def add_command(
     help: str,
     description: str | None = None,
     after_interrupt: str = "the same command starts again",
+    shares: bool = False,
     **settings,
 ) -> argparse.ArgumentParser:
     """Adds a subcommand and returns its parser.
@@ -27,6 +28,7 @@ def add_command(
         help: one line for the list of commands.
         description: what `--help` of the command says; without it, `help`.
         after_interrupt: what running the same command again does after Ctrl-C.
+        shares: whether processes that torchrun starts share the work.
         settings: further arguments of `argparse.ArgumentParser`.
     """
     parser = commands.add_parser(
@@ -38,5 +40,5 @@ def add_command(
     )
     parser.register("type", None, text)  # of options without a type: no text is empty
     parser.register("type", Path, path)
-    parser.set_defaults(run=run, after_interrupt=after_interrupt, passes_on=False)
+    parser.set_defaults(run=run, after_interrupt=after_interrupt, shares=shares, passes_on=False)
     return parser

@@ -14,6 +14,7 @@ def add_commands(commands) -> None:
         commands,
         "cache-latents",
         cache_latents,
+        shares=True,
         help="write the latents of a set of images, for generators and for students of an autoencoder",
         description="Encode every image of a set and its mirror image, and write the latents to a folder.\n"
         "The images' captions, if they have any, are written beside them.",
@@ -41,6 +42,7 @@ def add_commands(commands) -> None:
         commands,
         "embed-captions",
         embed_captions,
+        shares=True,
         help="write the text embeddings of the captions of cached latents",
         description="Encode every caption of a cache of latents, and write the text embeddings to a folder.",
         after_interrupt="the same command continues with the shards that are missing",

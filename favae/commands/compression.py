@@ -99,16 +99,19 @@ def compress(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from favae.autoencoders import image_channels
+    from favae.errors import hint
     from favae.eval.compression import open_compression_model
     from favae.eval.results import format_table
     from favae.eval.side_by_side import open_image
     from favae.files import atomic_path
+    from favae.models.hyperprior_model_fa import LatentCoder
 
     model = open_compression_model(arguments.model)
-    rows = []
+    coder, rows = LatentCoder(model), []
     for file, place in tqdm(_images(arguments.files), desc="compress"):
         image, _ = open_image(file, 1, None, image_channels(model))
-        (data,) = model.compress(image.unsqueeze(0))
+        with hint(str(file)):
+            (data,) = coder.compress(image.unsqueeze(0))
         output = arguments.output / f"{place}.fav"
         with atomic_path(output) as temporary:
             temporary.write_bytes(data)
@@ -126,13 +129,13 @@ def decompress(arguments: argparse.Namespace) -> None:
     from favae.errors import hint
     from favae.eval.compression import open_compression_model
     from favae.files import atomic_path
+    from favae.models.hyperprior_model_fa import LatentCoder
 
-    model = open_compression_model(arguments.model)
+    coder = LatentCoder(open_compression_model(arguments.model))
     for file, place in tqdm(_compressed(arguments.files), desc="decompress"):
         with hint(str(file)):
-            (image,) = model.decompress([file.read_bytes()])
-        output = arguments.output / (place if place.suffix.lower() == ".png" else place.with_name(f"{place.name}.png"))
-        with atomic_path(output) as temporary:
+            (image,) = coder.decompress([file.read_bytes()])
+        with atomic_path(arguments.output / place) as temporary:
             to_pil_image(to_uint8(image)).save(temporary, format="PNG")
 
 
@@ -144,7 +147,7 @@ def _images(paths: list[str]) -> list[tuple[Path, Path]]:
 
 
 def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
-    """Files that end in .fav, and where they are below the folder that was named, without that ending.
+    """Files that end in .fav, and where their PNG files go: where they are below the folder that was named.
 
     Raises:
         DataError: if there are none.
@@ -156,8 +159,12 @@ def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
         files = sorted(Path(given).rglob("*.fav")) if Path(given).is_dir() else [Path(given)]
         if not files:
             raise DataError(f"{given} holds no file that ends in .fav")
-        found += [(file, _below(file, given).with_suffix("")) for file in files]
+        found += [(file, _png(_below(file, given).with_suffix(""))) for file in files]
     return _apart(found)
+
+
+def _png(place: Path) -> Path:
+    return place if place.suffix.lower() == ".png" else place.with_name(f"{place.name}.png")
 
 
 def _apart(found: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:

@@ -70,7 +70,6 @@ a class. SEC: the share of the energy above a quarter and a half of all frequenc
 0.87 and 0.44 to 0.48. iFID, with --model and --features: how far images are from what is decoded half the way between
 their latents and neighbors."""
 
-# Options without a default, which say nothing about images that exist.
 # Options of a pipeline, and what `sample_pipeline` calls them.
 SAMPLING_OPTIONS = {
     **{name: name for name in ("num_images", "labels", "prompts", "guidance_interval", "guidance_channels", "shift")},
@@ -95,6 +94,7 @@ def _add_reconstruction(tasks) -> None:
         tasks,
         "reconstruction",
         evaluate_reconstruction,
+        shares=True,
         help="measure how well autoencoders reconstruct images",
         description=RECONSTRUCTION,
         after_interrupt="results.json holds the models that were finished; the same command measures all of them again",
@@ -140,6 +140,7 @@ def _add_generation(tasks) -> None:
         tasks,
         "generation",
         evaluate_generation,
+        shares=True,
         help="measure how close generated images are to real ones",
         description=GENERATION,
         after_interrupt="the same command continues with the samples that are missing",
@@ -201,6 +202,7 @@ def _add_reference_statistics(commands) -> None:
         commands,
         "reference-statistics",
         reference_statistics,
+        shares=True,
         help="write the statistics of real images once, for evaluate generation --reference",
     )
     add_resolution_option(parser)
@@ -247,6 +249,7 @@ def evaluate_reconstruction(arguments: argparse.Namespace) -> None:
 
 def evaluate_latents(arguments: argparse.Namespace) -> None:
     from favae.autoencoders import image_channels, load_autoencoder
+    from favae.data.image_record import ImageRecord
     from favae.data.images import ImageDataset
     from favae.data.sources import Selection
     from favae.distributed import process_state
@@ -264,12 +267,13 @@ def evaluate_latents(arguments: argparse.Namespace) -> None:
     extractors = open_extractors(arguments)
     sets = [(name, latent_evaluation.cached_latents(folder, count)) for name, folder in arguments.latents]
     if arguments.model:
-        source = Selection(open_data(arguments), count)
+        source = open_data(arguments)
+        digest = ImageRecord.of(source).digest()
         loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         for name, path in arguments.model:
             vae = load_autoencoder(path).to(process_state().device)
-            images = ImageDataset(source, arguments.resolution).with_channels(image_channels(vae))
-            found = latent_evaluation.encoded_latents(vae, images, data_name(arguments), **loading)
+            images = ImageDataset(Selection(source, count), arguments.resolution).with_channels(image_channels(vae))
+            found = latent_evaluation.encoded_latents(vae, images, data_name(arguments), digest, **loading)
             if extractors:
                 found.distances = latent_evaluation.interpolated_distances(
                     vae, found.latents, images, extractors, **loading

@@ -29,6 +29,7 @@ def add_commands(commands) -> None:
             help=help,
             description=DESCRIPTION.format(help=help.capitalize(), folder=name.removeprefix("train-"), script=script),
             after_interrupt=AFTER_INTERRUPT,
+            shares=True,
             usage=f"favae {name} CONFIG.yaml [key=value ...] [--dry-run [--processes N]]",
         )
         parser.set_defaults(passes_on=True)

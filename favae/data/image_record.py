@@ -9,6 +9,7 @@ at most `MAX_READ` are read, and their checksums must agree.
 """
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable
@@ -67,6 +68,11 @@ class ImageRecord:
     def write(self, file: Path) -> None:
         # Without the time of writing, so that the same images have the same file.
         file.write_bytes(gzip.compress(json.dumps(asdict(self)).encode(), compresslevel=4, mtime=0))
+
+    def digest(self) -> str:
+        """SHA-256 of all but times: copies of the same images have the same."""
+        known = {key: value for key, value in asdict(self).items() if key != "times"}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def difference(self, other: "ImageRecord") -> str | None:
         """The first thing in which another record differs from this one, apart from times, in words."""

@@ -189,21 +189,18 @@ class HyperpriorModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         """Makes weights fit for `compress` that have changed since the model was saved or loaded; both do the same."""
         self.density.update_table()
 
-    @torch.no_grad()
     def compress(self, images: Tensor) -> list[bytes]:
         """(B, C, H, W) in [-1, 1], of any size up to 65,535 -> the content of a file for each.
 
+        For many calls, one `LatentCoder` is quicker.
+
         Raises:
-            ModelError: if weights have changed since `update_table`, or constriction is not installed.
+            ModelError: if weights have changed since `update_table`, latents are not finite, or constriction is not
+                installed.
             ValueError: for larger images.
         """
-        height, width = images.shape[-2:]
-        if max(height, width) > bitstream.LARGEST_SIDE:
-            raise ValueError(f"images may have {bitstream.LARGEST_SIDE} pixels per side, got {height} x {width}")
-        coder = LatentCoder(self)
-        return [coder.write(self._latents_of(image), (height, width)) for image in images.split(1)]
+        return LatentCoder(self).compress(images)
 
-    @torch.no_grad()
     def decompress(self, files: list[bytes]) -> list[Tensor]:
         """What `compress` wrote -> images (C, H, W), in [-1, 1] up to overshoot, float32.
 
@@ -211,12 +208,7 @@ class HyperpriorModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
             CompressedFileError: if a file is damaged, foreign, or of another model.
             ModelError: if weights have changed since `update_table`, or constriction is not installed.
         """
-        coder, images = LatentCoder(self), []
-        for data in files:
-            latents, (height, width) = coder.read(data)
-            sample = self.decode(latents.to(self.device, self.dtype), force_not_quantize=True).sample
-            images.append(sample[0, :, :height, :width].float())
-        return images
+        return LatentCoder(self).decompress(files)
 
     def _latents_of(self, image: Tensor) -> Tensor:
         """Of (1, C, H, W), whose last row and column are repeated up to a multiple of f."""
@@ -232,7 +224,7 @@ class HyperpriorModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
 
 
 class LatentCoder:
-    """Writes and reads latents of one model. Made anew after the weights have changed.
+    """Writes and reads files of one model, for as long as its weights stay what they are.
 
     Raises:
         ModelError: if the model is not in float32, or the table of the factorized density is not that of the weights.
@@ -249,8 +241,33 @@ class LatentCoder:
         networks = (model.hyper_means, model.hyper_scales)
         self.means, self.scales = (copy.deepcopy(each).to("cpu", torch.float64) for each in networks)
 
+    @torch.no_grad()
+    def compress(self, images: Tensor) -> list[bytes]:
+        """As the model's."""
+        height, width = images.shape[-2:]
+        if max(height, width) > bitstream.LARGEST_SIDE:
+            raise ValueError(f"images may have {bitstream.LARGEST_SIDE} pixels per side, got {height} x {width}")
+        return [self.write(self.model._latents_of(image), (height, width)) for image in images.split(1)]
+
+    @torch.no_grad()
+    def decompress(self, files: list[bytes]) -> list[Tensor]:
+        """As the model's."""
+        images = []
+        for data in files:
+            latents, (height, width) = self.read(data)
+            latents = latents.to(self.model.device, self.model.dtype)
+            sample = self.model.decode(latents, force_not_quantize=True).sample
+            images.append(sample[0, :, :height, :width].float())
+        return images
+
     def write(self, y: Tensor, size: tuple[int, int]) -> bytes:
-        """Latents (1, C', h, w), not quantized, of an image of so many pixels -> the content of its file."""
+        """Latents (1, C', h, w), not quantized, of an image of so many pixels -> the content of its file.
+
+        Raises:
+            ModelError: if they are not finite.
+        """
+        if not y.isfinite().all():
+            raise ModelError("the latents are not finite")
         z = self.model._hyper_latents(y).cpu().round().clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL)
         means, indices = self._expected(z, (y.shape[-2], y.shape[-1]))
         limit = bitstream.LARGEST_DISTANCE

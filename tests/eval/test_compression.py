@@ -1,6 +1,7 @@
 """Compression by the command line: files and back, and the table beside other formats."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -65,6 +66,23 @@ def test_bad_files_are_one_line(model, pictures, tmp_path, tiny_kl):
     assert "AutoencoderKL writes no files" in message
     words = (pictures / "a.png", pictures, "--model", model, "--output", tmp_path / "out")
     assert "a.png and" in command_error("compress", *words) and not (tmp_path / "out").exists()
+    command("compress", pictures / "a.png", "--model", model, "--output", tmp_path / "files")
+    for name in ("c.jpg.fav", "c.jpg.png.fav"):  # whose PNG files would be one
+        shutil.copy(tmp_path / "files/a.png.fav", tmp_path / "files" / name)
+    message = command_error("decompress", tmp_path / "files", "--model", model, "--output", tmp_path / "out")
+    assert "would both be c.jpg.png" in message and not (tmp_path / "out").exists()
+
+
+def test_what_a_model_cannot_write_is_one_line(model, pictures, tmp_path, tiny_kl):
+    opened = HyperpriorModelFA.from_pretrained(model)
+    opened.encoder.conv_out.bias.data.fill_(torch.nan)
+    opened.save_pretrained(tmp_path / "nan")
+    words = ("--model", tmp_path / "nan", "--output", tmp_path / "out")
+    assert "not finite; " in command_error("compress", pictures, *words)
+    tiny_kl.save_pretrained(tmp_path / "kl")
+    words = ("--training-data", pictures, "--data", pictures, "--label-column", "none", "--model", tmp_path / "kl")
+    words += ("--features", "efficientnet-lite0", "--output", tmp_path / "out")
+    assert "wavelet levels need" in command_error("evaluate", "compression", *words, "--resolution", 30)
 
 
 def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):

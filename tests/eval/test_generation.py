@@ -237,6 +237,7 @@ def test_adm_statistics_are_the_reference_and_their_images_only_for_precision(tm
     (reference,) = Reference(str(tmp_path / "adm.npz"), [Named()]).statistics((8, 8))
     assert reference.count is None and np.array_equal(reference.mean, statistics["mu"])
     assert np.array_equal(reference.spatial_covariance, np.eye(2)) and reference.features.shape == (30, 4)
+    assert reference.differences is not None
     metrics, count = measure_samples(open_samples(tmp_path / "samples.npz"), [reference], [Named()])
     assert count == 20 and set(metrics) == {
         "FID", "sFID", "IS", "IS_std", "precision", "recall", "KID", "KID_std", "MIND", "MIND_floor"
@@ -306,7 +307,7 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):
     statistics = tmp_path / "reference.safetensors"
     command("reference-statistics", "--data", images, "--resolution", 16, *OFFLINE, "--output", statistics)
     common = ["evaluate", "generation", "--pipeline", tmp_path / "pipeline", "--num-images", 14, *OFFLINE]
-    common += ["--num-inference-steps", 2, "--guidance-scale", 1, 2, "--batch-size", 4]
+    common += ["--num-inference-steps", 2, "--guidance-scale", 1, 2, 1, "--seed", 0, 0, "--batch-size", 4]
     one, two = tmp_path / "one", tmp_path / "two"
     command(*common, "--reference", images, "--write-npz", "--output", one)
     printed = capsys.readouterr().out

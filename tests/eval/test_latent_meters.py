@@ -10,7 +10,7 @@ from conftest import TINY_VQ, command, command_error, write_images
 
 from favae import VQModelFA
 from favae.data.images import ImageDataset
-from favae.data.latents import write_latent_cache
+from favae.data.latents import load_tokenizer, write_latent_cache
 from favae.data.sources import open_source
 from favae.errors import DataError
 from favae.eval import latent_evaluation
@@ -135,6 +135,13 @@ def test_latents_that_cannot_be_measured(tiny_cache):
     images = ("--data", tiny_cache / "images", "--resolution", "32")
     tokens = VQModelFA(**TINY_VQ).eval()
     write_latent_cache(tokens, ImageDataset(open_source(str(tiny_cache / "images")), 16), tiny_cache / "tokens")
+    tokens.save_pretrained(tiny_cache / "vq")
+    tokenizer = load_tokenizer(str(tiny_cache / "tokenizer"))
+    folder, other = write_images(tiny_cache / "others", size=(40, 40)), tiny_cache / "other"
+    write_latent_cache(tokenizer, ImageDataset(open_source(str(folder)), 16), other)
+    others = ("--data", folder, "--resolution", "16")
+    tokenizer.quant_conv.bias.data.fill_(torch.nan)
+    tokenizer.save_pretrained(tiny_cache / "nan")
     for words, named in (
         ((), "name latents by --latents CACHE"),
         (("--latents", tiny_cache / "cache", *images), "--data is for --model"),
@@ -142,5 +149,10 @@ def test_latents_that_cannot_be_measured(tiny_cache):
         (("--latents", tiny_cache / "tokens"), "holds tokens"),
         (("--latents", tiny_cache / "cache", "--model", tiny_cache / "tokenizer", *images), "at 32 px"),
         (("--latents", "nowhere"), "nowhere"),
+        (("--latents", tiny_cache / "cache", "--latents", other), "of other images"),
+        (("--latents", tiny_cache / "cache", "--model", tiny_cache / "tokenizer", *others), "of other images"),
+        (("--model", tiny_cache / "vq", *others), "quantizes its latents"),
+        (("--model", tiny_cache / "tokenizer", *others[:2], "--resolution", "17"), "takes no images of 17 px"),
+        (("--model", tiny_cache / "nan", *others), "not finite"),
     ):
         assert named in command_error("evaluate", "latents", *words, "--output", tiny_cache / "out")

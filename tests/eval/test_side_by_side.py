@@ -81,7 +81,10 @@ def test_what_is_no_image_is_named(models, tmp_path):
     assert "no/model" in command_error("reconstruct", tmp_path / "narrow.png", "--model=no/model", "--output", "x.png")
 
 
-def test_names_of_models():
+def test_names_of_models(tmp_path, monkeypatch):
     assert named_model("a=b/c") == ("a", "b/c") and named_model("org/name") == ("name", "org/name")
     assert named_model("runs/favae/final") == ("favae", "runs/favae/final")
+    (tmp_path / "favae/final").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "favae")
+    assert named_model("final") == ("favae", "final")
     assert number_duplicates(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, command, refusal, tiny_tokenizer_recipe, train, train_in_processes
 from diffusers import AutoencoderKL
+from tiny_autoencoders import autoencoders
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import decoder_cost
@@ -20,6 +21,7 @@ from favae.training.config import load_config
 from favae.training.models import build_model
 from favae.training.optimization import matrices_of
 from favae.training.tokenizer_config import TokenizerConfig
+from train_tokenizer import freeze_parts
 
 VQ = "{name: VQModelFA, block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4, latent_channels: 6, \
 codebook_size: 16, frequency_complement: res}"
@@ -202,3 +204,20 @@ def test_recipes_for_existing_latents_cost_what_they_say(name, channels, monkeyp
         assert latents.shape == (1, channels, 8, 8) and decode(vae, latents).shape == (1, 3, 64, 64)
         assert decoding_flops(vae, channels) <= share * flops
     assert tiny.teacher.normalize and (small.model.get("from_autoencoder_kl") or small.teacher.autoencoder)
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("VQModelFA", {"codebook_dim": 2}),
+        ("VQModelFA", {"quantizer": "next_scale", "scales": (1, 2)}),
+        ("HyperpriorModelFA", {}),
+    ],
+)
+def test_a_decoder_trained_alone_leaves_tokens_and_files_as_they_are(name, changes):
+    """No other part learns, also none that quantizes latents."""
+    model = autoencoders()[name]
+    model = type(model).from_config(model.config, **changes)
+    freeze_parts(model, "decoder")
+    learned = {parameter.split(".")[0] for parameter, tensor in model.named_parameters() if tensor.requires_grad}
+    assert "decoder" in learned and learned <= {"decoder", "post_quant_conv"}
