@@ -90,7 +90,7 @@ def train(config: GeneratorConfig) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset = open_cache(config, tokenizer)
     transformer = build_model(config.model)
-    if isinstance(transformer, DiTTransformer2DModel):
+    if isinstance(transformer, DiTTransformer2DModel) and config.model.get("from_pretrained") is None:
         initialize_dit(transformer)
     check_shapes(config, transformer, dataset)
     warmup = open_warmup(config, tokenizer, dataset)

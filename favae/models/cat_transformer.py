@@ -148,6 +148,8 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
                 raise ValueError(f"{order=} needs head='categorical', num_quantizers=1 and relative_position=False")
             if scales is None or scales[-1] != sample_size:
                 raise ValueError(f"{order=} needs scales up to {sample_size=}, got {scales}")
+            if len(scales) < 2:
+                raise ValueError(f"{order=} needs two scales or more, got {scales}; one is order='raster'")
             self.token_head = StageHead(codebook_size, hidden_size, make_stages(order, tuple(scales)))
         elif scales is not None:
             raise ValueError("scales are for order='next_scale' and order='next_band'")

@@ -311,11 +311,18 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
             weight = self.time_embedding.linear_1.weight
             time = self.time_embedding(self.time_proj(timestep.float()).to(weight.dtype)).to(dtype)
         condition, text, text_mask = time, None, None  # (B, D)
-        if self.class_embedding is not None:
-            condition = condition + self.class_embedding(class_labels)
+        # Guidance leads away from neither class nor text, so that one number decides which of them a sample lacks.
+        has_both = self.class_embedding is not None and self.text_embedding is not None
+        draws = torch.rand(len(time), device=time.device) if self.training and has_both else None
+        if self.class_embedding is not None and class_labels is not None:
+            embed = self.class_embedding
+            if draws is not None:
+                class_labels = torch.where(draws < embed.dropout_prob, embed.num_classes, class_labels)
+                embed = embed.embedding_table
+            condition = condition + embed(class_labels)
         if self.text_embedding is not None and encoder_hidden_states is not None:
             dropout = self.config.text_dropout_prob if self.training else 0.0
-            text, mask = prepare_text(encoder_hidden_states, encoder_attention_mask, dtype, dropout)
+            text, mask = prepare_text(encoder_hidden_states, encoder_attention_mask, dtype, dropout, draws)
             condition = condition + self.text_embedding(mean_of_text(text, mask))
             text_mask = F.pad(mask, (1, 0), value=True)[:, None, None]
         rotary = (self.rotary_cos, self.rotary_sin)

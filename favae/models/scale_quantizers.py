@@ -94,7 +94,7 @@ class MultiScaleQuantizer(ScaleQuantizer):
             grid = F.interpolate(grid, size=size, mode="bicubic")
         place = number / max(1, len(self.stages) - 1)  # which convolution is the nearest
         refinement = self.refinements[round(place * (len(self.refinements) - 1))]
-        return (grid + refinement(grid)) / 2
+        return (grid + refinement(grid.to(refinement.weight.dtype)).to(grid.dtype)) / 2
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (B, n) of the first stages -> their sum, (B, C, h, w)."""

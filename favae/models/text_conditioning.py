@@ -5,7 +5,11 @@ from torch import Tensor
 
 
 def prepare_text(
-    embeddings: Tensor, mask: Tensor | None, dtype: torch.dtype, dropout: float = 0.0
+    embeddings: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    draws: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings with padding set to zero, and their mask.
 
@@ -13,6 +17,7 @@ def prepare_text(
         embeddings: (B, L, D). mask: (B, L), or None if there is text everywhere.
         dtype: of the result.
         dropout: share of texts that are left out as a whole.
+        draws: (B,), numbers in [0, 1) that decide which; None draws them.
     Returns:
         Embeddings (B, L, D), and the mask (B, L), bool.
     Raises:
@@ -25,7 +30,8 @@ def prepare_text(
         raise ValueError(f"a text mask of shape {shapes[0]} does not fit text embeddings of shape {shapes[1]}")
     mask = mask.bool()
     if dropout > 0:
-        mask = mask & (torch.rand(len(mask), 1, device=mask.device) >= dropout)
+        draws = torch.rand(len(mask), device=mask.device) if draws is None else draws
+        mask = mask & (draws >= dropout).unsqueeze(1)
     # An infinite padding would spread in spite of the mask.
     return embeddings.to(dtype).masked_fill(~mask.unsqueeze(-1), 0), mask
 

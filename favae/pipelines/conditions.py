@@ -30,8 +30,8 @@ class ConditionalPipeline(DiffusionPipeline):
                 raise ValueError(f"no class '{name}', there are {', '.join(self.labels)}")
         return [self.labels[name] for name in names]
 
-    def _labels_of(self, class_labels: list[int] | None) -> Tensor | None:
-        """Class indices (B,); None for a transformer without classes.
+    def _labels_of(self, class_labels: list[int] | None, num_images_per_prompt: int) -> Tensor | None:
+        """Class indices (B,), one for each image; None for a transformer without classes.
 
         Raises:
             ValueError: if the transformer needs classes, or takes none, or does not have one of them.
@@ -44,7 +44,7 @@ class ConditionalPipeline(DiffusionPipeline):
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         if bool(((labels < 0) | (labels >= count)).any()):
             raise ValueError(f"class labels go from 0 to {count - 1}, got {labels.tolist()}")
-        return labels
+        return labels.repeat_interleave(num_images_per_prompt)
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
         """The text embeddings (B, L, D) and mask (B, L) of prompts. An empty prompt has an empty mask: no text at all.

@@ -31,7 +31,8 @@ def _add_classes(diffusers: ModuleType) -> None:
 
     def find_model_module(name: str) -> ModuleType:
         models = importlib.import_module("favae.models")
-        if name not in {f"favae.models.{module}" for module in models.CLASSES_BY_MODULE}:
+        known = {f"favae.models.{module}" for module in models.CLASSES_BY_MODULE} | {"favae.pipelines.solvers"}
+        if name not in known:
             raise AttributeError(f"module 'diffusers.pipelines' has no attribute '{name}'")
         return importlib.import_module(name)
 

@@ -79,7 +79,7 @@ class CATPipeline(ConditionalPipeline):
         r"""
         Args:
             prompt: one text, or one per image. An empty one samples without a condition.
-            num_images_per_prompt: number of consecutive images of each prompt.
+            num_images_per_prompt: number of consecutive images of each prompt, or class.
             guidance_scale: classifier-free guidance, null + scale (condition - null), of logits or velocities; 1
                 switches it off.
             temperature: 1 samples from the learned distribution, less is safer, 0 takes the likeliest token.
@@ -105,7 +105,7 @@ class CATPipeline(ConditionalPipeline):
         # 1. The condition
         if self.vae is None and output_type != "latent":
             raise ValueError('a pipeline without an autoencoder needs output_type="latent"')
-        condition = {"class_labels": self._labels_of(class_labels)}
+        condition = {"class_labels": self._labels_of(class_labels, num_images_per_prompt)}
         if class_labels is None:
             texts = self._text_of(prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
             condition = dict(zip(("encoder_hidden_states", "encoder_attention_mask"), texts))

@@ -25,6 +25,8 @@ from favae.models.token_heads import guide
 from favae.pipelines.conditions import ConditionalPipeline, check_text_encoder
 from favae.pipelines.decoding import decode_latents
 
+ROUNDING = 1e-5  # of times, which are float32
+
 
 class LightningDiTPipeline(ConditionalPipeline):
     r"""
@@ -108,7 +110,7 @@ class LightningDiTPipeline(ConditionalPipeline):
             latents: (B, C, h, w), standard normal noise to start from; None samples it.
             output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (normalized).
             prompt: of a transformer of texts: one text, or one per image. An empty one samples without a text.
-            num_images_per_prompt: number of consecutive images of each prompt.
+            num_images_per_prompt: number of consecutive images of each class or prompt.
             prompt_embeds, prompt_attention_mask: text embeddings (B, L, D) and mask (B, L) by `encode_prompt`, instead
                 of `prompt`. Guidance leads away from no text; there is no negative prompt.
             callback_on_step_end: is called with the pipeline, the number of the step, its timestep and {"latents": ...}
@@ -131,7 +133,7 @@ class LightningDiTPipeline(ConditionalPipeline):
         if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
             raise ValueError(f"guidance_channels must be in 1 ... {config.in_channels}, got {guidance_channels}")
         texts = {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
-        condition = self._classes(class_labels, guidance_scale)
+        condition = self._classes(class_labels, guidance_scale, num_images_per_prompt)
         condition |= self._texts(prompt, guidance_scale, num_images_per_prompt=num_images_per_prompt, **texts)
         if not condition:
             raise ValueError("this transformer has neither classes nor texts; LightningDiTPipeline needs one of them")
@@ -151,9 +153,11 @@ class LightningDiTPipeline(ConditionalPipeline):
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_begin_index(0)  # of many steps with a large shift, the first two may have one timestep
+        begin, end = guidance_interval[0] - ROUNDING, guidance_interval[1] + ROUNDING
         for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             time = 1 - self.scheduler.sigmas[number].to(device)  # 0 is noise; some schedulers round their time steps
-            is_guided = guidance_scale != 1 and guidance_interval[0] <= time <= guidance_interval[1]
+            is_guided = guidance_scale != 1 and begin <= time <= end
             batch = torch.cat([latents, latents]) if is_guided else latents
             given = {key: torch.cat(pair) if is_guided else pair[0] for key, pair in condition.items()}
             times = scale * time.expand(len(batch)).float()
@@ -174,9 +178,11 @@ class LightningDiTPipeline(ConditionalPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _classes(self, class_labels: list[int] | None, guidance_scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    def _classes(
+        self, class_labels: list[int] | None, guidance_scale: float, num_images_per_prompt: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """The transformer's argument for classes, and its value without one; nothing if it has no classes."""
-        labels = self._labels_of(class_labels)
+        labels = self._labels_of(class_labels, num_images_per_prompt)
         if labels is None:
             return {}
         self._check_guidance(guidance_scale, "class_dropout_prob")

@@ -264,6 +264,12 @@ def test_var_encodes_and_decodes_as_the_model():
 
 
 @torch.no_grad()
+def test_var_takes_a_model_in_half_precision():
+    shim = VARVQ(vq_model(SCALES).to(torch.bfloat16))
+    assert shim.quantize.idxBl_to_var_input(shim.img_to_idxBl(images().bfloat16())).shape == (2, 4 + 16, shim.Cvae)
+
+
+@torch.no_grad()
 def test_var_training_and_sampling_see_the_same_inputs():
     shim, x = VARVQ(vq_model(SCALES)), images()
     tokens = shim.img_to_idxBl(x)

@@ -74,6 +74,7 @@ def test_overfits_stages(order):
     [
         ({"order": "next_scale"}, "scales up to"),
         ({"order": "next_scale", "scales": (1, 2)}, "scales up to"),
+        ({"order": "next_scale", "scales": (3,)}, "two scales or more"),
         ({"order": "next_scale", "scales": (2, 1, 3)}, "must grow"),
         ({"order": "next_band", "scales": (1, 3)}, "double"),
         ({"order": "next_band", "scales": (1, 3), **FLOW}, "categorical"),

@@ -177,6 +177,18 @@ def test_classes_and_texts_together():
     assert not torch.allclose(*outputs, atol=1e-4)
 
 
+def test_a_class_and_a_text_are_left_out_together():
+    """Guidance leads away from neither of them."""
+    model = of_texts(num_classes=3, class_dropout_prob=0.5, text_dropout_prob=0.5)
+    seen = []
+    model.class_embedding.embedding_table.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    embeddings, mask = text(count=200)
+    model.text_embedding.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].any(1)))
+    model.train()(torch.randn(200, 6, 4, 4), torch.rand(200), torch.zeros(200, dtype=torch.long), embeddings, mask)
+    labels, has_text = seen
+    assert torch.equal(labels == 0, has_text) and set(labels.tolist()) == {0, 3} and 60 < has_text.sum() < 140
+
+
 def test_a_new_model_of_texts_gives_zero_and_every_parameter_learns():
     torch.manual_seed(0)
     model, (embeddings, mask) = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | {"text_dim": 8}), text()

@@ -4,7 +4,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LIGHTNINGDIT
+from conftest import TINY_LIGHTNINGDIT, run
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_autoencoders import autoencoders
 from tiny_text import save_bert
@@ -39,7 +39,7 @@ def hand_written_euler(transformer, latents, labels, steps, shift, scale=1.0, ch
         for now, then in zip(t, t[1:]):
             time = torch.full((len(labels),), float(now))
             velocity = transformer(latents, time, labels).sample
-            if scale != 1 and interval[0] <= now <= interval[1]:
+            if scale != 1 and interval[0] - 1e-9 <= now <= interval[1] + 1e-9:
                 unconditional = transformer(latents, time, null).sample
                 guided = unconditional + scale * (velocity - unconditional)
                 velocity = guided if channels is None else torch.cat([guided[:, :channels], velocity[:, channels:]], 1)
@@ -56,6 +56,7 @@ def hand_written_euler(transformer, latents, labels, steps, shift, scale=1.0, ch
         (10, 0.3, {"scale": 4.0}),
         (10, 0.3, {"scale": 4.0, "channels": 3}),
         (10, 1.0, {"scale": 4.0, "interval": (0.25, 0.75)}),
+        (5, 1.0, {"scale": 4.0, "interval": (0.2, 0.8)}),  # times that float32 rounds
     ],
 )
 def test_sampler_is_euler(pipeline, steps, shift, guidance):
@@ -219,6 +220,27 @@ def test_solvers_are_saved_and_known_by_their_shift(pipeline, tmp_path):
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "pipeline").scheduler) is type(scheduler)
     assert shift_of(DDIMScheduler()) is None
     assert shift_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)) is None
+
+
+@pytest.mark.parametrize("solver", get_args(Solver))
+def test_many_steps_with_a_large_shift(pipeline, solver):
+    """Whose first timesteps may be rounded to the same number."""
+    pipeline.scheduler = flow_scheduler(solver, 6.0)
+    assert torch.isfinite(pipeline([1], num_inference_steps=250, output_type="latent").images).all()
+
+
+def test_a_pipeline_with_a_solver_of_ours_opens_in_another_process(pipeline, tmp_path):
+    pipeline.scheduler = flow_scheduler("sde")
+    pipeline.save_pretrained(tmp_path / "sde")
+    code = "import sys, diffusers, favae; print(diffusers.DiffusionPipeline.from_pretrained(sys.argv[1]).scheduler)"
+    assert "FlowMatchSDEScheduler" in run("-c", code, tmp_path / "sde").stdout
+
+
+def test_several_images_of_a_class(pipeline):
+    latents = torch.randn(4, 6, 4, 4)
+    options = {"latents": latents, "num_inference_steps": 2, "output_type": "latent"}
+    found = pipeline([0, 2], num_images_per_prompt=2, **options).images
+    assert torch.equal(found, pipeline([0, 0, 2, 2], **options).images)
 
 
 def test_a_callback_sees_and_changes_latents(pipeline):

@@ -193,6 +193,14 @@ def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels
     for steps in (4, 6):  # the second resumes
         train("train_generator", recipe, f"output={tiny_cache / 'run'}", f"train.steps={steps}")
     assert (tiny_cache / "run/samples/step-0000006.png").exists()
+
+    # Weights to begin with are not replaced by those of a new model.
+    weights = first.proj_out_2.weight.data.fill_(0.5).clone()
+    first.save_pretrained(tiny_cache / "old")
+    more = (f"model.from_pretrained={tiny_cache / 'old'}", start, "train.steps=1", "train.sample_every=0")
+    train("train_generator", recipe, f"output={tiny_cache / 'more'}", *more)
+    found = DiffusionPipeline.from_pretrained(tiny_cache / "more/final").transformer.proj_out_2.weight
+    torch.testing.assert_close(found, weights)
     pipe = DiffusionPipeline.from_pretrained(tiny_cache / "run/final")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.transformer, DiTTransformer2DModel)
