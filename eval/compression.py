@@ -32,7 +32,7 @@ from favae.models import HyperpriorModelFA, VQModelFA
 
 FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}  # Pillow's names
 SAVING: dict[str, dict[str, Any]] = {"jpeg": {"optimize": True}, "webp": {"method": 6}, "avif": {}}  # bytes
-PILLOW_FEATURES = {"webp": "webp", "avif": "avif"}
+PILLOW_FEATURES = ("webp", "avif")
 QUALITIES = (5, 10, 20, 35, 50, 70, 85, 95)  # of the curves
 HIGHEST_QUALITY = 100
 LEVELS = 2  # of the bands
@@ -136,7 +136,7 @@ class TokenizerCodec:
 
 def available_formats() -> list[str]:
     """Those of `FORMATS` that this Pillow can write."""
-    return [name for name in FORMATS if name not in PILLOW_FEATURES or features.check(PILLOW_FEATURES[name])]
+    return [name for name in FORMATS if name not in PILLOW_FEATURES or features.check(name)]
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from favae.files import READ_ERRORS, atomic_path
 from favae.hashing import hash_file
 
 NUM_REFERENCE_FEATURES = 10_000  # images that precision, recall and KID use, as in ADM's evaluator
-ARRAYS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "features", "logits", "differences")
+ARRAYS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "features", "differences")
 
 
 class Reference:
