@@ -96,9 +96,7 @@ class Reference:
         return found
 
     def _adm_statistics(self, images: ImageStatistics | None) -> ImageStatistics:
-        """Args:
-        images: statistics of those in the file, whose features and seams are kept; None if there are none.
-        """
+        """ADM's statistics, with features and seams of the images that the file has, if it has any."""
         spatial = [read_npz(self.path, key) for key in ("mu_s", "sigma_s")] if "mu_s" in self.names else [None, None]
         return ImageStatistics(
             extractor=INCEPTION,
