@@ -4,6 +4,7 @@ import json
 
 from conftest import command, command_error, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
 
+from favae.eval import report
 from favae.eval.report import verdict
 
 PLAIN = """
@@ -11,6 +12,13 @@ model: {name: AutoencoderKL, down_block_types: [DownEncoderBlock2D, DownEncoderB
   up_block_types: [UpDecoderBlock2D, UpDecoderBlock2D, UpDecoderBlock2D], block_out_channels: [8, 8, 16],
   norm_num_groups: 4, latent_channels: 6, sample_size: 16}
 """
+
+
+def test_curves_of_all_runs(monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    report._curves({f"run{i}": [{"step": 1, "kl": 0.0}, {"step": 2, "kl": 1.0}] for i in range(6)}, ("kl",))
+    assert [line.get_label() for line in figures[0].axes[0].lines] == [f"run{i}" for i in range(6)]
 
 
 def test_the_whole_chain(tmp_path, capsys):

@@ -104,6 +104,7 @@ def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys
     first, second = (row["metrics"] for row in result["rows"])
     assert first == pytest.approx(second, rel=1e-3)
     assert first.keys() == {"VIV", "rho", "phi", "LNC", "SEC 1/4", "SEC 1/2"} and None not in first.values()
+    assert len(result["protocol"]["data"]["hash"]) == 64  # by which results of other images are refused
     assert result["protocol"]["num_images"] == 40 and (tmp_path / "out/spectra.png").exists()
     assert "VIV" in capsys.readouterr().out
 

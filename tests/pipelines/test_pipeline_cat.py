@@ -154,6 +154,8 @@ def test_classes(tmp_path):
     assert labels == [2, 0] and len(pipe(class_labels=labels).images) == 2
     tokens = sample(pipe, class_labels=labels, generator=seeds(0, 1))
     assert torch.equal(tokens[1:], sample(pipe, class_labels=[0], generator=seeds(1)))
+    repeated = sample(pipe, class_labels=labels, num_images_per_prompt=2, generator=seeds(0, 1, 2, 3))
+    assert torch.equal(repeated, sample(pipe, class_labels=[2, 2, 0, 0], generator=seeds(0, 1, 2, 3)))
     for options, message in (
         ({"class_labels": [3]}, "go from 0 to 2"),
         ({"class_labels": [0], "prompt": "a cat"}, "takes no prompt"),
