@@ -149,9 +149,10 @@ def measure_codec(
     batch_size: int = 8,
     num_workers: int = 0,
     description: str = "compression",
-) -> dict[str, float | None]:
-    """Means over images: bits per pixel of whole files, the errors of `PER_IMAGE`, squared errors of bands, FD to the
-    originals, and the share of the power above half of the frequencies that is left, on clamped images.
+) -> tuple[int, dict[str, float | None]]:
+    """How many images could be read, and means over these: bits per pixel of whole files, the errors of `PER_IMAGE`,
+    squared errors of bands, FD to the originals, and the share of the power above half of the frequencies that is left,
+    on clamped images.
 
     Raises:
         DataError: if not one image can be read.
@@ -186,7 +187,7 @@ def measure_codec(
         moments = [feature_statistics(np.concatenate(rows)) for rows in (real, found)]
         enough = len(sizes) > 1
         metrics[extractor.metric("rFID")] = frechet_distance(*moments[0], *moments[1]) if enough else None
-    return metrics
+    return len(sizes), metrics
 
 
 def high_power(images: Tensor) -> Tensor:
@@ -268,8 +269,8 @@ def evaluate_compression(
     if images.channels == len("RGBA"):
         formats = [format for format in formats if format != "jpeg"]  # it has no transparency
     loading = {"lpips": lpips, "batch_size": batch_size, "num_workers": num_workers}
-    protocol = {
-        "num_images": len(images),
+    protocol: dict[str, Any] = {
+        "num_images": len(images),  # less those that cannot be read
         "data_name": data_name,
         "resolution": images.resolution,
         "crop": "center",
@@ -280,7 +281,7 @@ def evaluate_compression(
     rows: list[dict] = []
 
     def measure(name: str, codec: Codec, **about) -> float:
-        metrics = measure_codec(codec, images, extractors, description=name, **loading)
+        protocol["num_images"], metrics = measure_codec(codec, images, extractors, description=name, **loading)
         rows.append({"model": name, **about, "metrics": metrics})
         write_results(output, "compression", protocol, rows)
         return float(metrics["bpp"] or 0)

@@ -24,6 +24,7 @@ DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # timm's; its position embedd
 CLIP = "clip"  # for CMMD
 CLIP_MODEL = "vit_large_patch14_clip_quickgelu_336.openai"
 CLIP_SIZE = 336
+FEATURE_SIZE = 224  # of the images that other networks than Inception and CLIP see
 
 
 class FeatureExtractor:
@@ -67,7 +68,7 @@ class FeatureExtractor:
                 return self._inception_features(images)
             if self.name == CLIP:
                 return {"features": self.model.pooled(images.float() / 127.5 - 1, CLIP_SIZE)[1]}
-            features, logits = self.model.pooled(images.float() / 127.5 - 1)
+            features, logits = self.model.pooled(images.float() / 127.5 - 1, FEATURE_SIZE)
         return {"features": features} if logits is None else {"features": features, "logits": logits}
 
     def _inception_features(self, images: Tensor) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def make_row(task: Task) -> dict:
     }
     codec = codec_of(task, model)
     for split, extractors in (("validation", []), ("heldout", [lite()])):
-        metrics = measure_codec(codec, PHOTOGRAPHS_128.dataset(split), extractors)
+        _, metrics = measure_codec(codec, PHOTOGRAPHS_128.dataset(split), extractors)
         row[split] = {name: value for name, value in metrics.items() if value is not None}
     if task.pictures is not None and task.seed == 0:
         save_pictures(task, codec)
@@ -213,7 +213,7 @@ def finish(report: dict, stem) -> None:
 
 def measure_format(format: str, images: ImageDataset, bpp: float) -> dict:
     quality = matching_quality(format, images, bpp)
-    metrics = measure_codec(PillowCodec(format, quality), images, [lite()], description=f"{format} {quality}")
+    _, metrics = measure_codec(PillowCodec(format, quality), images, [lite()], description=f"{format} {quality}")
     return {"format": format, "quality": quality, **metrics}
 
 

@@ -95,7 +95,7 @@ class FoundationModel(nn.Module):
         return features.float()
 
     @torch.no_grad()
-    def pooled(self, images: Tensor, size: int = 224) -> tuple[Tensor, Tensor | None]:
+    def pooled(self, images: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
         """Global features and class logits, for evaluation.
 
         Args:

@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the tests compare with the CPU's numbers
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -24,6 +24,7 @@ from favae import AutoencoderKLFA, cli
 from favae.data.images import ImageDataset
 from favae.data.latents import write_latent_cache
 from favae.data.sources import open_source
+from favae.eval import features
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +74,9 @@ TINY_CAT = {
 
 
 torch.set_num_threads(1)  # tiny tensors; threads would only wait for each other
+features.FEATURE_SIZE = (
+    64  # a twelfth of the work; what the networks see at 224 px, tests/eval/test_features.py looks at
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -174,7 +178,7 @@ def tiny_cache(tmp_path, image_folder, tiny_favae):
 def run(*command: str | Path, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a script or `-m module` of the project as a user would, on one thread per process."""
     result = subprocess.run(
-        _launched(command, processes), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        launched(command, processes), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
@@ -202,6 +206,15 @@ def command_in_processes(count: int, *words: str | Path) -> list[str | int]:
 
 
 def _in_processes(context: Any, count: int, words: tuple) -> list[str | int]:
+    processes, results = _start_processes(context, count, words)
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0, f"a process ended with {process.exitcode}"
+    return [code for _, code in sorted(results.get() for _ in processes)]
+
+
+def _start_processes(context: Any, count: int, words: tuple) -> tuple[list, Any]:
+    """The processes, and a queue with (rank, what it exits with) of each that has ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -210,15 +223,13 @@ def _in_processes(context: Any, count: int, words: tuple) -> list[str | int]:
     processes = [context.Process(target=_be_one_of, args=(rank, *arguments), daemon=True) for rank in range(count)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0, f"a process ended with {process.exitcode}"
-    return [code for _, code in sorted(results.get() for _ in processes)]
+    return processes, results
 
 
 def _be_one_of(rank: int, count: int, port: int, words: list[str], results) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if count > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["OMP_NUM_THREADS"] = "1"  # as in the other tests, or accelerate gives each process all cores
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process this one is a fork of
     try:
@@ -232,13 +243,34 @@ def _be_one_of(rank: int, count: int, port: int, words: list[str], results) -> N
 
 
 def train_in_processes(count: int, script: str, *arguments: str | Path) -> list[str | int]:
-    """Runs "train_tokenizer" or "train_generator" as `command_in_processes` does.
+    """Runs "train_tokenizer" or "train_generator" as `command_in_processes` does."""
+    return _in_processes(_forkserver(), count, (script.replace("_", "-"), *arguments))
 
-    The processes are forks of one that has imported everything and computed nothing: autograd does not survive a fork.
-    """
+
+def kill_when(appears: Path, script: str, *arguments: str | Path, processes: int = 1) -> None:
+    """Starts a training and kills all its processes, without warning, as soon as a path is there."""
+    started, _ = _start_processes(_forkserver(), processes, (script.replace("_", "-"), *arguments))
+    try:
+        wait_for(appears, lambda: all(process.is_alive() for process in started))
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def wait_for(path: Path, alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not path.exists():
+        assert alive() and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.001)
+
+
+def _forkserver() -> Any:
+    """Processes that are forks of one that has imported everything and computed nothing: autograd does not survive a
+    fork."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["favae.cli", "train_tokenizer", "train_generator", "conftest"])
-    return _in_processes(context, count, (script.replace("_", "-"), *arguments))
+    return context
 
 
 def train(script: str, *arguments: str | Path) -> None:
@@ -256,31 +288,8 @@ def refusal(script: str, *arguments: str | Path) -> str:
     return message
 
 
-def kill_when(appears: Path, *command: str | Path, processes: int = 1, launcher_alone: bool = False) -> None:
-    """Starts a script and kills all its processes, without warning, as soon as a path is there.
-
-    Args:
-        launcher_alone: torchrun is killed alone, and its workers, which have sessions of their own, must end with it.
-    """
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(
-        _launched(command, processes), cwd=ROOT, env=environment(), start_new_session=True, **quiet
-    )
-    try:
-        deadline = time.monotonic() + 180
-        while not appears.exists():
-            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-            time.sleep(0.001)
-    finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family[:1] if launcher_alone else reversed(family):
-            member.kill()
-        process.wait()
-        _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive
-
-
-def _launched(command: tuple, processes: int) -> list[str]:
+def launched(command: tuple, processes: int) -> list[str]:
+    """The command line of a script or `-m module`, with torchrun where there are several processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]

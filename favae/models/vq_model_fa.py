@@ -61,7 +61,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         codebook_size: entries per codebook, 1,024 by default; for "fsq" the product of `fsq_levels`, or None.
         codebook_dim: size of the entries; None takes `latent_channels`, another value adds projections, of "vq" and
             "residual".
-        num_quantizers: codebooks in a row, of "residual".
+        num_quantizers: codebooks in a row, of "residual"; two or more.
         scales: of "next_scale" and "next_band", cells along each side, of the latents at last: images of only one size
             are encoded.
         fsq_levels: grid points per dimension, of "fsq".
@@ -316,6 +316,8 @@ def make_quantizer(
     if quantizer == "vq":
         codebook = VectorQuantize(**settings)
     elif quantizer == "residual":
+        if num_quantizers == 1:
+            raise ValueError("quantizer='residual' needs two or more codebooks; one is quantizer='vq'")
         codebook = ResidualVQ(num_quantizers=num_quantizers, **settings)
     elif quantizer in ("next_scale", "next_band"):
         if codebook_dim is not None:

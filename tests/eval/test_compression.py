@@ -93,11 +93,13 @@ def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
         to_pil_image(to_uint8(photos[20 * i]["image"])).save(pictures / f"{i}.png")
     words = ("--data", pictures, "--resolution", 32, "--formats", "jpeg")
     options = ("--features", "efficientnet-lite0", "--output", tmp_path)
+    (pictures / "broken.png").write_bytes(b"no picture")
     tiny_kl.save_pretrained(tmp_path / "kl")
     models = ("--model", f"ours={model}", "--model", f"kl={tmp_path / 'kl'}", "--training-data", pictures, "--step", 1)
     command("evaluate", "compression", *models, *words, *options)
     result = json.loads((tmp_path / "results.json").read_text())
     rows = {row["label"]: row["metrics"] for row in result["rows"]}
+    assert result["protocol"]["num_images"] == 6
     assert result["task"] == "compression" and {"ours", "kl, step 1", "jpeg 5", "jpeg 95"} <= set(rows)
     assert rows["jpeg 5"]["bpp"] < rows["jpeg 95"]["bpp"] and rows["jpeg 5"]["PSNR"] < rows["jpeg 95"]["PSNR"]
     assert rows["jpeg 95"]["rFD(efficientnet-lite0)"] < rows["jpeg 5"]["rFD(efficientnet-lite0)"]

@@ -36,9 +36,10 @@ def test_numbers_on_other_features_are_not_called_fid(extractor):
         extractor(torch.zeros(1, 3, 32, 32))
 
 
-def test_offline_backbone_recognises_things(extractor):
+def test_offline_backbone_recognises_things(extractor, monkeypatch):
     from skimage import data
 
+    monkeypatch.setattr(module, "FEATURE_SIZE", 224)  # as outside the tests
     cat = torch.from_numpy(data.chelsea()).permute(2, 0, 1)[None, :, :, 75:375]
     assert extractor(cat)["logits"][0].argmax().item() in range(281, 286)  # ImageNet's house cats
 

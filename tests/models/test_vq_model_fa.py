@@ -167,6 +167,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         ({"quantizer": "lfq"}, "quantizer .*'lfq'"),
         ({"quantizer": "fsq", "fsq_levels": (5, 4)}, "fsq_levels .* codebook_size .* 32"),
         ({"quantizer": "fsq", "codebook_size": None, "codebook_dim": 4}, "quantizer='fsq'.*codebook_dim"),
+        ({"quantizer": "residual", "num_quantizers": 1}, "two or more codebooks"),
         ({"frequency_complement": "fft"}, "frequency_complement"),
         ({"block_out_channels": (8, 10, 16)}, "block_out_channels must be multiples of norm_num_groups = 4"),
     ],

@@ -34,7 +34,7 @@ def test_killed_tokenizer_training_ends_with_the_same_weights(tmp_path):
     more = ["train.steps=40", "train.checkpoint_every=2", "train.gradient_accumulation_steps=2"]
     train("train_tokenizer", recipe, f"output={tmp_path / 'whole'}", *more)
     killed = tmp_path / "killed"
-    kill_when(killed / "checkpoints/step-4", "train_tokenizer.py", recipe, f"output={killed}", *more)
+    kill_when(killed / "checkpoints/step-4", "train_tokenizer", recipe, f"output={killed}", *more)
     assert not (killed / "final").exists()
     (killed / "checkpoints/.writing-step-6").mkdir(exist_ok=True)  # as a kill in the middle of writing leaves it
     train("train_tokenizer", recipe, f"output={killed}", *more, "resume=auto")
@@ -56,7 +56,7 @@ def test_killed_generator_training_ends_with_the_same_weights(tiny_cache):
     more = ["train.steps=40", "train.checkpoint_every=2"]
     train("train_generator", recipe, f"output={tiny_cache / 'whole'}", *more)
     killed = tiny_cache / "killed"
-    kill_when(killed / "checkpoints/step-4", "train_generator.py", recipe, f"output={killed}", *more)
+    kill_when(killed / "checkpoints/step-4", "train_generator", recipe, f"output={killed}", *more)
     train("train_generator", recipe, f"output={killed}", *more)
     assert weights(tiny_cache / "whole/final") == weights(killed / "final")
 

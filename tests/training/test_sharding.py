@@ -30,12 +30,12 @@ def test_a_sharded_generator_is_the_same_generator(tiny_cache):
         f"data.images={tiny_cache / 'images'}",
     ]
     assert train_in_processes(2, "train_generator", recipe, f"output={tiny_cache / 'whole'}", *more) == [0, 0]
-    sharded = ("train_generator.py", recipe, f"output={tiny_cache / 'sharded'}", "train.shard=true", *more)
+    sharded = ("train_generator", recipe, f"output={tiny_cache / 'sharded'}", "train.shard=true", *more)
     kill_when(tiny_cache / "sharded/checkpoints/.writing-step-6", *sharded, processes=2)
     optimizers = list((tiny_cache / "sharded/checkpoints/step-4").glob("optimizers-*.pt"))
     assert len(optimizers) == 2  # a share of each process
     assert not (tiny_cache / "sharded/checkpoints/step-6").exists()
-    assert train_in_processes(2, "train_generator", *sharded[1:]) == [0, 0]
+    assert train_in_processes(2, *sharded) == [0, 0]
     file = "final/transformer/diffusion_pytorch_model.safetensors"
     assert_close_weights(tiny_cache / "whole" / file, tiny_cache / "sharded" / file)
     config = (tiny_cache / "sharded/final/transformer/config.json").read_text()
