@@ -17,7 +17,20 @@ def run_python(code: str) -> str:
     return result.stdout
 
 
-def test_import_is_light_and_leaves_diffusers_as_it_was():
+@pytest.fixture
+def saved_pipeline(tmp_path, tiny_favae):
+    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
+    LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+OPEN = """
+pipe = diffusers.DiffusionPipeline.from_pretrained({!r})
+print(type(pipe) is favae.LightningDiTPipeline, type(pipe.vae) is favae.AutoencoderKLFA)
+"""
+
+
+def test_import_is_light_and_leaves_diffusers_as_it_was(saved_pipeline):
     code = """
 import importlib.util, sys
 import favae
@@ -35,18 +48,12 @@ else:
     raise AssertionError
 print(diffusers.AutoencoderKL.__name__, diffusers.LightningDiTPipeline.__module__)
 """
-    assert run_python(code).split() == ["AutoencoderKL", "favae.pipelines.pipeline_lightningdit"]
+    found = run_python(code + OPEN.format(str(saved_pipeline))).split()
+    assert found == ["AutoencoderKL", "favae.pipelines.pipeline_lightningdit", "True", "True"]
 
 
-@pytest.mark.parametrize("imports", ["import favae, diffusers", "import diffusers, favae"])
-def test_saved_pipelines_open_whichever_was_imported_first(imports, tmp_path, tiny_favae):
-    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
-    LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
-    code = f"""{imports}
-pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})
-print(type(pipe) is favae.LightningDiTPipeline, type(pipe.vae) is favae.AutoencoderKLFA)
-"""
-    assert run_python(code).split() == ["True", "True"]
+def test_saved_pipelines_open_where_diffusers_was_imported_first(saved_pipeline):
+    assert run_python("import diffusers, favae" + OPEN.format(str(saved_pipeline))).split() == ["True", "True"]
 
 
 @pytest.mark.parametrize("package", ["favae", "favae.models", "favae.pipelines"])

@@ -31,7 +31,7 @@ def logged_steps(output) -> list[int]:
 
 def test_killed_tokenizer_training_ends_with_the_same_weights(tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
-    more = ["train.steps=40", "train.checkpoint_every=2", "train.gradient_accumulation_steps=2"]
+    more = ["train.steps=20", "train.checkpoint_every=2", "train.gradient_accumulation_steps=2"]
     train("train_tokenizer", recipe, f"output={tmp_path / 'whole'}", *more)
     killed = tmp_path / "killed"
     kill_when(killed / "checkpoints/step-4", "train_tokenizer", recipe, f"output={killed}", *more)
@@ -39,21 +39,21 @@ def test_killed_tokenizer_training_ends_with_the_same_weights(tmp_path):
     (killed / "checkpoints/.writing-step-6").mkdir(exist_ok=True)  # as a kill in the middle of writing leaves it
     train("train_tokenizer", recipe, f"output={killed}", *more, "resume=auto")
     assert weights(tmp_path / "whole/final") == weights(killed / "final")
-    last = "checkpoints/step-40"
+    last = "checkpoints/step-20"
     assert weights(tmp_path / "whole" / last) == weights(killed / last)
     assert set(weights(killed / last)) == {
         f"{name}/diffusion_pytorch_model.safetensors" for name in ("tokenizer", "ema", "discriminator")
     }
-    assert logged_steps(killed) == list(range(1, 41))
+    assert logged_steps(killed) == list(range(1, 21))
 
     before = weights(killed)
     train("train_tokenizer", recipe, f"output={killed}", *more)  # a finished run has nothing left to do
-    assert weights(killed) == before and logged_steps(killed) == list(range(1, 41))
+    assert weights(killed) == before and logged_steps(killed) == list(range(1, 21))
 
 
 def test_killed_generator_training_ends_with_the_same_weights(tiny_cache):
     recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
-    more = ["train.steps=40", "train.checkpoint_every=2"]
+    more = ["train.steps=20", "train.checkpoint_every=2"]
     train("train_generator", recipe, f"output={tiny_cache / 'whole'}", *more)
     killed = tiny_cache / "killed"
     kill_when(killed / "checkpoints/step-4", "train_generator", recipe, f"output={killed}", *more)
