@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -119,11 +120,12 @@ def device() -> str:
 
 
 def environment() -> dict:
-    """The command, the hardware and the versions that a result is measured with."""
+    """The command, the commit, the hardware and the versions that a result is measured with."""
     script = Path(sys.argv[0])
     packages = ("torch", "diffusers", "accelerate", "favae")
     return {
         "command": " ".join(["python", "-m", f"{script.parent.name}.{script.stem}", *sys.argv[1:]]),
+        "commit": _commit(),
         "hardware": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
@@ -132,6 +134,15 @@ def environment() -> dict:
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def _commit() -> str | None:
+    """What git calls the checkout, "-dirty" if its files are not those of the commit; None where there is no git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu_name() -> str:

@@ -118,7 +118,7 @@ def test_benchmarks_write_their_result(name, tmp_path, capsys, monkeypatch):
     output = tmp_path / "result.json"
     module.main([*options, "--rounds", "1", "--output", str(output)])
     result = json.loads(output.read_text())
-    assert {"command", "hardware", "versions"} <= set(result)
+    assert {"command", "commit", "hardware", "versions"} <= set(result)
     assert ("entropy coder" if name == "compression" else "times") in capsys.readouterr().out
 
 

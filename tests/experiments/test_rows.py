@@ -52,7 +52,7 @@ def test_rows_that_are_missing_are_made_and_the_others_kept(tmp_path):
     assert (tmp_path / "runs/made.txt").read_text() == "b-0 b-0 a-0 "
     report = json.loads(output.read_text())
     assert [(row["model"], row["steps"]) for row in report["rows"]] == [("a", 30), ("b", 10), ("b", 20)]
-    assert {"command", "hardware", "versions"} <= set(report)
+    assert {"command", "commit", "hardware", "versions"} <= set(report)
     with pytest.raises(SystemExit, match="resolution=64, not 128: name another --output"):
         main(comparison, "Guesses.", ["--resolution", "128", *options])
 
