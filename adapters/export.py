@@ -49,7 +49,7 @@ def export(source: str | Path, destination: str | Path, *, format: str) -> None:
     if destination.exists():
         raise CheckpointError(f"{destination} exists; name a new file")
     if FORMATS[format].model_class is LightningDiTTransformer2DModel:
-        model: ModelMixin = _open_transformer(Path(source))
+        model: ModelMixin = _open_transformer(str(source))
     else:
         model = load_autoencoder(str(source))
     if isinstance(model, AutoencoderAdapter):  # of a pipeline whose autoencoder was swapped
@@ -89,12 +89,17 @@ def differences_from_comfyui(config: Mapping) -> list[str]:
     return [difference for difference, holds in checks.items() if holds]
 
 
-def _open_transformer(folder: Path) -> LightningDiTTransformer2DModel:
-    subfolder = "transformer" if (folder / "model_index.json").is_file() else None
+def _open_transformer(path: str) -> LightningDiTTransformer2DModel:
+    """The transformer at a path, a folder or a hub name; of a pipeline its `transformer`."""
+    options = {}
     try:
-        name = LightningDiTTransformer2DModel.load_config(folder, subfolder=subfolder)["_class_name"]
-        if name != LightningDiTTransformer2DModel.__name__:
-            raise CheckpointError(f"{folder}: a {name} is no LightningDiTTransformer2DModel")
-        return LightningDiTTransformer2DModel.from_pretrained(folder, subfolder=subfolder)
+        try:
+            config = LightningDiTTransformer2DModel.load_config(path)
+        except OSError:
+            options = {"subfolder": "transformer"}
+            config = LightningDiTTransformer2DModel.load_config(path, **options)
+        if (name := config["_class_name"]) != LightningDiTTransformer2DModel.__name__:
+            raise CheckpointError(f"{path}: a {name} is no LightningDiTTransformer2DModel")
+        return LightningDiTTransformer2DModel.from_pretrained(path, **options)
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no transformer could be opened ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{path}: no transformer could be opened ({str(error).splitlines()[0]})") from error

@@ -11,6 +11,7 @@ from favae.eval.results import (
     format_metric,
     format_table,
     higher_is_better,
+    plain_name,
     read_results,
 )
 
@@ -116,9 +117,9 @@ def verdict(name: str, first: list[float], second: list[float]) -> str:
     Args:
         name: of the metric. first, second: its values, one per seed.
     """
-    if name in WITHOUT_VERDICT:
+    if plain_name(name) in WITHOUT_VERDICT:
         return ""
-    if name in BEST_AT_ONE:
+    if plain_name(name) in BEST_AT_ONE:
         first, second = ([abs(value - 1) for value in values] for values in (first, second))
     difference = statistics.mean(second) - statistics.mean(first)
     if difference == 0:

@@ -12,7 +12,7 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image, features
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
@@ -37,6 +37,7 @@ QUALITIES = (5, 10, 20, 35, 50, 70, 85, 95)  # of the curves
 HIGHEST_QUALITY = 100
 LEVELS = 2  # of the bands
 MARGIN = 1.5  # how much further latents may be from zero than those that frequencies are counted on
+COUNTED = 10_000  # training images that frequencies are counted on, at most
 CURVED = ("PSNR", "MS-SSIM", "SSIM", "LPIPS")  # metrics that BD-rates are computed of, where there are enough rates
 SMALLEST_CURVE = 4  # rates
 
@@ -79,20 +80,12 @@ class TokenizerCodec:
 
     Args:
         vae: an autoencoder with continuous latents, or a `VQModelFA`.
-        images: what frequencies are counted on.
+        values: of training images, by `training_values`; their frequencies are counted.
         step: of continuous latents.
-    Raises:
-        DataError: if not one image can be read.
     """
 
-    @torch.no_grad()
-    def __init__(self, vae: ModelMixin, images: ImageDataset, step: float, *, batch_size: int = 32):
-        self.vae, self.is_codebook = vae.to(process_state().device).eval(), isinstance(vae, VQModelFA)
-        batches = DataLoader(images, batch_size, collate_fn=skip_missing)
-        found = [self._values(batch["image"]) for batch in tqdm(batches, desc="frequencies") if batch is not None]
-        if not found:
-            raise DataError("not one of the images can be read")
-        values = torch.cat(found).transpose(0, 1).flatten(1)  # (C, N)
+    def __init__(self, vae: ModelMixin, values: Tensor, step: float = 1.0):
+        self.vae, self.is_codebook = vae, isinstance(vae, VQModelFA)
         self.step = torch.ones(len(values), 1, 1)
         if not self.is_codebook:
             std = values.std(dim=1).view(-1, 1, 1)
@@ -103,14 +96,6 @@ class TokenizerCodec:
         counts = torch.stack([torch.bincount(channel, minlength=self.size) for channel in symbols]) + 0.5
         self.table = (counts / counts.sum(dim=1, keepdim=True)).numpy()
 
-    def _values(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> latents, or indices, (B, C', h, w), or (B, 1, N) from coarse to fine, on the CPU."""
-        latents = encode(self.vae, images.to(self.vae.device))
-        if isinstance(self.vae, VQModelFA):
-            indices = self.vae.quantize(latents).indices
-            return (indices.movedim(-1, 1) if indices.ndim == 4 else indices.unsqueeze(1)).cpu()
-        return latents.float().cpu()
-
     def _symbols(self, values: Tensor) -> Tensor:
         """(C', h, w) -> integers from 0 on."""
         if self.is_codebook:
@@ -119,7 +104,7 @@ class TokenizerCodec:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, list[int]]:
         read, sizes = [], []
-        for values in self._values(images):
+        for values in _values(self.vae, images):
             writer = bitstream.Writer()
             writer.channels(self._symbols(values).flatten(1).numpy(), self.table)
             payload = writer.payload()
@@ -132,6 +117,30 @@ class TokenizerCodec:
             return decode(self.vae, indices if self.vae.config.quantizer == "residual" else indices[..., 0]), sizes
         latents = (symbols - self.largest).float() * self.step.to(images.device)
         return decode(self.vae, latents.to(self.vae.dtype)), sizes
+
+
+@torch.no_grad()
+def training_values(vae: ModelMixin, images: Dataset, *, batch_size: int = 32, num_workers: int = 0) -> Tensor:
+    """The latents of images, or their tokens: (C, N), on the CPU; the autoencoder moves to the device of the process.
+
+    Raises:
+        DataError: if not one image can be read.
+    """
+    vae.to(process_state().device).eval()
+    batches = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=skip_missing)
+    found = [_values(vae, batch["image"]) for batch in tqdm(batches, desc="frequencies") if batch is not None]
+    if not found:
+        raise DataError("not one of the images can be read")
+    return torch.cat(found).transpose(0, 1).flatten(1)
+
+
+def _values(vae: ModelMixin, images: Tensor) -> Tensor:
+    """(B, C, H, W) -> latents, or indices, (B, C', h, w), or (B, 1, N) from coarse to fine, on the CPU."""
+    latents = encode(vae, images.to(vae.device))
+    if isinstance(vae, VQModelFA):
+        indices = vae.quantize(latents).indices
+        return (indices.movedim(-1, 1) if indices.ndim == 4 else indices.unsqueeze(1)).cpu()
+    return latents.float().cpu()
 
 
 def available_formats() -> list[str]:
@@ -183,10 +192,12 @@ def measure_codec(
     metrics |= dict(zip(band_names(LEVELS), torch.cat(bands).double().mean(dim=0).tolist()))
     original, left = torch.cat(powers, dim=1).double().mean(dim=1).tolist()
     metrics["power kept"] = left / original if original else None
-    for extractor, (real, found) in zip(extractors, kept):
-        moments = [feature_statistics(np.concatenate(rows)) for rows in (real, found)]
-        enough = len(sizes) > 1
-        metrics[extractor.metric("rFID")] = frechet_distance(*moments[0], *moments[1]) if enough else None
+    for extractor, pair in zip(extractors, kept):
+        distance = None
+        if len(sizes) > 1:
+            (mean, covariance), moments = (feature_statistics(np.concatenate(rows)) for rows in pair)
+            distance = frechet_distance(mean, covariance, *moments)
+        metrics[extractor.metric("rFID")] = distance
     return len(sizes), metrics
 
 
@@ -246,8 +257,8 @@ def evaluate_compression(
     Args:
         models: (name, path) each; a name that occurs several times is one curve of as many rates.
         formats: what they are compared with; "jpeg" is left out for RGBA.
-        training_images: for tokenizers that were not made for files; see `TokenizerCodec`. steps: of these, one row
-            each.
+        training_images: for tokenizers that were not made for files; see `TokenizerCodec`; all are kept in memory.
+            steps: of these, one row each.
     Returns:
         The rows of results.json.
     Raises:
@@ -256,8 +267,11 @@ def evaluate_compression(
         DataError: if the resolution has not that many octaves.
     """
     opened = [(name, path, load_autoencoder(path)) for name, path in models]
-    for _, path, model in opened if training_images is None else []:
-        check_writes_files(path, model)
+    for _, path, model in opened:
+        if training_images is None:
+            check_writes_files(path, model)
+        elif hasattr(model, "quantize") and not isinstance(model, HyperpriorModelFA | VQModelFA):
+            raise ModelError(f"{path}: tokens of a {type(model).__name__} cannot be coded, only those of a VQModelFA")
     for name, _, model in opened[1:]:
         if image_channels(model) != image_channels(opened[0][2]):
             raise ModelError(f"{name} takes images of other channels than {opened[0][0]}; measure them apart")
@@ -289,7 +303,9 @@ def evaluate_compression(
     qualities = {format: set(QUALITIES) for format in formats}
     for label, (name, path, model) in zip(number_duplicates([name for name, _ in models]), opened):
         about = {"path": path, "params": model.num_parameters()}
-        for codec_label, codec in _codecs(model, label, training_images, steps):
+        for codec_label, codec in _codecs(
+            model, label, training_images, steps, batch_size=batch_size, num_workers=num_workers
+        ):
             bpp = measure(name, codec, label=codec_label, **about)
             for format in formats:
                 qualities[format].add(matching_quality(format, images, bpp))
@@ -303,16 +319,18 @@ def evaluate_compression(
 
 
 def _codecs(
-    model: ModelMixin, label: str, training_images: ImageDataset | None, steps: Sequence[float]
+    model: ModelMixin, label: str, training_images: ImageDataset | None, steps: Sequence[float], **loading: int
 ) -> Iterator[tuple[str, Codec]]:
     """A model's codecs, and what their rows are called: one, but of continuous latents one for each step."""
     if isinstance(model, HyperpriorModelFA):
         yield label, model_codec(model.to(process_state().device))
     elif training_images is not None:
-        training_images = training_images.with_channels(image_channels(model))
-        for step in [1.0] if isinstance(model, VQModelFA) else steps:
-            name = label if isinstance(model, VQModelFA) else f"{label}, step {step:g}"
-            yield name, TokenizerCodec(model, training_images, step)
+        values = training_values(model, training_images.with_channels(image_channels(model)), **loading)
+        if isinstance(model, VQModelFA):
+            yield label, TokenizerCodec(model, values)
+        else:
+            for step in steps:
+                yield f"{label}, step {step:g}", TokenizerCodec(model, values, step)
 
 
 def open_compression_model(path: str) -> HyperpriorModelFA:

@@ -53,7 +53,7 @@ def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Te
     """
     difference = {name: images.clamp(-1, 1) - originals for name, images in reconstructions.items()}
     absolute = {name: values.abs().mean(dim=1) for name, values in difference.items()}
-    brightest = max(float(values.flatten().quantile(0.995)) for values in absolute.values())
+    brightest = max(float(np.quantile(values.numpy(), 0.995)) for values in absolute.values())
     windows = worst_windows(sum(high_frequency_error(values) for values in difference.values()))
 
     shown = {"original": originals, **reconstructions}

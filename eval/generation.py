@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 import favae  # noqa: F401  makes our pipelines known to DiffusionPipeline
 from favae.autoencoders import spatial_compression_ratio
 from favae.distributed import process_state
-from favae.errors import DataError
+from favae.errors import DataError, ModelError, one_line
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import CLIP, FeatureExtractor, metric_name
 from favae.eval.figures import save_samples
@@ -269,7 +269,10 @@ def sample_pipeline(
         DataError: if the pipeline cannot be sampled like this, or <output>/samples/ holds something else.
         NonFiniteError: if a sample is not finite.
     """
-    pipeline = DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (AttributeError, ImportError, KeyError, TypeError) as error:  # of a class that is not installed
+        raise ModelError(f"{path}: no pipeline could be opened here ({one_line(error)})") from error
     pipeline = pipeline.to(process_state().device)
     names = class_names(pipeline)
     conditional = bool(names or prompts)

@@ -161,6 +161,7 @@ def evaluate_latents(
     about = {"data_name": first.data, "resolution": first.resolution, "num_images": len(first.latents)}
     about["data"] = {"hash": first.images}
     rows, spectra = [], {}
+    distances = dict.fromkeys(distance for _, found in sets for distance in found.distances)  # None for caches
     for name, (_, found) in zip(number_duplicates([name for name, _ in sets]), sets):
         if (found.resolution, len(found.latents)) != (first.resolution, len(first.latents)):
             raise DataError(
@@ -173,7 +174,7 @@ def evaluate_latents(
         for reason in missing:
             logger.warning("%s: %s", name, reason)
         shape = list(found.latents.shape[1:])
-        rows.append({"model": name, "latent_shape": shape, "metrics": metrics | found.distances})
+        rows.append({"model": name, "latent_shape": shape, "metrics": metrics | distances | found.distances})
     protocol = {**about, "posterior": "mode", "standardized": True, "features": features}
     write_results(output, "latents", protocol, rows)
     save_latent_spectra(output / "spectra.png", spectra)

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from filelock import FileLock
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
+from torch.utils.data import Subset
 from torchvision.utils import save_image
 
 from benchmarks.timing import environment
@@ -41,6 +42,7 @@ from favae.eval.compression import (
     matching_quality,
     measure_codec,
     model_codec,
+    training_values,
 )
 from favae.files import read_json_lines
 from favae.training.tokenizer_config import TokenizerConfig
@@ -152,19 +154,20 @@ def codec_of(task: Task, model: ModelMixin) -> Codec:
         return model_codec(model)
     images = PHOTOGRAPHS_128.dataset("train")
     counted = Subset(images, range(0, len(images), max(1, len(images) // COUNTED)))
+    values = training_values(model, counted)
     if isinstance(model, VQModelFA):
-        return TokenizerCodec(model, counted, 1.0)
-    return TokenizerCodec(model, counted, matching_step(model, counted, RATES[task.variant.rate]))
+        return TokenizerCodec(model, values)
+    return TokenizerCodec(model, values, matching_step(model, values, RATES[task.variant.rate]))
 
 
-def matching_step(model: ModelMixin, counted: Dataset, bpp: float) -> float:
+def matching_step(model: ModelMixin, values: Tensor, bpp: float) -> float:
     """How coarsely latents are rounded so that validation crops take about so many bits per pixel."""
     crops = PHOTOGRAPHS_128.dataset("validation")
     images = torch.stack([crops[i]["image"] for i in range(min(32, len(crops)))])
     low, high = 0.02, 20.0  # times the std; coarser costs less
     for _ in range(10):
         middle = (low * high) ** 0.5
-        _, sizes = TokenizerCodec(model, counted, middle)(images)
+        _, sizes = TokenizerCodec(model, values, middle)(images)
         low, high = (middle, high) if 8 * np.mean(sizes) / images[0, 0].numel() > bpp else (low, middle)
     return (low * high) ** 0.5
 

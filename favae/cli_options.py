@@ -89,6 +89,16 @@ def open_data(arguments: argparse.Namespace) -> Source:
         )
 
 
+def open_other_data(arguments: argparse.Namespace, path: str, split: str) -> Source:
+    """Opens a second set of images, whose columns have the same names if it has columns."""
+    from favae.data.sources import has_columns
+
+    columns = ("image_column", "label_column", "caption_column")
+    of_folders = {name: "auto" for name in columns if getattr(arguments, name) != "none"}
+    changed = {"data": path, "split": split, **({} if has_columns(path) else of_folders)}
+    return open_data(argparse.Namespace(**{**vars(arguments), **changed}))
+
+
 def data_name(arguments: argparse.Namespace) -> str:
     """One string for what the options of `add_data_options` name, for results."""
     from favae.data.sources import has_splits
@@ -112,7 +122,7 @@ def add_model_option(parser: argparse.ArgumentParser, *, required: bool = True) 
 def named_model(given: str) -> tuple[str, str]:
     """NAME=PATH, or PATH alone: the name is then its last part, or of a run's final/ the run's."""
     name, separator, path = given.partition("=")
-    if separator:
+    if separator and not Path(given).exists():  # paths like runs/lr=1e-4 are no names
         return text(name), text(path)
     folder = Path(text(given))
     folder = folder.absolute() if folder.exists() else folder  # "final" is in a folder of some name, too

@@ -17,6 +17,7 @@ from favae.cli_options import (
     open_data,
     open_extractors,
     open_lpips,
+    open_other_data,
 )
 from favae.commands import add_command
 from favae.errors import ConfigError
@@ -46,10 +47,11 @@ files. Other formats are measured at the rate of each model and at eight qualiti
 and rate_distortion.png, and into the former BD-rates where a curve has four rates or more.
 
 With --training-data, tokenizers are measured as well: their tokens, or their latents rounded to each --step times the
-std of their channel, coded by how often they occur in these images.
+std of their channel, coded by how often they occur in these images, or in 10,000 of them.
 
 High, LH1 and so on: mean squared errors of Haar bands. power kept: the share of the power above half of all frequencies
-that is left. Other columns are those of evaluate reconstruction. Images are center crops."""
+that is left. Other columns are those of evaluate reconstruction, but all are of images that are clamped to [-1, 1], as
+files of Pillow's formats hold them. Images are center crops."""
 
 
 def add_commands(commands) -> None:
@@ -185,22 +187,28 @@ def _below(file: Path, given: str) -> Path:
 
 def evaluate_compression(arguments: argparse.Namespace) -> None:
     from favae.data.images import ImageDataset
+    from favae.data.sources import Selection
     from favae.eval import compression
     from favae.eval.results import format_table, shown_metrics
 
     if arguments.step and not arguments.training_data:
         raise ConfigError("--step is for tokenizers, which need --training-data")
+    available = compression.available_formats()
+    formats = available if arguments.formats is None else arguments.formats
+    for format in formats:
+        if format not in available:
+            raise ConfigError(f"--formats {format}: this Pillow writes {', '.join(available)} alone")
     images, training_images = ImageDataset(open_data(arguments), arguments.resolution), None
     if arguments.training_data:
-        others = argparse.Namespace(**{**vars(arguments), "data": arguments.training_data, "split": "train"})
-        training_images = ImageDataset(open_data(others), arguments.resolution)
+        source = open_other_data(arguments, arguments.training_data, "train")
+        training_images = ImageDataset(Selection(source, compression.COUNTED), arguments.resolution)
     rows = compression.evaluate_compression(
         arguments.model,
         images,
         open_extractors(arguments),
         arguments.output,
         data_name=data_name(arguments),
-        formats=compression.available_formats() if arguments.formats is None else arguments.formats,
+        formats=formats,
         training_images=training_images,
         **({"steps": arguments.step} if arguments.step else {}),
         lpips=open_lpips(arguments.lpips_weights),

@@ -1,11 +1,12 @@
 """`favae convert`, `export` and `half-precision`: models of other programs here, ours in theirs, and in float16."""
 
 import argparse
+import math
 from pathlib import Path
 
 from favae.cli_options import add_data_options, open_data
 from favae.commands import add_command
-from favae.errors import ConfigError, DataError
+from favae.errors import ConfigError, DataError, ModelError
 from favae.files import atomic_path
 from favae.ranges import Count, Pixels, Positive, in_range
 
@@ -119,6 +120,8 @@ def half_precision(arguments: argparse.Namespace) -> None:
     if batch is None:
         raise DataError("not one of the images can be read")
     report = limit_activations(vae, batch["image"])
+    if not math.isfinite(report.half_difference):
+        raise ModelError(f"{arguments.model}: float16 overflows where weights cannot be scaled")
     vae.register_to_config(force_upcast=False)
     with atomic_path(arguments.destination) as folder:
         vae.save_pretrained(folder)

@@ -19,6 +19,7 @@ from favae.cli_options import (
     open_data,
     open_extractors,
     open_lpips,
+    open_other_data,
 )
 from favae.commands import add_command, compression
 from favae.errors import ConfigError, DataError, ModelError
@@ -301,8 +302,8 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
     reference = Reference(arguments.data, extractors, lambda: open_data(arguments))
     validation = None
     if arguments.validation:
-        others = argparse.Namespace(**{**vars(arguments), "data": arguments.validation, "split": "validation"})
-        validation = Reference(arguments.validation, extractors, lambda: open_data(others))
+        others = functools.partial(open_other_data, arguments, arguments.validation, "validation")
+        validation = Reference(arguments.validation, extractors, others)
     if arguments.pipeline:
         if arguments.patch_size is not None:
             raise ConfigError("--patch-size is for --samples; that of a pipeline is known")
@@ -319,14 +320,14 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
         reference,
         extractors,
         arguments.output,
-        reference_name=arguments.data,
+        reference_name=data_name(arguments),
         validation=validation,
         archives=arguments.write_npz,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
     )
     if process_state().is_main_process:
-        print(f"{samples.name} against {arguments.data}")
+        print(f"{samples.name} against {data_name(arguments)}")
         print(format_table([{"": row_label(row), **shown_metrics(row)} for row in rows]))
 
 

@@ -37,7 +37,7 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
 def random_window(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
     """Crops a window whose position is uniform, at the image's own scale; smaller images are scaled up before."""
     if min(image.size) < size:
-        image = shorter_side_to(image, size)
+        return random_crop(image, size, rng)
     left, top = int(rng.integers(image.width - size + 1)), int(rng.integers(image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
 

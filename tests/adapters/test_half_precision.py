@@ -58,3 +58,12 @@ def test_the_command(tmp_path, image_folder, capsys):
     with torch.no_grad():
         assert reconstruct(small.half(), torch.zeros(1, 3, 16, 16)).isfinite().all()
     assert "name a new folder" in command_error(*words)
+
+    vae = make_tiny_kl()
+    with torch.no_grad():  # between the networks nothing is scaled
+        for parameter in vae.post_quant_conv.parameters():
+            parameter *= 1e6
+        vae.decoder.conv_in.weight /= 1e6
+    vae.save_pretrained(tmp_path / "between")
+    words = ("half-precision", tmp_path / "between", tmp_path / "none", *words[3:])
+    assert "float16 overflows" in command_error(*words) and not (tmp_path / "none").exists()

@@ -16,6 +16,7 @@ from favae.data.images import (
     center_crop,
     jitter_colors,
     random_crop,
+    random_window,
     shorter_side_to,
     skip_missing,
     to_uint8,
@@ -129,6 +130,7 @@ def test_only_the_window_of_a_strip_is_scaled(shape, monkeypatch):
         rng = np.random.default_rng(seed)
         left, top = (int(rng.integers(side - 15)) for side in whole.shape[1::-1])
         assert np.abs(crop - whole[top : top + 16, left : left + 16]).max() <= 2
+        assert (np.array(random_window(strip, 16, np.random.default_rng(seed))) == crop).all()
     assert set(sizes) == {(16, 16)}
 
 

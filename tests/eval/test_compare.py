@@ -32,7 +32,7 @@ def test_judgement_knows_the_direction_and_the_spread():
     assert verdict("Recon", [0.10], [0.05]) == "B (one seed)"
     assert verdict("Recon", [0.10], [0.10]) == "equal"
     assert verdict("seams", [1.0], [0.7]) == verdict("power kept", [1.0], [1.4]) == "A (one seed)"
-    assert verdict("MIND_floor", [1.0], [0.7]) == ""
+    assert verdict("MIND_floor", [1.0], [0.7]) == verdict("MIND_floor(efficientnet-lite0)", [1.0], [0.7]) == ""
 
 
 def test_results_of_one_protocol(tmp_path, capsys):

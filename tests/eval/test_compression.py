@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY_HYPERPRIOR, TINY_VQ, command, command_error
 from PIL import Image
+from tiny_autoencoders import autoencoders
 from torchvision.transforms.functional import to_pil_image
 
 from favae import HyperpriorModelFA, VQModelFA
@@ -15,7 +16,14 @@ from favae.autoencoders import reconstruct
 from favae.data.images import ImageDataset, to_tensor, to_uint8
 from favae.data.sources import open_source
 from favae.eval import compression
-from favae.eval.compression import PillowCodec, TokenizerCodec, bd_rates, high_power, matching_quality
+from favae.eval.compression import (
+    PillowCodec,
+    TokenizerCodec,
+    bd_rates,
+    high_power,
+    matching_quality,
+    training_values,
+)
 
 pytest.importorskip("constriction", reason="the extra [compression] is not installed")
 
@@ -73,7 +81,7 @@ def test_bad_files_are_one_line(model, pictures, tmp_path, tiny_kl):
     assert "would both be c.jpg.png" in message and not (tmp_path / "out").exists()
 
 
-def test_what_a_model_cannot_write_is_one_line(model, pictures, tmp_path, tiny_kl):
+def test_what_a_model_cannot_write_is_one_line(model, pictures, tmp_path, tiny_kl, monkeypatch):
     opened = HyperpriorModelFA.from_pretrained(model)
     opened.encoder.conv_out.bias.data.fill_(torch.nan)
     opened.save_pretrained(tmp_path / "nan")
@@ -83,6 +91,12 @@ def test_what_a_model_cannot_write_is_one_line(model, pictures, tmp_path, tiny_k
     words = ("--training-data", pictures, "--data", pictures, "--label-column", "none", "--model", tmp_path / "kl")
     words += ("--features", "efficientnet-lite0", "--output", tmp_path / "out")
     assert "wavelet levels need" in command_error("evaluate", "compression", *words, "--resolution", 30)
+    autoencoders()["VQModel"].save_pretrained(tmp_path / "vq")
+    words = (*words[:-5], tmp_path / "vq", *words[-4:], "--resolution", 32)
+    assert "tokens of a VQModel cannot be coded" in command_error("evaluate", "compression", *words)
+    monkeypatch.setattr(compression.features, "check", lambda name: False)  # of a Pillow without AVIF
+    message = command_error("evaluate", "compression", *words, "--formats", "avif")
+    assert "avif" in message and "jpeg" in message
 
 
 def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
@@ -93,7 +107,7 @@ def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
         to_pil_image(to_uint8(photos[20 * i]["image"])).save(pictures / f"{i}.png")
     words = ("--data", pictures, "--resolution", 32, "--formats", "jpeg")
     options = ("--features", "efficientnet-lite0", "--output", tmp_path)
-    (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:300])
     tiny_kl.save_pretrained(tmp_path / "kl")
     models = ("--model", f"ours={model}", "--model", f"kl={tmp_path / 'kl'}", "--training-data", pictures, "--step", 1)
     command("evaluate", "compression", *models, *words, *options)
@@ -151,7 +165,7 @@ def test_tokens_are_coded_and_decoded(quantizer):
     torch.manual_seed(0)
     vae = VQModelFA(**{**TINY_VQ, "quantizer": quantizer, "num_quantizers": 2, "scales": (1, 8)}).eval()
     images = ImageDataset(open_source("photos", "heldout"), 32)
-    codec = TokenizerCodec(vae, images, 1.0)
+    codec = TokenizerCodec(vae, training_values(vae, images))
     batch = torch.stack([images[i]["image"] for i in range(3)])
     decoded, sizes = codec(batch)
     torch.testing.assert_close(decoded, reconstruct(vae, batch), rtol=0, atol=1e-5)
@@ -164,7 +178,7 @@ def test_a_channel_that_never_changes_is_coded(tiny_favae):
     with torch.no_grad():
         tiny_favae.quant_conv.weight[0], tiny_favae.quant_conv.bias[0] = 0, 0
     batch = torch.stack([images[i]["image"] for i in range(2)])
-    decoded, _ = TokenizerCodec(tiny_favae, images, 0.05)(batch)
+    decoded, _ = TokenizerCodec(tiny_favae, training_values(tiny_favae, images), 0.05)(batch)
     torch.testing.assert_close(decoded, reconstruct(tiny_favae, batch), rtol=0, atol=0.05)
 
 
@@ -172,8 +186,9 @@ def test_finer_steps_cost_more_and_are_nearer(tiny_favae):
     images = ImageDataset(open_source("photos", "heldout"), 32)
     batch = torch.stack([images[i]["image"] for i in range(3)])
     wanted, found = reconstruct(tiny_favae, batch), []
+    values = training_values(tiny_favae, images)
     for step in (0.02, 0.2, 1.0):
-        decoded, sizes = TokenizerCodec(tiny_favae, images, step)(batch)
+        decoded, sizes = TokenizerCodec(tiny_favae, values, step)(batch)
         found.append((sum(sizes), (decoded - wanted).square().mean().item()))
     for fine, coarse in zip(found, found[1:]):
         assert fine[0] > 1.2 * coarse[0] and fine[1] < 0.2 * coarse[1]

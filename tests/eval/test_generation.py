@@ -4,12 +4,14 @@ import json
 import shutil
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_LIGHTNINGDIT, TINY_VQ, command, command_error, command_in_processes, write_images
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
+from picture_files import encoded, smooth
 from PIL import Image
 from tiny_text import save_bert
 
@@ -292,6 +294,11 @@ def test_real_images_set_the_scale(tmp_path):
 def test_given_samples_have_seams_and_a_scale_of_real_images(tmp_path):
     images, others = (write_images(tmp_path / name, per_class=4, size=(16, 16)) for name in ("images", "others"))
     common = ["evaluate", "generation", "--reference", images, *OFFLINE, "--output", tmp_path / "out"]
+    pictures = [{"bytes": encoded(smooth()), "path": None}] * 4
+    datasets.Dataset.from_dict({"picture": pictures}).to_parquet(tmp_path / "train.parquet")
+    table = ["evaluate", "generation", "--reference", tmp_path / "train.parquet", "--image-column", "picture", *OFFLINE]
+    table += ["--split", "train", "--output", tmp_path / "columns", "--samples", others, "--validation", others]
+    command(*table)  # the folder has no columns
     command(*common, "--samples", others, "--patch-size", 4, "--validation", others)
     result = json.loads((tmp_path / "out/results.json").read_text())
     assert result["rows"][0]["metrics"]["FDr(efficientnet-lite0)"] == pytest.approx(1)
@@ -299,6 +306,15 @@ def test_given_samples_have_seams_and_a_scale_of_real_images(tmp_path):
     assert result["protocol"]["patch_size"] == 4 and len(result["protocol"]["validation"]) == 1
     assert "--num-images is for --pipeline" in command_error(*common, "--samples", others, "--num-images", 4)
     assert "--patch-size is for --samples" in command_error(*common, "--pipeline", "nowhere", "--patch-size", 4)
+
+
+def test_a_pipeline_of_a_class_that_is_not_installed(pipeline, image_folder, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    index = tmp_path / "pipeline/model_index.json"
+    index.write_text(index.read_text().replace("LightningDiTPipeline", "PipelineOfTheFuture"))
+    words = ("--reference", image_folder, *OFFLINE, "--output", tmp_path / "out")
+    message = command_error("evaluate", "generation", "--pipeline", tmp_path / "pipeline", *words)
+    assert "no pipeline could be opened here" in message and "PipelineOfTheFuture" in message
 
 
 def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):

@@ -123,6 +123,11 @@ def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys
         return row["metrics"]["iFD(efficientnet-lite0)"]
 
     between = distance()
+    capsys.readouterr()
+    command("evaluate", "latents", *options, *features, "--output", tmp_path / "both")
+    rows = json.loads((tmp_path / "both/results.json").read_text())["rows"]
+    found = [row["metrics"]["iFD(efficientnet-lite0)"] for row in rows]
+    assert found == [None, pytest.approx(between)] and "iFD(efficientnet-lite0)" in capsys.readouterr().out
     monkeypatch.setattr(latent_evaluation, "interpolated", lambda latents: latents)
     command("evaluate", "reconstruction", *options[2:], *features, "--levels", "1", "--output", tmp_path / "rfd")
     (row,) = json.loads((tmp_path / "rfd/results.json").read_text())["rows"]

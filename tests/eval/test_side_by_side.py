@@ -1,5 +1,7 @@
 """Images beside their reconstructions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import command, command_error, write_images
@@ -87,4 +89,6 @@ def test_names_of_models(tmp_path, monkeypatch):
     (tmp_path / "favae/final").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "favae")
     assert named_model("final") == ("favae", "final")
+    Path("lr=0.1").mkdir()
+    assert named_model("lr=0.1") == ("lr=0.1", "lr=0.1") and named_model("a=lr=0.1") == ("a", "lr=0.1")
     assert number_duplicates(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
