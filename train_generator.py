@@ -37,7 +37,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
-    DiTTransformer2DModel,
     ModelMixin,
 )
 from torchvision.utils import save_image
@@ -55,7 +54,7 @@ from favae.errors import ConfigError, NonFiniteError, hint
 from favae.eval.online import GeneratorEvaluation
 from favae.files import atomic_path
 from favae.foundation import FoundationModel
-from favae.models.class_conditional import initialize_dit, num_classes
+from favae.models.class_conditional import num_classes
 from favae.pipelines import CATPipeline, LightningDiTPipeline
 from favae.pipelines.solvers import flow_scheduler
 from favae.training.autoregression import AutoregressionModule, check_tokens, open_text_encoder
@@ -90,8 +89,6 @@ def train(config: GeneratorConfig) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset = open_cache(config, tokenizer)
     transformer = build_model(config.model)
-    if isinstance(transformer, DiTTransformer2DModel) and config.model.get("from_pretrained") is None:
-        initialize_dit(transformer)
     check_shapes(config, transformer, dataset)
     warmup = open_warmup(config, tokenizer, dataset)
     with_images = LatentsWithImages(dataset, open_images(config, dataset)) if alignment.weight else None

@@ -24,7 +24,8 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
         The same autoencoder.
     Raises:
         ValueError: if the statistics in its config are incomplete or do not fit, or no convolution can hold them: those
-            of FLUX.2's autoencoder differ between the 2 x 2 latents that its pipelines pack into one.
+            of FLUX.2's autoencoder differ between the 2 x 2 latents that its pipelines pack into one, and latents on a
+            sphere are normalized after the convolution.
     """
     if not isinstance(vae, AutoencoderKL) or hasattr(vae, "bn"):
         raise ValueError(
@@ -32,14 +33,18 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
             "and std per channel; swap_vae keeps the statistics that a pipeline's autoencoder has"
         )
     mean, std = latent_statistics(vae)
+    if vae.config.get("latent_norm") is not None:
+        raise ValueError(f"latents with latent_norm={vae.config.latent_norm} cannot be folded: they are on a sphere")
+    both = {"use_quant_conv": True, "use_post_quant_conv": True}
+    given = {name: value for name, value in both.items() if name in vae.config}  # ours always has the two
+    if not given and vae.quant_conv is None:
+        raise ValueError(f"a saved {type(vae).__name__} has no convolutions that could hold latent statistics")
     first = normalized_moments(vae)
     last = vae.post_quant_conv or _identity(vae.config.latent_channels)
     _scale_input(last, std, mean)
     like = next(vae.decoder.parameters())
     learns = next(vae.encoder.parameters()).requires_grad
     vae.quant_conv, vae.post_quant_conv = first.to(like).requires_grad_(learns), last.to(like)
-    both = {"use_quant_conv": True, "use_post_quant_conv": True}
-    given = {name: value for name, value in both.items() if name in vae.config}  # ours always has the two
     vae.register_to_config(**given, scaling_factor=1.0, shift_factor=0.0, latents_mean=None, latents_std=None)
     return vae
 

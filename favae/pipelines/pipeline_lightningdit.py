@@ -70,6 +70,8 @@ class LightningDiTPipeline(ConditionalPipeline):
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
+        missing = dict.fromkeys(("latents_mean", "latents_std", "shift_factor") - vae.config.keys())
+        vae.register_to_config(**missing)  # of an AutoencoderTiny, which is not normalized
         self.register_to_config(id2label=id2label, max_length=max_length)
         self.vae_scale_factor = spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -140,6 +142,8 @@ class LightningDiTPipeline(ConditionalPipeline):
         count = len(next(iter(condition.values()))[0])
         if any(len(value) != count for pair in condition.values() for value in pair):
             raise ValueError("class_labels and prompts must be of as many images")
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} images")
         device, scale = self._execution_device, time_scale(transformer)
         shape = (count, config.in_channels, config.sample_size, config.sample_size)
         if latents is None:

@@ -128,7 +128,8 @@ class GeneratorConfig(RunConfig):
         if self.takes_texts and self.evaluation.every:
             raise ConfigError("evaluation.every is for generators of classes, not for model.text_dim")
         scales = {"sampling": self.sampling.guidance_scale, "evaluation": self.evaluation.guidance_scale}
-        dropped = {f"model.{key}": self.model.get(key) for key in ("class_dropout_prob", "text_dropout_prob")}
+        conditions = {"class_dropout_prob": self.takes_classes, "text_dropout_prob": self.takes_texts}
+        dropped = {f"model.{key}": self.model.get(key) for key, taken in conditions.items() if taken}
         if self.model["name"] in ("DiTTransformer2DModel", "UNet2DModel"):
             dropped["loss.class_dropout_prob"] = self.loss.class_dropout_prob
         for key in (key for key, probability in dropped.items() if probability == 0):
@@ -162,13 +163,14 @@ class GeneratorConfig(RunConfig):
         not_for_tokens = {
             "loss.alignment.weight": self.loss.alignment.weight,
             "data.warmup_latents": self.data.warmup_latents,
+            "data.warmup_steps": self.data.warmup_steps,
             "loss.objective": self.loss.objective != "flow_matching",
         }
         for key, is_set in not_for_tokens.items():
             if is_set:
                 raise ConfigError(f"{key} is not for a CATTransformerModel")
-        if self.model.get("head") != "flow" and self.evaluation.num_inference_steps is not None:
-            raise ConfigError("evaluation.num_inference_steps is for model.head=flow")
+        if self.model.get("head") != "flow":
+            self._refuse(["sampling.num_inference_steps", "evaluation.num_inference_steps"], "is for model.head=flow")
         if self.model.get("head") == "flow" and (self.sampling.top_k, self.sampling.top_p) != (None, None):
             raise ConfigError("sampling.top_k and sampling.top_p are for model.head=categorical")
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiTTransformer2DModel, ModelMixin
 
 import favae
 from favae.errors import ConfigError
+from favae.models.class_conditional import initialize_dit
 from favae.ranges import Text
 from favae.training.validation import signature_schema, validate
 
@@ -100,7 +101,10 @@ def build_model(settings: dict[str, Any]) -> ModelMixin:
         return _start_from(PretrainedSource.parse(source, FROM_PRETRAINED), settings)
     build, arguments = _arguments(settings)
     try:
-        return build(**arguments)
+        model = build(**arguments)
+        if isinstance(model, DiTTransformer2DModel):
+            initialize_dit(model)
+        return model
     except (ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
         raise ConfigError(_naming_keys(error, build, arguments)) from error
 
@@ -150,8 +154,10 @@ def _start_from(source: PretrainedSource, settings: dict[str, Any]) -> ModelMixi
     key = f"model.{FROM_PRETRAINED}"
     settings = inherit_settings(settings)
     with torch.device("cpu"), _opening(source):  # its weights exist, even in a dry run on the meta device
-        config = find_model_class(settings["name"]).load_config(source.path, **source.options)
-        other = find_model_class(config["_class_name"]).from_pretrained(source.path, **source.options)
+        model_class = find_model_class(settings["name"])
+        name = model_class.load_config(source.path, **source.options)["_class_name"]
+        other_class = model_class if name == model_class.__name__ else find_model_class(name)
+        other = other_class.from_pretrained(source.path, **source.options)
     model = build_model({name: value for name, value in settings.items() if name != FROM_PRETRAINED})
     weights, wanted = other.state_dict(), model.state_dict()
     fitting = {name: value for name, value in weights.items() if name in wanted and wanted[name].shape == value.shape}
@@ -178,13 +184,20 @@ def _naming_keys(error: Exception, build: Callable, arguments: dict[str, Any]) -
 def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dict[str, Any]]:
     """What builds the model, and its checked arguments."""
     model_class = find_model_class(settings["name"])
-    given = {key: value for key, value in settings.items() if key not in ("name", FROM_PRETRAINED)}
-    if FROM_AUTOENCODER_KL not in given:
+    given = {key: value for key, value in settings.items() if key not in ("name", FROM_PRETRAINED, FROM_AUTOENCODER_KL)}
+    begins, keeps = (settings.get(key) is not None for key in (FROM_PRETRAINED, FROM_AUTOENCODER_KL))
+    if begins and keeps:
+        raise ConfigError(
+            f"model.{FROM_PRETRAINED} and model.{FROM_AUTOENCODER_KL} are two beginnings; with the latter null, "
+            "train.parts=decoder keeps the encoder as it is"
+        )
+    if not keeps:
         checked = validate(signature_schema(model_class.__init__), given, "model")
-        _check_sizes(vars(checked))
+        if not begins:  # or what is not given is as in that model
+            _check_sizes(vars(checked))
         return model_class, {key: getattr(checked, key) for key in given}
 
-    source = PretrainedSource.parse(given.pop(FROM_AUTOENCODER_KL), FROM_AUTOENCODER_KL)
+    source = PretrainedSource.parse(settings[FROM_AUTOENCODER_KL], FROM_AUTOENCODER_KL)
     if model_class is AutoencoderKL:
         build, schema = _freeze_encoder, signature_schema(_freeze_encoder, skip=("vae",))
     elif hasattr(model_class, FROM_AUTOENCODER_KL):

@@ -166,6 +166,8 @@ class Run:
                 InitProcessGroupKwargs(timeout=LONGEST_WAIT),
             ],
         )
+        if train.mixed_precision == "fp16" and self.device.type == "cpu":
+            raise ConfigError("train.mixed_precision=fp16 needs a GPU; bf16 does not")
         self.step = self.skipped = 0
         self._log_file = self.folder / "metrics.jsonl"
         self._signals = DeferredSignals()

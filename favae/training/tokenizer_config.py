@@ -15,6 +15,7 @@ from favae.training.recipes import merge
 from favae.training.tokenizer_losses import TokenizerLossConfig
 from favae.training.validation import STRICT, validate
 
+SMALLEST_SSIM = 6  # pixels, of images that are padded by half a window of 11
 SMALLEST_PERCEPTUAL = 16  # pixels, of images that VGG16 halves four times
 
 
@@ -145,9 +146,12 @@ def check_teacher(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
         for key in ("distillation", "reencoding"):
             if getattr(loss, key):
                 raise ConfigError(f"loss.{key} needs teacher.autoencoder")
-        if config.teacher.latents is not None:
-            raise ConfigError("teacher.latents needs teacher.autoencoder, whose latents they are")
+        for key, default in vars(TeacherConfig()).items():
+            if getattr(config.teacher, key) != default:
+                raise ConfigError(f"teacher.{key} needs teacher.autoencoder")
         return
+    if config.train.parts == "encoder" and not loss.latents:
+        raise ConfigError("train.parts=encoder learns from loss.latents alone where a teacher's latents are decoded")
     if config.teacher.latents is not None and (config.data.crop, config.data.color_jitter) != ("center", 0):
         raise ConfigError("teacher.latents are of whole images: set data.crop=center and data.color_jitter=0")
     if hasattr(find_model_class(name), "quantize"):
@@ -176,10 +180,13 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     continuous = {"latent_noise": loss.latent_noise, **loss.shaping_latents}
     for key in (key for key, is_set in continuous.items() if is_set and hasattr(model_class, "quantize")):
         raise ConfigError(f"loss.{key} needs continuous latents; those of a {model['name']} are quantized")
-    freezing = f"model.{FROM_AUTOENCODER_KL}" if FROM_AUTOENCODER_KL in model else "train.parts=decoder"
+    frozen = model.get(FROM_AUTOENCODER_KL) is not None
+    freezing = f"model.{FROM_AUTOENCODER_KL}" if frozen else "train.parts=decoder"
     for name in ("alignment", "spectrum_matching"):
-        if getattr(loss, name).weight and (FROM_AUTOENCODER_KL in model or parts == "decoder"):
+        if getattr(loss, name).weight and (frozen or parts == "decoder"):
             raise ConfigError(f"loss.{name}.weight needs an encoder that learns; {freezing} freezes it")
+    if frozen and parts == "encoder":
+        raise ConfigError(f"train.parts=encoder leaves nothing to train: {freezing} freezes the encoder")
     if parts == "encoder" and loss.adversarial.weight and loss.adversarial.adaptive:
         raise ConfigError(
             "loss.adversarial.adaptive looks at the decoder's last layer, which train.parts=encoder freezes; set it to "
@@ -190,6 +197,8 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
             "train.mixed_precision=fp16 has one gradient scale, and loss.adversarial and loss.alignment.adaptive need "
             "two; use bf16"
         )
+    if config.train.shard and config.train.channels_last:
+        raise ConfigError("train.shard divides weights in torch's own memory format; set train.channels_last=false")
     if config.train.shard and loss.has_adaptive_weights:
         raise ConfigError(
             "train.shard frees weights that adaptive weights need again; set loss.alignment.adaptive=false and "
@@ -208,6 +217,10 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
         raise ConfigError(
             f"loss.perceptual needs images of {SMALLEST_PERCEPTUAL} px or more; the smallest that are compared have "
             f"{largest}"
+        )
+    if loss.ssim and largest < SMALLEST_SSIM:
+        raise ConfigError(
+            f"loss.ssim needs images of {SMALLEST_SSIM} px or more; the smallest that are compared have {largest}"
         )
     if loss.band.weight and resolution % 2**loss.band.levels:
         raise ConfigError(f"loss.band.levels={loss.band.levels} does not fit train.resolution = {resolution}")

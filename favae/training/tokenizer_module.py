@@ -128,6 +128,8 @@ class TokenizerTrainingModule(nn.Module):
         elif teacher is not None:
             self.projector = nn.Conv2d(self.aligned_channels, teacher.channels, 1, bias=False)
         if any(losses.spectrum.weight for losses in stages):
+            if not vae.compared_modules:
+                raise ConfigError("loss.spectrum.weight needs model.frequency_complement, which this model has not")
             self.spectrum = first.spectrum.build(len(vae.compared_modules))
             self.sigma_learning_rate = first.spectrum.learning_rate
         if isinstance(vae, VQModelFA):
@@ -237,7 +239,9 @@ class TokenizerTrainingModule(nn.Module):
                 terms["commitment"] = losses.commitment, quantized.loss
                 statistics |= self.codebook_statistics(quantized.indices)
             else:
-                posterior = self.vae.encode(images).latent_dist
+                posterior = getattr(self.vae.encode(images), "latent_dist", None)
+                if posterior is None:
+                    raise ConfigError(f"model.name: a {type(self.vae).__name__} gives no distribution of latents")
                 latents, moments = posterior.sample(), posterior.parameters
 
             # 2. Regularize what is decoded.

@@ -144,11 +144,14 @@ def signature_schema(function: Callable, skip: tuple[str, ...] = ()) -> type[Bas
 
 def _with_ranges(annotation: Any) -> Any:
     choices = get_args(annotation)
+    entries = choices[0] if choices else None
     for plain, ranged in RANGES_BY_TYPE:
         if annotation == plain:
             return ranged
     if get_origin(annotation) in (Union, UnionType):
         return Union[tuple(_with_ranges(choice) for choice in choices)]  # noqa: UP007
     if get_origin(annotation) is tuple and (len(choices) == 1 or choices[1] is ...):
-        return Annotated[tuple[_with_ranges(choices[0]), ...], Field(min_length=1)]  # type: ignore[misc]
+        if get_origin(entries) is tuple:  # a list for each level, which may be empty
+            return Annotated[tuple[tuple[_with_ranges(get_args(entries)[0]), ...], ...], Field(min_length=1)]  # type: ignore[misc]
+        return Annotated[tuple[_with_ranges(entries), ...], Field(min_length=1)]  # type: ignore[misc]
     return annotation

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from conftest import TINY_FAVAE
 from diffusers import AutoencoderKL
 
+from favae import AutoencoderKLFA, TwoBranchAutoencoderKL
 from favae.adapters.pipelines import fold_latent_statistics
 
 
@@ -73,3 +75,18 @@ def test_a_folded_model_of_ours_has_no_settings_that_its_class_does_not_have(tin
     names = set(tiny_favae.config)
     tiny_favae.register_to_config(**statistics())
     assert set(fold_latent_statistics(tiny_favae).config) == names
+
+
+@pytest.mark.parametrize(
+    "model, changed, message",
+    [
+        (AutoencoderKLFA, {"latent_norm": "rms"}, "they are on a sphere"),
+        (TwoBranchAutoencoderKL, {}, "no convolutions that could hold"),
+    ],
+)
+def test_statistics_that_no_convolution_can_hold(model, changed, message):
+    settings = {name: value for name, value in TINY_FAVAE.items() if name != "shortcut"}
+    vae = model(**settings | changed)
+    vae.register_to_config(**statistics())
+    with pytest.raises(ValueError, match=message):
+        fold_latent_statistics(vae)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_LIGHTNINGDIT, run
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_autoencoders import autoencoders
 from tiny_text import save_bert
 
@@ -87,6 +87,8 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline):
     together = sample([0, 1, 2], [5, 6, 7])
     assert together.shape == (3, 3, 16, 16) and together.min() >= 0 and together.max() <= 1
     assert torch.allclose(sample([1], [6])[0], together[1], atol=1e-5)
+    with pytest.raises(ValueError, match="2 generators for 3 images"):
+        sample([0, 1, 2], [5, 6])
 
 
 def test_latent_statistics_are_undone(pipeline, tiny_favae):
@@ -97,6 +99,14 @@ def test_latent_statistics_are_undone(pipeline, tiny_favae):
     assert torch.allclose(pipeline.decode_latents(z), expected, atol=1e-6)
     pipeline.vae.register_to_config(latents_mean=None, latents_std=None, scaling_factor=0.5, shift_factor=0.25)
     assert torch.allclose(pipeline.decode_latents(z), tiny_favae.decode(z / 0.5 + 0.25).sample, atol=1e-6)
+
+
+def test_an_autoencoder_without_statistics(pipeline):
+    tiny = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8), "latent_channels": 6}
+    vae = AutoencoderTiny(**tiny, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)).eval()
+    pipe = LightningDiTPipeline(pipeline.transformer, vae, pipeline.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe([0], num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def prepare(folder, images, tokenizer, model):
     recipe = {
         "model": model,
         "data": {"latents": str(folder / "cache"), "tokenizer": str(folder / "tokenizer")},
-        "sampling": {"num_images": 4, "num_inference_steps": 2},
+        "sampling": {"num_images": 4, **({"num_inference_steps": 2} if model.get("head") == "flow" else {})},
         "train": {**train, "ema_decay": 0.9, "tracker": None, "learning_rate": 1e-3},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

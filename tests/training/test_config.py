@@ -77,7 +77,10 @@ def recipe(tmp_path):
         ("train={optimizer: muon, mixed_precision: fp16}", "train.mixed_precision=fp16 .*train.optimizer=muon"),
         ("train.parts=encoder", "loss.adversarial.adaptive .*train.parts=encoder"),
         ("loss={perceptual: 1, equivariance: 0.5, adversarial: {weight: 0}}", "loss.perceptual .*16 px .* have 4"),
+        ("loss={ssim: 1, equivariance: 0.5, adversarial: {weight: 0}}", "loss.ssim .*6 px .* have 4"),
         ("loss.spectrum.weight=1", "loss.spectrum.weight needs a VQModelFA"),
+        ("train={shard: true, channels_last: true}", "train.shard .*train.channels_last=false"),
+        ("teacher.normalize=true", "teacher.normalize needs teacher.autoencoder"),
         ("loss.reconstruction=none", "loss.reconstruction=none .*loss.adversarial"),
         ("loss.stft={weight: 1, window: 32}", "loss.stft.window .*train.resolution = 16, got 32"),
         ("loss.band={weight: 1, wavelet: db10}", "loss.band.wavelet=db10 .*20 .*train.resolution=16"),
@@ -205,6 +208,16 @@ def test_bugs_keep_their_traceback(start, recipe, tmp_path, monkeypatch):
             "seed=1",
             "model.from_autoencoder_kl.path is missing",
         ),
+        (
+            "{name: AsymmetricAutoencoderKLFA, from_autoencoder_kl: somewhere}",
+            "model.from_pretrained=elsewhere",
+            "model.from_pretrained and model.from_autoencoder_kl are two beginnings",
+        ),
+        (
+            "{name: AsymmetricAutoencoderKLFA, from_autoencoder_kl: somewhere}",
+            "train.parts=encoder",
+            "train.parts=encoder leaves nothing to train: model.from_autoencoder_kl",
+        ),
     ],
 )
 def test_losses_that_a_model_does_not_allow(tmp_path, model, override, named):
@@ -252,6 +265,8 @@ def test_stages_change_the_losses_at_their_step(recipe):
         ("CATTransformerModel", "{model: {head: flow}, sampling: {top_k: 2}}", "sampling.top_k .*model.head"),
         ("CATTransformerModel", "evaluation={every: 2, reference: x}", "evaluation.every is for generators of classes"),
         ("CATTransformerModel", "evaluation.num_inference_steps=9", "evaluation.num_inference_steps is for model.head"),
+        ("CATTransformerModel", "sampling.num_inference_steps=9", "sampling.num_inference_steps is for model.head"),
+        ("CATTransformerModel", "data.warmup_steps=9", "data.warmup_steps is not for a CATTransformerModel"),
         ("CATTransformerModel", "model.head=x", "model.head .*'categorical' or 'flow'"),
         ("CATTransformerModel", "sampling.temperature=-1", "sampling.temperature"),
         ("CATTransformerModel", "sampling.top_p=2", "sampling.top_p"),
@@ -284,6 +299,7 @@ def test_what_a_generator_inherits_counts_as_its_own(tmp_path):
     )
     config = load_config(GeneratorConfig, tmp_path / "recipe.yaml")
     assert config.takes_texts and not config.takes_classes
+    load_config(GeneratorConfig, tmp_path / "recipe.yaml", ["model.class_dropout_prob=0"])  # there are no classes
     assert load_config(GeneratorConfig, tmp_path / "recipe.yaml", ["model.text_dim=5"]).model["text_dim"] == 5
 
 

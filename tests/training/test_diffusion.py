@@ -197,10 +197,12 @@ def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels
     # Weights to begin with are not replaced by those of a new model.
     weights = first.proj_out_2.weight.data.fill_(0.5).clone()
     first.save_pretrained(tiny_cache / "old")
-    more = (f"model.from_pretrained={tiny_cache / 'old'}", start, "train.steps=1", "train.sample_every=0")
+    source = f"model.from_pretrained={tiny_cache / 'old'}"
+    more = (source, start, "train.steps=1", "train.sample_every=0", f"model.num_layers={TINY_DIT['num_layers'] + 1}")
     train("train_generator", recipe, f"output={tiny_cache / 'more'}", *more)
-    found = DiffusionPipeline.from_pretrained(tiny_cache / "more/final").transformer.proj_out_2.weight
-    torch.testing.assert_close(found, weights)
+    found = DiffusionPipeline.from_pretrained(tiny_cache / "more/final").transformer
+    torch.testing.assert_close(found.proj_out_2.weight, weights)
+    assert found.transformer_blocks[-1].norm1.linear.weight.abs().max() < 1e-6  # a new block begins as they all do
     pipe = DiffusionPipeline.from_pretrained(tiny_cache / "run/final")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.transformer, DiTTransformer2DModel)

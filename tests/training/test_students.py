@@ -49,6 +49,10 @@ NARROW = {
 }
 
 
+class OfSomebody(AutoencoderTinyFA):
+    pass
+
+
 def recipe_of(folder: Path, model: dict, steps: int, **sections: dict) -> Path:
     """A recipe for the tiny images in a folder."""
     train = {"resolution": 16, "batch_size": 4, "steps": steps, "num_workers": 0, "log_every": 1, "tracker": None}
@@ -230,8 +234,35 @@ def test_weights_are_taken_as_far_as_they_fit(tmp_path, caplog):
     assert torch.equal(shorter.encoder.layers[0].weight, small.encoder.layers[0].weight)
     assert "begin anew: decoder.layers." in caplog.text
     source = {"from_pretrained": str(tmp_path / "small/vae")}
+    path = f"{OfSomebody.__module__}.OfSomebody"  # a name that neither favae nor diffusers has
+    build_model({"name": path, **source}).save_pretrained(tmp_path / "own")
+    own = build_model({"name": path, "from_pretrained": str(tmp_path / "own")})
+    assert isinstance(own, OfSomebody) and torch.equal(own.decoder.layers[1].weight, small.decoder.layers[1].weight)
     with pytest.raises(ConfigError, match="no weight of the AutoencoderTinyFA"):
         build_model({"name": "LightningDiTTransformer2DModel", **TINY_LIGHTNINGDIT, **source})
+
+
+def test_what_is_not_given_is_as_in_the_weights(tmp_path):
+    wide = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    AutoencoderKL(**wide, block_out_channels=(8, 8), norm_num_groups=4).save_pretrained(tmp_path / "wide")
+    model = {"name": "AutoencoderKL", "from_pretrained": str(tmp_path / "wide"), "block_out_channels": [8, 16]}
+    build_tokenizer(load_config(TokenizerConfig, recipe_of(tmp_path, model, 1)))  # its types of blocks fit
+    autoencoders()["AutoencoderDC"].save_pretrained(tmp_path / "dc")
+    build_model({"name": "diffusers.AutoencoderDC", "from_pretrained": str(tmp_path / "dc")})
+
+
+def test_models_that_cannot_be_trained_like_this(tmp_path, image_folder):
+    model = {"name": "diffusers.AutoencoderDC", "from_pretrained": str(tmp_path / "dc")}
+    autoencoders()["AutoencoderDC"].save_pretrained(tmp_path / "dc")
+    recipe = recipe_of(tmp_path, model, 1)
+    assert "gives no distribution of latents" in refusal("train_tokenizer", recipe, f"output={tmp_path / 'run'}")
+    VQModelFA(**TINY_VQ, frequency_complement=None).save_pretrained(tmp_path / "vq")
+    model = {"name": "VQModelFA", "from_pretrained": str(tmp_path / "vq")}
+    recipe = recipe_of(tmp_path, model, 1, loss={"spectrum": {"weight": 0.1}})
+    message = refusal("train_tokenizer", recipe, f"output={tmp_path / 'vq_run'}")
+    assert "needs model.frequency_complement" in message and not (tmp_path / "vq_run").exists()
+    words = (recipe_of(tmp_path, NARROW, 1), f"output={tmp_path / 'half'}", "train.mixed_precision=fp16")
+    assert "train.mixed_precision=fp16 needs a GPU" in refusal("train_tokenizer", *words)
 
 
 @pytest.mark.parametrize("part, frozen", [("decoder", "encoder"), ("encoder", "decoder")])
