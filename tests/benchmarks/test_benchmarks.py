@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -154,7 +155,7 @@ def test_the_checks_find_what_differs(tmp_path, image_folder, monkeypatch, capsy
     def run_here(command, **_):
         train("train_tokenizer", *command[2:])
 
-    monkeypatch.setattr(checks.subprocess, "run", run_here)
+    monkeypatch.setattr(checks, "subprocess", SimpleNamespace(run=run_here))
     settings = [
         "model.shortcut=overlapping",
         "loss.adversarial.weight=0",
