@@ -73,6 +73,7 @@ def trainings(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable
         "train.lr_scheduler=constant",
         "train.lr_warmup_steps=0",
         "train.checkpoint_every=1000000",
+        "train.channels_last=false",  # which FSDP needs
     ]
 
     def train(name: str, *settings: str, launcher: tuple[str, ...] = ()) -> Tensor:
