@@ -284,7 +284,6 @@ def evaluate_compression(
         formats = [format for format in formats if format != "jpeg"]  # it has no transparency
     loading = {"lpips": lpips, "batch_size": batch_size, "num_workers": num_workers}
     protocol: dict[str, Any] = {
-        "num_images": len(images),  # less those that cannot be read
         "data_name": data_name,
         "resolution": images.resolution,
         "crop": "center",

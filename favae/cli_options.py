@@ -91,10 +91,10 @@ def open_data(arguments: argparse.Namespace) -> Source:
 
 def open_other_data(arguments: argparse.Namespace, path: str, split: str) -> Source:
     """Opens a second set of images, whose columns have the same names if it has columns."""
-    from favae.data.sources import has_columns
+    from favae.data.sources import NONE, has_columns
 
     columns = ("image_column", "label_column", "caption_column")
-    of_folders = {name: "auto" for name in columns if getattr(arguments, name) != "none"}
+    of_folders = {name: "auto" for name in columns if getattr(arguments, name) != NONE}
     changed = {"data": path, "split": split, **({} if has_columns(path) else of_folders)}
     return open_data(argparse.Namespace(**{**vars(arguments), **changed}))
 

@@ -74,9 +74,7 @@ TINY_CAT = {
 
 
 torch.set_num_threads(1)  # tiny tensors; threads would only wait for each other
-features.FEATURE_SIZE = (
-    64  # a twelfth of the work; what the networks see at 224 px, tests/eval/test_features.py looks at
-)
+features.FEATURE_SIZE = 64  # instead of 224: a twelfth of the work
 
 
 def pytest_collection_modifyitems(items):

@@ -142,16 +142,14 @@ def signature_schema(function: Callable, skip: tuple[str, ...] = ()) -> type[Bas
     return create_model(function.__qualname__, __config__=STRICT, **fields)
 
 
-def _with_ranges(annotation: Any) -> Any:
+def _with_ranges(annotation: Any, shortest: int = 1) -> Any:
     choices = get_args(annotation)
-    entries = choices[0] if choices else None
     for plain, ranged in RANGES_BY_TYPE:
         if annotation == plain:
             return ranged
     if get_origin(annotation) in (Union, UnionType):
         return Union[tuple(_with_ranges(choice) for choice in choices)]  # noqa: UP007
     if get_origin(annotation) is tuple and (len(choices) == 1 or choices[1] is ...):
-        if get_origin(entries) is tuple:  # a list for each level, which may be empty
-            return Annotated[tuple[tuple[_with_ranges(get_args(entries)[0]), ...], ...], Field(min_length=1)]  # type: ignore[misc]
-        return Annotated[tuple[_with_ranges(entries), ...], Field(min_length=1)]  # type: ignore[misc]
+        entry = _with_ranges(choices[0], shortest=0)  # tuples inside may be empty
+        return Annotated[tuple[entry, ...], Field(min_length=shortest)]  # type: ignore[valid-type]
     return annotation
