@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -244,7 +245,11 @@ def build_pipeline(
     names = dict(enumerate(dataset.classes)) if num_classes(transformer) else None
     texts = open_text_encoder(dataset, config.data.text_encoder) if config.takes_texts else {}
     if config.is_autoregressive:
-        return CATPipeline(transformer, tokenizer, **{"text_encoder": None, "tokenizer": None, **texts}, id2label=names)
+        parts = {"text_encoder": None, "tokenizer": None, **texts}
+        try:
+            return CATPipeline(transformer, tokenizer, **parts, id2label=names)
+        except ValueError as error:  # such as other scales with as many tokens
+            raise ConfigError(f"model: {error}") from error
     if config.loss.objective == "ddpm":
         if not isinstance(tokenizer, AutoencoderKL):  # statistics are folded into its convolutions
             raise ConfigError(
@@ -277,13 +282,17 @@ def sampling_options(config: GeneratorConfig, dataset: MomentsDataset | TokenDat
     sampling, options = config.sampling, {"columns": 8}
     if not config.is_autoregressive:
         options["num_inference_steps"] = sampling.num_inference_steps
-    if config.takes_classes:
-        num_classes_shown = len(dataset.classes)
-        options["columns"] = min(num_classes_shown, 8)
-        options["class_labels"] = [i % num_classes_shown for i in range(sampling.num_images)]
+    shown, labels = range(sampling.num_images), list(range(len(dataset.classes)))
     if config.takes_texts:
-        prompts = sampling.prompts or first_captions(dataset.folder, dataset.manifest, sampling.num_images)
-        options["prompt"] = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
+        prompts = sampling.prompts
+        if prompts is None:
+            captions = first_captions(dataset.folder, dataset.manifest, sampling.num_images)
+            prompts, indices = list(captions.values()), np.array(list(captions))
+            labels = dataset.read(indices, np.zeros_like(indices))["label"].tolist()  # of these images
+        options["prompt"] = [prompts[i % len(prompts)] for i in shown]
+    if config.takes_classes:
+        options["columns"] = min(len(dataset.classes), 8)
+        options["class_labels"] = [labels[i % len(labels)] for i in shown]
     if not config.is_autoregressive:
         return options
     options["temperature"] = sampling.temperature

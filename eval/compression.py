@@ -29,6 +29,7 @@ from favae.eval.results import UINT8, number_duplicates, write_results
 from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS
 from favae.models import HyperpriorModelFA, VQModelFA
+from favae.models.hyperprior_model_fa import LatentCoder
 
 FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}  # Pillow's names
 SAVING: dict[str, dict[str, Any]] = {"jpeg": {"optimize": True}, "webp": {"method": 6}, "avif": {}}  # bytes
@@ -65,9 +66,11 @@ class PillowCodec:
 def model_codec(model: HyperpriorModelFA) -> Codec:
     """Writes and reads a file for each image: what is counted and measured is what a user has."""
 
+    coder = LatentCoder(model)
+
     def run(images: Tensor) -> tuple[Tensor, list[int]]:
-        files = model.compress(images)
-        return torch.stack(model.decompress(files)), [len(data) for data in files]
+        files = coder.compress(images)
+        return torch.stack(coder.decompress(files)), [len(data) for data in files]
 
     return run
 

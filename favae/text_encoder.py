@@ -74,22 +74,20 @@ class TextEncoder(nn.Module):
             self._hash = hash_model(self.model)
         return self._hash
 
-    def encode(self, captions: list[str], fixed_length: bool = False) -> tuple[Tensor, Tensor]:
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings and mask of captions, as `encode_texts` gives them; warns the first time a caption is cut.
 
         Args:
             captions: B strings; B may be 0.
-            fixed_length: whether to pad to `max_length` rather than to the longest caption.
         Raises:
             TypeError: for one string instead of a list.
         """
         if isinstance(captions, str):
             raise TypeError("captions must be a list of strings, got one string")
         if not captions:
-            length = self.max_length if fixed_length else 1
-            empty = torch.zeros(0, length, self.dim, device=self.model.device)
+            empty = torch.zeros(0, 1, self.dim, device=self.model.device)
             return empty, empty[..., 0].bool()
-        embeddings, mask = encode_texts(self.model, self.tokenizer, captions, self.max_length, fixed_length)
+        embeddings, mask = encode_texts(self.model, self.tokenizer, captions, self.max_length)
         if not self._warned:
             self._warned = warn_of_cut(self.tokenizer, captions, mask, self.max_length)
         return embeddings, mask
@@ -108,7 +106,7 @@ def warn_of_cut(tokenizer, texts: list[str], mask: Tensor, max_length: int) -> b
 
 @torch.no_grad()
 def encode_texts(
-    model: PreTrainedModel, tokenizer, texts: list[str], max_length: int | None = None, fixed_length: bool = False
+    model: PreTrainedModel, tokenizer, texts: list[str], max_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of the tokens of texts.
 
@@ -116,17 +114,16 @@ def encode_texts(
         model, tokenizer: of the transformers library, as a `TextEncoder` has them.
         texts: B >= 1 strings. An empty text has the embeddings of its start and end tokens.
         max_length: number of tokens to which texts are cut; None takes as many as the encoder can.
-        fixed_length: whether to pad to `max_length` rather than to the longest text. CLIP is always padded so.
     Returns:
         Embeddings (B, L, D), float32, and mask (B, L), bool, True where there is a token; on the model's device.
-        Padding comes after the text.
+        Padding comes after the text, up to the longest text, or with CLIP up to `max_length`.
     """
     is_clip = model.config.model_type.startswith("clip")
     tokens = tokenizer(
         texts,
         truncation=True,
         max_length=text_limit(model, tokenizer) if max_length is None else max_length,
-        padding="max_length" if fixed_length or is_clip else "longest",
+        padding="max_length" if is_clip else "longest",
         return_tensors="pt",
     ).to(model.device)
     with no_autocast(model.device):

@@ -25,15 +25,11 @@ def test_embeddings_and_masks_are_those_of_each_caption_alone(encoder):
     for caption, batched, there in zip(captions, embeddings, mask):
         alone, whole = encoder.encode([caption])
         assert whole.all() and torch.allclose(batched[there], alone[0], atol=1e-6)
-    fixed, mask = encoder.encode(captions, fixed_length=True)
-    assert fixed.shape == (3, 12, 8) and mask.sum(1).tolist() == [4, 8, 2]
-    assert torch.allclose(fixed[0, :4], embeddings[0, :4], atol=1e-6)
 
 
 def test_no_captions_and_one_string(encoder):
     embeddings, mask = encoder.encode([])
     assert embeddings.shape == (0, 1, 8) and mask.shape == (0, 1)
-    assert encoder.encode([], fixed_length=True)[0].shape == (0, 12, 8)
     with pytest.raises(TypeError, match="list of strings"):
         encoder.encode("a cat")
 

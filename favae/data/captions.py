@@ -4,6 +4,7 @@ Such a file is a list with an entry for each image of the shard, in its order: t
 """
 
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,18 +116,20 @@ def summarize_captions(folder: Path, counts: Sequence[int]) -> dict | None:
     return {"count": total, "images_without": without, "hash": digest.hexdigest()} if total else None
 
 
-def first_captions(folder: Path, manifest: Mapping[str, Any], limit: int) -> list[str]:
-    """The first caption of each of the first `limit` images of a latent cache that have one.
+def first_captions(folder: Path, manifest: Mapping[str, Any], limit: int) -> dict[int, str]:
+    """The first caption of each of the first `limit` images of a latent cache that have one, by the image's index.
 
     Args:
         manifest: of the cache.
     Raises:
         CacheError: see `read_captions`.
     """
-    found: list[str] = []
+    found: dict[int, str] = {}
+    first = 0
     for number, count in enumerate(manifest["counts"]):
         captions = read_captions(folder, number, count, manifest.get("checksums", {}))
-        found += [texts[0] for texts in captions if texts]
+        found |= {index: texts[0] for index, texts in enumerate(captions, first) if texts}
+        first += count
         if len(found) >= limit:
             break
-    return found[:limit]
+    return dict(itertools.islice(found.items(), limit))

@@ -1,6 +1,5 @@
 """From a stored picture to pixels of 1, 3 or 4 channels: the one way, whatever the picture is stored in."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from favae.channels import MODES
 from favae.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 # Formats of Pillow that are not opened: they need other programs (EPS runs Ghostscript), or hold no pixels.
 NOT_OPENED = {"EPS", "PDF", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}

@@ -227,6 +227,17 @@ class FolderScan:
             self.depths[parts[0]].add(len(parts))
 
 
+def walk(path: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder from `path` on, with the names of its files, sorted. Links are followed, but to a folder that they
+    are in."""
+    above: dict[str, frozenset[str]] = {str(path): frozenset()}
+    for folder, folders, files in os.walk(path, followlinks=True):
+        entered = above.pop(folder) | {os.path.realpath(folder)}
+        folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(folder, name)) not in entered)
+        above |= {os.path.join(folder, name): entered for name in folders}
+        yield folder, sorted(files)
+
+
 def _is_folder(entry: os.DirEntry) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
 

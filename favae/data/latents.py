@@ -24,6 +24,7 @@ files of captions are written anew, without encoding an image again.
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -59,7 +60,7 @@ from favae.errors import CacheError
 from favae.hashing import hash_model
 from favae.models import HyperpriorModelFA, VQModelFA
 from favae.models.hub import LATENT_RGB_KEYS
-from favae.normalization import has_batch_norm
+from favae.normalization import MIN_LOGVAR, has_batch_norm
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,8 @@ class MomentsDataset(CachedDataset):
     def summarize(cls, tokenizer: ModelMixin, files: Sequence[Path]) -> dict:
         """Mean and std of each channel over samples of all posteriors: Var z = Var mean + E exp(logvar), in float64.
 
-        Var mean is that within the shards and that between their means. A channel that is constant gets a std of 1.
+        Var mean is that within the shards and that between their means. A channel that is constant gets a std of 1,
+        also where its posterior has the smallest log-variance.
 
         Raises:
             CacheError: if a shard has numbers that are not finite.
@@ -162,7 +164,7 @@ class MomentsDataset(CachedDataset):
         mean = (weights * centers).sum(0)
         std = (weights * (within + (centers - mean).square() + noise)).sum(0).sqrt()
 
-        constant = std <= FLOAT32.eps * mean.abs()
+        constant = std <= FLOAT32.eps * mean.abs() + 2 * math.exp(MIN_LOGVAR / 2)
         if constant.any():
             channels = constant.nonzero().flatten().tolist()
             logger.warning("channels %s of the latents are constant: they are not normalized", channels)
@@ -327,6 +329,8 @@ def write_latent_cache(
     images = images.with_channels(image_channels(tokenizer))
     classes = images.classes  # refuses labels that are no classes, likewise
     captioned = images.source.has_captions  # refuses what is no text
+    if not captioned and captions_file(Path(output), 0).exists():
+        raise CacheError(f"{output} has captions, and the images given have none; name their --caption-column again")
     dataset_class: type[CachedDataset] = PackedMomentsDataset if compress else MomentsDataset
     stored = None if compress else dtype
     if isinstance(tokenizer, VQModelFA):

@@ -102,8 +102,10 @@ def check_manifest(folder: Path, manifest: dict, schema: type[ManifestSchema]) -
     try:
         return schema.model_validate(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda each: each["type"] != "missing")
         key = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise CacheError(f"{folder} is another kind of cache, or damaged: its manifest has no {key}") from error
         raise CacheError(f"{folder / MANIFEST_FILE}: {key}: {first['msg']}; delete it and {KEEP_THE_REST}") from error
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from favae.data.captions import clean_captions
 from favae.data.decoding import UnusableImage, image_extensions, read_image
-from favae.data.folders import NO_LABELS, check_size
+from favae.data.folders import NO_LABELS, check_size, walk
 from favae.data.images import ImageIdentity
 from favae.errors import DataError
 
@@ -243,7 +243,7 @@ def _is_saved(folder: Path) -> bool:
 def _is_shards(folder: Path) -> bool:
     """Whether there are parquet files below a folder, and no images."""
     found = False
-    for _, _, files in os.walk(folder):
+    for _, files in walk(folder):
         endings = {os.path.splitext(name)[1].lower() for name in files if not name.startswith(".")}
         if endings & image_extensions():
             return False

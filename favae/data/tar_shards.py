@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from favae.data.captions import clean_captions
 from favae.data.decoding import UnusableImage, image_extensions, read_image
-from favae.data.folders import NO_LABELS, check_size, printable, shown
+from favae.data.folders import NO_LABELS, check_size, printable, shown, walk
 from favae.data.images import ImageIdentity
 from favae.data.tables import AUTO, NONE
 from favae.errors import DataError
@@ -184,7 +184,7 @@ def is_tar(path: str) -> bool:
     if not Path(path).is_dir():
         return path.endswith(ENDING)
     found = False
-    for _, _, files in os.walk(path):
+    for _, files in walk(path):
         endings = set(map(_ending, files))
         if endings & (image_extensions() | {".parquet"}):
             return False
@@ -204,7 +204,8 @@ def _find_shards(path: str, split: str) -> list[Path]:
             raise DataError(f"{path}: no such file")
         return files
     splits: dict[str, list[Path]] = {}
-    for file in sorted(each for each in Path(path).rglob("*") if _ending(each.name) == ENDING and each.is_file()):
+    shards = [Path(folder, name) for folder, names in walk(path) for name in names if _ending(name) == ENDING]
+    for file in sorted(shard for shard in shards if shard.is_file()):
         words = set(re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower()))
         name = next((name for name, usual in SPLIT_WORDS.items() if words & usual), "train")
         splits.setdefault(name, []).append(file)

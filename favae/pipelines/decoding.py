@@ -14,7 +14,7 @@ def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
     """Scales normalized latents back and decodes them.
 
     The decoder gets z std / `scaling_factor` + mean, with the autoencoder's `latents_mean` and `latents_std`, or, where
-    these are None, z / `scaling_factor` + `shift_factor`.
+    these are None or missing, z / `scaling_factor` + `shift_factor`.
 
     Args:
         latents: (B, C, h, w).
@@ -24,12 +24,12 @@ def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
         NonFiniteError: as `decode_finite`.
     """
     config = vae.config  # in full here, where `adapters.latent_normalization` reads it
-    if config.latents_mean is not None and config.latents_std is not None:
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1)
         std = torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1)
         latents = latents * std / config.scaling_factor + mean  # in SDXL's order
     else:
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
     return decode_finite(vae, latents)
 
 

@@ -70,8 +70,6 @@ class LightningDiTPipeline(ConditionalPipeline):
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        missing = dict.fromkeys(("latents_mean", "latents_std", "shift_factor") - vae.config.keys())
-        vae.register_to_config(**missing)  # of an AutoencoderTiny, which is not normalized
         self.register_to_config(id2label=id2label, max_length=max_length)
         self.vae_scale_factor = spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)

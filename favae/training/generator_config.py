@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any
 
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from favae import CATTransformerModel, LightningDiTTransformer2DModel
 from favae.errors import ConfigError
 from favae.pipelines.solvers import Solver
 from favae.ranges import Count, Decay, Probability, Rate, Share, Shift, Step, Text, Weight
 from favae.training.config import RunConfig, TrainConfig
 from favae.training.diffusion import GeneratorLossConfig
-from favae.training.models import GENERATORS, check_model, inherit_settings
+from favae.training.models import GENERATORS, check_model, find_model_class, inherit_settings
 from favae.training.validation import STRICT
 
 FOR_FLOWS = ("loss.time_sampling", "loss.time_shift", "loss.cosine_weight", "sampling.solver", "sampling.shift")
@@ -101,10 +103,14 @@ class GeneratorConfig(RunConfig):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: GeneratorTrainConfig = field(default_factory=GeneratorTrainConfig)
 
+    def builds(self, model_class: type[ModelMixin]) -> bool:
+        """Whether the generator is of this class, or of one's own that is derived from it."""
+        return issubclass(find_model_class(self.model["name"]), model_class)
+
     @property
     def is_autoregressive(self) -> bool:
         """Whether tokens are learned one by one, as CAT does, rather than by flow matching or diffusion."""
-        return self.model["name"] == "CATTransformerModel"
+        return self.builds(CATTransformerModel)
 
     @property
     def takes_texts(self) -> bool:
@@ -125,12 +131,22 @@ class GeneratorConfig(RunConfig):
             self._check_autoregressive()
         else:
             self._check_diffusion()
+        if not self.takes_texts:
+            self._refuse(
+                ["sampling.prompts", "data.text_embeddings", "data.text_encoder"], "is for generators of texts"
+            )
+        prompts, shown = self.sampling.prompts or [], self.sampling.num_images
+        if len(prompts) > shown:
+            raise ConfigError(f"sampling.prompts are {len(prompts)}, more than sampling.num_images={shown}")
         if self.takes_texts and self.evaluation.every:
             raise ConfigError("evaluation.every is for generators of classes, not for model.text_dim")
         scales = {"sampling": self.sampling.guidance_scale, "evaluation": self.evaluation.guidance_scale}
-        conditions = {"class_dropout_prob": self.takes_classes, "text_dropout_prob": self.takes_texts}
+        conditions = {
+            "class_dropout_prob": self.takes_classes,
+            "text_dropout_prob": self.takes_texts or self.is_autoregressive,
+        }
         dropped = {f"model.{key}": self.model.get(key) for key, taken in conditions.items() if taken}
-        if self.model["name"] in ("DiTTransformer2DModel", "UNet2DModel"):
+        if self.builds(DiTTransformer2DModel) or self.builds(UNet2DModel):
             dropped["loss.class_dropout_prob"] = self.loss.class_dropout_prob
         for key in (key for key, probability in dropped.items() if probability == 0):
             for section in (section for section, scale in scales.items() if scale != 1):
@@ -145,6 +161,10 @@ class GeneratorConfig(RunConfig):
             self._refuse(FOR_FLOWS, "is for flow matching")
             for key in (key for key, value in given.items() if value is not None):
                 raise ConfigError(f"{section}.{key} is for generators that LightningDiTPipeline samples")
+        if self.loss.objective == "ddpm" and settings.guidance_scale < 1:
+            raise ConfigError(
+                f"{section}.guidance_scale must be at least 1 for DiTPipeline, got {settings.guidance_scale}"
+            )
         if interval is not None and interval[0] > interval[1]:
             raise ConfigError(f"{section}.guidance_interval must rise, got {interval}")
         if channels is not None and channels > self.model.get("in_channels", 32):
@@ -178,6 +198,10 @@ class GeneratorConfig(RunConfig):
         for key in ("in_channels", "out_channels", "sample_size", "num_class_embeds"):
             if self.model.get(key) is None:
                 raise ConfigError(f"model.{key} is missing: of the latents, or one more than the classes")
+        if self.model["num_class_embeds"] < 2:
+            raise ConfigError(
+                "model.num_class_embeds must be one more than the classes, of which there is at least one"
+            )
         if self.model["in_channels"] != self.model["out_channels"]:
             raise ConfigError("model.out_channels of a UNet2DModel must be model.in_channels, which are the latents'")
         if self.loss.alignment.weight:
@@ -190,9 +214,9 @@ class GeneratorConfig(RunConfig):
             raise ConfigError("model.num_classes=0 needs model.text_dim: a generator is told a class or a text")
         if self.takes_texts and self.data.warmup_latents:
             raise ConfigError("data.warmup_latents is for generators of classes, not for model.text_dim")
-        if model["name"] == "LightningDiTTransformer2DModel":
+        if self.builds(LightningDiTTransformer2DModel):
             self._refuse(["loss.class_dropout_prob"], "is model.class_dropout_prob here")
-        is_dit = model["name"] == "DiTTransformer2DModel"
+        is_dit = self.builds(DiTTransformer2DModel)
         if self.loss.objective == "ddpm" and not is_dit:
             raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel")
         if self.loss.objective == "ddpm" and model.get("num_embeds_ada_norm", 1000) != 1000:
@@ -200,7 +224,7 @@ class GeneratorConfig(RunConfig):
                 "loss.objective=ddpm is sampled by DiTPipeline, whose null class is always 1000: "
                 f"model.num_embeds_ada_norm must be 1000, got {model['num_embeds_ada_norm']}; fewer may be used"
             )
-        if model["name"] == "UNet2DModel":
+        if self.builds(UNet2DModel):
             self._check_unet()
         channels = model.get("in_channels", 4)
         allowed = [channels, 2 * channels] if self.loss.objective == "ddpm" else [channels]

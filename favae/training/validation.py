@@ -50,7 +50,7 @@ RANGES_OF_UNETS = {
     "down_block_types": tuple[Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], ...],
     "up_block_types": tuple[Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], ...],
     "time_embedding_type": Literal["positional", "fourier"],
-    "class_embed_type": Literal["timestep", "identity"] | None,
+    "class_embed_type": None,  # the others take numbers, and no classes
     "mid_block_type": Literal["UNetMidBlock2D"] | None,
     "mid_block_scale_factor": Positive,
     "downsample_type": Literal["conv", "resnet"],

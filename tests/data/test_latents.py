@@ -360,6 +360,10 @@ def test_captions_that_come_later_are_added_without_encoding(tiny_favae, caption
     second = write_latent_cache(tiny_favae, captioned, tmp_path / "cache", shard_size=5)
     assert second["captions"]["hash"] != first["captions"]["hash"]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("shard-*")} == times
+    for file in texts:
+        file.unlink()
+    with pytest.raises(CacheError, match="has captions, and the images given have none"):
+        write_latent_cache(tiny_favae, captioned, tmp_path / "cache", shard_size=5)
 
 
 def test_damaged_captions(tiny_favae, captioned, tmp_path):

@@ -133,6 +133,10 @@ def test_webdataset_shards(tmp_path):
     (shards / "._00000.tar").write_bytes(b"of another system")
     assert len(open_source(str(shards), image_column="JPG")) == 2
     assert len(open_source(str(shards))) == len(open_source(str(shards), "validation")) == 2
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/set").symlink_to(shards)
+    (shards / "loop").symlink_to(shards)
+    assert len(open_source(str(tmp_path / "linked"))) == 2
 
 
 def test_damaged_shards_and_rows(tmp_path, caplog):

@@ -153,6 +153,12 @@ def test_a_killed_run_fills_the_gaps(encoder, cache):
         TextEmbeddings(cache / "text_embeddings")
 
 
+def test_another_kind_of_cache_is_named(cache):
+    for wrong, right in ((open_latents, cache / "text_embeddings"), (TextEmbeddings, cache)):
+        with pytest.raises(CacheError, match="another kind of cache"):
+            wrong(right)
+
+
 def test_another_encoder_is_refused(encoder, cache, tmp_path):
     torch.manual_seed(1)
     other = TextEncoder(str(save_bert(tmp_path / "other")))

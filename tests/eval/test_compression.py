@@ -123,9 +123,11 @@ def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
     assert "--step is for tokenizers" in command_error(*alone)
 
 
-@pytest.mark.parametrize("mode, formats", [("L", ["jpeg", "webp"]), ("RGBA", ["webp"])])
-def test_formats_keep_the_channels(mode, formats):
-    images = torch.stack([to_tensor(Image.new(mode, (16, 16), 120))] * 2)
+@pytest.mark.parametrize(
+    "mode, color, formats", [("L", 120, ["jpeg", "webp"]), ("RGBA", (120, 60, 200, 255), ["webp"])]
+)
+def test_formats_keep_the_channels(mode, color, formats):
+    images = torch.stack([to_tensor(Image.new(mode, (16, 16), color))] * 2)
     for format in formats:
         decoded, sizes = PillowCodec(format, 90)(images)
         assert decoded.shape == images.shape and (decoded - images).abs().max() < 0.05 and min(sizes) > 0

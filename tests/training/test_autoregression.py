@@ -20,6 +20,7 @@ from favae.text_encoder import TextEncoder
 from favae.training.autoregression import check_tokens
 from favae.training.config import load_config
 from favae.training.generator_config import GeneratorConfig
+from train_generator import open_cache, sampling_options
 
 MODEL = {"name": "CATTransformerModel", **TINY_CAT}
 FLOW = {"head": "flow", "latent_channels": 6, "low_latent_channels": 4, "head_width": 16, "head_layers": 1}
@@ -74,6 +75,7 @@ def test_stages_train_resume_and_are_sampled(stages, tmp_path):
         CATPipeline(pipe.transformer, VQModelFA(**TINY_VQ), pipe.text_encoder, pipe.tokenizer)
     named = refusal("train_generator", stages, "model.order=raster", "model.scales=null")
     assert "model.sample_size, model.num_quantizers" in named
+    assert "the autoencoder needs" in refusal("train_generator", stages, "model.scales=[2,4]")  # as many tokens
 
 
 @pytest.mark.parametrize("cached, loss", [("codes", "cross_entropy"), ("latents", "velocity")])
@@ -114,6 +116,14 @@ def test_lightningdit_learns_texts_resumes_and_is_sampled(flow, tmp_path):
     assert len(list((tmp_path / "samples").glob("*.png"))) == 3
     with pytest.raises(DataError, match="needs prompts"):
         sample_to_folder(pipe, tmp_path / "others", 3, num_inference_steps=2)
+
+
+def test_samples_of_classes_and_texts_have_those_of_the_same_images(flow, image_folder):
+    config = load_config(GeneratorConfig, flow, ["model.num_classes=3", "sampling.num_images=6"])
+    options = sampling_options(config, open_cache(config))
+    source = open_source(str(image_folder))
+    assert options["prompt"] == [source.captions(i)[0] for i in range(6)]
+    assert options["class_labels"] == [source.label(i) for i in range(6)] and len(set(options["class_labels"])) > 1
 
 
 @pytest.mark.parametrize(

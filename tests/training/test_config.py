@@ -276,6 +276,20 @@ def test_stages_change_the_losses_at_their_step(recipe):
         ("LightningDiTTransformer2DModel", "sampling.top_p=0.9", "sampling.top_p is for a CATTransformerModel"),
         ("DiTTransformer2DModel", "loss.class_dropout_prob=0", "guidance_scale must be 1 with loss.class_dropout_prob"),
         ("DiTTransformer2DModel", "loss={objective: ddpm, cosine_weight: 0}", "loss.cosine_weight is for flow"),
+        (
+            "DiTTransformer2DModel",
+            "{loss: {objective: ddpm}, evaluation: {guidance_scale: 0.5}}",
+            "evaluation.guidance_scale must be at least 1 for DiTPipeline",
+        ),
+        (
+            "CATTransformerModel",
+            "{model: {num_classes: 3, text_dropout_prob: 0}}",
+            "sampling.guidance_scale must be 1 with model.text_dropout_prob=0",
+        ),
+        ("LightningDiTTransformer2DModel", "sampling.prompts=[a]", "sampling.prompts is for generators of texts"),
+        ("CATTransformerModel", "sampling={num_images: 1, prompts: [a, b]}", "sampling.prompts are 2, more than"),
+        ("favae.CATTransformerModel", "loss.class_dropout_prob=0.2", "loss.class_dropout_prob is model.text_dropout"),
+        ("favae.LightningDiTTransformer2DModel", "loss.class_dropout_prob=0.2", "is model.class_dropout_prob here"),
     ],
 )
 def test_mistakes_in_a_generators_recipe(tmp_path, model, override, named):
