@@ -38,8 +38,8 @@ def convert_to_folder(
     check_new_folder(Path(folder))
     if format == "taesd":
         if latents_stats is not None or scaling_factor is not None:
-            raise CheckpointError("an AutoencoderTiny takes neither latent statistics nor another scaling factor")
-        model = autoencoder_from_taesd(*(_only_file(Path(file), f"*{part}.safetensors") for part in TAESD_PARTS))
+            raise CheckpointError("format taesd takes neither latent statistics nor another scaling factor")
+        model = autoencoder_from_taesd(*(_only_file(Path(file), part) for part in TAESD_PARTS))
     else:
         model = from_single_file(file, format, latents_stats, scaling_factor)
     _save(model, Path(folder))
@@ -77,10 +77,10 @@ def check_new_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not empty; name a new folder")
 
 
-def _only_file(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
+def _only_file(folder: Path, part: str) -> Path:
+    found = [file for suffix in (".safetensors", ".pth") for file in sorted(folder.glob(f"*{part}{suffix}"))]
     if len(found) != 1:
-        raise CheckpointError(f"{folder} must be a folder with one file {pattern}, and has {len(found)}")
+        raise CheckpointError(f"{folder} must be a folder with one file *{part}.safetensors or .pth, has {len(found)}")
     return found[0]
 
 

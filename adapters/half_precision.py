@@ -85,7 +85,7 @@ def limit_activations(vae: ModelMixin, images: Tensor) -> HalfPrecisionReport:
     if not difference <= TOLERANCE:
         raise ModelError(
             f"with scaled weights this {type(vae).__name__} gives other images (by {difference:.2g}): it has layers "
-            "that an AutoencoderKL has not"
+            "that an AutoencoderKL has not, or features so small that the eps of a norm counts"
         )
     half = reconstruct(copy.deepcopy(vae).half(), images)
     return HalfPrecisionReport(largest_before, max(largest.values()), difference, (half - before).abs().max().item())

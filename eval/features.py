@@ -93,26 +93,29 @@ def metric_name(name: str, extractor: str) -> str:
 
 
 def _inception(weights: str | None) -> torch.nn.Module:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise MissingWeights(f"weights of Inception: no such file: {weights}")
-        # Checked before torch-fidelity unpickles the file.
-        digest = hash_file(weights)
-        if not digest.startswith(INCEPTION_HASH):
+    file = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE) if weights is None else Path(weights)
+    if weights is None and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file))
+        except OSError as error:
             raise MissingWeights(
-                f"the SHA-256 of {weights} begins with {digest[:8]}, that of FID's Inception with {INCEPTION_HASH}"
-            )
-    try:
-        return FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
-        )
-    except (OSError, RuntimeError) as error:
+                f"the weights of Inception ({INCEPTION_FILE}, torch-fidelity) could not be downloaded "
+                f"({type(error).__name__})"
+            ) from error
+    if not file.is_file():
+        raise MissingWeights(f"weights of Inception: no such file: {file}")
+    # Checked before torch-fidelity unpickles the file.
+    digest = hash_file(file)
+    if not digest.startswith(INCEPTION_HASH):
         raise MissingWeights(
-            f"the weights of Inception ({INCEPTION_FILE}, torch-fidelity) could not be downloaded "
-            f"({type(error).__name__})"
-        ) from error
+            f"the SHA-256 of {file} begins with {digest[:8]}, that of FID's Inception with {INCEPTION_HASH}"
+        )
+    return FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

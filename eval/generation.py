@@ -279,6 +279,8 @@ def sample_pipeline(
     if not conditional and list(guidance_scales) != [1.0]:
         raise DataError(f"guidance needs classes or prompts, and a {type(pipeline).__name__} has neither")
 
+    if labels == "random" and not names:
+        raise DataError(f"random labels need classes, and a {type(pipeline).__name__} has none")
     if shift is not None or solver is not None:
         _set_scheduler(pipeline, shift, solver)
 
@@ -345,11 +347,17 @@ def _set_scheduler(pipeline: DiffusionPipeline, shift: float | None, solver: Sol
 
 
 def steps_argument(pipeline: DiffusionPipeline, steps: int | None) -> dict[str, Any]:
-    """The pipeline's argument for the number of steps; {} for an autoregressive pipeline that takes none."""
+    """The pipeline's argument for the number of steps; {} for an autoregressive pipeline that takes none.
+
+    Raises:
+        DataError: if it takes none, and a number is given.
+    """
     if hasattr(pipeline, "scheduler"):
         return {"num_inference_steps": 50 if steps is None else steps}
     if pipeline.transformer.config.head == "flow":
         return {"num_head_steps": DEFAULT_STEPS if steps is None else steps}
+    if steps is not None:
+        raise DataError("a CATPipeline of codes takes no number of steps: it samples each token once")
     return {}
 
 

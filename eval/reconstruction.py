@@ -34,7 +34,8 @@ from favae.eval.features import FeatureExtractor, gather_rows, image_generator, 
 from favae.eval.figures import radial_spectrum
 from favae.eval.frechet import RunningStatistics, frechet_distance
 from favae.eval.seams import neighbor_differences, relative_seams
-from favae.losses.perceptual import LPIPS
+from favae.losses.perceptual import LPIPS, SMALLEST_PERCEPTUAL
+from favae.losses.stft import SMALLEST_SSIM
 from favae.wavelets import WaveletTransform2D
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,13 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
     first, second = to_uint8(images).float() / 255, to_uint8(reconstructions).float() / 255
     psnr = peak_signal_to_noise_ratio(images, reconstructions)
     options = {"data_range": 1.0, "reduction": "none"}
-    ssim = structural_similarity_index_measure(second, first, **options).reshape(-1)
-    ms_ssim = distance = torch.full_like(recon, torch.nan)
-    if min(images.shape[-2:]) >= MS_SSIM_SIZE:
+    smallest = min(images.shape[-2:])
+    ssim = ms_ssim = distance = torch.full_like(recon, torch.nan)
+    if smallest >= SMALLEST_SSIM:
+        ssim = structural_similarity_index_measure(second, first, **options).reshape(-1)
+    if smallest >= MS_SSIM_SIZE:
         ms_ssim = multiscale_structural_similarity_index_measure(second, first, **options).reshape(-1)
-    if lpips is not None:
+    if lpips is not None and smallest >= SMALLEST_PERCEPTUAL:
         distance = lpips(reconstructions.clamp(-1, 1), images)
     columns = [recon, low.square().mean((1, 2, 3)), high.square().mean((1, 2, 3, 4)), psnr, ssim, ms_ssim, distance]
     return torch.stack(columns, dim=1).cpu()

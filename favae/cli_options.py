@@ -39,20 +39,23 @@ def add_output_option(
     parser.set_defaults(output_kind=kind)
 
 
-def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str, required: bool = True) -> None:
+def add_data_options(
+    parser: argparse.ArgumentParser, name: str, *, split: str, required: bool = True, captions: bool = False
+) -> None:
     """Adds the options that name a set of images.
 
     Args:
         name: the option that takes the images, such as "--data".
         split: the default of `--split`.
         required: whether it must be given.
+        captions: whether captions are read.
     """
     group = parser.add_argument_group("images")
     group.add_argument(
         name,
         dest="data",
         required=required,
-        help="photos[:SPLIT], a folder, a .parquet or .tar file, or hf:NAME",
+        help="photos[:SPLIT], a folder, a .parquet or .tar file, or hf:NAME[:SPLIT]",
     )
     group.add_argument("--split", default=split, help=f"of data sets that have several (default: {split})")
     group.add_argument(
@@ -63,11 +66,12 @@ def add_data_options(parser: argparse.ArgumentParser, name: str, *, split: str, 
         default="auto",
         help="likewise (default: label, if there is such a column); none: all images are of one class, also in folders",
     )
-    group.add_argument(
-        "--caption-column",
-        default="auto",
-        help="likewise, of strings or lists of them (default: caption, if there is one); none: no captions",
-    )
+    if captions:
+        group.add_argument(
+            "--caption-column",
+            default="auto",
+            help="likewise, of strings or lists of them (default: caption, if there is one); none: no captions",
+        )
     group.add_argument(
         "--min-size", type=in_range(Count), default=16, help="skip images whose shorter side has fewer pixels"
     )
@@ -77,14 +81,14 @@ def open_data(arguments: argparse.Namespace) -> Source:
     """Opens the images that the options of `add_data_options` name."""
     from favae.data.sources import has_columns, open_source
 
-    columns = "--split, --image-column, --label-column and --caption-column say what is read"
+    columns = "--split (or hf:NAME:SPLIT), --image-column and --label-column say what is read"
     with hint(columns) if has_columns(arguments.data) else nullcontext():
         return open_source(
             arguments.data,
             arguments.split,
             image_column=arguments.image_column,
             label_column=arguments.label_column,
-            caption_column=arguments.caption_column,
+            caption_column=getattr(arguments, "caption_column", "auto"),
             min_size=arguments.min_size,
         )
 
@@ -93,7 +97,7 @@ def open_other_data(arguments: argparse.Namespace, path: str, split: str) -> Sou
     """Opens a second set of images, whose columns have the same names if it has columns."""
     from favae.data.sources import NONE, has_columns
 
-    columns = ("image_column", "label_column", "caption_column")
+    columns = ("image_column", "label_column")
     of_folders = {name: "auto" for name in columns if getattr(arguments, name) != NONE}
     changed = {"data": path, "split": split, **({} if has_columns(path) else of_folders)}
     return open_data(argparse.Namespace(**{**vars(arguments), **changed}))

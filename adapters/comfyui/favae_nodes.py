@@ -1,6 +1,6 @@
 """ComfyUI nodes for favae's autoencoders: copy this file into ComfyUI/custom_nodes.
 
-favae must be installed in ComfyUI's Python (`pip install favae`, or `-e` a clone). The node "Load FAVAE" lists the
+favae must be installed in ComfyUI's Python (`pip install -e .` in a clone). The node "Load FAVAE" lists the
 folders with a config.json in ComfyUI/models/vae, and gives a VAE for the nodes VAE Encode, VAE Decode, their tiled
 versions, and the inpainting ones.
 """

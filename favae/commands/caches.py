@@ -35,7 +35,7 @@ def add_commands(commands) -> None:
         metavar="RADIUS",
         help="encode images without frequencies above this share of the highest, for data.warmup_latents",
     )
-    add_data_options(parser, "--data", split="train")
+    add_data_options(parser, "--data", split="train", captions=True)
     add_loading_options(parser)
 
     parser = add_command(

@@ -16,7 +16,8 @@ CONVERT = """Convert checkpoints of other programs to folders that from_pretrain
     favae convert lightningdit.pt pipeline --format lightningdit --vae vavae
 
 ldm: autoencoders of Stable Diffusion, VA-VAE, and others of latent diffusion; flux2: FLUX.2's; taesd: TAESD's and
-TAEF2's, SRC being the folder with the files of encoder and decoder. favae export is the way back from the others."""
+TAEF2's, SRC being the folder with the files of encoder and decoder. favae export is the way back
+from all but taesd and favae-vq."""
 
 EXPORT = """Export a model to another program.
 
@@ -112,11 +113,13 @@ def half_precision(arguments: argparse.Namespace) -> None:
     from favae.adapters.half_precision import limit_activations
     from favae.autoencoders import image_channels, load_autoencoder
     from favae.data.images import ImageDataset, skip_missing
+    from favae.data.sources import Selection
 
     check_new_folder(arguments.destination)
     vae = load_autoencoder(arguments.model)
-    data = ImageDataset(open_data(arguments), arguments.resolution, channels=image_channels(vae))
-    batch = skip_missing([data[i] for i in range(min(len(data), arguments.num_images))])
+    source = Selection(open_data(arguments), arguments.num_images)
+    data = ImageDataset(source, arguments.resolution, channels=image_channels(vae))
+    batch = skip_missing([data[i] for i in range(len(data))])
     if batch is None:
         raise DataError("not one of the images can be read")
     report = limit_activations(vae, batch["image"])

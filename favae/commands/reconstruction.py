@@ -4,6 +4,7 @@ import argparse
 
 from favae.cli_options import add_model_option, add_output_option
 from favae.commands import add_command
+from favae.errors import ConfigError
 from favae.ranges import Pixels, in_range
 
 DESCRIPTION = """Reconstruct images by one or more autoencoders, and put them side by side.
@@ -35,6 +36,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     from favae.eval.results import format_table
     from favae.eval.side_by_side import compare_on_images, find_images, save_side_by_side
 
+    if arguments.output.suffix != ".png":
+        raise ConfigError(f"--output must end in .png, got {arguments.output}")
     comparisons = compare_on_images(find_images(arguments.images), arguments.model, resolution=arguments.resolution)
     save_side_by_side(arguments.output, comparisons)
     rows = []

@@ -35,7 +35,7 @@ def open_source(
 
     Args:
         path: "photos" for those built in, a folder of images, or what `TarSource` and `HuggingFaceSource` open.
-            ":SPLIT" may follow "photos", in place of `split`.
+            ":SPLIT" may follow "photos" and names on the hub, in place of `split`.
         split: of "photos", of data sets on the hub, and of folders with splits in them.
         image_column, label_column, caption_column: names of columns, or "auto"; the latter two may be "none", also of
             folders. See `HuggingFaceSource` and `TarSource`. Sources without columns refuse names of columns.
@@ -46,6 +46,9 @@ def open_source(
     """
     check_name(path)
     is_built_in = path == PHOTOS or path.startswith(f"{PHOTOS}:")
+    if path.startswith(HUB):
+        name, _, named = path.removeprefix(HUB).partition(":")
+        path, split = HUB + name, named or split
     if not is_built_in and has_columns(path):
         kind = TarSource if is_tar(path) else HuggingFaceSource
         return kind(path, split, image_column, label_column, caption_column, min_size)
@@ -70,8 +73,9 @@ def has_columns(path: str) -> bool:
 
 
 def has_splits(path: str) -> bool:
-    """Whether what is at this path may have several splits."""
-    return path == PHOTOS or path.startswith(HUB) or (Path(path).is_dir() and has_columns(path))
+    """Whether what is at this path may have several splits, and does not name one."""
+    is_hub = path.startswith(HUB) and ":" not in path.removeprefix(HUB)
+    return path == PHOTOS or is_hub or (Path(path).is_dir() and has_columns(path))
 
 
 class Selection:

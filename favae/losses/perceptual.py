@@ -11,6 +11,7 @@ from favae.files import READ_ERRORS
 from favae.precision import no_autocast
 
 VGG16_FILE = "vgg16-397923af.pth"  # torchvision's name
+SMALLEST_PERCEPTUAL = 16  # pixels, of images that VGG16 halves four times
 
 
 def cached_vgg16() -> str | None:

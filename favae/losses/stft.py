@@ -10,6 +10,7 @@ from favae.losses.frequency import multiplicity
 from favae.losses.shapes import check_same_shape
 from favae.precision import no_autocast
 
+SMALLEST_SSIM = 6  # pixels, of images that are padded by half a window of 11
 SMALLEST_AMPLITUDE = 1e-6  # the phase of a smaller one is rounding noise, for images in [-1, 1]
 
 
@@ -20,8 +21,8 @@ class STFTLoss(nn.Module):
 
     over all windows and frequencies j, where F = A exp(iP) is the orthonormal transform of a Hann-windowed patch. The
     first part is the distance along the radius, the second along the arc, both in units of the image: without amplitude
-    the phase costs nothing, and the gradient is bounded everywhere. Borders are mirrored, so that every pixel is seen
-    by the same number of windows.
+    the phase costs nothing, and the gradient is bounded everywhere. Borders are mirrored, so that their pixels are seen
+    in the middle of windows, too.
 
     `phase="paper"` is the formula as printed, |A_p - A_t| + phase_weight |P_p - P_t|, without padding. Its angles are
     neither wrapped nor weighted: phases of pi and -pi are 2 pi apart, and the noise of empty frequencies dominates.

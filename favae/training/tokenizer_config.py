@@ -8,15 +8,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from favae.errors import ConfigError
+from favae.losses.perceptual import SMALLEST_PERCEPTUAL
+from favae.losses.stft import SMALLEST_SSIM
 from favae.ranges import Count, Decay, Pixels, Probability, Rate, Step, Text, Workers
 from favae.training.config import RunConfig, TrainConfig
 from favae.training.models import FROM_AUTOENCODER_KL, NEED_TEACHER, TOKENIZERS, check_model, find_model_class
 from favae.training.recipes import merge
 from favae.training.tokenizer_losses import TokenizerLossConfig
 from favae.training.validation import STRICT, validate
-
-SMALLEST_SSIM = 6  # pixels, of images that are padded by half a window of 11
-SMALLEST_PERCEPTUAL = 16  # pixels, of images that VGG16 halves four times
 
 
 @dataclass(config=STRICT)

@@ -156,10 +156,11 @@ class TokenizerLossConfig:
     def __post_init__(self):
         if self.prefix.probability and self.prefix.widths is None:
             raise ConfigError("loss.prefix.probability needs loss.prefix.widths: numbers of channels that may be kept")
-        if self.reconstruction == "none" and self.has_adaptive_weights and not (self.ssim or self.perceptual):
+        others = self.ssim or self.perceptual or self.mask
+        if self.reconstruction == "none" and self.has_adaptive_weights and not others:
             raise ConfigError(
-                "loss.reconstruction=none without loss.ssim and loss.perceptual leaves nothing that the adaptive "
-                "weights of loss.alignment and loss.adversarial can refer to"
+                "loss.reconstruction=none without loss.ssim, loss.perceptual and loss.mask leaves nothing that the "
+                "adaptive weights of loss.alignment and loss.adversarial can refer to"
             )
 
     @property

@@ -256,7 +256,7 @@ def test_convert_a_transformer_alone_and_into_a_pipeline(vavae, lightningdit, tm
         (["vavae.pt", "full", "--format", "ldm"], "full is not empty"),
         (["vavae.pt", "vavae.pt", "--format", "ldm"], "vavae.pt is a file; name a new folder"),
         (["vavae.pt", "out", "--format", "ldm", "--vae", "full"], "--vae makes a pipeline of a lightningdit"),
-        (["full", "out", "--format", "taesd", "--scaling-factor", "2"], "AutoencoderTiny takes neither"),
+        (["full", "out", "--format", "taesd", "--scaling-factor", "2"], "taesd takes neither"),
         (["vavae.pt", "out", "--format", "flux2", "--scaling-factor", "2"], "Flux2 has no scaling factor"),
         (["lightningdit.pt", "out", "--format", "lightningdit", "--vae", "full"], "no autoencoder could be opened"),
         (["lightningdit.pt", "out", "--format", "lightningdit", "--vae", "wide"], "4 latent channels"),

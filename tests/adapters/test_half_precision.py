@@ -5,8 +5,11 @@ from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 
 from favae import AutoencoderKLFA
+from favae.adapters import half_precision as module
 from favae.adapters.half_precision import LIMIT, limit_activations
 from favae.autoencoders import load_autoencoder, reconstruct
+from favae.data.images import ImageDataset
+from favae.data.sources import open_source
 from favae.errors import ModelError
 
 
@@ -40,6 +43,21 @@ def test_small_activations_stay_as_they_are():
     weights = {name: value.clone() for name, value in vae.state_dict().items()}
     assert limit_activations(vae, images).difference == 0
     assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
+
+
+def test_the_command_looks_at_images_of_all_classes(tmp_path, image_folder, monkeypatch):
+    make_tiny_kl().save_pretrained(tmp_path / "model")
+    seen = []
+
+    def look(vae, images):
+        seen.append(images)
+        return limit_activations(vae, images)
+
+    monkeypatch.setattr(module, "limit_activations", look)
+    words = (tmp_path / "model", tmp_path / "out", "--data", image_folder, "--resolution", 16, "--num-images", 2)
+    command("half-precision", *words)
+    data = ImageDataset(open_source(str(image_folder)), 16)
+    assert torch.equal(seen[0], torch.stack([data[0]["image"], data[len(data) - 1]["image"]]))
 
 
 def test_other_networks_are_refused():

@@ -21,7 +21,7 @@ from favae.data.decoding import UnusableImage, image_extensions, read_image, to_
 from favae.data.folders import FolderSource
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.latents import MomentsDataset, write_latent_cache
-from favae.data.sources import Selection, open_source
+from favae.data.sources import Selection, has_splits, open_source
 from favae.data.stream import TrainingStream
 from favae.errors import ConfigError, DataError
 from favae.eval.extraction import image_statistics
@@ -90,6 +90,20 @@ def test_shards_are_read_in_their_splits(tmp_path):
     table.select([]).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(DataError, match="empty.parquet is empty"):
         open_source(str(tmp_path / "empty.parquet"))
+
+
+def test_a_split_may_follow_a_name_on_the_hub(monkeypatch):
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"image": [smooth()]}).cast_column("image", datasets.Image())
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for path in ("hf:owner/set", "hf:owner/set:test"):
+        assert len(open_source(path, "validation")) == 1
+    assert asked == [("owner/set", "validation"), ("owner/set", "test")]
+    assert has_splits("hf:owner/set") and not has_splits("hf:owner/set:test")
 
 
 def write_shard(path, rows: dict[str, dict[str, bytes]]) -> None:

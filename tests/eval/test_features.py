@@ -88,6 +88,14 @@ def test_inception_gives_pool_logits_and_spatial_features(random_inception, monk
     assert torch.equal(found["spatial"][1, :7], outputs[0][1, :7, 0, 0])  # channels of the first position come first
 
 
+def test_a_damaged_download_of_inception_is_not_unpickled(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / module.INCEPTION_FILE).write_bytes(b"something else")
+    with pytest.raises(MissingWeights, match="SHA-256"):
+        FeatureExtractor("inception")
+
+
 def test_clip_gives_its_projected_embeddings(tmp_path, monkeypatch):
     """With a small model of the same library in its place; the real one has 1.2 GB."""
     assert timm.get_pretrained_cfg(module.CLIP_MODEL).input_size[-1] == module.CLIP_SIZE

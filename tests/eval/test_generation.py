@@ -431,5 +431,9 @@ def test_prompts_that_cannot_be_used(tmp_path, image_folder, text_pipeline):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x80")
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "prompts" in command_error(*common)
+    (tmp_path / "one.txt").write_text("the dog")
+    prompts = ("--prompts", tmp_path / "one.txt")
+    assert "takes no number of steps" in command_error(*common, *prompts, "--num-inference-steps", 9)
+    assert "random labels need classes" in command_error(*common, *prompts, "--labels", "random")
     for name in ("none.txt", "bytes.txt", "empty.txt"):
         assert name in command_error(*common, "--prompts", tmp_path / name)

@@ -50,6 +50,8 @@ def test_psnr_and_ssim_by_hand():
     errors = dict(zip(PER_IMAGE, image_errors(images, images + 20 / 127.5)[0].tolist()))  # 20 of 255 levels everywhere
     assert errors["PSNR"] == pytest.approx(20 * np.log10(255 / 20), abs=1e-4)
     assert image_errors(images[..., :168, :168], images[..., :168, :168])[0, 5].isnan()  # torchmetrics refuses it
+    small = image_errors(images[..., :4, :4], images[..., :4, :4], lambda *_: pytest.fail("VGG16 cannot take them"))[0]
+    assert small[4:].isnan().all() and small[:4].isfinite().all()
     same = dict(zip(PER_IMAGE, image_errors(images, images)[0].tolist()))
     assert same["Recon"] == 0 and same["PSNR"] == 100 and same["SSIM"] == pytest.approx(1)
     assert same["MS-SSIM"] == pytest.approx(1) and errors["MS-SSIM"] < 1

@@ -80,6 +80,7 @@ def test_what_is_no_image_is_named(models, tmp_path):
     arguments = ("--model", models[0][1], "--output", tmp_path / "out.png")
     for name in ("missing.png", "text.png", "narrow.png"):
         assert name in command_error("reconstruct", tmp_path / name, *arguments)
+    assert "must end in .png" in command_error("reconstruct", "a.png", "--model=m", "--output", tmp_path / "x.jpg")
     assert "no/model" in command_error("reconstruct", tmp_path / "narrow.png", "--model=no/model", "--output", "x.png")
 
 

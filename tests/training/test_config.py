@@ -226,6 +226,13 @@ def test_losses_that_a_model_does_not_allow(tmp_path, model, override, named):
         load_config(TokenizerConfig, tmp_path / "recipe.yaml", [override])
 
 
+def test_adaptive_weights_can_refer_to_the_mask_alone(recipe):
+    words = ["loss.reconstruction=none", "loss.adversarial={weight: 0.5, adaptive: true}", "loss.perceptual=0"]
+    with pytest.raises(ConfigError, match="leaves nothing"):
+        load_config(TokenizerConfig, recipe, words)
+    assert load_config(TokenizerConfig, recipe, [*words, "loss.mask=1"]).loss.mask == 1
+
+
 def test_a_frozen_encoder_is_not_aligned(recipe):
     with pytest.raises(ConfigError, match="loss.alignment.weight .*train.parts=decoder"):
         load_config(TokenizerConfig, recipe, ["loss.alignment.weight=1", "train.parts=decoder"])
