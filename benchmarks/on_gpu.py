@@ -1,20 +1,21 @@
 #!/usr/bin/env python
 """Everything that was not measured on a GPU yet, in slices that can be chosen. Without a GPU it does nothing.
 
-    python -m benchmarks.on_gpu                                     (about an hour on one GPU)
+    python -m benchmarks.on_gpu
     python -m benchmarks.on_gpu --only tokenizer_throughput training_memory
     FAVAE_GLYPHS=glyphs FAVAE_PHOTOGRAPHS=photographs python -m benchmarks.on_gpu --only latents --minutes 9 --jobs 8
 
 Each slice is one of the other benchmarks with settings for a GPU, or a training with each of several settings, by its
 own script; trainings are compared with the first setting. Those of `..._on_all_gpus` take all GPUs and are left out
 where there is one. Slices are independent of each other: one that fails is reported, and the others run. Each writes a
-JSON file into docs/results/gpu/. With --minutes, a slice is ended after so long, and the same command goes on: the
-experiments on glyphs and photographs (of 32, 64 and 128 px, with 20 times the steps; scripts/glyphs.py and
-scripts/photographs.py write their data) continue where they were. Their models are too small to keep a GPU busy: with
---jobs it trains several rows at a time, if there are as many cores.
+JSON file into docs/results/gpu/. All but the experiments take about an hour together. With --minutes, a slice is ended
+after so long, and the same command goes on: the experiments on glyphs and photographs (of 32, 64 and 128 px, with 20
+times the steps; scripts/glyphs.py and scripts/photographs.py write their data) continue where they were. Their models
+are too small to keep a GPU busy: with --jobs it trains several rows at a time, if there are as many cores.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -86,18 +87,21 @@ SLICES = [*BENCHMARKS, *TRAININGS, *ON_ALL_GPUS, *EXPERIMENTS]
 
 
 def run(command: list[str], minutes: float | None = None) -> None:
-    """Runs a command, which gets Ctrl-C after so many minutes.
+    """Runs a command, which gets Ctrl-C after so many minutes, as do the processes that it has started.
 
     Raises:
         CalledProcessError: if it fails.
     """
     # A shell has its background jobs ignore Ctrl-C, and they pass that on.
-    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    heeding = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, cwd=ROOT, **heeding)
     try:
         code = process.wait(None if minutes is None else 60 * minutes)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        os.killpg(process.pid, signal.SIGINT)
         process.wait()
+        if isinstance(reason, KeyboardInterrupt):
+            raise
         print("not finished; the same command goes on", flush=True)
         return
     if code:
@@ -117,7 +121,7 @@ def run_benchmark(name: str, minutes: float | None) -> None:
     run([sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]], minutes)
 
 
-def compare_trainings(name: str, variants: dict[str, list[str]], processes: int) -> None:
+def compare_trainings(name: str, variants: dict[str, list[str]], processes: int, minutes: float | None) -> None:
     """Trains with each setting, in processes of their own; speed relative to the first."""
     launcher = [sys.executable]
     if processes > 1:
@@ -127,8 +131,11 @@ def compare_trainings(name: str, variants: dict[str, list[str]], processes: int)
     result = environment()
     for variant, words in variants.items():
         file = FILES / f"{name}-{variant}.json"
+        file.unlink(missing_ok=True)
         command = [*launcher, "-m", "benchmarks.training_run", *words, "--output", str(file)]
-        subprocess.run(command, cwd=ROOT, check=True)
+        run(command, minutes)
+        if not file.exists():  # ended
+            return
         found = json.loads(file.read_text())
         keys = ("settings", "seconds_per_step", "images_per_step", "processes", "peak_memory_gb")
         result[variant] = {key: found[key] for key in keys}
@@ -172,9 +179,9 @@ def main(argv: list[str] | None = None) -> None:
             elif name in EXPERIMENTS:
                 run_experiment(name, arguments.minutes, arguments.jobs)
             elif name in TRAININGS:
-                compare_trainings(name, TRAININGS[name], processes=1)
+                compare_trainings(name, TRAININGS[name], 1, arguments.minutes)
             elif gpus > 1:
-                compare_trainings(name, ON_ALL_GPUS[name], processes=gpus)
+                compare_trainings(name, ON_ALL_GPUS[name], gpus, arguments.minutes)
             else:
                 print("left out: there is one GPU")
         except subprocess.CalledProcessError as error:

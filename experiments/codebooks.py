@@ -14,7 +14,6 @@ import shutil
 from dataclasses import dataclass, field
 
 from benchmarks.timing import environment
-from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages
 from experiments.latents import BOTH, TOKENIZER, error_curve, on_plateau, steps_of
 from experiments.precision import fastest_precision
@@ -133,7 +132,7 @@ def tables(report: dict) -> str:
 COMPARISON = Comparison(
     name="codebooks",
     variants=VARIANTS,
-    prepare=trained_classifier,
+    prepare=lambda tasks: GLYPHS.file("train"),
     make_row=make_row,
     tables=tables,
     steps=STEPS,

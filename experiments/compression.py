@@ -269,6 +269,7 @@ def figures(report: dict, stem) -> None:
 
 COMPARISON = Comparison(
     name="compression",
+    prepare=lambda tasks: PHOTOGRAPHS_128.file("train"),
     variants=VARIANTS,
     make_row=make_row,
     tables=tables,

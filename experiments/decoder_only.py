@@ -93,7 +93,8 @@ def finish(report: dict, stem: Path) -> None:
         sampled = latents
         images.append(torch.from_numpy(sample(pipeline, "np")).permute(0, 3, 1, 2))
         report["generator"][name] = evaluate(pipeline, name)
-    save_image(torch.cat(images), f"{stem}_samples.png", nrow=9, padding=2)
+    if images:
+        save_image(torch.cat(images), f"{stem}_samples.png", nrow=9, padding=2)
 
 
 def sample(pipeline: DiffusionPipeline, output_type: str) -> Tensor:

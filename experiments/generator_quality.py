@@ -90,10 +90,9 @@ def make_row(task: Task) -> dict:
         curve.append(point)
     if task.pictures is not None and task.seed == PICTURED_SEED:
         save_pictures(task)
-    shutil.rmtree(task.run / "checkpoints")
 
     controls = {"reconstructions": reconstructions(task, tokenizer), "other_crops": other_crops(task)}
-    return {
+    row = {
         "model": task.name,
         "seed": task.seed,
         "steps": task.steps,
@@ -103,6 +102,8 @@ def make_row(task: Task) -> dict:
         "curve": curve,
         **environment(),
     }
+    shutil.rmtree(task.run / "checkpoints")
+    return row
 
 
 def train_tokenizer(task: Task) -> tuple[ModelMixin, Path]:

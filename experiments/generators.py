@@ -21,7 +21,6 @@ from diffusers import DiffusionPipeline
 from benchmarks.timing import device, environment
 from experiments import glyph_texts, latents
 from experiments.glyph_texts import few_steps, seconds_per_image
-from experiments.glyphs import trained_classifier
 from experiments.image_sets import read_images, seams_of
 from experiments.latents import save_pictures
 from experiments.report import format_table, rows_by_model, save_samples, with_std
@@ -142,7 +141,6 @@ def make_row(task: Task) -> dict:
     """Trains one generator with one seed, and measures its samples."""
     tokenizer, cache = glyph_texts.prepare(task, task.steps / STEPS, texts=False)
     train(glyph_texts.generator_config(task, tokenizer, cache))
-    shutil.rmtree(task.run / "checkpoints")
     pipeline = DiffusionPipeline.from_pretrained(task.run / "final").to(device())
     log = read_json_lines(task.run / "metrics.jsonl")[-1]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "tokenizer": task.variant.tokenizer}
@@ -151,6 +149,7 @@ def make_row(task: Task) -> dict:
     every_class = list(range(GLYPHS.num_classes))
     row["seconds_per_image"] = seconds_per_image(pipeline, class_labels=every_class, guidance_scale=GUIDANCE_SCALES[-1])
     row["samples"] = [{"guidance_scale": scale, **measure(task, pipeline, scale)} for scale in GUIDANCE_SCALES]
+    shutil.rmtree(task.run / "checkpoints")
     return row | environment()
 
 
@@ -191,7 +190,7 @@ def figures(report: dict, stem: Path) -> None:
 COMPARISON = Comparison(
     name="generators",
     variants=VARIANTS,
-    prepare=trained_classifier,
+    prepare=lambda tasks: GLYPHS.file("train"),
     make_row=make_row,
     tables=tables,
     figures=figures,

@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from filelock import FileLock
 from torchvision.utils import save_image
@@ -100,7 +101,6 @@ def make_row(task: Task) -> dict:
     """Trains one generator with one seed, and reads what it makes of texts."""
     tokenizer, cache = prepare(task, task.steps / STEPS)
     train_generator(generator_config(task, tokenizer, cache))
-    shutil.rmtree(task.run / "checkpoints")
     pipeline = DiffusionPipeline.from_pretrained(task.run / "final").to(device())
     log = read_json_lines(task.run / "metrics.jsonl")[-1]
     params = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
@@ -110,6 +110,7 @@ def make_row(task: Task) -> dict:
     row["seconds_per_image"] = seconds_per_image(pipeline, prompt=prompts, guidance_scale=GUIDANCE_SCALES[-1])
     for split in SPLITS:
         row[split] = [{"guidance_scale": scale, **measure(task, pipeline, split, scale)} for scale in GUIDANCE_SCALES]
+    shutil.rmtree(task.run / "checkpoints")
     return row | environment()
 
 
@@ -162,6 +163,7 @@ def prepare(task: Task, longer: float, *, texts: bool = True) -> tuple[Path, Pat
     with FileLock(own.beside(".lock")):
         if not (own.run / "final").exists():
             train_tokenizer(recipe(own))
+            AcceleratorState._reset_state()  # the generator trains in another precision
         tokenizer = load_tokenizer(str(own.run / "final"))
         write_latent_cache(tokenizer, GLYPHS.dataset("train"), cache, data_name="glyphs", batch_size=256)
         if texts:
@@ -196,7 +198,7 @@ def tables(report: dict) -> str:
 COMPARISON = Comparison(
     name="glyph_texts",
     variants=VARIANTS,
-    prepare=trained_classifier,
+    prepare=lambda tasks: GLYPHS.file("train"),
     make_row=make_row,
     tables=tables,
     steps=STEPS,

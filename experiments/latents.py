@@ -29,7 +29,6 @@ from torchvision.utils import save_image
 
 from benchmarks.timing import device, environment
 from experiments.controls import ControlAutoencoder
-from experiments.glyphs import trained_classifier
 from experiments.image_sets import InMemoryImages, read_images, seams_of
 from experiments.latents_report import figures, tables
 from experiments.precision import fastest_precision
@@ -405,7 +404,7 @@ def finish(report: dict, stem) -> None:
 COMPARISON = Comparison(
     name="latents",
     variants=VARIANTS,
-    prepare=trained_classifier,
+    prepare=lambda tasks: [task.variant.images.file("train") for task in tasks],
     make_row=make_row,
     tables=lambda report: tables(report, list(VARIANTS)),
     steps=STEPS,

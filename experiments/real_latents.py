@@ -350,7 +350,7 @@ def figures(report: dict, stem: Path) -> None:
 COMPARISON = Comparison(
     name="real_latents",
     variants=VARIANTS,
-    prepare=teacher_folder,
+    prepare=lambda tasks: (teacher_folder(), PHOTOGRAPHS.file("train")),
     make_row=make_row,
     tables=tables,
     steps=STEPS,

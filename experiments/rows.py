@@ -79,7 +79,7 @@ class Comparison:
         name: of its files in docs/results.
         variants: by the names of the rows. Each has `note`, a phrase for the list below the table, and `length`, its
             number of steps in multiples of the others'.
-        prepare: makes what all rows need, before the first; None for nothing.
+        prepare: makes what the rows need that are missing, or looks whether it is there; None for nothing.
         make_row: trains and measures one row; returns what the JSON file keeps of it.
         finish: adds to the report what is measured with all variants together, such as their speed; None for nothing.
         tables: the report as Markdown.
@@ -96,7 +96,7 @@ class Comparison:
     tables: Callable[[dict], str]
     steps: int
     seeds: int
-    prepare: Callable[[], object] | None = None
+    prepare: Callable[[list[Task]], object] | None = None
     finish: Callable[[dict, Path], None] | None = None
     figures: Callable[[dict, Path], None] | None = None
     resolution: int = 64
@@ -161,7 +161,10 @@ def parse_arguments(comparison: Comparison, description: str, argv: list[str] | 
     parser.add_argument("--output", type=Path, default=RESULTS / f"{comparison.name}.json")
     parser.add_argument("--runs", type=Path, help="folder for the run folders (default: runs/NAME)")
     parser.add_argument("--report", action="store_true", help="train nothing: write table and figures again")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.steps != comparison.steps and arguments.output == parser.get_default("output"):
+        parser.error(f"{arguments.output} is of {comparison.steps} steps: name another --output")
+    return arguments
 
 
 def make_missing_rows(comparison: Comparison, arguments: argparse.Namespace, report: dict) -> None:
@@ -201,10 +204,15 @@ def make_missing_rows(comparison: Comparison, arguments: argparse.Namespace, rep
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started from here
     if tasks and comparison.prepare is not None:
-        comparison.prepare()
+        comparison.prepare(tasks)
     with ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
-        for future in [pool.submit(work, task) for task in tasks]:
-            future.result()
+        futures = [pool.submit(work, task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        except KeyboardInterrupt:  # the processes of rows get Ctrl-C as well
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def make_here(make_row: Callable[[Task], dict], task: Task) -> dict:

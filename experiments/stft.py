@@ -123,6 +123,7 @@ def tables(report: dict) -> str:
 
 COMPARISON = Comparison(
     name="stft",
+    prepare=lambda tasks: GLYPHS.file("train"),
     variants=VARIANTS,
     make_row=make_row,
     tables=tables,

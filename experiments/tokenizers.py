@@ -95,7 +95,6 @@ def make_row(task: Task) -> dict:
         vae = find_model_class(config.model["name"]).from_pretrained(path / "ema").eval()
         others = {split: mean_errors(vae, images[split]) for split in OTHER_SPLITS}
         curve.append({"steps": step, **mean_errors(vae, images["heldout"]), **others})
-    shutil.rmtree(task.run / "checkpoints")
 
     # What the row says of the last checkpoint: `vae` holds its weights.
     last = read_json_lines(task.run / "metrics.jsonl")[-1]
@@ -108,6 +107,7 @@ def make_row(task: Task) -> dict:
         if task.seed == 0:
             save_pictures(vae, images["heldout"], task.pictures, task.name)
     budget = asdict(measure_budget(vae, task.resolution))
+    shutil.rmtree(task.run / "checkpoints")
     return row | {key: value for key, value in budget.items() if value is not None} | environment()
 
 

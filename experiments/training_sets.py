@@ -46,8 +46,11 @@ class TrainingSet:
         return f"{self.name}, {self.size} px"
 
     def file(self, split: str) -> Path:
-        """Raises SystemExit if the folder is not named."""
-        return written_folder(self.name) / f"{split}.parquet"
+        """Raises SystemExit if the folder is not named, or has no such file."""
+        file = written_folder(self.name) / f"{split}.parquet"
+        if not file.is_file():
+            raise SystemExit(f"error: {file}: no such file; scripts/{self.name}.py writes it")
+        return file
 
     def dataset(self, split: str) -> ImageDataset:
         return ImageDataset(open_source(str(self.file(split)), label_column=self.label_column), self.size)

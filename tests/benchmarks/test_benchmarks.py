@@ -173,9 +173,11 @@ def test_the_checks_find_what_differs(tmp_path, image_folder, monkeypatch, capsy
 
 
 def test_a_slice_is_ended_and_goes_on_later(tmp_path, capsys):
-    """Ctrl-C after the minutes that it may take; a failure is a failure."""
+    """Ctrl-C after the minutes that it may take, also for what it has started; a failure is a failure."""
     waits = "import time, sys, pathlib\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n "
-    script = f"{waits} pathlib.Path(sys.argv[1]).touch()"
+    child = f"{waits} pathlib.Path(sys.argv[1]).touch()"
+    script = f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]])\n"
+    script += "try:\n p.wait()\nfinally:\n p.wait()"
     on_gpu.run([sys.executable, "-c", script, str(tmp_path / "saved")], minutes=5 / 60)  # time enough to begin
     assert (tmp_path / "saved").exists() and "goes on" in capsys.readouterr().out
     with pytest.raises(subprocess.CalledProcessError):

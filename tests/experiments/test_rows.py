@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 
 import pytest
 from guesses import Guess, guess, tables
@@ -72,6 +73,34 @@ def test_rows_have_processes_of_their_own(tmp_path):
     rows = json.loads((tmp_path / "guesses.json").read_text())["rows"]
     assert [(row["model"], row["value"]) for row in rows] == [("good.1", 1.0), ("good.2", 2.0)]
     assert (tmp_path / "good.1-0-10.log").exists() and (tmp_path / "good.2-0-10.log").exists()
+
+
+def test_after_ctrl_c_no_row_begins(tmp_path):
+    begun = []
+
+    def make_row(task):
+        begun.append(task.name)
+        if task.name == "a":
+            raise KeyboardInterrupt
+        time.sleep(0.5)  # while the others are called off
+        return guess(task)
+
+    comparison = Comparison("guesses", {name: Guess("", 1.0) for name in "abc"}, make_row, tables, steps=10, seeds=1)
+    options = ["--output", str(tmp_path / "guesses.json"), "--runs", str(tmp_path / "runs"), "--jobs", "0"]
+    with pytest.raises(KeyboardInterrupt):
+        main(comparison, "", options)
+    assert "c" not in begun
+
+
+def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAVAE_GLYPHS", str(tmp_path))
+    for experiment in (latents, codebooks, generators, stft):
+        name = next(iter(experiment.VARIANTS))
+        with pytest.raises(SystemExit, match=r"train.parquet: no such file; scripts/glyphs.py writes it"):
+            main(experiment.COMPARISON, "", ["--models", name, "--output", str(tmp_path / "new.json")])
+    with pytest.raises(SystemExit):
+        main(latents.COMPARISON, "", ["--steps", "10"])
+    assert "is of 6000 steps: name another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
