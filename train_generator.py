@@ -115,7 +115,7 @@ def train(config: GeneratorConfig) -> None:
     if config.evaluation.every:
         size = transformer.config.sample_size * spatial_compression_ratio(tokenizer)
         evaluate = GeneratorEvaluation(config.evaluation, run.folder, (size, size))
-    run.start(module.trained_parts(), ema, model, optimizers, schedules, dataset.about)
+    run.start(module.trained_parts(), ema, optimizers, schedules, dataset.about)
 
     # Images are read as long as hidden states are aligned with their features, and latents alone from then on.
     # Before that, latents of images without high frequencies, if there are any.

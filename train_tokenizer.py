@@ -28,7 +28,7 @@ from favae.data.images import ImageDataset, skip_missing
 from favae.data.latents import MomentsDataset, open_latents
 from favae.data.latents_with_images import LatentsWithImages
 from favae.data.sources import Selection, open_source
-from favae.errors import ConfigError, hint
+from favae.errors import ConfigError, hint, one_line
 from favae.eval.online import TokenizerEvaluation
 from favae.files import atomic_path
 from favae.foundation import FoundationModel
@@ -37,6 +37,7 @@ from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.models import HyperpriorModelFA
 from favae.models.hyperprior_model_fa import SMALLEST_SIDE
 from favae.models.linear_shortcut import fade_shortcut
+from favae.normalization import normalize_latents
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
 from favae.training.dry_run import describe_run, describe_tokenizer
@@ -105,7 +106,7 @@ def train(config: TokenizerConfig) -> None:
         trained.append(d_model)
     ema = Ema(vae, settings.ema_decay, run.device, warmup=settings.ema_warmup)
     evaluate = open_evaluation(config, run, module) if config.evaluation.every else None
-    run.start(parts, ema, model, optimizers + d_optimizers, schedules + d_schedules, about)
+    run.start(parts, ema, optimizers + d_optimizers, schedules + d_schedules, about)
     preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
 
     for batch in run.batches(training_data):
@@ -181,6 +182,10 @@ def build_tokenizer(config: TokenizerConfig) -> ModelMixin:
     vae, resolution = build_model(config.model), config.train.resolution
     if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ConfigError(f"model.name: a {type(vae).__name__} is no autoencoder, it has no encode and decode")
+    missing = [name for name in ("encoder", "decoder") if not hasattr(vae, name)]
+    missing += [] if "latent_channels" in vae.config else ["latent_channels in its config"]
+    if missing:
+        raise ConfigError(f"model.name: a {type(vae).__name__} has no {', '.join(missing)}, and cannot be trained here")
     image_channels(vae)  # refuses numbers that mean nothing
     if config.train.fade_shortcut_steps and not vae.config.get("shortcut"):
         raise ConfigError("train.fade_shortcut_steps needs a model with a shortcut: model.shortcut=overlapping")
@@ -277,7 +282,11 @@ def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:
     with hint("teacher.autoencoder is a folder or a hub name"):
         teacher = load_autoencoder(config.teacher.autoencoder)
         channels = image_channels(teacher)
-    latents = tuple(encode(teacher, torch.zeros(1, channels, resolution, resolution)).shape[1:])
+    try:
+        encoded = encode(teacher, torch.zeros(1, channels, resolution, resolution))
+        latents = tuple((normalize_latents(teacher, encoded) if config.teacher.normalize else encoded).shape[1:])
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"teacher.autoencoder takes no images of {resolution} px: {one_line(error)}") from error
     expected = (vae.config.latent_channels, side, side)
     if latents != expected or channels != image_channels(vae):
         raise ConfigError(

@@ -114,7 +114,7 @@ def high_frequency_share(spectrum: np.ndarray, above: float) -> float:
     return float(energy[u + v > above * (energy.shape[0] + energy.shape[1] - 2)].sum() / energy.sum())
 
 
-def interpolated(latents: Tensor, fraction: float = 0.5, *, seed: int = 0) -> Tensor:
+def interpolated(latents: Tensor, fraction: float = 0.5) -> Tensor:
     """Each latent moved along a great circle towards one of the ten others that are nearest by the cosine.
 
     Which of the ten is random, with the softmax of their negative mean squared distances. This is done on standardized
@@ -130,7 +130,7 @@ def interpolated(latents: Tensor, fraction: float = 0.5, *, seed: int = 0) -> Te
         raise DataError(f"interpolation needs more than {INTERPOLATION_NEIGHBORS} images, got {len(latents)}")
     points = standardized(latents).flatten(1)
     directions = F.normalize(points, dim=1)
-    generator, moved = torch.Generator().manual_seed(seed), []
+    generator, moved = torch.Generator().manual_seed(0), []
     for rows in torch.arange(len(points)).split(1024):
         cosines = directions[rows] @ directions.mT
         cosines[torch.arange(len(rows)), rows] = -torch.inf

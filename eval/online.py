@@ -149,10 +149,7 @@ class GeneratorEvaluation:
         self.metric = self.extractor.metric("FID")
         reference = Reference(config.reference, [self.extractor], lambda: open_source(config.reference))
         self.references = reference.statistics(size, batch_size=config.batch_size)
-        self.protocol = {
-            **protocol_of(self.references, [self.extractor], size, config.num_images),
-            "num_images": config.num_images,
-        }
+        self.protocol = protocol_of(self.references, [self.extractor], size, config.num_images)
 
     def __call__(self, pipeline: DiffusionPipeline, step: int, epoch: float) -> dict[str, float | None]:
         """Measures the pipeline.

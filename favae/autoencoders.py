@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from favae.channels import MODES
-from favae.errors import ModelError
+from favae.errors import ModelError, one_line
 from favae.models import VQModelFA
 from favae.models.hub import silent_about_previews
 from favae.models.scale_quantizers import ScaleQuantizer
@@ -58,7 +58,7 @@ def load_autoencoder(path: str) -> ModelMixin:
     except NameError as error:  # AutoencoderRAE uses names of transformers that it could not import
         raise ModelError(f"{path}: a {name} needs the package transformers ({error})") from error
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
-        raise ModelError(f"{path}: no autoencoder could be opened here ({_first_line(error)})") from error
+        raise ModelError(f"{path}: no autoencoder could be opened here ({one_line(error)})") from error
 
 
 def _imported_model(name: str) -> type[ModelMixin] | None:
@@ -272,7 +272,7 @@ def _count_round_trip(vae: ModelMixin, image: Tensor) -> tuple[Tensor, Tensor, i
                 output = decode(vae, latents)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         size = image.shape[-1]
-        raise ModelError(f"this {type(vae).__name__} takes no images of {size} px: {_first_line(error)}") from error
+        raise ModelError(f"this {type(vae).__name__} takes no images of {size} px: {one_line(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return latents, output, counter.get_total_flops()
@@ -285,7 +285,3 @@ def _codebook(vae: ModelMixin, positions: int) -> tuple[int, int] | None:
             return sum(stage.tokens for stage in vae.codebook.stages), vae.num_tokens
         return positions * (vae.config.num_quantizers if vae.config.quantizer == "residual" else 1), vae.num_tokens
     return (positions, vae.config.num_vq_embeddings) if isinstance(vae, diffusers.VQModel) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

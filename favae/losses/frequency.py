@@ -36,7 +36,7 @@ def focal_frequency_loss(prediction: Tensor, target: Tensor, *, alpha: float = 1
         return _focal_mean(torch.fft.rfft2(error, norm="ortho"), error.shape[-1], alpha)
 
 
-def _focal_mean(half_spectrum: Tensor, width: int, alpha: float) -> Tensor:
+def _focal_mean(half_spectrum: Tensor, width: int, alpha: float = 1.0) -> Tensor:
     """mean w |E|^2 over all frequencies of the spectrum E of an error."""
     energy = _energy(half_spectrum)
     weights = energy.detach().sqrt() ** alpha
@@ -104,7 +104,6 @@ class SpectrumLoss(nn.Module):
         kernel_size: None applies the exact Gaussian, on the spectrum (periodic borders). An odd number of cells cuts it
             off, as published: 3, 5 or 9 cells at sigma = 3, which is nearly a box and blind at the zeros of a box's
             response. Needs a sigma above 0.
-        alpha: see `focal_frequency_loss`.
         normalize: whether to divide by the mean energy of the blurred target, without a gradient to the target. The
             loss then has no unit, and does not fall when features shrink or a wider kernel takes energy from both.
 
@@ -121,14 +120,12 @@ class SpectrumLoss(nn.Module):
         sigma: float = 3.0,
         *,
         kernel_size: int | None = None,
-        alpha: float = 1.0,
         normalize: bool = False,
     ):
         super().__init__()
         if kernel_size is not None and (kernel_size < 3 or kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be an odd number of at least 3, or None, got {kernel_size}")
         self.kernel_size = kernel_size
-        self.alpha = alpha
         self.normalize = normalize
         self.register_buffer("start", torch.full((levels,), float(sigma)))
 
@@ -155,7 +152,7 @@ class SpectrumLoss(nn.Module):
         with no_autocast(complement.device):
             width = complement.shape[-1]
             error = self._blurred_spectrum(complement.float() - activation.float(), sigma)
-            loss = _focal_mean(error, width, self.alpha)
+            loss = _focal_mean(error, width)
             if self.normalize:
                 target = self._blurred_spectrum(activation.detach().float(), sigma)
                 loss = loss / _mean(_energy(target), width).clamp_min(1e-8)
@@ -191,10 +188,9 @@ class DynamicSpectrumLoss(SpectrumLoss):
         sigma: float = 3.0,
         *,
         kernel_size: int | None = None,
-        alpha: float = 1.0,
         normalize: bool = True,
     ):
-        super().__init__(levels, sigma, kernel_size=kernel_size, alpha=alpha, normalize=normalize)
+        super().__init__(levels, sigma, kernel_size=kernel_size, normalize=normalize)
         if sigma <= SMALLEST_SIGMA:
             raise ValueError(f"a learned sigma must start above {SMALLEST_SIGMA}, got {sigma}")
         self.rho = nn.Parameter(torch.zeros(levels))

@@ -4,7 +4,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ GRAY = 0.5  # between 0 and 1, in which the networks work
 LATENT_BOUND = 3.0  # latents z are read as 3 tanh(z / 3)
 
 
-class AutoencoderTinyFA(HubModelMixin, ModelMixin):
+class AutoencoderTinyFA(HubModelMixin, ModelMixin, AutoencoderMixin):
     r"""
     An autoencoder of plain convolutions, for latents that a larger one has made: TAESD's and TAEF2's architecture, with
     a decoder that may end in an inverse wavelet transform.
@@ -105,20 +105,6 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin):
     def blocks(self) -> list[nn.Module]:
         """What is compiled and sharded one by one."""
         return [module for module in self.modules() if isinstance(module, TinyBlock)]
-
-    def enable_slicing(self) -> None:
-        """Decodes and encodes one image of a batch at a time."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        self.use_slicing = False
-
-    def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Works on overlapping tiles of `sample_size`, which are cross-faded."""
-        self.use_tiling = use_tiling
-
-    def disable_tiling(self) -> None:
-        self.use_tiling = False
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:

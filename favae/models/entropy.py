@@ -11,6 +11,7 @@ from favae.precision import no_autocast
 
 MIN_LIKELIHOOD = 1e-9
 MIN_SCALE, MAX_SCALE, NUM_SCALES = 0.11, 256.0, 64  # of the grid that coded scales are on
+WIDTHS, INIT_SCALE = (3, 3, 3), 10.0  # of the factorized density: its layers, and about how wide it is at the start
 LARGEST_SYMBOL = 63  # of the factorized density; rounded latents are clamped to it
 
 
@@ -87,8 +88,6 @@ class FactorizedDensity(nn.Module):
 
     Args:
         channels: C.
-        widths: of the layers between.
-        init_scale: about how wide the densities are at the start.
 
     Source: Balle et al., ICLR 2018 (arXiv 1802.01436), appendix 6.1.
     """
@@ -96,16 +95,16 @@ class FactorizedDensity(nn.Module):
     table: Tensor
     table_checksum: Tensor
 
-    def __init__(self, channels: int, widths: tuple[int, ...] = (3, 3, 3), init_scale: float = 10.0):
+    def __init__(self, channels: int):
         super().__init__()
-        sizes = (1, *widths, 1)
-        scale = init_scale ** (1 / (len(widths) + 1))
+        sizes = (1, *WIDTHS, 1)
+        scale = INIT_SCALE ** (1 / (len(WIDTHS) + 1))
         self.matrices, self.biases, self.factors = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for before, after in zip(sizes, sizes[1:]):
             start = math.log(math.expm1(1 / scale / after))
             self.matrices.append(nn.Parameter(torch.full((channels, after, before), start)))
             self.biases.append(nn.Parameter(torch.rand(channels, after, 1) - 0.5))
-        for width in widths:
+        for width in WIDTHS:
             self.factors.append(nn.Parameter(torch.zeros(channels, width, 1)))
         self.register_buffer("table", torch.zeros(channels, 2 * LARGEST_SYMBOL + 1))
         self.register_buffer("table_checksum", torch.zeros((), dtype=torch.int64))

@@ -24,7 +24,10 @@ LATENT_STATISTICS = (
     "latents_std",
     *LATENT_RGB_KEYS,
 )
-TASK_BY_EVALUATION = {"reconstruction": "image-to-image", "generation": "unconditional-image-generation"}
+TASK_BY_EVALUATION = {
+    **dict.fromkeys(("reconstruction", "compression", "latents"), "image-to-image"),
+    "generation": "unconditional-image-generation",
+}
 
 
 class HubModelMixin(ModelMixin, ConfigMixin):
@@ -206,10 +209,11 @@ def read_eval_results(file: str | Path) -> list[EvalResult]:
                 dataset_name=data,
                 dataset_args=protocol,
                 metric_type=metric,
-                metric_name=f"{metric} of {row['model']}",
+                metric_name=f"{metric} of {row.get('label', row['model'])}",
                 metric_value=value,
             )
             for row in result["rows"]
+            if "quality" not in row  # of JPEG and its like, beside a compression model
             for metric, value in row["metrics"].items()
             if value is not None
         ]

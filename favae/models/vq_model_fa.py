@@ -67,7 +67,8 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         fsq_levels: grid points per dimension, of "fsq".
         codebook_decay: of the moving averages. The published code has 0.8.
         dead_code_threshold: entries used less often than this, in uses per step by a moving average, are replaced by
-            latents of the batch; 0 replaces none, as published. A new entry counts as used once.
+            latents of the batch; 0 replaces none, as published. A new entry counts as used once. The one codebook of
+            "next_scale" is used, and averages, once for each scale in a step.
         frequency_complement: "conv", "res", "attn" or None; see `FrequencyComplement`.
         sample_size, scaling_factor, force_upcast: as in [`VQModel`]; only pipelines read them.
         norm_eps: of the group norms. The published code has 1e-5.
@@ -183,7 +184,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), not quantized.
+        """(B, C, H, W) in [-1, 1] -> latents (B, C', H/f, W/f), not quantized.
 
         Raises:
             ValueError: if H or W is not a multiple of f, or not f times the last of the scales.
@@ -263,7 +264,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             force_not_quantize: the latents are codebook vectors already.
             shape: (B, h, w, C), for indices that come flat, as pipelines of [`VQModel`] give them.
         Returns:
-            The image (B, 3, H, W), in [-1, 1] up to overshoot, and the commitment loss, 0 where nothing was quantized.
+            The image (B, C, H, W), in [-1, 1] up to overshoot, and the commitment loss, 0 where nothing was quantized.
         """
         loss = torch.zeros((), device=h.device)
         if not h.is_floating_point():
@@ -277,7 +278,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         return DecoderOutput(sample=sample, commit_loss=loss) if return_dict else (sample, loss)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
-        """Reconstruction of (B, 3, H, W) through the codebook."""
+        """Reconstruction of (B, C, H, W) through the codebook."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)
 
 

@@ -86,8 +86,7 @@ class Checkpointer:
         ema: its weights are saved as one more part, "ema".
         schedules: of the learning rates.
         total_limit: how many checkpoints are kept; None keeps all.
-        model: the training module. If it is sharded, each process saves its own share of the optimizers' state.
-        optimizers: all of them.
+        optimizers: all of them. If a part is sharded, each process saves its own share of their state.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class Checkpointer:
         ema: Ema,
         schedules: list[LRScheduler],
         total_limit: int | None,
-        model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
     ):
         self.accelerator = accelerator
@@ -107,7 +105,7 @@ class Checkpointer:
         self.ema = ema
         self.schedules, self.optimizers = schedules, optimizers
         self.total_limit = total_limit
-        self.sharded = is_sharded(model)
+        self.sharded = any(is_sharded(part) for part in parts.values())
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes `step-N`; called by every process.

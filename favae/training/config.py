@@ -1,5 +1,6 @@
 """What the schemas of both trainings share; how a recipe becomes settings: defaults <- YAML file <- `key=value`."""
 
+import importlib.util
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -58,6 +59,10 @@ class TrainConfig:
     def __post_init__(self):
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ConfigError("train.lr_warmup_steps is not for train.lr_scheduler=constant: constant_with_warmup")
+        if self.lr_num_cycles != 1 and self.lr_scheduler != "cosine_with_restarts":
+            raise ConfigError("train.lr_num_cycles is for train.lr_scheduler=cosine_with_restarts")
+        if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise ConfigError("train.tracker=wandb needs the package wandb: pip install wandb")
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
             raise ConfigError(
                 "train.mixed_precision=fp16 has one gradient scale, and train.optimizer=muon two optimizers; use bf16"

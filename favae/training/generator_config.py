@@ -198,6 +198,8 @@ class GeneratorConfig(RunConfig):
         for key in ("in_channels", "out_channels", "sample_size", "num_class_embeds"):
             if self.model.get(key) is None:
                 raise ConfigError(f"model.{key} is missing: of the latents, or one more than the classes")
+        if not isinstance(self.model["sample_size"], int):
+            raise ConfigError("model.sample_size must be one number: latents are square")
         if self.model["num_class_embeds"] < 2:
             raise ConfigError(
                 "model.num_class_embeds must be one more than the classes, of which there is at least one"

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiTTransformer2DModel, ModelMixin
 
 import favae
-from favae.errors import ConfigError
+from favae.errors import ConfigError, one_line
 from favae.models.class_conditional import initialize_dit
 from favae.ranges import Text
 from favae.training.validation import signature_schema, validate
@@ -85,7 +85,7 @@ def check_model(settings: dict[str, Any], names: tuple[str, ...]) -> None:
         ConfigError: for the first mistake.
     """
     name = settings.get("name")
-    if name not in names and "." not in str(name):
+    if not isinstance(name, str) or (name not in names and "." not in name):
         raise ConfigError(f"model.name must be one of {', '.join(names)}, or the path of a class; got {name}")
     _arguments(settings)
 
@@ -127,20 +127,18 @@ def inherit_settings(settings: dict[str, Any]) -> dict[str, Any]:
     source = PretrainedSource.parse(settings[FROM_PRETRAINED], FROM_PRETRAINED)
     model_class = find_model_class(settings["name"])
     known = signature_schema(model_class.__init__).model_fields
-    with _opening(source):
+    with _opening(source, FROM_PRETRAINED):
         config = model_class.load_config(source.path, **source.options)
     return {**{name: value for name, value in config.items() if name in known}, **settings}
 
 
 @contextmanager
-def _opening(source: PretrainedSource) -> Iterator[None]:
+def _opening(source: PretrainedSource, key: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.{FROM_PRETRAINED}: no model at {source.path}, in a folder or on the hub ({reason})"
-        ) from error
+        reason = one_line(error)
+        raise ConfigError(f"model.{key}: no model at {source.path}, in a folder or on the hub ({reason})") from error
 
 
 def _start_from(source: PretrainedSource, settings: dict[str, Any]) -> ModelMixin:
@@ -153,7 +151,7 @@ def _start_from(source: PretrainedSource, settings: dict[str, Any]) -> ModelMixi
     """
     key = f"model.{FROM_PRETRAINED}"
     settings = inherit_settings(settings)
-    with torch.device("cpu"), _opening(source):  # its weights exist, even in a dry run on the meta device
+    with torch.device("cpu"), _opening(source, FROM_PRETRAINED):  # its weights exist, even in a dry run on meta
         model_class = find_model_class(settings["name"])
         name = model_class.load_config(source.path, **source.options)["_class_name"]
         other_class = model_class if name == model_class.__name__ else find_model_class(name)
@@ -225,22 +223,16 @@ def _check_sizes(arguments: dict[str, Any]) -> None:
     }
     for key, length in lengths.items():
         values = arguments.get(key)
-        if values is not None and len(values) != length:
+        if values is not None and length is not None and len(values) != length:
             of = "block_out_channels" if key.endswith("types") else "latent_channels"
             raise ConfigError(f"model.{key} must have as many entries as model.{of}, {length}, got {len(values)}")
 
 
 def _open_autoencoder_kl(source: PretrainedSource) -> AutoencoderKL | AutoencoderKLFlux2:
-    with torch.device("cpu"):  # its weights exist, even in a dry run on the meta device
-        try:
-            found = AutoencoderKL.load_config(source.path, **source.options)["_class_name"]
-            model_class = AutoencoderKLFlux2 if found == "AutoencoderKLFlux2" else AutoencoderKL
-            vae = model_class.from_pretrained(source.path, **source.options)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"model.{FROM_AUTOENCODER_KL}: there is no AutoencoderKL at {source.path}, in a folder or on the hub "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+    with torch.device("cpu"), _opening(source, FROM_AUTOENCODER_KL):  # its weights exist, even in a dry run on meta
+        found = AutoencoderKL.load_config(source.path, **source.options)["_class_name"]
+        model_class = AutoencoderKLFlux2 if found == "AutoencoderKLFlux2" else AutoencoderKL
+        vae = model_class.from_pretrained(source.path, **source.options)
     if found != model_class.__name__:
         raise ConfigError(
             f"model.{FROM_AUTOENCODER_KL}: {source.path} is a {found}, no stock AutoencoderKL or AutoencoderKLFlux2. "

@@ -43,16 +43,18 @@ from favae.training.validation import validate
 logger = logging.getLogger(__name__)
 
 # A run may be continued with other values of these.
-SECTIONS_FREE_TO_CHANGE = {"resume", "output", "evaluation"}
-TRAIN_KEYS_FREE_TO_CHANGE = {
-    "steps",
-    "num_workers",
-    "log_every",
-    "sample_every",
-    "checkpoint_every",
-    "checkpoints_total_limit",
-    "max_skipped_steps",
-    "tracker",
+SECTIONS_FREE_TO_CHANGE = {"resume", "output", "evaluation", "sampling"}
+KEYS_FREE_TO_CHANGE = {
+    "train.steps",
+    "train.num_workers",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.checkpoints_total_limit",
+    "train.max_skipped_steps",
+    "train.tracker",
+    "data.num_images",
+    "data.text_encoder",  # its weights are compared instead
 }
 
 
@@ -118,10 +120,9 @@ def changed_settings(config: RunConfig, file: Path) -> list[str]:
         if not isinstance(before, dict) or not isinstance(after, dict):
             changed += [section] if before != after else []
             continue
-        free = TRAIN_KEYS_FREE_TO_CHANGE if section == "train" else set()
-        keys = sorted((set(before) | set(after)) - free)
+        keys = sorted(set(before) | set(after))
         changed += [f"{section}.{key}" for key in keys if not same_value(before.get(key), after.get(key))]
-    return changed
+    return [key for key in changed if key not in KEYS_FREE_TO_CHANGE]
 
 
 def same_value(before: object, after: object) -> bool:
@@ -174,7 +175,7 @@ class Run:
         self._checkpoint_owed = False
         self._seconds = 0.0
         self._skipped_in_a_row = 0
-        self._sums: dict[str, Tensor] = {}
+        self._window: dict[str, list[Tensor]] = {}
         self._collected: list[dict[str, Tensor]] = []  # of the micro-batches of this step
         self._count = 0
         set_seed(config.seed)
@@ -200,7 +201,6 @@ class Run:
         self,
         parts: Mapping[str, nn.Module],
         ema: Ema,
-        model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         schedules: list[LRScheduler],
         data: dict | None = None,
@@ -209,7 +209,6 @@ class Run:
 
         Args:
             parts: the trained modules by name, not wrapped: what a checkpoint holds.
-            model: as `prepare` gave it.
             optimizers, schedules: all of them; the log shows the first one's learning rate.
             data: what the run is trained on, as JSON holds it.
         Raises:
@@ -219,7 +218,7 @@ class Run:
         self.schedules = schedules
         limit = self.train.checkpoints_total_limit
         self.checkpointer = Checkpointer(
-            self.accelerator, self.folder / "checkpoints", parts, ema, schedules, limit, model, optimizers
+            self.accelerator, self.folder / "checkpoints", parts, ema, schedules, limit, optimizers
         )
         # The models were initialized from the same seed everywhere. What follows differs between processes.
         set_seed(self.config.seed, device_specific=True)
@@ -328,9 +327,8 @@ class Run:
         self._collected = []
         if finite:
             self._skipped_in_a_row = 0
-            self._count += 1
             for name, value in logs.items():
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+                self._window.setdefault(name, []).append(value.detach())
         else:
             self._skip(logs)
         if self.step % self.train.log_every == 0 or self.step == self.train.steps:
@@ -351,8 +349,8 @@ class Run:
 
     def _log(self) -> None:
         self._seconds = time.perf_counter() - self._started
-        names = sorted(self._sums)
-        values = torch.stack([self._sums[name] / max(self._count, 1) for name in names]) if names else torch.zeros(0)
+        names = sorted(self._window)  # a loss that begins or ends between has fewer values than steps
+        values = torch.stack([torch.stack(self._window[name]).mean() for name in names]) if names else torch.zeros(0)
         values = self.accelerator.reduce(values.to(self.device), "mean").tolist()
         record = dict(zip(names, values))
         record["learning_rate"] = self.schedules[0].get_last_lr()[0]
@@ -362,7 +360,7 @@ class Run:
             append_text(self._log_file, json.dumps({"step": self.step, **record}) + "\n")
         if self.train.tracker:
             self.accelerator.log(record, step=self.step)
-        self._sums, self._count = {}, 0
+        self._window = {}
 
     def epoch(self, dataset: StreamedDataset) -> float:
         """How many times the data have been passed over so far."""

@@ -47,7 +47,7 @@ class TokenizerTrainConfig(TrainConfig):
     resolution: Pixels = 256
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.5, 0.9])
     discriminator_learning_rate: Rate | None = None  # None: the same as learning_rate
-    channels_last: bool = False  # memory format of images and convolutions
+    channels_last: bool = False  # memory format of the weights of convolutions, which features take over
     parts: Literal["all", "encoder", "decoder"] = "all"  # what is trained; the rest stays as it is
     fade_shortcut_steps: Step = 0  # over so many steps, the shortcut of the model vanishes; 0: it stays
 

@@ -33,6 +33,10 @@ class SpectrumConfig:
     normalize: bool = True  # relative to the target's energy; published: false
     learning_rate: Weight = 1.0e-3  # of the sigmas; published: 2e-7, which cannot move them
 
+    def __post_init__(self):
+        if self.type == "none" and (self.sigma, self.kernel_size) != (3.0, None):
+            raise ConfigError("loss.spectrum.type=none blurs nothing: it has neither sigma nor kernel_size")
+
     def build(self, levels: int) -> SpectrumLoss:
         """Raises ValueError for a kernel size or a sigma that the loss does not take."""
         if self.type == "dynamic":

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import reduce
 from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, DiagonalGaussianDistribution, Encoder
 from torch import Tensor, nn
@@ -394,8 +395,8 @@ def _total(terms: Terms, like: Tensor) -> Tensor:
 
 
 class CodebookStatistics(nn.Module):
-    """How the entries of a codebook are used, by this process's images: of the first one, for a residual quantizer; of
-    those of all bands together."""
+    """How the entries of a codebook are used, by the images of all processes: of the first one, for a residual
+    quantizer; of those of all bands together."""
 
     counts: Tensor  # a moving sum of the uses of each entry
     unused: Tensor  # batches since the last use of each entry
@@ -415,7 +416,7 @@ class CodebookStatistics(nn.Module):
             exponential of the entropy of how often each entry was used in about as many batches.
         """
         first = indices[..., 0] if indices.ndim == 4 else indices
-        batch = torch.bincount(first.flatten(), minlength=len(self.counts))
+        batch = reduce(torch.bincount(first.flatten(), minlength=len(self.counts)), "sum")
         self.counts.mul_(1 - 1 / STATISTICS_WINDOW).add_(batch)
         self.unused.add_(1).masked_fill_(batch > 0, 0)
         return {

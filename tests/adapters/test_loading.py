@@ -166,6 +166,12 @@ def test_cards_know_the_repository_and_the_run(hub, lightningdit, tiny_favae, tm
         str(tmp_path / "again"), push_to_hub=True, repo_id="me/tiny"
     )
     assert "seed: 17" in (hub / "me/tiny/README.md").read_text()
+    rows = [{"model": "jpeg", "label": "jpeg 5", "quality": 5, "metrics": {"bpp": 0.3}}]
+    rows += [{"model": "m", "label": "m, step 1", "metrics": {"bpp": 0.25}}]
+    (tmp_path / "results.json").write_text(json.dumps({"task": "compression", "protocol": {}, "rows": rows}))
+    tiny_favae.push_to_hub("me/small", metrics=tmp_path / "results.json")
+    text = (hub / "me/small/README.md").read_text()
+    assert "bpp of m, step 1" in text and "jpeg" not in text
     tiny_favae.push_to_hub("short", "what changed")  # the message comes second, as in diffusers
     assert 'from_pretrained("me/short")' in (hub / "me/short/README.md").read_text()
     lightningdit.transformer.push_to_hub("me/generator")

@@ -264,6 +264,7 @@ def test_a_unet_sees_times_of_diffusion_and_no_class_now_and_then():
         ("model.num_class_embeds=3", "model.num_class_embeds"),
         ("model.num_class_embeds=1", "model.num_class_embeds must be one more than the classes"),
         ("model.class_embed_type=identity", "model.class_embed_type"),
+        ("model.sample_size=[4,4]", "model.sample_size must be one number"),
         ("loss.objective=ddpm", "loss.objective=ddpm"),
         ("loss.alignment.weight=1", "loss.alignment.weight"),
         ("model.down_block_types=[DownEncoderBlock2D,DownBlock2D]", "model.down_block_types"),

@@ -69,16 +69,17 @@ class Training:
         optimizers = create_optimizers([{"params": module.parameters()}], config.train, 0.1)
         self.schedules = [create_schedule(optimizers[0], config.train)]
         self.model, self.optimizers = self.run.prepare(module, optimizers)
-        self.run.start({}, Ema(module, 0.0), self.model, self.optimizers, self.schedules)
+        self.run.start({}, Ema(module, 0.0), self.optimizers, self.schedules)
 
-    def step(self, value: float, logged: float = 1.0) -> torch.Tensor:
+    def step(self, value: float, logged: float | None = 1.0) -> torch.Tensor:
         accelerator = self.run.accelerator
         with accelerator.accumulate(self.model):
             loss = (self.model(torch.ones(1, 1)) * value).sum()
             accelerator.backward(loss)
             finite = clip_gradients(accelerator, self.model, None)
             optimizer_step(accelerator, self.optimizers, self.schedules, finite)
-        self.run.collect({"reconstruction": loss.detach(), "kl": torch.tensor(logged)})
+        others = {} if logged is None else {"kl": torch.tensor(logged)}
+        self.run.collect({"reconstruction": loss.detach(), **others})
         if accelerator.sync_gradients:
             self.run.end_step(finite)
         return self.model.weight.detach().clone()
@@ -104,6 +105,14 @@ def test_the_log_has_all_micro_batches(tmp_path, caplog):
     training.step(math.nan)
     with pytest.raises(NonFiniteError, match="step 3: reconstruction has not been finite"):
         training.step(1.0)  # though this micro-batch is
+
+
+def test_the_mean_of_a_loss_that_begins_later_is_of_its_steps(tmp_path):
+    training = training_of(tmp_path, "train.log_every=3")
+    for logged in (None, 2.0, 4.0):
+        training.step(1.0, logged)
+    (record,) = [json.loads(line) for line in (training.run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert record["kl"] == 3.0
 
 
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(training):
@@ -135,6 +144,7 @@ def test_changed_settings_are_named(tmp_path, monkeypatch):
         return changed_settings(load_config(TokenizerConfig, recipe, list(overrides)), tmp_path / "config.yaml")
 
     assert changed() == [] and changed("train.steps=99", "output=x", "train.log_every=7") == []
+    assert changed("data.num_images=7") == []
     assert changed("train.batch_size=3", "loss.kl=0.1", "seed=2") == ["loss.kl", "seed", "train.batch_size"]
 
     # A folder that was written before a setting existed has its default; one that has a setting no more differs by it.

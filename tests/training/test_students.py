@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_LIGHTNINGDIT, TINY_VQ, make_tiny_kl, refusal, train
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
 from tiny_autoencoders import autoencoders
 
@@ -202,7 +203,15 @@ def test_what_is_decoded_may_have_to_have_the_latents_it_came_from(existing, tmp
 
 
 def test_students_that_cannot_be(existing, tmp_path, image_folder):
-    other = {**STUDENT, "latent_channels": 4}
+    other, large = {**STUDENT, "latent_channels": 4}, tmp_path / "large"
+    AutoencoderTinyFA(
+        latent_channels=6,
+        block_out_channels=(8,) * 6,
+        num_encoder_blocks=(1,) * 6,
+        decoder_block_out_channels=(8,) * 6,
+        num_decoder_blocks=(1,) * 6,
+        wavelet_levels=0,
+    ).save_pretrained(large)  # of f32
     given = {"autoencoder": existing}
     for model, teacher, losses, named in (
         (STUDENT, {}, {}, "teacher.autoencoder is missing"),
@@ -211,6 +220,7 @@ def test_students_that_cannot_be(existing, tmp_path, image_folder):
         (NARROW, {"latents": "cache"}, {}, "teacher.latents needs teacher.autoencoder"),
         (other, given, {}, "the model has 3 channels and (4, 4, 4)"),
         (STUDENT, given, {"alignment": {"weight": 1.0}}, "loss.alignment.weight"),
+        (STUDENT, {"autoencoder": str(large)}, {}, "teacher.autoencoder takes no images of 16 px"),
         (STUDENT, given, {"scale_equivariance": 1.0}, "loss.scale_equivariance"),
         (STUDENT, {"autoencoder": str(tmp_path)}, {}, "teacher.autoencoder is a folder"),
         ({**NARROW, "from_pretrained": str(tmp_path)}, {}, {}, "model.from_pretrained: no model at"),
@@ -249,6 +259,22 @@ def test_what_is_not_given_is_as_in_the_weights(tmp_path):
     build_tokenizer(load_config(TokenizerConfig, recipe_of(tmp_path, model, 1)))  # its types of blocks fit
     autoencoders()["AutoencoderDC"].save_pretrained(tmp_path / "dc")
     build_model({"name": "diffusers.AutoencoderDC", "from_pretrained": str(tmp_path / "dc")})
+
+
+class WithoutParts(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+
+    def encode(self, x): ...
+
+    decode = encode
+
+
+def test_what_a_model_of_ones_own_must_have(tmp_path):
+    recipe = recipe_of(tmp_path, {"name": f"{WithoutParts.__module__}.WithoutParts"}, 1)
+    with pytest.raises(ConfigError, match="has no encoder, decoder, latent_channels in its config"):
+        build_tokenizer(load_config(TokenizerConfig, recipe))
 
 
 def test_models_that_cannot_be_trained_like_this(tmp_path, image_folder):
