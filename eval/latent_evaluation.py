@@ -52,7 +52,7 @@ class LatentSet:
 
 
 def cached_latents(folder: str, num_images: int) -> LatentSet:
-    """Latents of a cache, at even distances.
+    """Latents of a cache: of the images that `Selection` takes of its source, but for those that could not be read.
 
     Raises:
         CacheError: if there is no finished cache.
@@ -61,7 +61,10 @@ def cached_latents(folder: str, num_images: int) -> LatentSet:
     dataset = open_latents(folder, flip=False)
     if isinstance(dataset, TokenDataset):
         raise DataError(f"{folder} holds tokens; these meters are of continuous latents")
-    indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int)
+    total = dataset.manifest.get("images", len(dataset))
+    indices = np.linspace(0, total - 1, min(num_images, total)).astype(int)
+    if len(dataset) < total:
+        indices = np.flatnonzero(np.isin(dataset.image_indices(np.arange(len(dataset))), indices))
     batch = dataset.read(indices, np.zeros_like(indices))
     about, record = dataset.manifest, ImageRecord.read(Path(folder))
     digest = None if record is None else record.digest()

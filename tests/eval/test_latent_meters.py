@@ -11,7 +11,7 @@ from conftest import TINY_VQ, command, command_error, write_images
 from favae import VQModelFA
 from favae.data.images import ImageDataset
 from favae.data.latents import load_tokenizer, write_latent_cache
-from favae.data.sources import open_source
+from favae.data.sources import Selection, open_source
 from favae.errors import DataError
 from favae.eval import latent_evaluation
 from favae.eval.latent_meters import (
@@ -135,6 +135,17 @@ def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys
     assert "--features is for --model" in command_error(
         "evaluate", "latents", *options[:2], *features, "--output", tmp_path / "between"
     )
+
+
+def test_a_cache_with_a_gap_is_of_the_images_that_a_model_is_given(tiny_favae, tmp_path):
+    source = open_source(str(write_images(tmp_path / "images", classes=2, per_class=10)))
+    source.files[3].write_bytes(source.files[3].read_bytes()[:300])
+    write_latent_cache(tiny_favae.eval(), ImageDataset(source, 16), tmp_path / "cache")
+    for count in (7, 9):  # with the broken image, and without it
+        cached = latent_evaluation.cached_latents(str(tmp_path / "cache"), count)
+        chosen = ImageDataset(Selection(source, count), 16)
+        found = latent_evaluation.encoded_latents(tiny_favae, chosen, "images", "", batch_size=4)
+        assert torch.allclose(cached.latents, found.latents, atol=1e-5) and torch.equal(cached.labels, found.labels)
 
 
 def test_latents_that_cannot_be_measured(tiny_cache):
