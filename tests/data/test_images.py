@@ -241,7 +241,7 @@ def test_captions_of_columns(tmp_path):
     with pytest.raises(DataError, match=r"'views' must be strings or lists of strings, not int64"):
         open_source(file, caption_column="views").captions(0)
     parser = argparse.ArgumentParser()
-    add_data_options(parser, "--data", split="train")
+    add_data_options(parser, "--data", split="train", captions=True)
     arguments = parser.parse_args(["--data", file, "--caption-column", "text"])
     assert captions(open_data(arguments)) == [["a cat"], [], []]
 

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -168,6 +169,7 @@ def test_a_row_of_glyph_texts(small, classifier, monkeypatch):
 
 
 def test_a_row_of_generators(small, classifier, monkeypatch):
+    AcceleratorState._reset_state()  # as a new process would find it
     monkeypatch.setattr(latents, "fastest_precision", lambda: "bf16")  # the generator learns in float32
     for module in (codebooks, latents, generators):
         monkeypatch.setattr(module, "STEPS", 20)

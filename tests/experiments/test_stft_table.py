@@ -12,6 +12,7 @@ from train_tokenizer import build_tokenizer
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_recipe_is_valid(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FAVAE_GLYPHS", str(tmp_path))
+    (tmp_path / "train.parquet").touch()
     monkeypatch.setattr(stft, "fastest_precision", lambda: "no")
     task = Task(name, VARIANTS[name], seed=0, steps=20, runs=tmp_path, resolution=32, batch_size=32)
     config = stft.recipe(task)
