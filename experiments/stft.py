@@ -6,8 +6,8 @@
 
 The paper's digits go through two numbers; these pictures of 32 px go through 64, by a small `AutoencoderKL` without a
 KL term to speak of, so that losses of different sizes leave the same latents. Rows: the squared and the absolute
-error, SSIM, SSIM with the STFT in windows as large as the picture and in short ones, and these with phases as printed.
-Measured on families of fonts that are in no training. Writes docs/results/stft.json, .md and pictures.
+error, SSIM, SSIM with the STFT in windows as large as the picture and in short ones, and the last with phases as
+printed. Measured on families of fonts that are in no training. Writes docs/results/stft.json, .md and pictures.
 """
 
 import shutil

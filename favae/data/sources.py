@@ -74,7 +74,7 @@ def has_columns(path: str) -> bool:
 
 def has_splits(path: str) -> bool:
     """Whether what is at this path may have several splits, and does not name one."""
-    is_hub = path.startswith(HUB) and ":" not in path.removeprefix(HUB)
+    is_hub = path.startswith(HUB) and path.count(":") == 1
     return path == PHOTOS or is_hub or (Path(path).is_dir() and has_columns(path))
 
 

@@ -4,13 +4,11 @@ import io
 import logging
 import struct
 import tarfile
-import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-import torch
 from conftest import command, command_error, write_images
 from picture_files import SIZE, encoded, odd_pictures, smooth, turned
 from PIL import Image, ImageOps
@@ -22,7 +20,6 @@ from favae.data.folders import FolderSource
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.latents import MomentsDataset, write_latent_cache
 from favae.data.sources import Selection, has_splits, open_source
-from favae.data.stream import TrainingStream
 from favae.errors import ConfigError, DataError
 from favae.eval.extraction import image_statistics
 from favae.eval.image_sets import CroppedImages, SampleFolder, open_samples
@@ -104,91 +101,6 @@ def test_a_split_may_follow_a_name_on_the_hub(monkeypatch):
         assert len(open_source(path, "validation")) == 1
     assert asked == [("owner/set", "validation"), ("owner/set", "test")]
     assert has_splits("hf:owner/set") and not has_splits("hf:owner/set:test")
-
-
-def write_shard(path, rows: dict[str, dict[str, bytes]]) -> None:
-    """Rows by their keys, members by what their names end in."""
-    with tarfile.open(path, "w") as tar:
-        for key, members in rows.items():
-            for ending, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{ending}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-def test_webdataset_shards(tmp_path):
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    for number in range(2):
-        rows = {
-            f"{number}{i:05}": {
-                "JPG": encoded(smooth(), "JPEG"),
-                "txt": f"caption {i}\nanother\n".encode(),
-                "cls": b"%d" % (10 - i),
-            }
-            for i in range(2)
-        }
-        write_shard(shards / f"{number:05}.tar", rows)
-    for path, count in ((shards, 4), (shards / "00001.tar", 2), (shards / "*.tar", 4)):
-        source = open_source(str(path))
-        assert len(source) == count and source.classes == ["9", "10"] and source.label(1) == 0  # numbers, not texts
-        assert source.read(0).size == SIZE and source.captions(1) == ["caption 1", "another"]
-        assert source.name(1).endswith("00001") and source.checksum(1) == zlib.crc32(encoded(smooth(), "JPEG"))
-    identities = [source.identity(i) for i in range(4)]
-    assert len({identity.name for identity in identities}) == 4
-    assert all(identity.size == len(encoded(smooth(), "JPEG")) for identity in identities)
-    assert open_source(str(shards), caption_column="cls", label_column="none").captions(0) == ["10"]
-    with pytest.raises(DataError, match=r"no member ends in \.json"):
-        open_source(str(shards), label_column="json")
-    with pytest.raises(DataError, match="no split 'validation', there are train"):
-        open_source(str(shards), "validation")
-    (shards / "val").mkdir()
-    (shards / "00001.tar").rename(shards / "val/00001.TAR")
-    (shards / "._00000.tar").write_bytes(b"of another system")
-    assert len(open_source(str(shards), image_column="JPG")) == 2
-    assert len(open_source(str(shards))) == len(open_source(str(shards), "validation")) == 2
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked/set").symlink_to(shards)
-    (shards / "loop").symlink_to(shards)
-    assert len(open_source(str(tmp_path / "linked"))) == 2
-
-
-def test_damaged_shards_and_rows(tmp_path, caplog):
-    image, whole = encoded(smooth()), tmp_path / "whole.tar"
-    write_shard(
-        whole, {"a": {"png": image, "cls": b"cat"}, "b": {"json": b"{}"}, "c": {"png": image}, "d": {"png": b""}}
-    )
-    source = open_source(str(whole))
-    assert len(source) == 3 and "left out 1 rows without an image (b)" in caplog.text
-    with pytest.raises(DataError, match=r"whole.tar/c has no class"):
-        source.label(0)
-    with pytest.raises(UnusableImage):
-        source.read(2)
-    with pytest.raises(UnusableImage, match="at least 1000"):
-        open_source(str(whole), min_size=1000).read(0)
-    member = 512 * (1 + -(-len(image) // 512))  # header and content, which fill blocks
-    for length in (512 + len(image) // 2, member, member + 100):  # inside a member, after one, in the next header
-        (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:length])
-        with pytest.raises(DataError, match="cut.tar cannot be opened: .*(cut off|unexpected end)"):
-            open_source(str(tmp_path / "cut.tar"))
-    write_shard(tmp_path / "texts.tar", {"a": {"txt": b"cat"}})
-    with pytest.raises(DataError, match="no image in its 1 rows, such as a"):
-        open_source(str(tmp_path / "texts.tar"))
-    with pytest.raises(DataError, match="gone.tar: no such file"):
-        open_source(str(tmp_path / "gone.tar"))
-
-
-def test_training_data_from_shards_is_that_of_a_folder(tmp_path):
-    folder = write_images(tmp_path / "images", classes=2, per_class=3)
-    rows = {f"{i:03}": {"png": file.read_bytes()} for i, file in enumerate(sorted(folder.rglob("*.png")))}
-    write_shard(tmp_path / "a.tar", dict(list(rows.items())[:4]))
-    write_shard(tmp_path / "b.tar", dict(list(rows.items())[4:]))
-    streams = [
-        TrainingStream(ImageDataset(open_source(str(path), label_column="none"), 16), seed=0)
-        for path in (folder, tmp_path / "*.tar")
-    ]
-    parts = [list(zip(range(3), stream.batches(4, 1, rank=1, world_size=2))) for stream in streams]
-    assert all(torch.equal(a["image"], b["image"]) for (_, a), (_, b) in zip(*parts))
 
 
 def test_links_are_followed_and_end_at_loops(tmp_path, caplog):
