@@ -7,6 +7,7 @@ import torch
 from experiments import emoji as emoji_module
 from experiments import generator_quality, text_to_image
 from experiments.emoji import Emoji, retrieval_rates
+from experiments.glyph_texts import fastest_on_cpu
 from experiments.image_sets import InMemoryImages, read_images
 from experiments.rows import Task
 from favae.training.config import load_config
@@ -21,6 +22,14 @@ def test_images_in_memory():
 
 def make_task(name, variant, folder, steps=8):
     return Task(name=name, variant=variant, seed=1, steps=steps, runs=folder, resolution=64, batch_size=4)
+
+
+def test_times_of_gpus_are_not_compared_with_those_of_cpus():
+    rows = [
+        {"seconds_per_image": seconds, "hardware": {"gpu": gpu}} for seconds, gpu in ((3, None), (2, None), (1, "H"))
+    ]
+    assert fastest_on_cpu(rows, 1) == "2.0"
+    assert fastest_on_cpu(rows[2:], 1) == ""
 
 
 @pytest.mark.parametrize("name", generator_quality.VARIANTS)
