@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL
 
 from benchmarks.timing import RESULTS, ROOT, environment, make_parser, write_result
 from favae.data.images import ImageDataset
-from favae.data.latents import write_latent_cache
+from favae.data.latent_writing import write_latent_cache
 from favae.data.sources import open_source
 
 OUTPUT = RESULTS / "gpu"

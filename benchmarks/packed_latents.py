@@ -21,7 +21,8 @@ from experiments.image_sets import InMemoryImages
 from experiments.training_sets import PHOTOGRAPHS_128, lite
 from favae.autoencoders import decode, load_autoencoder
 from favae.data.images import ImageDataset, to_uint8
-from favae.data.latents import open_latents, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import open_latents
 from favae.data.sources import Selection
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.frechet import frechet_distance

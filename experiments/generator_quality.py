@@ -34,7 +34,8 @@ from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from favae.autoencoders import reconstruct
 from favae.data.images import ImageDataset, to_uint8
-from favae.data.latents import open_latents, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import open_latents
 from favae.data.photos import PhotoSource
 from favae.data.sources import open_source
 from favae.eval.extraction import ImageStatistics, image_statistics

@@ -34,7 +34,8 @@ from experiments.latents import BOTH
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.training_sets import GLYPHS
-from favae.data.latents import load_tokenizer, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import load_tokenizer
 from favae.data.text_embeddings import write_text_embeddings
 from favae.eval.image_sets import SampleFolder
 from favae.eval.sampling import sample_to_folder

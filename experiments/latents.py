@@ -37,7 +37,8 @@ from experiments.tokenizers import load_trained, mean_errors, reconstruct_all
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128, TrainingSet, load_images
 from favae.autoencoders import encode, measure_budget
 from favae.data.images import to_uint8
-from favae.data.latents import load_tokenizer, open_latents, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import load_tokenizer, open_latents
 from favae.eval.image_sets import SampleFolder
 from favae.eval.latent_evaluation import latent_metrics
 from favae.eval.sampling import sample_to_folder

@@ -22,7 +22,7 @@ from PIL import Image
 
 from favae import AutoencoderKLFA, cli
 from favae.data.images import ImageDataset
-from favae.data.latents import write_latent_cache
+from favae.data.latent_writing import write_latent_cache
 from favae.data.sources import open_source
 from favae.eval import features
 

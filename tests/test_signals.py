@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import command, tiny_generator_recipe, tiny_tokenizer_recipe, train
 
-import favae.data.latents
+import favae.data.latent_writing
 from favae.distributed import process_state
 from favae.training.run import Run
 
@@ -76,7 +76,7 @@ def test_a_second_signal_ends_a_training_at_once(tiny_cache, monkeypatch):
 def test_a_command_ends_at_once_and_goes_on_when_it_is_run_again(number, code, tiny_cache, monkeypatch, capsys):
     words = ["cache-latents", "--tokenizer", tiny_cache / "tokenizer", "--data", tiny_cache / "images"]
     words += ["--resolution", 16, "--shard-size", 4, "--output", tiny_cache / "new"]
-    encode, calls = favae.data.latents._encode, []
+    encode, calls = favae.data.latent_writing._encode, []
 
     def encode_once(*arguments):
         calls.append(1)
@@ -84,7 +84,7 @@ def test_a_command_ends_at_once_and_goes_on_when_it_is_run_again(number, code, t
             signal.raise_signal(number)
         return encode(*arguments)
 
-    monkeypatch.setattr(favae.data.latents, "_encode", encode_once)
+    monkeypatch.setattr(favae.data.latent_writing, "_encode", encode_once)
     with pytest.raises(SystemExit) as ended:
         command(*words)
     assert ended.value.code == code and "interrupted" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
 
     from favae.autoencoders import load_autoencoder
     from favae.data.images import ImageDataset
-    from favae.data.latents import write_latent_cache
+    from favae.data.latent_writing import write_latent_cache
     from favae.distributed import process_state
 
     manifest = write_latent_cache(

@@ -23,7 +23,8 @@ from tiny_text import save_bert
 from favae import AutoencoderKLFA, VQModelFA
 from favae.data.captions import first_captions
 from favae.data.images import ImageDataset
-from favae.data.latents import MomentsDataset, open_latents, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import MomentsDataset, open_latents
 from favae.data.sharded_cache import read_manifest
 from favae.data.sources import open_source
 from favae.data.text_embeddings import TextEmbeddings, write_text_embeddings

@@ -13,7 +13,8 @@ from PIL import Image
 from favae.data import image_record
 from favae.data.image_record import ImageRecord
 from favae.data.images import ImageDataset
-from favae.data.latents import open_latents, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import open_latents
 from favae.data.latents_with_images import LatentsWithImages
 from favae.data.sources import FolderSource, PhotoSource, open_source
 from favae.errors import CacheError

@@ -14,14 +14,8 @@ from tiny_autoencoders import autoencoders
 from favae import AutoencoderKLFA, VQModelFA
 from favae.autoencoders import encode
 from favae.data.images import ImageDataset
-from favae.data.latents import (
-    MomentsDataset,
-    TokenDataset,
-    load_tokenizer,
-    open_latents,
-    tokenizer_hash,
-    write_latent_cache,
-)
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import MomentsDataset, TokenDataset, load_tokenizer, open_latents, tokenizer_hash
 from favae.data.packing import pack, unpack
 from favae.data.sources import open_source
 from favae.data.stream import TrainingStream

@@ -18,7 +18,8 @@ from favae.data import decoding
 from favae.data.decoding import UnusableImage, image_extensions, read_image, to_rgb, upright_size
 from favae.data.folders import FolderSource
 from favae.data.images import ImageDataset, skip_missing
-from favae.data.latents import MomentsDataset, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import MomentsDataset
 from favae.data.sources import Selection, has_splits, open_source
 from favae.errors import ConfigError, DataError
 from favae.eval.extraction import image_statistics

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tiny_text import save_bert
 
 from favae.data.images import ImageDataset
-from favae.data.latents import open_latents, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import open_latents
 from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
 from favae.data.text_embeddings import TextEmbeddings, write_text_embeddings

@@ -10,7 +10,8 @@ from conftest import TINY_VQ, command, command_error, write_images
 
 from favae import VQModelFA
 from favae.data.images import ImageDataset
-from favae.data.latents import load_tokenizer, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import load_tokenizer
 from favae.data.sources import Selection, open_source
 from favae.errors import DataError
 from favae.eval import latent_evaluation

@@ -11,7 +11,8 @@ from tiny_text import save_bert
 
 from favae import CATPipeline, CATTransformerModel, LightningDiTPipeline, VQModelFA
 from favae.data.images import ImageDataset
-from favae.data.latents import open_latents, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import open_latents
 from favae.data.sources import open_source
 from favae.data.text_embeddings import write_text_embeddings
 from favae.errors import ConfigError, DataError

@@ -22,7 +22,7 @@ def trained(tmp_path_factory):
 
     from favae import AutoencoderKLFA
     from favae.data.images import ImageDataset
-    from favae.data.latents import write_latent_cache
+    from favae.data.latent_writing import write_latent_cache
     from favae.data.sources import open_source
 
     folder = tmp_path_factory.mktemp("trained")

@@ -17,7 +17,8 @@ from conftest import (
 )
 
 from favae.data.images import ImageDataset
-from favae.data.latents import load_tokenizer, write_latent_cache
+from favae.data.latent_writing import write_latent_cache
+from favae.data.latents import load_tokenizer
 from favae.data.sources import open_source
 
 

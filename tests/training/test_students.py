@@ -15,7 +15,7 @@ from tiny_autoencoders import autoencoders
 from favae import AutoencoderTinyFA, VQModelFA
 from favae.autoencoders import decode, encode, load_autoencoder
 from favae.data.images import ImageDataset
-from favae.data.latents import write_latent_cache
+from favae.data.latent_writing import write_latent_cache
 from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.normalization import normalize_latents
