@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from timm.optim import Muon
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from favae.training.config import TrainConfig
+from favae.training.muon import Muon
 from favae.training.sharding import load_full_state, local_shards
 
 
