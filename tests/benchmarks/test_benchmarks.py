@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import timm.optim.muon
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_LIGHTNINGDIT, tiny_tokenizer_recipe, train
@@ -21,6 +22,7 @@ from benchmarks import (
     cpu_training,
     decoder_cost,
     latent_loading,
+    muon_step,
     on_gpu,
     packed_latents,
     tar_shards,
@@ -217,3 +219,17 @@ def test_packed_latents_are_measured(tmp_path, monkeypatch, tiny_favae):
     assert stored["bfloat16"]["bytes_ratio"] == pytest.approx(0.5, abs=0.01)
     assert stored["6 bits"]["bytes_ratio"] < 0.11 and stored["6 bits"]["recon_ratio"] == pytest.approx(1, abs=0.02)
     assert stored["float32"]["fd"] > 0 and stored["6 bits"]["fd_ratio"] != 1
+
+
+def test_muon_is_timed_in_both_precisions(monkeypatch):
+    published, dtypes = timm.optim.muon.zeropower_via_newtonschulz, []
+
+    def recorded(*words, dtype, **options):
+        dtypes.append(dtype)
+        return published(*words, dtype=dtype, **options)
+
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", recorded)
+    found = muon_step.measure(rounds=1)
+    assert found["float32"]["speedup"] > 0
+    step = [[dtype] * found["matrices"] for dtype in (torch.bfloat16, torch.float32)]
+    assert dtypes == 2 * (step[0] + step[1])
