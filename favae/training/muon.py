@@ -5,8 +5,9 @@ from functools import partial
 
 import timm.optim
 import timm.optim.muon
-import torch
 from torch import Tensor
+
+from favae.precision import fast_dtype
 
 
 class Muon(timm.optim.Muon):
@@ -23,11 +24,3 @@ class Muon(timm.optim.Muon):
             return super().step(closure)
         finally:
             timm.optim.muon.zeropower_via_newtonschulz = published
-
-
-def fast_dtype(device: str) -> torch.dtype:
-    """bfloat16, or float32 on a processor that has to emulate bfloat16, or of which torch does not say."""
-    if device != "cpu":
-        return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if any(has for name, has in capabilities.items() if "bf16" in name) else torch.float32

@@ -27,6 +27,7 @@ from favae.data.stream import StreamedDataset, TrainingStream
 from favae.distributed import LONGEST_WAIT, main_process_does, on_cpu
 from favae.errors import CheckpointError, ConfigError, NonFiniteError
 from favae.files import append_text, atomic_path, lock_folder, read_json_lines, sync, write_text
+from favae.precision import fast_dtype
 from favae.signals import DeferredSignals, exception_of
 from favae.training.checkpoints import (
     STATE_FILE,
@@ -169,6 +170,8 @@ class Run:
         )
         if train.mixed_precision == "fp16" and self.device.type == "cpu":
             raise ConfigError("train.mixed_precision=fp16 needs a GPU; bf16 does not")
+        if train.mixed_precision == "bf16" and fast_dtype(self.device.type) != torch.bfloat16 and self.is_main:
+            logger.warning("this processor has to emulate bfloat16; train.mixed_precision=no may be many times as fast")
         self.step = self.skipped = 0
         self._log_file = self.folder / "metrics.jsonl"
         self._signals = DeferredSignals()

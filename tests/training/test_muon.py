@@ -4,8 +4,9 @@ import pytest
 import timm.optim
 import torch
 
+from favae.precision import fast_dtype
 from favae.training import muon
-from favae.training.muon import Muon, fast_dtype
+from favae.training.muon import Muon
 
 LEARNING_RATE = 0.1
 

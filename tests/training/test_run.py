@@ -96,7 +96,7 @@ def training(tmp_path):
     return training_of(tmp_path, "train.max_skipped_steps=2")
 
 
-def test_the_log_has_all_micro_batches(tmp_path, caplog):
+def test_the_log_has_all_micro_batches(tmp_path):
     training = training_of(tmp_path, "train.gradient_accumulation_steps=2", "train.max_skipped_steps=0")
     for logged in (1.0, 3.0, 5.0, 5.0):
         training.step(1.0, logged)
@@ -105,6 +105,13 @@ def test_the_log_has_all_micro_batches(tmp_path, caplog):
     training.step(math.nan)
     with pytest.raises(NonFiniteError, match="step 3: reconstruction has not been finite"):
         training.step(1.0)  # though this micro-batch is
+
+
+@pytest.mark.parametrize(("bf16", "warned"), [(False, True), (True, False)])
+def test_a_processor_that_emulates_bfloat16_is_named(tmp_path, monkeypatch, caplog, bf16, warned):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
+    training_of(tmp_path, "train.mixed_precision=bf16")
+    assert ("emulate bfloat16; train.mixed_precision=no" in caplog.text) == warned
 
 
 def test_the_mean_of_a_loss_that_begins_later_is_of_its_steps(tmp_path):
