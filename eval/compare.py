@@ -15,7 +15,8 @@ from favae.eval.results import (
     read_results,
 )
 
-NAMES_IN_PROTOCOL = ("data_name", "reference_name")  # not compared: the hashes say whether they are the same
+# Not compared: the hashes say whether what has another name is the same, and latents of another size are no obstacle.
+FREE_IN_PROTOCOL = ("data_name", "reference_name", "patch_size")
 GROUPED_BY = ("model", "guidance_scale")
 
 
@@ -45,7 +46,7 @@ def load_results(text: str) -> dict:
 def protocol_differences(first: dict, second: dict) -> list[str]:
     """How the tasks and the protocols of two results differ, one line for each key."""
     a, b = ({"task": result["task"], **result["protocol"]} for result in (first, second))
-    keys = [key for key in dict.fromkeys([*a, *b]) if key not in NAMES_IN_PROTOCOL and a.get(key) != b.get(key)]
+    keys = [key for key in dict.fromkeys([*a, *b]) if key not in FREE_IN_PROTOCOL and a.get(key) != b.get(key)]
     return [f"{key}: {_short(a.get(key))} and {_short(b.get(key))}" for key in keys]
 
 

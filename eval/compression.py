@@ -314,8 +314,9 @@ def evaluate_compression(
     for format, values in qualities.items():
         for quality in sorted(values):
             measure(format, PillowCodec(format, quality), label=f"{format} {quality}", quality=quality)
-    rates = bd_rates(rows, formats[0]) if formats else {}
-    write_results(output, "compression", protocol | {"bd_rates": rates}, rows)
+    if formats:
+        protocol |= {"bd_anchor": formats[0], "bd_rates": bd_rates(rows, formats[0])}
+    write_results(output, "compression", protocol, rows)
     save_rate_distortion(output / "rate_distortion.png", rows)
     return rows
 
@@ -351,6 +352,8 @@ def check_writes_files(path: str, model: ModelMixin) -> None:
 def bd_rates(rows: list[dict], anchor: str) -> dict[str, dict[str, float]]:
     """By how many percent more bits each curve costs than the anchor's at equal quality, by metric (Bjontegaard, 2001).
 
+    MS-SSIM is taken in decibels, -10 log10(1 - MS-SSIM), as is usual.
+
     Metrics that are not measured are left out, and those in which a curve rises over fewer than four rates, or the two
     share less than half of the qualities of the shorter one.
     """
@@ -381,9 +384,15 @@ def _overlap(first: list[float], second: list[float]) -> bool:
 
 def _rising(points: list[dict], metric: str) -> tuple[list[float], list[float]]:
     """Rates and qualities of a curve by rate, without points that are no better than those of lower rates."""
-    sign = -1 if metric == "LPIPS" else 1
     kept: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda point: point["bpp"]):
-        if not kept or sign * point[metric] > kept[-1][1]:
-            kept.append((point["bpp"], sign * point[metric]))
+        quality = _quality(point[metric], metric)
+        if not kept or quality > kept[-1][1]:
+            kept.append((point["bpp"], quality))
     return [rate for rate, _ in kept], [quality for _, quality in kept]
+
+
+def _quality(value: float, metric: str) -> float:
+    if metric == "MS-SSIM":
+        return -10 * math.log10(max(1 - value, 1e-10))
+    return -value if metric == "LPIPS" else value

@@ -63,7 +63,7 @@ class FeatureExtractor:
         images = images.to(process_state().device)
         if images.shape[1] != 3:
             images = to_uint8(in_color(images.float() / 127.5 - 1))
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
             if self.name == INCEPTION:
                 return self._inception_features(images)
             if self.name == CLIP:

@@ -16,7 +16,6 @@ from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
 import favae  # noqa: F401  makes our pipelines known to DiffusionPipeline
-from favae.autoencoders import spatial_compression_ratio
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError, one_line
 from favae.eval.extraction import ImageStatistics, image_statistics
@@ -33,10 +32,10 @@ from favae.eval.metrics import (
 )
 from favae.eval.references import Reference
 from favae.eval.results import UINT8, plain_name, write_results
-from favae.eval.sampling import class_names, hash_prompts, sample_to_folder
-from favae.eval.seams import relative_seams
+from favae.eval.sampling import classes_of, hash_prompts, sample_to_folder
+from favae.eval.seams import patch_size_of, relative_seams
 from favae.models.flow_head import DEFAULT_STEPS
-from favae.pipelines import LightningDiTPipeline
+from favae.pipelines import CATPipeline, LightningDiTPipeline
 from favae.pipelines.solvers import Solver, flow_scheduler, shift_of
 
 logger = logging.getLogger(__name__)
@@ -274,12 +273,12 @@ def sample_pipeline(
     except (AttributeError, ImportError, KeyError, TypeError) as error:  # of a class that is not installed
         raise ModelError(f"{path}: no pipeline could be opened here ({one_line(error)})") from error
     pipeline = pipeline.to(process_state().device)
-    names = class_names(pipeline)
-    conditional = bool(names or prompts)
+    classes = classes_of(pipeline)
+    conditional = bool(classes or prompts)
     if not conditional and list(guidance_scales) != [1.0]:
         raise DataError(f"guidance needs classes or prompts, and a {type(pipeline).__name__} has neither")
 
-    if labels == "random" and not names:
+    if labels == "random" and not classes:
         raise DataError(f"random labels need classes, and a {type(pipeline).__name__} has none")
     if shift is not None or solver is not None:
         _set_scheduler(pipeline, shift, solver)
@@ -318,11 +317,11 @@ def sample_pipeline(
                 raise DataError(f"{folder} holds {len(samples)} images, not {num_images}; delete it")
             sets.append((key, samples))
 
-    condition = {"labels": labels if names else None, "prompts": hash_prompts(prompts) if prompts else None}
+    condition = {"labels": labels if classes else None, "prompts": hash_prompts(prompts) if prompts else None}
     protocol = sampling_protocol(pipeline, settings, **condition)
     vae = getattr(pipeline, "vae", None)
-    patch_size = None if vae is None else spatial_compression_ratio(vae)
-    return SampleSets(path, sets, protocol, names if labels == "balanced" else None, patch_size)
+    names = list(classes.values()) if classes and labels == "balanced" else None
+    return SampleSets(path, sets, protocol, names, None if vae is None else patch_size_of(vae))
 
 
 def _set_scheduler(pipeline: DiffusionPipeline, shift: float | None, solver: Solver | None) -> None:
@@ -354,10 +353,10 @@ def steps_argument(pipeline: DiffusionPipeline, steps: int | None) -> dict[str, 
     """
     if hasattr(pipeline, "scheduler"):
         return {"num_inference_steps": 50 if steps is None else steps}
-    if pipeline.transformer.config.head == "flow":
+    if isinstance(pipeline, CATPipeline) and pipeline.transformer.config.head == "flow":
         return {"num_head_steps": DEFAULT_STEPS if steps is None else steps}
     if steps is not None:
-        raise DataError("a CATPipeline of codes takes no number of steps: it samples each token once")
+        raise DataError(f"this {type(pipeline).__name__} takes no number of steps")
     return {}
 
 
@@ -413,7 +412,7 @@ def evaluate_samples(
         metrics, count = measure_samples(
             images, references, extractors, validation=others, patch_size=samples.patch_size, **loading
         )
-        rows.append({"model": samples.name, **key, "metrics": metrics})
+        rows.append({"model": samples.name, **key, "num_images": count, "metrics": metrics})
         # After each set, so that nothing is lost when a later one fails.
         if process_state().is_main_process:
             protocol = protocol_of(references, extractors, size, count) | samples.protocol

@@ -19,7 +19,7 @@ from favae.data.folders import FolderSource
 from favae.data.images import ImageDataset, to_uint8
 from favae.errors import DataError
 from favae.eval.results import UINT8
-from favae.files import atomic_path
+from favae.files import SETTINGS_FILE, atomic_path
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.WARNING)  # in all processes: each skips other images
@@ -46,10 +46,14 @@ class SampleFolder(Dataset):
     """The image files below a folder, in the order of their paths. Nothing is cropped or resized.
 
     Raises:
-        DataError: if there is none, or they differ in size, or in how many folders they are in.
+        DataError: if there is none, they differ in size, or in how many folders they are in, or were sampled as several
+            sets.
     """
 
     def __init__(self, path: str | Path):
+        sets = sorted(file.parent for file in Path(path).rglob(SETTINGS_FILE))
+        if len(sets) > 1:
+            raise DataError(f"{path} holds several sets of samples, such as {sets[0]} and {sets[1]}; name one of them")
         self.source = FolderSource(path, min_size=1, labels=False)
         by_depth = {len(file.parts): file for file in self.source.files}
         if len(by_depth) > 1:

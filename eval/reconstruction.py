@@ -21,11 +21,7 @@ from torchmetrics.functional.image import (
 )
 from tqdm import tqdm
 
-from favae.autoencoders import (
-    decode,
-    encode,
-    spatial_compression_ratio,
-)
+from favae.autoencoders import decode, encode
 from favae.data.images import ImageDataset, skip_missing, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
@@ -33,7 +29,7 @@ from favae.eval.extraction import ImageStatistics, sum_over_processes
 from favae.eval.features import FeatureExtractor, gather_rows, image_generator, metric_name, own_indices
 from favae.eval.figures import radial_spectrum
 from favae.eval.frechet import RunningStatistics, frechet_distance
-from favae.eval.seams import neighbor_differences, relative_seams
+from favae.eval.seams import neighbor_differences, patch_size_of, relative_seams
 from favae.losses.perceptual import LPIPS, SMALLEST_PERCEPTUAL
 from favae.losses.stft import SMALLEST_SSIM
 from favae.wavelets import WaveletTransform2D
@@ -256,7 +252,7 @@ def evaluate_reconstruction(
         distance = frechet_distance(reference.mean, reference.covariance, *running.finish()) if enough else None
         metrics[metric_name("rFID", reference.extractor)] = distance
     originals, reconstructions = rows["differences"].double().mean(dim=0).numpy()
-    metrics["seams"] = relative_seams(reconstructions, originals, size, spatial_compression_ratio(vae))
+    metrics["seams"] = relative_seams(reconstructions, originals, size, patch_size_of(vae))
     moments = rows["latent_moments"].double().mean(dim=0)
     return Reconstruction(
         metrics=metrics,

@@ -51,6 +51,7 @@ class Reference:
             self.loaded = load_statistics(path, extractors)
         elif path.endswith(".npz"):
             self.names = npz_names(path)
+            self._check_names()
             if IMAGES_KEY not in self.names and any(extractor.name != INCEPTION for extractor in extractors):
                 raise DataError(f"{path} has no images ({IMAGES_KEY}); its statistics are of {INCEPTION} features only")
         elif open_images is None:
@@ -88,8 +89,6 @@ class Reference:
             images = NpzImages(self.path)
             self._check_size(images.size, size)
             found = image_statistics(images, self.extractors, keep=NUM_REFERENCE_FEATURES, **loading)
-        if "mu" not in self.names and found[0] is None:
-            raise DataError(f"{self.path} has neither images ({IMAGES_KEY}) nor statistics (mu, sigma)")
         for i, extractor in enumerate(self.extractors):
             if extractor.name == INCEPTION and "mu" in self.names:
                 found[i] = self._adm_statistics(found[i])
@@ -109,6 +108,15 @@ class Reference:
             features=images and images.features,
             differences=images and images.differences,
         )
+
+    def _check_names(self) -> None:
+        if IMAGES_KEY in self.names:
+            NpzImages(self.path)  # refuses what are no images
+        elif "mu" not in self.names:
+            raise DataError(f"{self.path} has neither images ({IMAGES_KEY}) nor statistics (mu, sigma)")
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            if mean in self.names and covariance not in self.names:
+                raise DataError(f"{self.path} has {mean} and no {covariance}")
 
     def _check_size(self, own: tuple[int, int], samples: tuple[int, int]) -> None:
         if tuple(own) != tuple(samples):

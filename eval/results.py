@@ -18,7 +18,7 @@ from favae.files import read_json, write_text
 from favae.ranges import describe
 
 UINT8 = "round((x + 1) * 127.5)"
-PACKAGES = ("torch", "diffusers", "timm", "torch-fidelity", "favae")
+PACKAGES = ("torch", "diffusers", "timm", "torch-fidelity", "torchmetrics", "favae")
 
 HIGHER_IS_BETTER = ("PSNR", "SSIM", "MS-SSIM", "IS", "precision", "recall", "LNC")
 BEST_AT_ONE = ("seams", "power kept")

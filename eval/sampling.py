@@ -59,17 +59,18 @@ def sample_to_folder(
     folder, state = Path(folder), process_state()
 
     # The condition of each image, and a record of everything that determines the images.
-    names = class_names(pipeline)
-    _check_call(pipeline, names, prompts, settings)
+    classes = classes_of(pipeline)
+    _check_call(pipeline, classes, prompts, settings)
     if prompts is not None:
         conditions = {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
-    elif names is not None:
-        conditions = {"class_labels": class_labels(count, len(names), labels, seed)}
+    elif classes is not None:
+        conditions = {"class_labels": class_labels(count, list(classes), labels, seed)}
     else:
         conditions = {}
-    plan = {"count": count, "labels": labels if names else None, "seed": seed, "batch_size": batch_size}
+    plan = {"count": count, "labels": labels if classes else None, "seed": seed, "batch_size": batch_size}
+    plan |= {"classes": list(classes or [])}
     if prompts is not None:
-        plan["prompts"] = hash_prompts(prompts)
+        plan |= {"prompts": hash_prompts(prompts), "max_length": pipeline.config.get("max_length")}
     scheduler = getattr(pipeline, "scheduler", None)
     plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and _settings(scheduler), **settings}
 
@@ -123,8 +124,10 @@ def image_file(folder: Path, index: int) -> Path:
 # Conditions
 
 
-def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
-    """The classes of a class-conditional pipeline; None for a pipeline without `class_labels`, or without classes.
+def classes_of(pipeline: DiffusionPipeline) -> dict[int, str] | None:
+    """Indices and names of the classes of a class-conditional pipeline, in order.
+
+    None for a pipeline without `class_labels`, or without classes.
 
     Raises:
         DataError: if there are classes, but nothing says how many.
@@ -140,14 +143,14 @@ def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
     names = {index: name for name, index in getattr(pipeline, "labels", {}).items()}
     names |= {int(index): name for index, name in (pipeline.config.get("id2label") or {}).items()}
     # A transformer may be built for more classes than it was trained on: those it was trained on have names.
-    return [str(names[index]) for index in sorted(names)] or [str(index) for index in range(count)]
+    return {i: str(names[i]) for i in sorted(names)} or {i: str(i) for i in range(count)}
 
 
-def class_labels(count: int, classes: int, order: Literal["balanced", "random"], seed: int) -> list[int]:
+def class_labels(count: int, classes: Sequence[int], order: Literal["balanced", "random"], seed: int) -> list[int]:
     """The class of each image: "balanced" takes classes in turn, "random" takes them at random."""
     if order == "balanced":
-        return [i % classes for i in range(count)]
-    return np.random.default_rng(seed).integers(classes, size=count).tolist()
+        return [classes[i % len(classes)] for i in range(count)]
+    return [classes[i] for i in np.random.default_rng(seed).integers(len(classes), size=count)]
 
 
 def hash_prompts(prompts: Sequence[str]) -> str:
@@ -163,7 +166,7 @@ def takes_prompts(pipeline: DiffusionPipeline) -> bool:
 
 
 def _check_call(
-    pipeline: DiffusionPipeline, names: list[str] | None, prompts: Sequence[str] | None, settings: dict
+    pipeline: DiffusionPipeline, classes: dict[int, str] | None, prompts: Sequence[str] | None, settings: dict
 ) -> None:
     """Raises `DataError` if the pipeline takes something else than it would be called with."""
     accepted = inspect.signature(pipeline.__call__).parameters
@@ -172,12 +175,12 @@ def _check_call(
         raise DataError(f"a {name} needs prompts")
     if prompts is not None and not takes_prompts(pipeline):
         raise DataError(f"a {name} takes no prompts")
-    if prompts is not None and names is not None:
+    if prompts is not None and classes is not None:
         raise DataError(f"a {name} of classes and texts is not sampled here; call it with both")
     unknown = [key for key in settings if key not in accepted]
     if unknown:
         raise DataError(f"a {name} takes no {', '.join(unknown)}; {OTHERWISE}")
-    if names is None and prompts is None and "batch_size" not in accepted:
+    if classes is None and prompts is None and "batch_size" not in accepted:
         raise DataError(f"a {name} takes neither class_labels nor batch_size; {OTHERWISE}")
 
 

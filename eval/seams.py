@@ -2,7 +2,11 @@
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
+
+from favae.autoencoders import spatial_compression_ratio
+from favae.errors import ModelError
 
 
 def neighbor_differences(images: Tensor) -> Tensor:
@@ -46,3 +50,11 @@ def relative_seams(
         return None
     own, real = seams(differences, size, patch_size), seams(reference, size, patch_size)
     return own / real if own is not None and real else None
+
+
+def patch_size_of(vae: ModelMixin) -> int | None:
+    """Pixels along each side of what one latent stands for; None if the autoencoder does not tell."""
+    try:
+        return spatial_compression_ratio(vae)
+    except ModelError:
+        return None

@@ -37,7 +37,7 @@ def test_judgement_knows_the_direction_and_the_spread():
 
 def test_results_of_one_protocol(tmp_path, capsys):
     a = result(tmp_path, "a", [row("x", 0.10, 20.0), row("x", 0.11, 20.2), row("y", 1.0, 1.0)])
-    b = result(tmp_path, "b", [row("z", 0.05, 20.1), row("z", 0.06, 20.3)], data_name="elsewhere")
+    b = result(tmp_path, "b", [row("z", 0.05, 20.1), row("z", 0.06, 20.3)], data_name="elsewhere", patch_size=16)
     command("compare", f"{a}:x", b)
     printed = capsys.readouterr().out
     assert "A: x (2 seeds), B: z (2 seeds)" in printed and "0.10500 ± 0.00707" in printed

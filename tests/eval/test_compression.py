@@ -19,6 +19,7 @@ from favae.eval import compression
 from favae.eval.compression import (
     PillowCodec,
     TokenizerCodec,
+    _rising,
     bd_rates,
     high_power,
     matching_quality,
@@ -144,16 +145,32 @@ def test_qualities_match_a_rate():
 
 
 def test_bd_rates_of_half_the_bits_are_minus_a_half():
-    points = [{"bpp": rate, "PSNR": 30 + 4 * i, "SSIM": None, "MS-SSIM": None, "LPIPS": 0.4 - 0.1 * i}
-              for i, rate in enumerate((0.2, 0.4, 0.8, 1.6))]  # fmt: skip
-    rows = [{"model": "jpeg", "metrics": point} for point in points]
-    rows += [{"model": "half", "metrics": {**point, "bpp": point["bpp"] / 2}} for point in points]
-    rows += [{"model": "single", "metrics": points[0]}]
-    worse = [{**point, "PSNR": 30 - i, "LPIPS": 0.5 + 0.1 * i} for i, point in enumerate(points)]
-    apart = [{**point, "PSNR": point["PSNR"] + 11, "LPIPS": point["LPIPS"] - 0.28} for point in points]
-    rows += [{"model": name, "metrics": each} for name, curve in (("worse", worse), ("apart", apart)) for each in curve]
-    found = bd_rates(rows, "jpeg")
-    assert set(found) == {"half"} and found["half"] == pytest.approx({"PSNR": -50, "LPIPS": -50}, abs=0.5)
+    def curve(**metrics):
+        return [
+            {"bpp": 0.2 * 2**i, "SSIM": None, **{name: value(i) for name, value in metrics.items()}} for i in range(4)
+        ]
+
+    good = {
+        "PSNR": lambda i: 30 + 4 * i,
+        "MS-SSIM": lambda i: 1 - 10 ** -(0.5 + i / 2),
+        "LPIPS": lambda i: 0.4 - 0.1 * i,
+    }
+    points = curve(**good)
+    assert _rising(points, "MS-SSIM")[1] == pytest.approx([5, 10, 15, 20])  # decibels
+    curves = {
+        "jpeg": points,
+        "half": [{**point, "bpp": point["bpp"] / 2} for point in points],
+        "single": points[:1],
+        "worse": curve(
+            **{"PSNR": lambda i: 30 - i, "MS-SSIM": lambda i: 0.5 - 0.1 * i, "LPIPS": lambda i: 0.5 + 0.1 * i}
+        ),
+        "apart": [
+            {**point, "PSNR": point["PSNR"] + 11, "MS-SSIM": None, "LPIPS": point["LPIPS"] - 0.28} for point in points
+        ],
+    }
+    found = bd_rates([{"model": name, "metrics": each} for name, points in curves.items() for each in points], "jpeg")
+    assert set(found) == {"half"}
+    assert found["half"] == pytest.approx({"PSNR": -50, "MS-SSIM": -50, "LPIPS": -50}, abs=0.5)
 
 
 def test_high_power_is_above_half_of_the_frequencies():

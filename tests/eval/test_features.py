@@ -44,6 +44,20 @@ def test_offline_backbone_recognises_things(extractor, monkeypatch):
     assert extractor(cat)["logits"][0].argmax().item() in range(281, 286)  # ImageNet's house cats
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_features_are_computed_with_cudnn_where_it_is_on(extractor, monkeypatch, enabled):
+    found, pooled = [], extractor.model.pooled
+
+    def recorded(*words):
+        found.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return pooled(*words)
+
+    monkeypatch.setattr(extractor.model, "pooled", recorded)
+    with torch.backends.cudnn.flags(enabled=enabled):
+        extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert found == [(enabled, False)]
+
+
 def test_wrong_inception_file_is_refused(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"something else")
     with pytest.raises(MissingWeights, match="SHA-256 of .* begins with .*, that of FID's Inception with 6726825d"):

@@ -28,10 +28,10 @@ from favae.errors import DataError, NonFiniteError
 from favae.eval.extraction import ImageStatistics
 from favae.eval.features import FeatureExtractor, image_generator
 from favae.eval.frechet import feature_statistics
-from favae.eval.generation import generation_metrics, measure_samples
+from favae.eval.generation import generation_metrics, measure_samples, steps_argument
 from favae.eval.image_sets import CroppedImages, NpzImages, SampleFolder, open_samples, write_npz
 from favae.eval.references import Reference, save_statistics
-from favae.eval.sampling import class_labels, class_names, sample_to_folder
+from favae.eval.sampling import class_labels, classes_of, sample_to_folder
 from favae.pipelines.solvers import flow_scheduler
 from favae.text_encoder import TextEncoder
 
@@ -101,11 +101,49 @@ def test_samples_of_a_new_scheduler_with_the_same_settings_go_on(pipeline, tmp_p
         sample_to_folder(pipeline, tmp_path / "samples", 1, **settings)
 
 
+def test_classes_that_get_names_are_other_samples(pipeline, tmp_path):
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    sample_to_folder(pipeline, tmp_path / "samples", 2, **settings)
+    pipeline.register_to_config(id2label={2: "cat", 0: "ant"})
+    assert classes_of(pipeline) == {0: "ant", 2: "cat"}
+    with pytest.raises(DataError, match="samples of another classes"):
+        sample_to_folder(pipeline, tmp_path / "samples", 2, **settings)
+
+
+def test_a_folder_of_several_sets_is_no_set(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+        (tmp_path / name / "settings.json").write_text("{}")
+    assert len(open_samples(tmp_path / "a")) == 1
+    with pytest.raises(DataError, match="several sets of samples"):
+        open_samples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [({"images": 1}, "neither images"), ({"mu": 1}, "mu and no sigma"), ({"arr_0": 1.0}, "must be")],
+)
+def test_references_that_cannot_be_used_are_refused_before_sampling(tmp_path, arrays, message):
+    np.savez(tmp_path / "x.npz", **{name: np.full((2, 4, 4, 3), value) for name, value in arrays.items()})
+    with pytest.raises(DataError, match=message):
+        Reference(str(tmp_path / "x.npz"), [])
+
+
+def test_pipelines_of_others_take_the_steps_they_take():
+    class OneStep:
+        pass
+
+    assert steps_argument(OneStep(), None) == {}
+    with pytest.raises(DataError, match="OneStep takes no number of steps"):
+        steps_argument(OneStep(), 3)
+
+
 def test_labels_are_balanced_or_drawn(pipeline):
-    assert class_names(pipeline) == ["ant", "bee", "cat"]
-    assert class_labels(7, 3, "balanced", 0) == [0, 1, 2, 0, 1, 2, 0]
-    drawn = class_labels(300, 3, "random", 0)
-    assert drawn == class_labels(300, 3, "random", 0) != class_labels(300, 3, "random", 1)
+    assert classes_of(pipeline) == {0: "ant", 1: "bee", 2: "cat"}
+    assert class_labels(7, [3, 7, 8], "balanced", 0) == [3, 7, 8, 3, 7, 8, 3]
+    drawn = class_labels(300, range(3), "random", 0)
+    assert drawn == class_labels(300, range(3), "random", 0) != class_labels(300, range(3), "random", 1)
     assert 60 < drawn.count(1) < 140
 
 

@@ -13,7 +13,7 @@ from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
 from favae.adapters.latent_previews import latent_rgb
 from favae.autoencoders import decode, encode
 from favae.errors import NonFiniteError
-from favae.eval.sampling import class_names, takes_prompts
+from favae.eval.sampling import classes_of, takes_prompts
 from favae.pipelines.solvers import Solver, flow_scheduler, shift_of
 from favae.text_encoder import TextEncoder
 
@@ -328,7 +328,7 @@ def test_classes_and_prompts_do_not_take_each_other_s_place(pipeline, of_texts):
         pipeline([0], prompt="a cat")
     with pytest.raises(ValueError, match="needs class_labels"):
         pipeline()
-    assert not takes_prompts(pipeline) and takes_prompts(of_texts) and class_names(of_texts) is None
+    assert not takes_prompts(pipeline) and takes_prompts(of_texts) and classes_of(of_texts) is None
 
 
 def test_classes_and_prompts_together(of_texts):

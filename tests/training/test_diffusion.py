@@ -15,7 +15,7 @@ from favae.data.images import ImageDataset, without_high_frequencies
 from favae.data.latents import load_tokenizer, open_latents
 from favae.data.sources import open_source
 from favae.errors import ConfigError
-from favae.eval.sampling import class_names, sample_to_folder
+from favae.eval.sampling import classes_of, sample_to_folder
 from favae.models.class_conditional import initialize_dit
 from favae.training.config import load_config
 from favae.training.diffusion import DiffusionModule, GeneratorLossConfig
@@ -218,7 +218,7 @@ def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels
             )
         assert type(pipe) is diffusers.DiTPipeline and pipe.vae.config.latents_std is None
         assert pipe.get_label_ids(["class2"]) == [2]
-        assert class_names(pipe) == ["class0", "class1", "class2"]  # of the 1,000 it could have
+        assert list(classes_of(pipe).values()) == ["class0", "class1", "class2"]  # of the 1,000 it could have
     else:
         assert type(pipe).__name__ == "LightningDiTPipeline" and pipe.vae.config.latents_std is not None
 
@@ -240,7 +240,7 @@ def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache):
         assert file.read_bytes() == (tiny_cache / "parts" / file.relative_to(tiny_cache / "whole")).read_bytes()
     pipe = DiffusionPipeline.from_pretrained(tiny_cache / "whole/final")
     pipe.set_progress_bar_config(disable=True)
-    assert isinstance(pipe.transformer, UNet2DModel) and len(class_names(pipe)) == 3
+    assert isinstance(pipe.transformer, UNet2DModel) and len(classes_of(pipe)) == 3
     sample_to_folder(pipe, recipe.parent / "samples", 3, num_inference_steps=2, guidance_scale=2.0)
     options = {"latents": torch.randn(2, 6, 4, 4), "num_inference_steps": 3, "output_type": "latent"}
     plain, guided = (pipe([0, 2], guidance_scale=scale, **options).images for scale in (1.0, 3.0))
