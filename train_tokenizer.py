@@ -17,6 +17,7 @@ their latents are for a generator, go to evaluation.jsonl every K steps.
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
@@ -28,6 +29,7 @@ from favae.data.images import ImageDataset, skip_missing
 from favae.data.latents import MomentsDataset, open_latents
 from favae.data.latents_with_images import LatentsWithImages
 from favae.data.sources import Selection, open_source
+from favae.distributed import process_state
 from favae.errors import ConfigError, hint, one_line
 from favae.eval.online import TokenizerEvaluation
 from favae.files import atomic_path
@@ -272,8 +274,11 @@ def fit_principal_components(module: TokenizerTrainingModule, dataset: ImageData
     images = ImageDataset(Selection(dataset.source, PRINCIPAL_IMAGES), dataset.resolution, channels=dataset.channels)
     batches = DataLoader(images, batch_size=64, collate_fn=skip_missing, generator=torch.Generator())
     teacher = module.teacher.to(device)
-    features = [teacher(batch["image"].to(device), grid).cpu() for batch in batches if batch is not None]
-    module.principal.fit(torch.cat(features))
+    if process_state().is_main_process:
+        features = [teacher(batch["image"].to(device), grid).cpu() for batch in batches if batch is not None]
+        module.principal.fit(torch.cat(features))
+    for buffer in module.principal.buffers():  # every process could find directions of other signs
+        buffer.copy_(broadcast(buffer.to(device)))
 
 
 def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:

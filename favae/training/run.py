@@ -17,6 +17,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    gather_object,
     set_seed,
 )
 from torch import Tensor, nn
@@ -133,6 +134,11 @@ def same_value(before: object, after: object) -> bool:
     return before == after
 
 
+def process_seed(seed: int, process: int) -> int:
+    """Another seed for each process; not that of a neighboring seed's, whose runs would share their noise."""
+    return (seed + 1_000_003 * process) % 2**32
+
+
 class Run:
     """One training run and its folder: config.yaml, metrics.jsonl, checkpoints/, samples/, logs/, final/.
 
@@ -172,6 +178,11 @@ class Run:
             raise ConfigError("train.mixed_precision=fp16 needs a GPU; bf16 does not")
         if train.mixed_precision == "bf16" and fast_dtype(self.device.type) != torch.bfloat16 and self.is_main:
             logger.warning("this processor has to emulate bfloat16; train.mixed_precision=no may be many times as fast")
+        if len(set(gather_object([str(self.checkpoint)]))) > 1:
+            raise CheckpointError(
+                f"the processes do not agree on the newest whole checkpoint of {self.folder}: look whether all of them "
+                "can read it, and start again"
+            )
         self.step = self.skipped = 0
         self._log_file = self.folder / "metrics.jsonl"
         self._signals = DeferredSignals()
@@ -224,7 +235,7 @@ class Run:
             self.accelerator, self.folder / "checkpoints", parts, ema, schedules, limit, optimizers
         )
         # The models were initialized from the same seed everywhere. What follows differs between processes.
-        set_seed(self.config.seed, device_specific=True)
+        set_seed(process_seed(self.config.seed, self.accelerator.process_index))
         if self.checkpoint is not None:
             state = self.checkpointer.load(self.checkpoint)
             self._compare_data(state.get("data"))

@@ -186,6 +186,8 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
             raise ConfigError(f"loss.{name}.weight needs an encoder that learns; {freezing} freezes it")
     if frozen and parts == "encoder":
         raise ConfigError(f"train.parts=encoder leaves nothing to train: {freezing} freezes the encoder")
+    if parts != "encoder" and not loss.trains_decoder:
+        raise ConfigError("nothing is compared with what is decoded: set loss.reconstruction, or another such loss")
     if parts == "encoder" and loss.adversarial.weight and loss.adversarial.adaptive:
         raise ConfigError(
             "loss.adversarial.adaptive looks at the decoder's last layer, which train.parts=encoder freezes; set it to "
@@ -201,7 +203,8 @@ def check_loss(loss: TokenizerLossConfig, config: TokenizerConfig) -> None:
     if config.train.shard and loss.has_adaptive_weights:
         raise ConfigError(
             "train.shard frees weights that adaptive weights need again; set loss.alignment.adaptive=false and "
-            "loss.adversarial.adaptive=false"
+            "loss.adversarial.adaptive=false, and their weights to what the adaptive factors made of them "
+            f"(loss.adversarial.weight: at most {loss.adversarial.weight * loss.adversarial.max_weight:g})"
         )
     smallest = round(3 * 2**loss.adversarial.num_layers / loss.smallest_scale)
     if loss.adversarial.weight and resolution < smallest:

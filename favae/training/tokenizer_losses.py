@@ -107,7 +107,7 @@ class SpectrumMatchingConfig:
 class FrequencyMaskingConfig:
     """Cuts the high frequencies of latents and images alike; see `keep_low_frequencies`. Published: 0.75."""
 
-    probability: Probability = 0.0  # of a step
+    probability: Probability = 0.0  # of a batch
     latent_block: Literal[4, 8] = 8  # side of the blocks of the latents; of images it is 8
 
 
@@ -166,6 +166,14 @@ class TokenizerLossConfig:
                 "loss.reconstruction=none without loss.ssim, loss.perceptual and loss.mask leaves nothing that the "
                 "adaptive weights of loss.alignment and loss.adversarial can refer to"
             )
+
+    @property
+    def trains_decoder(self) -> bool:
+        """Whether a loss compares what is decoded, from the first step that these losses hold for."""
+        weights = [self.mask, self.ssim, self.distillation, self.reencoding, self.perceptual, self.scale_equivariance]
+        weights += [section.weight for section in (self.focal_frequency, self.spectrum, self.band, self.stft)]
+        judged = self.adversarial.weight > 0 and self.adversarial.start_step == 0
+        return self.reconstruction != "none" or judged or any(weights)
 
     @property
     def has_adaptive_weights(self) -> bool:

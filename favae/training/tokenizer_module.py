@@ -137,8 +137,12 @@ class TokenizerTrainingModule(nn.Module):
             self.codebook_statistics = CodebookStatistics(vae.num_tokens)
 
     def train(self, mode: bool = True):
-        """The teacher stays in eval mode."""
+        """The teacher and parts that learn nothing stay in eval mode."""
         super().train(mode)
+        for part in self.vae.children():
+            parameters = list(part.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                part.eval()
         if self.latent_teacher is not None:
             self.latent_teacher.eval()
         return self
@@ -279,7 +283,7 @@ class TokenizerTrainingModule(nn.Module):
             own = DiagonalGaussianDistribution(encode_moments(self.vae, images).float())
             mean = self._normalized(teacher, posterior.mean)
             distance = (own.mean - mean).square().mean()
-            if (own.logvar > MIN_LOGVAR).any():  # it has a posterior
+            if all((each.logvar > MIN_LOGVAR).any() for each in (own, posterior)):  # both have a posterior
                 std = self._normalized(teacher, posterior.mean + posterior.std) - mean
                 distance = distance + (own.std - std).square().mean()
             terms["latents"] = losses.latents, distance

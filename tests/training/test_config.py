@@ -80,6 +80,7 @@ def recipe(tmp_path):
         ("model.name=1.5", "model.name"),
         ("train={optimizer: muon, mixed_precision: fp16}", "train.mixed_precision=fp16 .*train.optimizer=muon"),
         ("train.parts=encoder", "loss.adversarial.adaptive .*train.parts=encoder"),
+        ("loss={reconstruction: none, adversarial: {adaptive: false, start_step: 4}}", "nothing is compared with what"),
         ("loss={perceptual: 1, equivariance: 0.5, adversarial: {weight: 0}}", "loss.perceptual .*16 px .* have 4"),
         ("loss={ssim: 1, equivariance: 0.5, adversarial: {weight: 0}}", "loss.ssim .*6 px .* have 4"),
         ("loss.spectrum.weight=1", "loss.spectrum.weight needs a VQModelFA"),

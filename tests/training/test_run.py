@@ -12,7 +12,7 @@ from conftest import TINY_CAT, tiny_tokenizer_recipe
 from torch import nn
 
 from favae import CATTransformerModel
-from favae.errors import ConfigError, FolderInUse, NonFiniteError
+from favae.errors import CheckpointError, ConfigError, FolderInUse, NonFiniteError
 from favae.training.checkpoints import find_checkpoints
 from favae.training.config import load_config, to_yaml
 from favae.training.optimization import (
@@ -23,7 +23,7 @@ from favae.training.optimization import (
     optimizer_step,
     weight_decay_groups,
 )
-from favae.training.run import Run, changed_settings
+from favae.training.run import Run, changed_settings, process_seed
 from favae.training.tokenizer_config import TokenizerConfig
 
 
@@ -105,6 +105,18 @@ def test_the_log_has_all_micro_batches(tmp_path):
     training.step(math.nan)
     with pytest.raises(NonFiniteError, match="step 3: reconstruction has not been finite"):
         training.step(1.0)  # though this micro-batch is
+
+
+def test_neighboring_seeds_and_processes_share_no_random_numbers():
+    seeds = [process_seed(seed, process) for seed in range(20) for process in range(256)]
+    assert len(set(seeds)) == len(seeds) and process_seed(3, 0) == 3
+    assert 0 <= process_seed(2**32 - 1, 1) < 2**32
+
+
+def test_processes_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("favae.training.run.gather_object", lambda values: [*values, "step-4"])
+    with pytest.raises(CheckpointError, match="do not agree on the newest whole checkpoint"):
+        training_of(tmp_path)
 
 
 @pytest.mark.parametrize(("bf16", "warned"), [(False, True), (True, False)])

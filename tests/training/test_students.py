@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_LIGHTNINGDIT, TINY_VQ, make_tiny_kl, refusal, train
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
 from tiny_autoencoders import autoencoders
@@ -23,6 +23,8 @@ from favae.training.config import load_config
 from favae.training.models import build_model
 from favae.training.sharding import blocks_of
 from favae.training.tokenizer_config import TokenizerConfig
+from favae.training.tokenizer_losses import TokenizerLossConfig
+from favae.training.tokenizer_module import TokenizerTrainingModule
 from train_tokenizer import build_tokenizer, build_training_module
 
 WIDTHS = {"latent_channels": 6, "num_encoder_blocks": [1, 1, 1]}
@@ -299,3 +301,27 @@ def test_a_part_is_tuned_and_the_other_kept(part, frozen, existing, tmp_path, im
     before, after = (AutoencoderKL.from_pretrained(path).state_dict() for path in (existing, tmp_path / "run/final"))
     changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert part in changed and frozen not in changed
+
+
+def test_a_part_that_is_kept_drops_nothing(existing):
+    vae = build_model({"name": "AutoencoderKL", "from_pretrained": existing})
+    vae.decoder.requires_grad_(False)
+    vae.post_quant_conv.requires_grad_(False)
+    module = TokenizerTrainingModule(vae, [TokenizerLossConfig()]).train()
+    assert module.training and vae.encoder.training and not vae.decoder.training
+
+
+def test_a_teacher_without_a_posterior_leaves_that_of_the_student_alone(tmp_path):
+    student, teacher = build_model(NARROW), AutoencoderTiny(**{k: v for k, v in STOCK_TINY.items() if k != "name"})
+    losses = TokenizerLossConfig(latents=1.0)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    module = TokenizerTrainingModule(student, [losses], latent_teacher=teacher.eval())
+    found = []
+    for logvar in (-20.0, 2.0):
+        with torch.no_grad():
+            student.quant_conv.weight[6:] = 0
+            student.quant_conv.bias[6:] = logvar
+        torch.manual_seed(0)
+        _, distance = module._decode_teacher_latents(teacher, images, losses, None).terms["latents"]
+        found.append(distance.item())
+    assert found[0] == pytest.approx(found[1])
