@@ -393,6 +393,7 @@ def _rising(points: list[dict], metric: str) -> tuple[list[float], list[float]]:
 
 
 def _quality(value: float, metric: str) -> float:
+    """A metric's value on the axis that BD-rates integrate over: the higher the better."""
     if metric == "MS-SSIM":
         return -10 * math.log10(max(1 - value, 1e-10))
     return -value if metric == "LPIPS" else value

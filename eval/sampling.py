@@ -67,8 +67,8 @@ def sample_to_folder(
         conditions = {"class_labels": class_labels(count, list(classes), labels, seed)}
     else:
         conditions = {}
-    plan = {"count": count, "labels": labels if classes else None, "seed": seed, "batch_size": batch_size}
-    plan |= {"classes": list(classes or [])}
+    plan = {"count": count, "labels": labels if classes else None, "classes": list(classes or [])}
+    plan |= {"seed": seed, "batch_size": batch_size}
     if prompts is not None:
         plan |= {"prompts": hash_prompts(prompts), "max_length": pipeline.config.get("max_length")}
     scheduler = getattr(pipeline, "scheduler", None)

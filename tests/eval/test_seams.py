@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_FAVAE
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 
-from favae.eval.seams import neighbor_differences, relative_seams, seams
+from favae import AutoencoderKLFA
+from favae.eval.seams import neighbor_differences, patch_size_of, relative_seams, seams
 
 
 def differences(images: torch.Tensor) -> np.ndarray:
@@ -29,3 +33,13 @@ def test_without_borders_there_is_no_number():
     assert seams(steps, (8, 8), 8) is None and seams(steps, (8, 8), 1) is None
     assert seams(np.zeros(14), (8, 8), 4) is None  # of images of one color
     assert relative_seams(steps, None, (8, 8), 4) is None and relative_seams(steps, steps, (8, 8), None) is None
+
+
+def test_an_autoencoder_that_does_not_tell_its_ratio_has_no_seams():
+    class Other(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self):
+            super().__init__()
+
+    assert patch_size_of(Other()) is None and patch_size_of(AutoencoderKLFA(**TINY_FAVAE)) == 4
+    assert relative_seams(np.ones(14), np.ones(14), (8, 8), None) is None

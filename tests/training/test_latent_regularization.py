@@ -1,6 +1,7 @@
 """What is decoded in place of the latents: which channels, which images, and what the target is."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from safetensors.torch import load_file
 
 from favae import AutoencoderKLFA
 from favae.autoencoders import decode, encode
+from favae.data.images import ImageDataset
+from favae.data.sources import open_source
 from favae.errors import ConfigError
+from favae.losses.alignment import PrincipalComponents
 from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, fade_shortcut
 from favae.training import latent_regularization
 from favae.training.latent_regularization import regularize
@@ -21,6 +25,7 @@ from favae.training.tokenizer_losses import (
     TokenizerLossConfig,
 )
 from favae.training.tokenizer_module import TokenizerTrainingModule
+from train_tokenizer import fit_principal_components
 
 
 def pair(count: int = 8, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,6 +157,17 @@ def test_latents_are_aligned_to_principal_components_and_the_run_goes_on(tmp_pat
     assert all(record["alignment"] > 0 for record in records)
     components = load_file(tmp_path / "whole/checkpoints/step-8/principal.safetensors")
     assert components["directions"].shape[0] == 6 and components["directions"].any()
+
+
+def test_all_processes_take_the_principal_components_of_the_main_one(monkeypatch):
+    monkeypatch.setattr("train_tokenizer.process_state", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr("train_tokenizer.broadcast", torch.ones_like)
+    images = ImageDataset(open_source("photos"), 16)
+    module = SimpleNamespace(
+        vae=AutoencoderKLFA(**TINY_FAVAE), teacher=torch.nn.Identity(), principal=PrincipalComponents(7, 6)
+    )
+    fit_principal_components(module, images, torch.device("cpu"))
+    assert all((buffer == 1).all() for buffer in module.principal.buffers())
 
 
 def test_latents_of_unit_length(tmp_path):
