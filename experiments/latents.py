@@ -212,6 +212,7 @@ VARIANTS = {
             ("split", "`split`", SPLIT, {}),
             ("stock_aligned", "`stock_aligned`", STOCK, {"alignment": OTHER_ALIGNMENT}),
             ("split_aligned", "`split_aligned`", SPLIT, {"alignment": OTHER_ALIGNMENT}),
+            ("stock_mask", "`stock_mask`", STOCK, {"mask": 1.0}),
             ("ours", "`ours`", OURS, BANDS),
         )
     },
