@@ -328,7 +328,8 @@ def open_teacher_latents(
 def freeze_parts(vae: ModelMixin, trained: str) -> None:
     """Keeps what is not trained as it is: "encoder" or "decoder" is, or "all".
 
-    What quantizes latents, and the models of their entropy, belong to the encoder: tokens and files stay the same.
+    What quantizes latents, and the models of their entropy, belong to the encoder: tokens stay the same. So do
+    compressed images, but for the hash of all weights in their files.
     """
     encoder = ["encoder", "quant_conv", "codebook", "hyper_encoder", "hyper_means", "hyper_scales", "density"]
     rest = {"all": [], "decoder": encoder, "encoder": ["decoder", "post_quant_conv"]}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def model_codec(model: HyperpriorModelFA) -> Codec:
 
     def run(images: Tensor) -> tuple[Tensor, list[int]]:
         files = coder.compress(images)
-        return torch.stack(coder.decompress(files)), [len(data) for data in files]
+        return torch.stack(coder.decompress(files)).to(images.device), [len(data) for data in files]
 
     return run
 
@@ -78,8 +78,8 @@ def model_codec(model: HyperpriorModelFA) -> Codec:
 class TokenizerCodec:
     """A tokenizer that was not made for files: its tokens, or its latents rounded, as often as they are in training.
 
-    Latents are rounded to multiples of `step` times the std of their channel. The table of how often each number, or
-    each token, occurs is known to the reader, as the tokenizer is.
+    Latents are rounded to multiples of `step` times the std of their channel. The tables of how often each number, or
+    each token of each codebook, occurs are known to the reader, as the tokenizer is.
 
     Args:
         vae: an autoencoder with continuous latents, or a `VQModelFA`.
@@ -96,8 +96,19 @@ class TokenizerCodec:
         self.largest = math.ceil(MARGIN * (values.unsqueeze(-1) / self.step).abs().max())  # of the rounded numbers
         self.size = vae.num_tokens if isinstance(vae, VQModelFA) else 2 * self.largest + 1
         symbols = self._symbols(values.unsqueeze(-1)).squeeze(-1)
+        self.tables = [self._table(part) for part in self._parts(symbols)]
+
+    def _table(self, symbols: Tensor) -> np.ndarray:
+        """(C, N) integers -> how often each occurs, (C, K)."""
         counts = torch.stack([torch.bincount(channel, minlength=self.size) for channel in symbols]) + 0.5
-        self.table = (counts / counts.sum(dim=1, keepdim=True)).numpy()
+        return (counts / counts.sum(dim=1, keepdim=True)).numpy()
+
+    def _parts(self, symbols: Tensor) -> list[Tensor]:
+        """(C, N) integers of one image or of several -> those that have tables of their own, (C, n) each."""
+        if not self.is_codebook or self.vae.config.quantizer != "next_band":
+            return [symbols]
+        counts = [stage.tokens for stage in self.vae.codebook.stages]  # with a codebook each
+        return [part.flatten(1) for part in symbols.unflatten(1, (-1, sum(counts))).split(counts, dim=2)]
 
     def _symbols(self, values: Tensor) -> Tensor:
         """(C', h, w) -> integers from 0 on."""
@@ -108,18 +119,21 @@ class TokenizerCodec:
     def __call__(self, images: Tensor) -> tuple[Tensor, list[int]]:
         read, sizes = [], []
         for values in _values(self.vae, images):
-            writer = bitstream.Writer()
-            writer.channels(self._symbols(values).flatten(1).numpy(), self.table)
+            writer, parts = bitstream.Writer(), self._parts(self._symbols(values).flatten(1))
+            for part, table in zip(parts, self.tables):
+                writer.channels(part.numpy(), table)
             payload = writer.payload()
             sizes.append(bitstream.HEADER_SIZE + len(payload))
-            symbols = bitstream.Reader(payload).channels(values[0].numel(), self.table)
-            read.append(torch.from_numpy(symbols).view(values.shape))
-        symbols = torch.stack(read).to(images.device)
+            reader = bitstream.Reader(payload)
+            found = [reader.channels(part.shape[1], table) for part, table in zip(parts, self.tables)]
+            read.append(torch.from_numpy(np.concatenate(found, axis=1)).view(values.shape))
+        symbols = torch.stack(read)
         if self.is_codebook:
             indices = symbols.long().movedim(1, -1)
-            return decode(self.vae, indices if self.vae.config.quantizer == "residual" else indices[..., 0]), sizes
-        latents = (symbols - self.largest).float() * self.step.to(images.device)
-        return decode(self.vae, latents.to(self.vae.dtype)), sizes
+            latents = indices if self.vae.config.quantizer == "residual" else indices[..., 0]
+        else:
+            latents = ((symbols - self.largest) * self.step).to(self.vae.dtype)
+        return decode(self.vae, latents.to(self.vae.device)).to(images.device), sizes
 
 
 @torch.no_grad()
@@ -163,8 +177,7 @@ def measure_codec(
     description: str = "compression",
 ) -> tuple[int, dict[str, float | None]]:
     """How many images could be read, and means over these: bits per pixel of whole files, the errors of `PER_IMAGE`,
-    squared errors of bands, FD to the originals, and the share of the power above half of the frequencies that is left,
-    on clamped images.
+    squared errors of bands, FD to the originals, and the share of `high_power` that is left, on clamped images.
 
     Raises:
         DataError: if not one image can be read.
@@ -205,7 +218,7 @@ def measure_codec(
 
 
 def high_power(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,): the power above half of the frequencies that the pixels allow."""
+    """(B, C, H, W) -> (B,): the sum of the radial spectrum from half of the Nyquist frequency up to it."""
     spectrum = radial_spectrum(images)
     return spectrum[:, spectrum.shape[1] // 2 :].sum(dim=1)
 
@@ -300,7 +313,7 @@ def evaluate_compression(
         protocol["num_images"], metrics = measure_codec(codec, images, extractors, description=name, **loading)
         rows.append({"model": name, **about, "metrics": metrics})
         write_results(output, "compression", protocol, rows)
-        return float(metrics["bpp"] or 0)
+        return cast(float, metrics["bpp"])
 
     qualities = {format: set(QUALITIES) for format in formats}
     for label, (name, path, model) in zip(number_duplicates([name for name, _ in models]), opened):

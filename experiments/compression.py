@@ -30,9 +30,9 @@ from experiments.latents import SPLIT
 from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strips, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
+from experiments.tokenizers import load_trained
 from experiments.training_sets import PHOTOGRAPHS_128, lite
 from favae import HyperpriorModelFA, VQModelFA
-from favae.autoencoders import load_autoencoder
 from favae.data.images import ImageDataset
 from favae.eval.compression import (
     Codec,
@@ -145,7 +145,7 @@ def trained(task: Task) -> tuple[ModelMixin, Path]:
     with FileLock(own.beside(".lock")):
         if not (own.run / "final").exists():
             train(recipe(own))
-    return load_autoencoder(str(own.run / "final")), own.run
+    return load_trained(own.run / "final"), own.run
 
 
 def codec_of(task: Task, model: ModelMixin) -> Codec:
@@ -160,6 +160,7 @@ def codec_of(task: Task, model: ModelMixin) -> Codec:
     return TokenizerCodec(model, values, matching_step(model, values, RATES[task.variant.rate]))
 
 
+@torch.no_grad()
 def matching_step(model: ModelMixin, values: Tensor, bpp: float) -> float:
     """How coarsely latents are rounded so that validation crops take about so many bits per pixel."""
     crops = PHOTOGRAPHS_128.dataset("validation")

@@ -34,8 +34,7 @@ DECOMPRESS = """Write what `favae compress` has written as PNG files.
 
     favae decompress compressed --model runs/photos_fa_hific/final --output images
 
-NAME.jpg.fav becomes NAME.jpg.png, NAME.png.fav NAME.png. A file that is damaged, foreign or of other weights is an
-error."""
+NAME.jpg.fav becomes NAME.jpg.fav.png. A file that is damaged, foreign or of other weights is an error."""
 
 EVALUATE = """Measure compression models by the files that they write, beside other formats at the same rates.
 
@@ -49,9 +48,9 @@ and rate_distortion.png, and into the former BD-rates where a curve has four rat
 With --training-data, tokenizers are measured as well: their tokens, or their latents rounded to each --step times the
 std of their channel, coded by how often they occur in these images, or in 10,000 of them.
 
-High, LH1 and so on: mean squared errors of Haar bands. power kept: the share of the power above half of all frequencies
-that is left. Other columns are those of evaluate reconstruction, but all are of images that are clamped to [-1, 1], as
-files of Pillow's formats hold them. Images are center crops."""
+High, LH1 and so on: mean squared errors of Haar bands. power kept: the share of the radial spectrum that is left from
+half of the Nyquist frequency up to it. Other columns are those of evaluate reconstruction, but all are of images that
+are clamped to [-1, 1], as files of Pillow's formats hold them. Images are center crops."""
 
 
 def add_commands(commands) -> None:
@@ -158,15 +157,13 @@ def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
 
     found = []
     for given in paths:
-        files = sorted(Path(given).rglob("*.fav")) if Path(given).is_dir() else [Path(given)]
+        below = sorted(file for file in Path(given).rglob("*.fav") if not file.name.startswith("."))
+        files = below if Path(given).is_dir() else [Path(given)]
         if not files:
             raise DataError(f"{given} holds no file that ends in .fav")
-        found += [(file, _png(_below(file, given).with_suffix(""))) for file in files]
+        places = [_below(file, given) for file in files]
+        found += [(file, place.with_name(f"{place.name}.png")) for file, place in zip(files, places)]
     return _apart(found)
-
-
-def _png(place: Path) -> Path:
-    return place if place.suffix.lower() == ".png" else place.with_name(f"{place.name}.png")
 
 
 def _apart(found: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:

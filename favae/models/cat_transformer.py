@@ -20,7 +20,7 @@ from favae.models.flow_head import DEFAULT_STEPS, FlowHead, VelocityMLP
 from favae.models.hub import HubModelMixin
 from favae.models.scales import make_stages
 from favae.models.text_conditioning import mean_of_text, prepare_text
-from favae.models.token_heads import CategoricalHead, StageHead, TorchGenerators
+from favae.models.token_heads import CategoricalHead, StageHead, TorchGenerators, has_values_outside
 
 
 @dataclass
@@ -206,10 +206,9 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
                 nn.init.zeros_(parameter)
         # As in GPT-2, the size of the stream does not grow with the depth.
         std = 0.02 / (3 * len(self.blocks)) ** 0.5
-        for module in self.blocks.modules():
+        for module in self.modules():
             if isinstance(module, CATBlock):
                 module.initialize_outputs(std)
-        for module in self.modules():
             if isinstance(module, VelocityMLP):
                 module.initialize_weights()
 
@@ -230,7 +229,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             ValueError: for a class that the model does not have.
         """
         classes = self.config.num_classes
-        if self.class_embedding is None or bool(((class_labels < 0) | (class_labels >= classes)).any()):
+        if self.class_embedding is None or has_values_outside(class_labels, classes):
             raise ValueError(f"the transformer has {classes} classes, got {class_labels.tolist()}")
         return self.class_embedding(class_labels).unsqueeze(1)
 
@@ -401,7 +400,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             finite.append(torch.isfinite(hidden).all())
             scale = guidance_scale
             if self.visible is not None:
-                scale = 1 + (guidance_scale - 1) * step / max(1, len(steps) - 1)
+                scale = 1 + (guidance_scale - 1) * step / (len(steps) - 1)
             seen = hidden if scale != 1 else hidden[:batch]
             sampled = self.token_head.sample(seen, guidance_scale=scale, generator=generator, **options)
             tokens.append(sampled)

@@ -134,10 +134,14 @@ class FactorizedDensity(nn.Module):
             found = self._mass(values, self.parameters_as(torch.float32))
             return found.squeeze(1).unflatten(1, (z.shape[0], *z.shape[2:])).transpose(0, 1)
 
-    def parameters_as(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """M_k, b_k and a_k of each layer; the last has no a_k."""
-        factors = [factor.to(dtype) for factor in self.factors] + [None]
-        return [(m.to(dtype), b.to(dtype), a) for m, b, a in zip(self.matrices, self.biases, factors)]
+    def parameters_as(self, dtype: torch.dtype, device=None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """M_k, b_k and a_k of each layer, on a device if one is named; the last has no a_k."""
+
+        def convert(parameter: Tensor) -> Tensor:
+            return parameter.to(device).to(dtype)  # one after the other: MPS has no float64
+
+        factors = [*map(convert, self.factors), None]
+        return list(zip(map(convert, self.matrices), map(convert, self.biases), factors))
 
     @staticmethod
     def _mass(values: Tensor, layers: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
@@ -155,7 +159,7 @@ class FactorizedDensity(nn.Module):
     @torch.no_grad()
     def update_table(self) -> None:
         """Computes `table`, (C, 127): the probabilities of -63 ... 63, in float64 on the CPU, kept as float32."""
-        layers = [(m.cpu(), b.cpu(), None if a is None else a.cpu()) for m, b, a in self.parameters_as(torch.float64)]
+        layers = self.parameters_as(torch.float64, "cpu")
         symbols = torch.arange(-LARGEST_SYMBOL, LARGEST_SYMBOL + 1, dtype=torch.float64)
         mass = self._mass(symbols.expand(len(self.table), 1, -1), layers).squeeze(1)
         self.table.copy_(mass / mass.sum(dim=1, keepdim=True))

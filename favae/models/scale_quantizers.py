@@ -74,8 +74,8 @@ class MultiScaleQuantizer(ScaleQuantizer):
         self.refinements = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
 
     def forward(self, latents: Tensor, freeze_codebook: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, h, w) -> the same shape with the latents' gradient, indices (B, N), and the loss: the mean over scales
-        of the squared error of the latents, whose gradient is that of both sides."""
+        """(B, C, h, w) -> the same shape with the latents' gradient, indices (B, N), and the loss: twice the mean over
+        scales of the squared error of the latents, once with the gradient of each side."""
         total, found, loss = torch.zeros_like(latents), [], latents.new_zeros(())
         for number, stage in enumerate(self.stages):
             residual = latents.detach() - total.detach()

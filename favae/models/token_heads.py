@@ -90,11 +90,15 @@ def check_indices(tokens: Tensor, shape: tuple[int, ...], codebook_size: int) ->
     """Raises ValueError for tokens that are not int64, of another shape than (B, *shape), or outside the codebook."""
     if tokens.dtype != torch.int64 or tuple(tokens.shape[1:]) != shape:
         raise ValueError(f"built for int64 tokens of shape {shape}, got {tokens.dtype} {tuple(tokens.shape[1:])}")
-    # Values cannot be seen in compiled code and on the meta device.
-    if torch.compiler.is_compiling() or tokens.is_meta or tokens.numel() == 0:
-        return
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < codebook_size:
+    if has_values_outside(tokens, codebook_size):
         raise ValueError(f"tokens must be in 0 ... {codebook_size - 1}, got {tokens.min()} ... {tokens.max()}")
+
+
+def has_values_outside(indices: Tensor, count: int) -> bool:
+    """Whether some are not in 0 ... count - 1; False in compiled code and on the meta device, where nobody can see."""
+    if torch.compiler.is_compiling() or indices.is_meta:
+        return False
+    return bool(((indices < 0) | (indices >= count)).any())
 
 
 class CategoricalHead(nn.Module):

@@ -47,8 +47,8 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     after any scale: "next_scale" decodes to the whole image, less exactly, "next_band" to a smaller one.
 
     The codebook changes in training mode only, and only by latents that carry a gradient: under `torch.no_grad`, or
-    with the encoder frozen (`requires_grad_(False)`), it stays as it is. Latents that are not finite do not change it,
-    and come out as they went in.
+    with the encoder frozen (`requires_grad_(False)`), it stays as it is. Latents that are not finite come out as NaN
+    and leave its entries finite.
 
     Parameters:
         in_channels, out_channels: color channels of the image.

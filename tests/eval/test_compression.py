@@ -56,9 +56,9 @@ def test_a_folder_goes_in_and_comes_back(model, pictures, tmp_path, capsys):
     size = (tmp_path / "files/a.png.fav").stat().st_size
     assert f"{size:,}" in printed and f"{8 * size / (20 * 33):.4f}" in printed and "33 x 20" in printed
     command("decompress", tmp_path / "files", "--model", model, "--output", tmp_path / "images")
-    assert Image.open(tmp_path / "images/a.png").size == (33, 20)
-    assert Image.open(tmp_path / "images/inside/b.jpg.png").size == (24, 40)
-    found = np.asarray(Image.open(tmp_path / "images/a.png"), dtype=np.int16)
+    assert Image.open(tmp_path / "images/a.png.fav.png").size == (33, 20)
+    assert Image.open(tmp_path / "images/inside/b.jpg.fav.png").size == (24, 40)
+    found = np.asarray(Image.open(tmp_path / "images/a.png.fav.png"), dtype=np.int16)
     opened = HyperpriorModelFA.from_pretrained(model)
     expected = opened.decompress([(tmp_path / "files/a.png.fav").read_bytes()])[0].clamp(-1, 1)
     assert np.abs(found - (expected.permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 0.51
@@ -76,10 +76,17 @@ def test_bad_files_are_one_line(model, pictures, tmp_path, tiny_kl):
     words = (pictures / "a.png", pictures, "--model", model, "--output", tmp_path / "out")
     assert "a.png and" in command_error("compress", *words) and not (tmp_path / "out").exists()
     command("compress", pictures / "a.png", "--model", model, "--output", tmp_path / "files")
-    for name in ("c.jpg.fav", "c.jpg.png.fav"):  # whose PNG files would be one
-        shutil.copy(tmp_path / "files/a.png.fav", tmp_path / "files" / name)
-    message = command_error("decompress", tmp_path / "files", "--model", model, "--output", tmp_path / "out")
-    assert "would both be c.jpg.png" in message and not (tmp_path / "out").exists()
+    words = (tmp_path / "files", tmp_path / "files/a.png.fav", "--model", model, "--output", tmp_path / "out")
+    assert "would both be a.png.fav.png" in command_error("decompress", *words) and not (tmp_path / "out").exists()
+
+
+def test_what_compress_left_unfinished_is_not_read(model, pictures, tmp_path):
+    command("compress", pictures / "a.png", "--model", model, "--output", tmp_path / "files")
+    (tmp_path / "files/.writing-1-a.png.fav").write_bytes(b"half")
+    shutil.copy(pictures / "a.png", tmp_path / "files/a.png")
+    command("decompress", tmp_path / "files", "--model", model, "--output", tmp_path / "files")
+    assert (tmp_path / "files/a.png").read_bytes() == (pictures / "a.png").read_bytes()  # not written over
+    assert (tmp_path / "files/a.png.fav.png").exists()
 
 
 def test_what_a_model_cannot_write_is_one_line(model, pictures, tmp_path, tiny_kl, monkeypatch):
@@ -179,17 +186,27 @@ def test_high_power_is_above_half_of_the_frequencies():
     assert high_power(slow) < 1e-6 < high_power(fast)
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "residual", "next_scale"])
+@pytest.mark.parametrize("quantizer", ["vq", "residual", "next_scale", "next_band"])
 def test_tokens_are_coded_and_decoded(quantizer):
     torch.manual_seed(0)
-    vae = VQModelFA(**{**TINY_VQ, "quantizer": quantizer, "num_quantizers": 2, "scales": (1, 8)}).eval()
+    scales = (4, 8) if quantizer == "next_band" else (1, 8)
+    vae = VQModelFA(**{**TINY_VQ, "quantizer": quantizer, "num_quantizers": 2, "scales": scales}).eval()
     images = ImageDataset(open_source("photos", "heldout"), 32)
     codec = TokenizerCodec(vae, training_values(vae, images))
     batch = torch.stack([images[i]["image"] for i in range(3)])
     decoded, sizes = codec(batch)
     torch.testing.assert_close(decoded, reconstruct(vae, batch), rtol=0, atol=1e-5)
-    tokens = {"vq": 64, "residual": 128, "next_scale": 65}[quantizer]
+    tokens = {"vq": 64, "residual": 128, "next_scale": 65, "next_band": 64}[quantizer]
     assert all(26 < size <= 26 + 4 + tokens * 5 / 8 + 4 for size in sizes)  # 32 entries: 5 bits at most
+
+
+def test_bands_have_tables_of_their_own():
+    torch.manual_seed(0)
+    vae = VQModelFA(**{**TINY_VQ, "quantizer": "next_band", "scales": (4, 8)}).eval()
+    coarse, fine = torch.zeros(16, dtype=torch.long), torch.ones(48, dtype=torch.long)
+    codec = TokenizerCodec(vae, torch.cat([coarse, fine, coarse, fine]).unsqueeze(0))
+    assert [int(table.argmax()) for table in codec.tables] == [0, 1]
+    assert all(table.max() > 0.6 for table in codec.tables)
 
 
 def test_a_channel_that_never_changes_is_coded(tiny_favae):
