@@ -31,7 +31,8 @@ demo-favae:
 	$(HALF) $(BIN)/python train_tokenizer.py configs/tokenizer/photos_favae.yaml output=$(DEMO)/favae
 
 demo-vavae:
-	$(HALF) $(BIN)/python train_tokenizer.py configs/tokenizer/photos_vavae.yaml output=$(DEMO)/vavae 2> $(DEMO)/vavae.log
+	$(HALF) $(BIN)/python train_tokenizer.py configs/tokenizer/photos_vavae.yaml output=$(DEMO)/vavae \
+		2> $(DEMO)/vavae.log || { tail -n 1 $(DEMO)/vavae.log >&2; exit 1; }
 
 demo-generator:
 	$(HALF) $(BIN)/favae cache-latents --tokenizer $(DEMO)/favae/final --data photos --resolution 64 --output $(DEMO)/latents
@@ -41,7 +42,7 @@ demo-generator:
 demo-reconstruction:
 	for split in heldout validation; do $(HALF) $(BIN)/favae evaluate reconstruction \
 		--model vavae=$(DEMO)/vavae/final --model favae=$(DEMO)/favae/final --data photos:$$split --resolution 64 \
-		--features efficientnet-lite0 --output $(DEMO)/reconstruction-$$split 2> $(DEMO)/reconstruction.log || exit 1; done
+		--features efficientnet-lite0 --output $(DEMO)/reconstruction-$$split 2> $(DEMO)/reconstruction.log || { tail -n 1 $(DEMO)/reconstruction.log >&2; exit 1; }; done
 	$(BIN)/favae report $(DEMO)
 
 test: install

@@ -75,6 +75,8 @@ def flux2_from_autoencoder_kl(vae: AutoencoderKL) -> AutoencoderKLFlux2:
     known = inspect.signature(AutoencoderKLFlux2).parameters
     model = AutoencoderKLFlux2(**{name: value for name, value in vae.config.items() if name in known})
     if has_batch_norm(vae):
+        model.register_to_config(batch_norm_eps=vae.bn.eps)
+        model.bn.eps = vae.bn.eps
         model.bn.load_state_dict(vae.bn.state_dict())
     else:
         shape = (vae.config.latent_channels, NEIGHBORS)

@@ -62,7 +62,8 @@ def limit_activations(vae: ModelMixin, images: Tensor) -> HalfPrecisionReport:
         vae: an `AutoencoderKL`, ours or stock, or another one of diffusers' `Encoder` and `Decoder`.
         images: (B, C, H, W) in [-1, 1], whose activations are looked at.
     Raises:
-        ModelError: if it has other networks, or its images change by more than rounding.
+        ModelError: if it has other networks or activations that are not finite, or its images change by more than
+            rounding.
     """
     networks = [module for module in vae.modules() if isinstance(module, Encoder | Decoder)]
     if not networks:
@@ -71,6 +72,8 @@ def limit_activations(vae: ModelMixin, images: Tensor) -> HalfPrecisionReport:
     with recorded(segments) as largest:
         before = reconstruct(vae, images)
     largest_before = max(largest.values())
+    if not math.isfinite(largest_before):
+        raise ModelError(f"activations of this {type(vae).__name__} are not finite in float32 either")
     for network in networks:
         factor_before = 1.0
         for segment in segments_of(network):

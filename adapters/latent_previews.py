@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, measure_budget
@@ -129,7 +129,6 @@ def fit_and_save_previews(
     images: ImageDataset,
     picture: Path,
     *,
-    num_images: int,
     num_examples: int,
     batch_size: int,
     num_workers: int,
@@ -139,7 +138,7 @@ def fit_and_save_previews(
     Args:
         model: folder of the autoencoder, or of its pipeline.
         config_file: the autoencoder's config.json. Everything else in it stays as it is.
-        images: of which `num_images`, at equal distances, are used.
+        images: that the map is fitted to.
         num_examples: images in the picture.
     Raises:
         ModelError: if the autoencoder cannot be opened, or takes no images of this size.
@@ -148,9 +147,7 @@ def fit_and_save_previews(
     vae = load_autoencoder(model).to(process_state().device)
     measure_budget(vae, images.resolution)  # refuses what does not fit
     images = images.with_channels(image_channels(vae))
-    count = min(num_images, len(images))
-    chosen = Subset(images, torch.linspace(0, len(images) - 1, count).round().int().tolist())
-    loader = DataLoader(chosen, batch_size=batch_size, num_workers=num_workers, collate_fn=skip_missing)
+    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=skip_missing)
     examples: list[Tensor] = []
 
     def batches() -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from favae.adapters.latent_normalization import LatentNormalization, read_normalization
 from favae.adapters.latent_statistics import count_channels, fold_latent_statistics, is_video, latent_statistics
 from favae.autoencoders import encode
+from favae.models import AutoencoderTinyFA
 from favae.models.pipeline_autoencoders import PackedNormAutoencoder, SingleFrameAutoencoder
 from favae.normalization import normalize_latents
 
@@ -102,7 +103,7 @@ def _check_models(pipe: DiffusionPipeline, vae: ModelMixin, normalization: Laten
         raise ValueError(f"this {name} is offloaded, cast or spread over devices; swap its autoencoder before that")
     if "latent_channels" not in old.config and not is_video(old) or _is_video_only(old):
         raise ValueError(f"the autoencoder of a {name} is for videos or sounds, not for single images")
-    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, type(old))) and not _is_ours(vae):
+    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderTinyFA, type(old))):
         raise ValueError(f"a {name} takes an AutoencoderKL or a subclass, not a {type(vae).__name__}")
     for key in ("latent_channels", "in_channels", "out_channels"):
         needed, given = count_channels(old, key), count_channels(vae, key)
@@ -123,10 +124,6 @@ def _way_to_old_latents(old: ModelMixin) -> str:
 def _is_video_only(vae: ModelMixin) -> bool:
     """Whether an autoencoder has another interface than those of Qwen-Image and Wan, and cannot do with one frame."""
     return not is_video(vae) and any(isinstance(module, nn.Conv3d) for module in vae.modules())
-
-
-def _is_ours(vae: ModelMixin) -> bool:
-    return type(vae).__module__.startswith("favae.") and hasattr(vae, "encode") and "scaling_factor" in vae.config
 
 
 def _is_offloaded(pipe: DiffusionPipeline) -> bool:

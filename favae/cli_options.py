@@ -124,13 +124,13 @@ def add_model_option(parser: argparse.ArgumentParser, *, required: bool = True) 
 
 
 def named_model(given: str) -> tuple[str, str]:
-    """NAME=PATH, or PATH alone: the name is then its last part, or of a run's final/ the run's."""
+    """NAME=PATH, or PATH alone: the name is then its last part, or that before a run's final/ or a pipeline's vae/."""
     name, separator, path = given.partition("=")
     if separator and not Path(given).exists():  # paths like runs/lr=1e-4 are no names
         return text(name), text(path)
     folder = Path(text(given))
     folder = folder.absolute() if folder.exists() else folder  # "final" is in a folder of some name, too
-    return (folder.parent.name if folder.name == "final" else folder.name), given
+    return (folder.parent.name if folder.name in ("final", "vae") else folder.name), given
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:

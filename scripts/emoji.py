@@ -100,7 +100,8 @@ def read_archive(archive: Path) -> list[dict]:
         pixels = to_rgb(Image.open(io.BytesIO(data))).tobytes()
         row = rows.setdefault(pixels, {"image": data, "names": [], "captions": [], "label": entry["category"]})
         row["names"].append(name)
-        short = [re.sub(r"[_\W]+", " ", text).strip() for text in entry["short_names"]]
+        named = [text for text in entry["short_names"] if re.search("[a-z]", text)]  # "+1" and "-1" would be the same
+        short = [re.sub(r"[_\W]+", " ", text).strip() for text in named]
         row["captions"] += [name, f"{name}, {category}", *short]
     for row in rows.values():
         row["captions"] = list(dict.fromkeys(row["captions"]))  # without repetitions, in order

@@ -27,6 +27,7 @@ COMMANDS = (
     ("evaluate",),
     ("evaluate", "reconstruction"),
     ("evaluate", "generation"),
+    ("evaluate", "latents"),
     ("evaluate", "compression"),
     ("compress",),
     ("decompress",),
@@ -35,6 +36,7 @@ COMMANDS = (
     ("preview",),
     ("convert",),
     ("export",),
+    ("half-precision",),
     ("report",),
 )
 

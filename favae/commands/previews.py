@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from favae.cli_options import add_data_options, add_loading_options, open_data
+from favae.cli_options import add_data_options, add_loading_options, add_output_option, open_data
 from favae.commands import add_command
 from favae.errors import ConfigError
 from favae.files import check_output
@@ -29,7 +29,7 @@ def add_commands(commands) -> None:
         description=DESCRIPTION,
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="the folder of a saved autoencoder or pipeline")
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help="(default: MODEL/previews.png)")
+    add_output_option(parser, "file", required=False, metavar="FILE.png", help="(default: MODEL/previews.png)")
     parser.add_argument(
         "--resolution", type=in_range(Pixels), default=256, help="height and width of center crops (default: 256)"
     )
@@ -38,7 +38,6 @@ def add_commands(commands) -> None:
     )
     add_data_options(parser, "--data", split="train")
     add_loading_options(parser)
-    parser.set_defaults(output_kind="file")
 
 
 def preview(arguments: argparse.Namespace) -> None:
@@ -49,13 +48,13 @@ def preview(arguments: argparse.Namespace) -> None:
 
     from favae.adapters.latent_previews import fit_and_save_previews
     from favae.data.images import ImageDataset
+    from favae.data.sources import Selection
 
     map = fit_and_save_previews(
         str(arguments.model),
         config_file,
-        ImageDataset(open_data(arguments), arguments.resolution),
+        ImageDataset(Selection(open_data(arguments), arguments.num_images), arguments.resolution),
         output,
-        num_images=arguments.num_images,
         num_examples=EXAMPLES,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,

@@ -4,7 +4,6 @@ import argparse
 
 from favae.commands import add_command
 
-AFTER_INTERRUPT = "the same command continues from the last checkpoint"
 DESCRIPTION = """{help}.
 
 CONFIG.yaml is a recipe, such as those in configs/{folder}/. Settings that differ from it follow as section.key=value;
@@ -28,7 +27,6 @@ def add_commands(commands) -> None:
             run,
             help=help,
             description=DESCRIPTION.format(help=help.capitalize(), folder=name.removeprefix("train-"), script=script),
-            after_interrupt=AFTER_INTERRUPT,
             shares=True,
             usage=f"favae {name} CONFIG.yaml [key=value ...] [--dry-run [--processes N]]",
         )

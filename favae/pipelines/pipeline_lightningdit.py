@@ -22,6 +22,7 @@ from favae.autoencoders import spatial_compression_ratio
 from favae.models import LightningDiTTransformer2DModel
 from favae.models.class_conditional import num_classes, time_scale
 from favae.models.token_heads import guide
+from favae.normalization import has_batch_norm
 from favae.pipelines.conditions import ConditionalPipeline, check_text_encoder
 from favae.pipelines.decoding import decode_latents
 
@@ -65,6 +66,8 @@ class LightningDiTPipeline(ConditionalPipeline):
                 f"the transformer was built for {transformer.config.in_channels} latent channels, "
                 f"the autoencoder has {vae.config.latent_channels}"
             )
+        if has_batch_norm(vae):
+            raise ValueError(f"a {type(vae).__name__} normalizes packed latents, which this pipeline does not have")
         if text_encoder is not None:
             check_text_encoder(transformer, text_encoder)
         self.register_modules(

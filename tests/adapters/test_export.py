@@ -132,12 +132,15 @@ def test_statistics_of_an_autoencoder_kl_become_flux2_s_batch_norm(settings):
 
 
 def test_the_autoencoder_of_a_swapped_flux2_pipeline_is_exported(tmp_path):
-    adapter = PackedNormAutoencoder.around(make_kl(), latent_channels=4, block_out_channels=(32, 32, 64))
+    adapter = PackedNormAutoencoder.around(
+        make_kl(), latent_channels=4, block_out_channels=(32, 32, 64), batch_norm_eps=1e-2
+    )
     adapter.bn.running_mean.normal_()
     adapter.save_pretrained(tmp_path / "pipeline" / "vae")
     command("export", tmp_path / "pipeline", tmp_path / "ae.safetensors", "--format", "flux2")
     state = load_file(tmp_path / "ae.safetensors")
     assert torch.equal(state["bn.running_mean"], adapter.bn.running_mean)
+    torch.testing.assert_close(state["bn.running_var"] + 1e-4, adapter.bn.running_var + 1e-2)  # FLUX.2's code adds 1e-4
     command("export", tmp_path / "pipeline", tmp_path / "vae.safetensors", "--format", "ldm")
     assert "bn.running_mean" not in load_file(tmp_path / "vae.safetensors")
 

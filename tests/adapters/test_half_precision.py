@@ -64,9 +64,13 @@ def test_other_networks_are_refused():
     tiny = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     with pytest.raises(ModelError, match="AutoencoderTiny has other layers"):
         limit_activations(tiny, torch.zeros(1, 3, 16, 16))
+    damaged = make_tiny_kl()
+    damaged.decoder.conv_in.bias.data[0] = torch.inf
+    with pytest.raises(ModelError, match="not finite in float32 either"):
+        limit_activations(damaged, torch.zeros(1, 3, 16, 16))
 
 
-def test_the_command(tmp_path, image_folder, capsys):
+def test_the_command(tmp_path, image_folder, capsys, monkeypatch):
     enlarge(make_tiny_kl(), 1e5).save_pretrained(tmp_path / "large")
     words = ("half-precision", tmp_path / "large", tmp_path / "small", "--data", image_folder, "--resolution", "16")
     command(*words)
@@ -76,6 +80,10 @@ def test_the_command(tmp_path, image_folder, capsys):
     with torch.no_grad():
         assert reconstruct(small.half(), torch.zeros(1, 3, 16, 16)).isfinite().all()
     assert "name a new folder" in command_error(*words)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    command("half-precision", tmp_path / "large", ".", *words[3:])
+    assert (tmp_path / "here/config.json").is_file()
 
     vae = make_tiny_kl()
     with torch.no_grad():  # between the networks nothing is scaled

@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_VQ
 from tiny_pipelines import (
     PIPELINES,
     STATISTICS,
@@ -20,7 +21,7 @@ from tiny_pipelines import (
     xl,
 )
 
-from favae import AsymmetricAutoencoderKLFA
+from favae import AsymmetricAutoencoderKLFA, VQModelFA
 from favae.adapters.pipelines import fold_latent_statistics, swap_vae
 
 
@@ -79,6 +80,7 @@ def test_device_and_type_are_the_old_ones():
         (stable_diffusion, lambda: ours(out_channels=1), "out_channels=3.* 1;"),
         (xl, lambda: stock(use_post_quant_conv=False), "upcasts by post_quant_conv"),
         (flux, lambda: diffusers.VQModel(), "takes an AutoencoderKL .* not a VQModel"),
+        (stable_diffusion, lambda: VQModelFA(**TINY_VQ), "takes an AutoencoderKL .* not a VQModelFA"),
     ],
 )
 def test_what_cannot_work_is_one_line(build, vae, message):

@@ -25,6 +25,7 @@ from favae.eval.reconstruction import (
     image_errors,
     sample,
 )
+from favae.normalization import normalize_latents
 
 
 def test_recon_is_made_of_low_and_high():
@@ -105,6 +106,9 @@ def test_an_image_is_one_frame():
 def test_value_ranges_are_the_adapters_business():
     """An RAE works in [0, 1]: asked directly in its range, it gives what the adapter gives."""
     rae = autoencoders()["AutoencoderRAE"].eval()
+    rae.register_to_config(latents_mean=[[[5.0]]], latents_std=[[[2.0]]])  # which it applies itself
+    latents = torch.randn(1, 4, 2, 2)
+    assert torch.equal(normalize_latents(rae, latents), latents)
     images = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
         assert torch.allclose(reconstruct(rae, images * 2 - 1), rae(images).sample * 2 - 1, atol=1e-5)

@@ -87,6 +87,7 @@ def test_what_is_no_image_is_named(models, tmp_path):
 def test_names_of_models(tmp_path, monkeypatch):
     assert named_model("a=b/c") == ("a", "b/c") and named_model("org/name") == ("name", "org/name")
     assert named_model("runs/favae/final") == ("favae", "runs/favae/final")
+    assert named_model("pipeline/vae") == ("pipeline", "pipeline/vae")
     (tmp_path / "favae/final").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "favae")
     assert named_model("final") == ("favae", "final")

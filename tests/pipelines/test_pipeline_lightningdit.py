@@ -30,6 +30,13 @@ def pipeline(tiny_favae) -> LightningDiTPipeline:
     return pipe
 
 
+def test_autoencoders_with_a_batch_norm_are_refused(pipeline):
+    vae = autoencoders()["AutoencoderKLFlux2"]
+    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | {"in_channels": vae.config.latent_channels})
+    with pytest.raises(ValueError, match="a AutoencoderKLFlux2 normalizes packed latents"):
+        LightningDiTPipeline(transformer, vae, pipeline.scheduler)
+
+
 def hand_written_euler(transformer, latents, labels, steps, shift, scale=1.0, channels=None, interval=(0.0, 1.0)):
     """LightningDiT's sampler: t from 0 (noise) to 1 (data), t' = s t / (1 + (s - 1) t), x += dt v."""
     t = np.linspace(0, 1, steps + 1)
