@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes pictures of letters and digits in a few hundred font families: a set on which small models converge.
+"""Writes pictures of letters and digits in a few hundred font families: a set on which small models learn fast.
 
     python scripts/glyphs.py --output glyphs                       (apt-get download fetches Debian's fonts, 170 MB)
     python scripts/glyphs.py --output glyphs --archives fonts-lato_2.0-2.1_all.deb ...

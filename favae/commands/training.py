@@ -11,7 +11,7 @@ favae/training/{folder}_config.py has all of them with their defaults. The same 
 complete checkpoint in the run folder (output=FOLDER).
 
     --dry-run        print the settings and what would be trained, and exit
-    --processes N    with --dry-run: count with N processes
+    --processes N    with --dry-run: count with N processes (default: those that it is started with)
 
 On several GPUs: accelerate launch --num_processes 8 {script} CONFIG.yaml [key=value ...]"""
 

@@ -76,7 +76,7 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
     if limit := os.environ.get(MAX_PIXELS_VARIABLE):
         if not limit.isdecimal():
             raise ConfigError(f"{MAX_PIXELS_VARIABLE}={limit}: expected a number of pixels")
-        Image.MAX_IMAGE_PIXELS = int(limit)
+        Image.MAX_IMAGE_PIXELS = int(limit) // 2  # beyond which Pillow warns; it refuses twice as many
     try:
         with Image.open(file, formats=image_formats()) as image:
             yield image

@@ -26,7 +26,10 @@ def run_script(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
     parser.add_argument(
-        "--processes", type=in_range(Count), default=1, help="the number of processes that a dry run counts with"
+        "--processes",
+        type=in_range(Count),
+        default=int(os.environ.get("WORLD_SIZE", 1)),
+        help="the number of processes that a dry run counts with (default: those that it is started with)",
     )
     is_first = int(os.environ.get("RANK", 0)) == 0
     with nullcontext() if is_first else redirect_stderr(io.StringIO()):  # all processes have the same words
@@ -37,7 +40,7 @@ def run_script(
     with exit_on_error("the same command continues from the last checkpoint", (FavaeError,)):
         config = load_config(schema, arguments.config, arguments.overrides)
         check_output(str(config.output), "folder", "output")
-        if arguments.dry_run:
-            dry_run(config, arguments.processes)
-        else:
+        if not arguments.dry_run:
             train(config)
+        elif is_first:
+            dry_run(config, arguments.processes)
