@@ -62,7 +62,7 @@ from favae.training.autoregression import AutoregressionModule, check_tokens, op
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
 from favae.training.diffusion import DIFFUSION_SCHEDULE, DiffusionModule
-from favae.training.dry_run import describe_run
+from favae.training.dry_run import describe_run, without_memory
 from favae.training.generator_config import GeneratorConfig
 from favae.training.models import build_model, enable_gradient_checkpointing
 from favae.training.optimization import (
@@ -115,7 +115,8 @@ def train(config: GeneratorConfig) -> None:
     if config.evaluation.every:
         size = transformer.config.sample_size * spatial_compression_ratio(tokenizer)
         evaluate = GeneratorEvaluation(config.evaluation, run.folder, (size, size))
-    run.start(module.trained_parts(), ema, optimizers, schedules, dataset.about)
+    about = dataset.about if warmup is None else {**dataset.about, "warmup": warmup.about}
+    run.start(module.trained_parts(), ema, optimizers, schedules, about)
 
     # Images are read as long as hidden states are aligned with their features, and latents alone from then on.
     # Before that, latents of images without high frequencies, if there are any.
@@ -320,7 +321,7 @@ def save_samples(run: Run, pipeline: DiffusionPipeline, columns: int, **options:
 def dry_run(config: GeneratorConfig, num_processes: int) -> None:
     """Prints the settings, the size of the generator and the length of the training, and checks what can be checked."""
     find_checkpoint_to_resume(config)
-    with torch.device("meta"):
+    with without_memory():
         transformer = build_model(config.model)
     num_images = config.data.num_images
     if config.data.latents is not None and Path(config.data.latents).exists():

@@ -42,7 +42,7 @@ from favae.models.linear_shortcut import fade_shortcut
 from favae.normalization import normalize_latents
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
-from favae.training.dry_run import describe_run, describe_tokenizer
+from favae.training.dry_run import describe_run, describe_tokenizer, without_memory
 from favae.training.latent_regularization import IMAGE_BLOCK
 from favae.training.models import build_model, enable_gradient_checkpointing
 from favae.training.optimization import (
@@ -77,7 +77,7 @@ def train(config: TokenizerConfig) -> None:
         module = build_training_module(config, vae)
     if module.principal is not None and run.checkpoint is None:
         fit_principal_components(module, dataset, run.device)
-    training_data, about = dataset, None
+    training_data, about = dataset, {"images": len(dataset)}
     if config.teacher.latents is not None:
         training_data = open_teacher_latents(config, module, dataset)
         about = training_data.dataset.about
@@ -109,7 +109,7 @@ def train(config: TokenizerConfig) -> None:
     ema = Ema(vae, settings.ema_decay, run.device, warmup=settings.ema_warmup)
     evaluate = open_evaluation(config, run, module) if config.evaluation.every else None
     run.start(parts, ema, optimizers + d_optimizers, schedules + d_schedules, about)
-    preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))][:16])
+    preview = skip_missing([dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 16))[:16]])
 
     for batch in run.batches(training_data):
         images, teacher_moments = batch["image"], None
@@ -378,7 +378,7 @@ def save_preview(run: Run, vae: ModelMixin, module: TokenizerTrainingModule, ima
 def dry_run(config: TokenizerConfig, num_processes: int) -> None:
     """Prints the settings, the size of the models and the length of the training, and checks what can be checked."""
     find_checkpoint_to_resume(config)
-    with torch.device("meta"):
+    with without_memory():
         vae = build_tokenizer(config).to("meta")
         discriminator = build_discriminator(config) if config.adversarial_start is not None else None
     num_images = config.data.num_images if config.data.path is None else len(open_data(config))

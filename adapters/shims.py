@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from favae.autoencoders import decode, encode, load_autoencoder, takes_frames
-from favae.data.decoding import to_rgb
+from favae.data.decoding import to_channels
 from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.models import VQModelFA
 from favae.models.scale_quantizers import MultiScaleQuantizer
@@ -80,7 +80,7 @@ class VA_VAE:
     def img_transform(self, p_hflip: float = 0, img_size: int | None = None) -> transforms.Compose:
         """PIL image -> (3, S, S) in [-1, 1]: ADM's center crop, mirrored with probability `p_hflip`."""
         crop = partial(center_crop, size=self.img_size if img_size is None else img_size)
-        return transforms.Compose([to_rgb, crop, transforms.RandomHorizontalFlip(p_hflip), to_tensor])
+        return transforms.Compose([to_channels, crop, transforms.RandomHorizontalFlip(p_hflip), to_tensor])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

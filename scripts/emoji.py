@@ -25,7 +25,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from favae.data.decoding import to_rgb
+from favae.data.decoding import to_channels
 from favae.errors import FavaeError
 
 PACKAGE = "emoji-datasource-google@16"
@@ -97,7 +97,7 @@ def read_archive(archive: Path) -> list[dict]:
         if entry["image"] not in files:
             continue
         data, name, category = files[entry["image"]], entry["name"].lower(), entry["category"].lower()
-        pixels = to_rgb(Image.open(io.BytesIO(data))).tobytes()
+        pixels = to_channels(Image.open(io.BytesIO(data))).tobytes()
         row = rows.setdefault(pixels, {"image": data, "names": [], "captions": [], "label": entry["category"]})
         row["names"].append(name)
         named = [text for text in entry["short_names"] if re.search("[a-z]", text)]  # "+1" and "-1" would be the same

@@ -97,11 +97,6 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """`to_channels` with three of them."""
-    return to_channels(image)
-
-
 def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
     """Turns an image upright and converts it: grayscale of 8 or 16 bits, palettes and CMYK as well.
 

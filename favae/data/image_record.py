@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter
-from safetensors import safe_open
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -165,10 +164,6 @@ def stored_checksums(shards: Iterable[Path]) -> dict[int, int]:
     for path in shards:
         if path.exists():
             with open_shard(path) as shard:
-                if has_checksums(shard):
+                if "checksums" in shard.keys():  # noqa: SIM118
                     found |= zip(shard.get_tensor("indices").tolist(), shard.get_tensor("checksums").tolist())
     return found
-
-
-def has_checksums(shard: safe_open) -> bool:
-    return "checksums" in shard.keys()  # noqa: SIM118

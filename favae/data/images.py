@@ -217,10 +217,6 @@ class ImageDataset(Dataset):
         """The class of an image, as an index of `classes`."""
         return self.source.label(index)
 
-    def captions(self, index: int) -> list[str]:
-        """The captions of an image, none of them empty."""
-        return self.source.captions(index)
-
     def _read(self, index: int) -> Image.Image | None:
         try:
             return self.source.read(index, self.channels)

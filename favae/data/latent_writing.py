@@ -105,7 +105,7 @@ def write_latent_cache(
     def captions_of(number: int) -> list[list[str]]:
         with open_shard(files[number]) as shard:
             indices = shard.get_tensor("indices").tolist() if dataset_class.count(shard, files[number]) else []
-        return [images.captions(index) for index in indices]
+        return [images.source.captions(index) for index in indices]
 
     if captioned:
         paths = [captions_file(writer.folder, number) for number in range(len(files))]

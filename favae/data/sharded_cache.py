@@ -182,10 +182,13 @@ class CacheWriter:
             plan = read_manifest(self.folder, self.contents) if finished else self.plan
             write_text(self.folder / PLAN_FILE, json.dumps({key: plan.get(key) for key in self.plan}, indent=1))
         if finished:
-            known = check_manifest(self.folder, read_manifest(self.folder, self.contents), Manifest)
+            manifest = read_manifest(self.folder, self.contents)
+            known = check_manifest(self.folder, manifest, Manifest)
+            self._checksums = {name: value for name, value in known.checksums.items() if (self.folder / name).exists()}
             quick = {shard_file(self.folder, number).name: v for number, v in enumerate(known.quick_checksums or [])}
-            for kept, checksums in ((self._checksums, known.checksums), (self._quick_checksums, quick)):
-                kept |= {name: value for name, value in checksums.items() if (self.folder / name).exists()}
+            self._quick_checksums = {name: value for name, value in quick.items() if name in self._checksums}
+            if len(self._checksums) < len(known.checksums):  # those of files that are written anew do not hold for them
+                _write_manifest(self.folder, {**manifest, "checksums": self._checksums})
 
     def _compare_plans(self, names: Collection[str]) -> None:
         self.begun = _read_json(self.folder / PLAN_FILE)

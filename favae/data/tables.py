@@ -233,7 +233,7 @@ def is_table(path: str) -> bool:
     """Whether `HuggingFaceSource` opens what is at this path, and not `FolderSource`."""
     if Path(path).is_dir():
         return _is_saved(Path(path)) or _is_shards(Path(path))
-    return path.startswith(HUB) or Path(path).suffix == ENDING
+    return path.startswith(HUB) or Path(path).suffix.lower() == ENDING
 
 
 def _is_saved(folder: Path) -> bool:

@@ -137,7 +137,10 @@ class TarSource:
             data = self._bytes("label", index)
             if data is None:
                 raise DataError(f"{self.name(index)} has no class, others have one; {NO_LABELS}")
-            texts.append(data.decode("utf-8", "replace").strip())
+            try:
+                texts.append(data.decode("utf-8").strip())
+            except UnicodeDecodeError:
+                raise DataError(f"the class of {self.name(index)} is not UTF-8 text; {NO_LABELS}") from None
         values: list[str] = sorted(set(texts))
         if all(re.fullmatch(r"-?\d+", text) for text in values):
             values.sort(key=int)
@@ -174,15 +177,19 @@ class TarSource:
         return self._has("caption")
 
     def captions(self, index: int) -> list[str]:
-        """One in a line."""
+        """One in a line; none, with a warning, if they are not UTF-8."""
         data = self._bytes("caption", index) or b""
-        return clean_captions(data.decode("utf-8-sig", "replace").splitlines())
+        try:
+            return clean_captions(data.decode("utf-8-sig").splitlines())
+        except UnicodeDecodeError:
+            logger.warning("no captions of %s: they must be UTF-8 text, one caption per line", self.name(index))
+            return []
 
 
 def is_tar(path: str) -> bool:
     """Whether `TarSource` opens what is at this path: shards, or a folder with shards and no images or tables."""
     if not Path(path).is_dir():
-        return path.endswith(ENDING)
+        return path.lower().endswith(ENDING)
     found = False
     for _, files in walk(path):
         endings = set(map(_ending, files))

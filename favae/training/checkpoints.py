@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from favae.errors import CheckpointError, DiskFull, FavaeError, one_line
 from favae.files import READ_ERRORS, UNFINISHED, remove, removed_on_error, replace, sync
 from favae.hashing import checksum
-from favae.training.optimization import Ema
+from favae.training.optimization import Ema, set_learning_rates
 from favae.training.sharding import (
     is_sharded,
     load_full_state,
@@ -64,8 +64,11 @@ def checksum_of_state(state: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(state).encode())
 
 
-def set_aside_damaged(folder: Path, newest_whole: int) -> None:
-    """Renames the checkpoints after step `newest_whole`, so that they take the place of no whole one."""
+def tidy(folder: Path, newest_whole: int) -> None:
+    """Renames the checkpoints after step `newest_whole`, so that they take the place of no whole one, and removes those
+    that a killed process was writing."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        remove(path)
     for step, path in find_checkpoints(folder):
         if step > newest_whole:
             remove(path.with_name(DAMAGED + path.name))
@@ -95,7 +98,7 @@ class Checkpointer:
         folder: Path,
         parts: Mapping[str, nn.Module],
         ema: Ema,
-        schedules: list[LRScheduler],
+        schedules: list[LambdaLR],
         total_limit: int | None,
         optimizers: list[torch.optim.Optimizer],
     ):
@@ -184,6 +187,9 @@ class Checkpointer:
     def load(self, path: Path) -> dict[str, Any]:
         """Restores a checkpoint and returns the state given to `save`, with its step.
 
+        Learning rates and other settings of optimizers stay those of this run.
+
+
         Raises:
             CheckpointError: if it was written by another number of processes, or for other settings.
         """
@@ -214,9 +220,13 @@ class Checkpointer:
             load_full_state(part, path / name)
         optimizers = torch.load(self._optimizer_file(path), map_location="cpu", weights_only=True)
         for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
+            settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
             load_local_state(optimizer, saved)
+            for group, own in zip(optimizer.param_groups, settings):
+                group |= own
         for schedule, numbers in zip(self.schedules, state["schedules"], strict=True):
-            schedule.load_state_dict(numbers)
+            schedule.load_state_dict({**numbers, "base_lrs": schedule.base_lrs})
+            set_learning_rates(schedule)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.ema.load(path / "ema", state["ema_steps"])

@@ -1,9 +1,22 @@
 """What a run would be, in words."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from diffusers import ModelMixin
 
 from favae.autoencoders import measure_budget
 from favae.training.config import TrainConfig
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models are built on the meta device, without torch's warning for each weight that is not copied to it."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        yield
 
 
 def describe_tokenizer(vae: ModelMixin, resolution: int) -> str:

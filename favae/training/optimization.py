@@ -11,7 +11,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from favae.training.config import TrainConfig
 from favae.training.muon import Muon
@@ -61,7 +61,7 @@ def weight_decay_groups(module: nn.Module, parameters: Iterable[nn.Parameter]) -
     return [group for group in groups if group["params"]]
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, first_step: int = 0) -> LRScheduler:
+def create_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, first_step: int = 0) -> LambdaLR:
     """The learning rate over the steps from `first_step` on. It is not prepared by accelerate, which would step it once
     per process."""
     return get_scheduler(
@@ -71,6 +71,14 @@ def create_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, first_
         num_training_steps=max(1, train.steps - first_step),
         num_cycles=train.lr_num_cycles,
     )
+
+
+def set_learning_rates(schedule: LambdaLR) -> None:
+    """Sets the rates that a schedule has at its step, after its step or its rates at the start have changed."""
+    rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> bool:
@@ -85,7 +93,7 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
 
 
 def optimizer_step(
-    accelerator: Accelerator, optimizers: list[torch.optim.Optimizer], schedules: list[LRScheduler], finite: bool
+    accelerator: Accelerator, optimizers: list[torch.optim.Optimizer], schedules: list[LambdaLR], finite: bool
 ) -> None:
     """Changes the weights, unless the gradient is not finite, and clears the gradients."""
     for optimizer, schedule in zip(optimizers, schedules):

@@ -21,12 +21,13 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from favae.data.sources import PHOTOS
 from favae.data.stream import StreamedDataset, TrainingStream
 from favae.distributed import LONGEST_WAIT, main_process_does, on_cpu
-from favae.errors import CheckpointError, ConfigError, NonFiniteError
+from favae.errors import CheckpointError, ConfigError, FolderInUse, NonFiniteError
 from favae.files import append_text, atomic_path, lock_folder, read_json_lines, sync, write_text
 from favae.precision import fast_dtype
 from favae.signals import DeferredSignals, exception_of
@@ -35,7 +36,7 @@ from favae.training.checkpoints import (
     Checkpointer,
     find_checkpoints,
     find_damage,
-    set_aside_damaged,
+    tidy,
 )
 from favae.training.config import RunConfig, to_yaml
 from favae.training.optimization import Ema
@@ -69,21 +70,29 @@ def find_checkpoint_to_resume(config: RunConfig) -> Path | None:
     """
     folder = Path(str(config.output))
     checkpoints = find_checkpoints(folder / "checkpoints")
-    if config.resume == "auto":
-        changed = changed_settings(config, folder / "config.yaml") if checkpoints else []
+    holds_run = bool(checkpoints) or (folder / "final").exists()
+    if config.resume == "auto" or (checkpoints and began_with(config, folder / "config.yaml")):
+        changed = changed_settings(config, folder / "config.yaml") if holds_run else []
         if changed:
-            raise ConfigError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}); choose another output, or continue "
-                f"from its last checkpoint elsewhere with resume={checkpoints[-1][1]} output=..."
-            )
+            advice = "choose another output"
+            if checkpoints:
+                advice += f", or continue from its last checkpoint elsewhere with resume={checkpoints[-1][1]} output=..."
+            raise ConfigError(f"{folder} holds a run with other settings ({', '.join(changed)}); {advice}")
         return newest_whole_checkpoint([path for _, path in checkpoints])
-    if checkpoints:
+    if holds_run:
         raise ConfigError(f"{folder} holds a run already; resume=auto continues it, and another output begins anew")
     if config.resume == "never":
         return None
     if not (Path(config.resume) / STATE_FILE).is_file():
         raise ConfigError(f"resume: {config.resume} is not a checkpoint; it is auto, never, or a step-N folder")
     return newest_whole_checkpoint([Path(config.resume)])
+
+
+def began_with(config: RunConfig, file: Path) -> bool:
+    """Whether the same command has begun a run folder from a checkpoint elsewhere: it goes on like any other."""
+    if config.resume == "never" or not file.is_file() or changed_settings(config, file):
+        return False
+    return yaml.safe_load(file.read_text()).get("resume") == config.resume
 
 
 def newest_whole_checkpoint(checkpoints: Sequence[Path]) -> Path | None:
@@ -129,9 +138,9 @@ def changed_settings(config: RunConfig, file: Path) -> list[str]:
 
 def same_value(before: object, after: object) -> bool:
     """Whether a setting is the same: by its value, or as another path of the same file or folder."""
-    if isinstance(before, str) and isinstance(after, str) and os.path.exists(before) and os.path.exists(after):
-        return os.path.samefile(before, after)
-    return before == after
+    if before == after or PHOTOS in (before, after) or not isinstance(before, str) or not isinstance(after, str):
+        return before == after
+    return os.path.exists(before) and os.path.exists(after) and os.path.samefile(before, after)
 
 
 def process_seed(seed: int, process: int) -> int:
@@ -161,6 +170,7 @@ class Run:
         train = config.train
         self.folder = Path(str(config.output))
         self.checkpoint = find_checkpoint_to_resume(config)
+        self._checkpoints_seen = find_checkpoints(self.folder / "checkpoints")
         self.accelerator = Accelerator(
             cpu=on_cpu(),
             mixed_precision=train.mixed_precision,
@@ -216,7 +226,7 @@ class Run:
         parts: Mapping[str, nn.Module],
         ema: Ema,
         optimizers: list[torch.optim.Optimizer],
-        schedules: list[LRScheduler],
+        schedules: list[LambdaLR],
         data: dict | None = None,
     ) -> None:
         """Restores the checkpoint there is, or seeds each process for itself; then opens the logs.
@@ -251,7 +261,8 @@ class Run:
     def _compare_data(self, before: dict | None) -> None:
         if before is None or self.config.resume != "auto":
             return
-        changed = [key for key, value in before.items() if value != (self._data or {}).get(key)]
+        now = self._data or {}
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             raise ConfigError(
                 f"{self.folder} holds a run on data with another {', '.join(changed)}; choose another output, or "
@@ -260,8 +271,10 @@ class Run:
 
     def _prepare_folder(self) -> None:
         self._lock = lock_folder(self.folder)
-        if self.checkpoint is not None and self.checkpoint.parent.parent == self.folder:
-            set_aside_damaged(self.checkpoint.parent, newest_whole=self.step)
+        checkpoints = self.folder / "checkpoints"
+        if find_checkpoints(checkpoints) != self._checkpoints_seen:
+            raise FolderInUse(f"another process has written into {checkpoints} in the meantime; start again")
+        tidy(checkpoints, newest_whole=self.step)
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         self._drop_metrics_after(self.step)
 
@@ -308,7 +321,9 @@ class Run:
         except RuntimeError:
             if self._signals.received is None:
                 raise
-            # The workers that read have been told to end as well.
+            # The workers that read have been told to end as well. One process alone can still write its last step.
+            if self.accelerator.num_processes == 1 and not self._collected:
+                self._end_if_interrupted()
             raise exception_of(self._signals.received) from None
 
     def _end_if_interrupted(self) -> None:

@@ -9,7 +9,7 @@ from conftest import write_images
 from PIL import Image
 
 from favae.cli_options import add_data_options, open_data
-from favae.data.decoding import UnusableImage, to_rgb
+from favae.data.decoding import UnusableImage, to_channels
 from favae.data.folders import FolderSource
 from favae.data.images import (
     ImageDataset,
@@ -27,16 +27,16 @@ from favae.errors import DataError
 
 
 def test_conversions():
-    assert to_rgb(Image.new("L", (2, 2), 100)).getpixel((0, 0)) == (100, 100, 100)
-    assert to_rgb(Image.new("CMYK", (2, 2), (0, 0, 0, 255))).getpixel((0, 0)) == (0, 0, 0)
-    assert to_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert to_rgb(Image.new("LA", (2, 2), (10, 255))).getpixel((0, 0)) == (10, 10, 10)
-    assert to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+    assert to_channels(Image.new("L", (2, 2), 100)).getpixel((0, 0)) == (100, 100, 100)
+    assert to_channels(Image.new("CMYK", (2, 2), (0, 0, 0, 255))).getpixel((0, 0)) == (0, 0, 0)
+    assert to_channels(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert to_channels(Image.new("LA", (2, 2), (10, 255))).getpixel((0, 0)) == (10, 10, 10)
+    assert to_channels(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
     sixteen = Image.fromarray(np.array([[0, 65535], [257 * 7, 257 * 9]], dtype=np.uint16))
-    assert [to_rgb(sixteen).getpixel(xy)[0] for xy in ((0, 0), (1, 0), (0, 1), (1, 1))] == [0, 255, 7, 9]
+    assert [to_channels(sixteen).getpixel(xy)[0] for xy in ((0, 0), (1, 0), (0, 1), (1, 1))] == [0, 255, 7, 9]
     for image in (Image.new("F", (2, 2)), Image.fromarray(np.full((2, 2), 70_000, dtype=np.int32))):
         with pytest.raises(UnusableImage):
-            to_rgb(image)
+            to_channels(image)
 
 
 def test_saved_oddities_are_read_and_broken_files_are_named(tmp_path, caplog):

@@ -12,6 +12,7 @@ from favae.data import sharded_cache
 from favae.data.sharded_cache import CacheWriter, all_finite, read_manifest
 from favae.errors import CacheError, FolderInUse
 from favae.files import lock_folder
+from favae.hashing import checksum
 
 
 def act_as_process(monkeypatch, index: int, count: int) -> None:
@@ -48,6 +49,22 @@ def test_processes_share_the_files_and_a_continued_run_writes_what_is_missing(tm
     act_as_process(monkeypatch, 0, 1)
     assert write(folder, size=5) == [3]
     assert names(folder) == [*(f"file-{k}" for k in range(5)), "plan.json"]
+
+
+def test_files_that_are_written_anew_have_new_checksums(tmp_path):
+    files = [tmp_path / f"file-{k}" for k in range(2)]
+
+    def write(content: str) -> CacheWriter:
+        writer = CacheWriter(tmp_path, {"size": 2}, "test cache")
+        writer.write_missing(files, lambda _, path: path.write_text(content), "files")
+        return writer
+
+    before = write("old").finish(lambda: {"counts": [1, 1]})["checksums"]
+    files[0].unlink()
+    write("new")._lock.close()  # interrupted
+    after = write("never").finish(lambda: {"counts": [1, 1]})["checksums"]
+    assert after == {"file-0": checksum(files[0]), "file-1": before["file-1"]} and after["file-0"] != before["file-0"]
+    assert files[0].read_text() == "new"
 
 
 def test_a_file_that_fails_is_not_there_and_the_manifest_comes_last(tmp_path):

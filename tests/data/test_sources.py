@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from favae.data import decoding
-from favae.data.decoding import UnusableImage, image_extensions, read_image, to_rgb, upright_size
+from favae.data.decoding import UnusableImage, image_extensions, read_image, to_channels, upright_size
 from favae.data.folders import FolderSource
 from favae.data.images import ImageDataset, skip_missing
 from favae.data.latent_writing import write_latent_cache
@@ -47,7 +47,7 @@ def test_a_picture_means_the_same_in_every_source(tmp_path, pictures):
     for i, name in enumerate(names):
         first, *others = [source.read(i) for source in sources]
         assert first.size == SIZE == upright_size(folder / name), name
-        assert np.array_equal(np.array(to_rgb(first)), np.array(first)), name  # nothing is done twice
+        assert np.array_equal(np.array(to_channels(first)), np.array(first)), name  # nothing is done twice
         for other in others:
             assert np.array_equal(np.array(first), np.array(other)), name
         expected = pictures[name][1]

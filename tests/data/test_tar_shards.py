@@ -26,6 +26,15 @@ def write_shard(path, rows: dict[str, dict[str, bytes]]) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
+def test_texts_that_are_not_utf_8(tmp_path, caplog):
+    rows = {"0": {"png": encoded(smooth(), "PNG"), "txt": "Café".encode("latin-1"), "cls": b"\xe9"}}
+    write_shard(tmp_path / "a.TAR", rows)
+    source = open_source(str(tmp_path / "a.TAR"))
+    assert source.captions(0) == [] and "UTF-8" in caplog.text
+    with pytest.raises(DataError, match="the class of .*a.TAR/0 is not UTF-8"):
+        _ = source.classes
+
+
 def test_webdataset_shards(tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY_LIGHTNINGDIT, command, refusal, tiny_tokenizer_recipe, train
 
 from favae import LightningDiTTransformer2DModel
@@ -151,6 +152,16 @@ def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch):
     assert "parameters" in output and "steps per epoch" in output
     assert "floats per" in output or "tokens of" in output  # of a codebook
     assert not (ROOT / config.output).exists() or config.output.startswith("runs/photos")
+
+
+def test_a_dry_run_with_weights_warns_of_nothing(tmp_path, tiny_kl, recwarn):
+    tiny_kl.save_pretrained(tmp_path / "vae")
+    for key in ("from_pretrained", "from_autoencoder_kl"):
+        model = {"name": "AutoencoderKL", key: str(tmp_path / "vae")}
+        recipe = tmp_path / f"{key}.yaml"
+        recipe.write_text(yaml.safe_dump({"model": model, "train": {"resolution": 16}, "loss": {"kl": 0.0}}))
+        importlib.import_module("train_tokenizer").main([str(recipe), "--dry-run"])
+    assert not [warning for warning in recwarn if "non-meta" in str(warning.message)]
 
 
 def test_recipes_are_comparable():

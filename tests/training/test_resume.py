@@ -52,6 +52,30 @@ def test_killed_tokenizer_training_ends_with_the_same_weights(tmp_path):
     assert weights(killed) == before and logged_steps(killed) == list(range(1, 21))
 
 
+def test_other_rates_hold_where_a_run_goes_on_elsewhere(tmp_path):
+    recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
+    more = ["train.checkpoint_every=2", "train.lr_warmup_steps=10", "train.lr_scheduler=constant_with_warmup"]
+    train("train_tokenizer", recipe, f"output={tmp_path / 'first'}", *more, "train.steps=2")
+    last = tmp_path / "first/checkpoints/step-2"
+    more += [f"resume={last}", f"output={tmp_path / 'second'}", "train.learning_rate=1.0e-5", "train.betas=[0.5,0.6]"]
+    train("train_tokenizer", recipe, *more, "train.steps=4")
+    train("train_tokenizer", recipe, *more, "train.steps=6")  # which goes on from its own last checkpoint
+    log = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [3, 4, 5, 6]
+    assert [record["learning_rate"] for record in log] == pytest.approx([3e-6, 4e-6, 5e-6, 6e-6])
+    states = torch.load(tmp_path / "second/checkpoints/step-6/optimizers-0.pt", weights_only=True)
+    assert {group["betas"] for state in states for group in state["param_groups"]} == {(0.5, 0.6)}
+
+
+def test_a_tokenizer_does_not_go_on_with_more_images(tmp_path):
+    images = write_images(tmp_path / "images")
+    words = (tiny_tokenizer_recipe(tmp_path, images), f"output={tmp_path / 'run'}", "train.checkpoint_every=1")
+    train("train_tokenizer", *words, "train.steps=1")
+    one = next(images.rglob("*.png"))
+    shutil.copy(one, one.with_name("another.png"))
+    assert "data with another images" in refusal("train_tokenizer", *words, "train.steps=2")
+
+
 def test_killed_generator_training_ends_with_the_same_weights(tiny_cache):
     recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
     more = ["train.steps=20", "train.checkpoint_every=2"]

@@ -23,7 +23,7 @@ from favae.training.optimization import (
     optimizer_step,
     weight_decay_groups,
 )
-from favae.training.run import Run, changed_settings, process_seed
+from favae.training.run import Run, changed_settings, process_seed, same_value
 from favae.training.tokenizer_config import TokenizerConfig
 
 
@@ -182,6 +182,41 @@ def test_changed_settings_are_named(tmp_path, monkeypatch):
     assert changed("data.path=others") == changed("data.path=nowhere") == ["data.path"]
 
 
+def test_the_built_in_photographs_are_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert same_value("photos", "photos") and not same_value("photos", "./photos")
+    assert same_value("./photos", f"{tmp_path}/photos") and not same_value("there", "nowhere")
+
+
+def test_a_finished_run_without_checkpoints_is_not_replaced_by_another(tmp_path):
+    recipe = tiny_tokenizer_recipe(tmp_path, "photos")
+    (tmp_path / "run/final").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").write_text(to_yaml(load_config(TokenizerConfig, recipe)))
+    for overrides, message in (
+        (["seed=1"], "other settings .seed.; choose another output$"),
+        (["resume=never"], "holds"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Run(load_config(TokenizerConfig, recipe, [f"output={tmp_path / 'run'}", *overrides]))
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    (tmp_path / "run/checkpoints/.writing-step-7").mkdir(parents=True)
+    training_of(tmp_path)
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_checkpoints_that_another_process_writes_meanwhile_stay(tmp_path, monkeypatch):
+    def lock(folder):
+        (folder / "checkpoints/step-7").mkdir(parents=True)
+
+    monkeypatch.setattr("favae.training.run.lock_folder", lock)
+    with pytest.raises(FolderInUse, match="start again"):
+        training_of(tmp_path)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-7"]
+
+
 def test_a_folder_with_another_run_is_refused(tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, "photos")
     output = f"output={tmp_path / 'run'}"
@@ -230,6 +265,21 @@ class OneNumber:
 
     def training_batch(self, entries, seeds):
         return {"number": torch.ones(len(seeds))}
+
+
+class DyingWorkers(OneNumber):
+    """A data set that ends as one whose workers a signal has reached."""
+
+    def training_batch(self, entries, seeds):
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker exited unexpectedly")
+
+
+def test_the_last_step_is_kept_when_a_signal_reaches_the_workers_too(training):
+    training.step(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        next(training.run.batches(DyingWorkers()))
+    assert [step for step, _ in find_checkpoints(training.run.folder / "checkpoints")] == [1]
 
 
 def test_a_folder_that_another_process_writes_is_refused(training, tmp_path):
