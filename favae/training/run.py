@@ -76,7 +76,9 @@ def find_checkpoint_to_resume(config: RunConfig) -> Path | None:
         if changed:
             advice = "choose another output"
             if checkpoints:
-                advice += f", or continue from its last checkpoint elsewhere with resume={checkpoints[-1][1]} output=..."
+                advice += (
+                    f", or continue from its last checkpoint elsewhere with resume={checkpoints[-1][1]} output=..."
+                )
             raise ConfigError(f"{folder} holds a run with other settings ({', '.join(changed)}); {advice}")
         return newest_whole_checkpoint([path for _, path in checkpoints])
     if holds_run:
