@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""CAT on the emoji: does it need codes or latents, all words of a text or their mean?
+"""CAT on the emoji: does it need codes or latents, all words of a text or their mean? And LightningDiT beside it.
 
-    python -m experiments.text_to_image         (8 rows on 1,897 emoji at 64 px, 600 or 2,000 steps: hours on a CPU)
+    python -m experiments.text_to_image         (9 rows on 1,897 emoji at 64 px, 600 or 2,000 steps: hours on a CPU)
     python -m experiments.text_to_image --models codes --seeds 0 --steps 200 --output quick.json
 
 Everything is done by the commands of the recipes: scripts/emoji.py, a tokenizer for each type of tokens (one seed), the
-cache of its tokens, the embeddings of the captions, and CAT. Images are generated for the names of the 20 held-out
+cache of its tokens, the embeddings of the captions, and the generator. Images are made for the names of the 20 held-out
 emoji, whose combinations of words no caption in training has, at several guidance scales, and compared with these 20;
 and for names of training, and compared with all emoji: Fréchet distance, Inception Score, precision and recall, and how
 often the nearest real emoji is the one that was asked for. The controls are the tokenizers' reconstructions, the best
@@ -46,7 +46,7 @@ GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
 
 @dataclass(frozen=True)
 class TokenType:
-    """The recipes of a tokenizer and of CAT on its tokens, and what differs from their models."""
+    """The recipes of a tokenizer and of the generator of its tokens, and what differs from their models."""
 
     tokenizer: str
     generator: str
@@ -66,12 +66,13 @@ TOKEN_TYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: the type of tokens, and what differs from the transformer of its recipe."""
+    """A row of the table: the type of tokens, and what differs from the generator of its recipe; or another one."""
 
     tokens: str
     note: str
     changes: dict = field(default_factory=dict)
     length: float = 1.0
+    generator: str | None = None
 
 
 PUBLISHED = {"attention": "shared_key_value", "relative_position": "true"}
@@ -89,6 +90,7 @@ VARIANTS = {
         "latents", "64 continuous tokens of as many floats, low channels before high ones, by a flow head"
     ),
     "latents_sentence": Variant("latents", "the same, attention to the mean of the embeddings alone", MEAN_OF_WORDS),
+    "lightningdit": Variant("latents", "LightningDiT on the same latents, all at once", generator="emoji_lightningdit"),
 }
 
 
@@ -103,9 +105,11 @@ def make_row(task: Task) -> dict:
     emoji = read_emoji(task.runs)
     metrics = EmojiMetrics(emoji)
     pipeline = DiffusionPipeline.from_pretrained(task.run / "final")
-    options = {"top_p": config.sampling.top_p, "temperature": config.sampling.temperature}
     if task.variant.tokens == "latents":
-        options = {"num_head_steps": config.sampling.num_inference_steps}
+        steps = "num_head_steps" if config.is_autoregressive else "num_inference_steps"
+        options = {steps: config.sampling.num_inference_steps}
+    else:
+        options = {"top_p": config.sampling.top_p, "temperature": config.sampling.temperature}
 
     def sample(split: str, scale: float) -> SampleFolder:
         folder = task.run / f"samples-{split}-{scale}"
@@ -167,7 +171,7 @@ def generator_config(task: Task, tokenizer: Path, cache: Path) -> GeneratorConfi
         "train.checkpoints_total_limit": 1,
         **{f"model.{key}": value for key, value in (tokens.generator_changes | task.variant.changes).items()},
     }
-    recipe = ROOT / f"configs/generator/{tokens.generator}.yaml"
+    recipe = ROOT / f"configs/generator/{task.variant.generator or tokens.generator}.yaml"
     return load_config(GeneratorConfig, recipe, [f"{key}={value}" for key, value in changes.items()])
 
 
