@@ -107,6 +107,7 @@ def make_row(task: Task) -> dict:
     params = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
     loss = log["cross_entropy" if "cross_entropy" in log else "velocity"]
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": params, "loss": loss}
+    row["seconds"] = log["seconds"]
     prompts = ["large red bold letter Q"] * PICTURED
     row["seconds_per_image"] = seconds_per_image(pipeline, prompt=prompts, guidance_scale=GUIDANCE_SCALES[-1])
     for split in SPLITS:
