@@ -55,7 +55,7 @@ def pipelines() -> dict[str, type[DiffusionPipeline]]:
     """All with a component called `vae` that is an autoencoder of images, or of videos that may have one frame."""
     found = {}
     for name in dir(diffusers):
-        value = getattr(diffusers, name) if "Pipeline" in name else None
+        value = getattr(diffusers, name, None) if "Pipeline" in name else None  # one of ONNX's is a name alone
         if inspect.isclass(value) and issubclass(value, DiffusionPipeline):
             parameter = inspect.signature(value.__init__).parameters.get("vae")
             if parameter is not None and re.search(IMAGES, str(parameter.annotation)):
