@@ -12,7 +12,7 @@ install: .venv/installed
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: favae needs Python 3.10 or newer')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[compression,export,offline,test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[compression,offline,test]"
 	touch $@
 
 # An interrupted demo continues where it was. The two tokenizers train side by side, each on half of the cores, and so do the
