@@ -206,9 +206,10 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
                 nn.init.zeros_(parameter)
         # As in GPT-2, the size of the stream does not grow with the depth.
         std = 0.02 / (3 * len(self.blocks)) ** 0.5
-        for module in self.modules():
+        for module in self.blocks.modules():
             if isinstance(module, CATBlock):
                 module.initialize_outputs(std)
+        for module in self.modules():
             if isinstance(module, VelocityMLP):
                 module.initialize_weights()
 
