@@ -22,7 +22,7 @@ from favae.models import VQModelFA
 from favae.models.hub import silent_about_previews
 from favae.models.scale_quantizers import ScaleQuantizer
 from favae.models.sizes import compression_ratio
-from favae.normalization import MIN_LOGVAR
+from favae.normalization import AUTOENCODER_RAE, MIN_LOGVAR
 
 
 def load_autoencoder(path: str) -> ModelMixin:
@@ -85,7 +85,7 @@ def spatial_compression_ratio(vae: ModelMixin) -> int:
     for widths in ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels"):
         if widths in config:
             return compression_ratio(len(config[widths]))
-    if isinstance(vae, getattr(diffusers, "AutoencoderRAE", ())):
+    if isinstance(vae, AUTOENCODER_RAE):
         # the image is resized for the encoder, which gives one latent per patch
         patches = config.encoder_input_size // config.encoder_patch_size
         return (config.image_size or config.patch_size * patches) // patches
@@ -181,7 +181,7 @@ def reconstruct(
 
 def _unit_range(vae: ModelMixin) -> bool:
     """Whether the autoencoder takes and gives images in [0, 1]."""
-    return isinstance(vae, getattr(diffusers, "AutoencoderRAE", ()))
+    return isinstance(vae, AUTOENCODER_RAE)
 
 
 def takes_frames(vae: ModelMixin) -> bool:

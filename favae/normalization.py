@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor
 
+AUTOENCODER_RAE = getattr(diffusers, "AutoencoderRAE", ())  # older versions lack it
 MIN_LOGVAR = -30.0  # diffusers clamps the log-variance of a posterior to at least this
 
 
@@ -53,7 +54,7 @@ def latent_mean_and_std(vae: ModelMixin, device: torch.device | str = "cpu") -> 
         Mean and std, (C, 1, 1) each; (4 C, 1, 1) with a batch norm; (1, 1, 1) if all channels have the same.
     """
     config = vae.config
-    if isinstance(vae, getattr(diffusers, "AutoencoderRAE", ())):  # which normalizes its latents itself
+    if isinstance(vae, AUTOENCODER_RAE):  # which normalizes its latents itself
         return _per_channel(0.0, device), _per_channel(1.0, device)
     if has_batch_norm(vae):
         eps = config.get("batch_norm_eps", vae.bn.eps)

@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import ModelMixin
@@ -45,7 +44,7 @@ from favae.errors import CacheError
 from favae.hashing import hash_model
 from favae.models import HyperpriorModelFA
 from favae.models.hub import LATENT_RGB_KEYS
-from favae.normalization import MIN_LOGVAR, has_batch_norm
+from favae.normalization import AUTOENCODER_RAE, MIN_LOGVAR, has_batch_norm
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def load_tokenizer(path: str) -> ModelMixin:
         CacheError: if it is of another kind.
     """
     model = load_autoencoder(path)
-    name, other_kinds = type(model).__name__, (HyperpriorModelFA, getattr(diffusers, "AutoencoderRAE", ()))
+    name, other_kinds = type(model).__name__, (HyperpriorModelFA, AUTOENCODER_RAE)
     if takes_frames(model) or has_batch_norm(model) or isinstance(model, other_kinds):
         raise CacheError(f"{path}: no generator here is trained on latents of a {name}; they can be teacher.latents")
     return model

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from favae.models.class_conditional import num_classes
+from favae.models.token_heads import has_values_outside
 from favae.text_encoder import encode_texts, text_limit, warn_of_cut
 
 
@@ -42,7 +43,7 @@ class ConditionalPipeline(DiffusionPipeline):
         if class_labels is None:
             return None
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        if bool(((labels < 0) | (labels >= count)).any()):
+        if has_values_outside(labels, count):
             raise ValueError(f"class labels go from 0 to {count - 1}, got {labels.tolist()}")
         return labels.repeat_interleave(num_images_per_prompt)
 

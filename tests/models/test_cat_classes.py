@@ -34,6 +34,13 @@ def test_a_class_stands_in_the_place_of_a_text_of_one_embedding(head, tmp_path):
     assert torch.allclose(dropped, empty, atol=1e-6)
 
 
+@pytest.mark.parametrize("head", HEADS.values(), ids=list(HEADS))
+def test_costs_can_be_counted_without_memory(head):
+    with torch.device("meta"):
+        model = tiny(**head, text_dim=None, num_classes=3)
+        assert model(some_tokens(model), class_labels=torch.zeros(2, dtype=torch.long)).loss.is_meta
+
+
 def test_conditions_that_do_not_fit():
     tokens, text, labels = torch.zeros(2, 3, 3, dtype=torch.int64), torch.zeros(2, 5, 6), torch.tensor([0, 3])
     with pytest.raises(ValueError, match="needs encoder_hidden_states"):

@@ -378,8 +378,6 @@ def test_costs_can_be_counted_without_memory(head):
     with torch.device("meta"):
         model = CATTransformerModel(**{**TINY, **head})
         assert model(some_tokens(model), torch.zeros(2, 5, 6), torch.ones(2, 5)).loss.is_meta
-        model = CATTransformerModel(**{**TINY, **head, "text_dim": None, "num_classes": 3})
-        assert model(some_tokens(model), class_labels=torch.zeros(2, dtype=torch.long)).loss.is_meta
 
 
 def test_what_does_not_fit_is_refused():
