@@ -35,7 +35,8 @@ class VelocityVariance:
 
     Attributes:
         viv: the irreducible part of a flow model's velocity loss, per number of the latent, if each class is Gaussian.
-        rho: the share of the variance that is within classes, in [0, 1].
+        rho: the mean over classes of their variance; of classes of equal sizes, the share of the variance that is within
+            them. Above 1 only if small classes vary more.
         phi: viv / (pi / 2 sqrt(rho)), in [0, 1]: the shape alone. 1 is white noise within each class.
     """
 

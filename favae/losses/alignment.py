@@ -95,5 +95,5 @@ def representation_alignment(projected: Tensor, features: Tensor) -> Tensor:
     check_same_shape(projected, features)
     with no_autocast(projected.device):
         f = features.detach().float()
-        f = (f - f.mean((2, 3), keepdim=True)) / (f.std((2, 3), keepdim=True) + 1e-6)
+        f = (f - f.mean((2, 3), keepdim=True)) / (f.std((2, 3), correction=0, keepdim=True) + 1e-6)
         return 1 - F.cosine_similarity(projected.float(), f, dim=1).mean()

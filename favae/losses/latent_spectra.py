@@ -77,7 +77,7 @@ def keep_low_frequencies(images: Tensor, share: float, block: int) -> Tensor:
 
     Args:
         images: (B, C, H, W), H and W multiples of `block`.
-        share: how much is cut: 0 nothing, 1 all above the diagonal, 1.5 keeps u + v < block / 2 - 1.
+        share: how much is cut: 0 nothing, 1 the diagonal and all above it, 1.5 keeps u + v < block / 2 - 1.
         block: side of the blocks, whose DCT is cut.
     Returns:
         (B, C, H, W), float32 or float64.

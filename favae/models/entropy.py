@@ -153,7 +153,7 @@ class FactorizedDensity(nn.Module):
             return x
 
         lower, upper = logits(values - 0.5), logits(values + 0.5)
-        sign = -(lower + upper).sign().detach()  # differences of sigmoids are exact where both are small
+        sign = torch.where(lower + upper > 0, -1.0, 1.0)  # differences of sigmoids are exact where both are small
         return lower_bound((torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs(), MIN_LIKELIHOOD)
 
     @torch.no_grad()

@@ -28,8 +28,9 @@ class QuantizerOutput(BaseOutput):
     Attributes:
         latents: (B, C, h, w), codebook vectors, with the gradient of the latents they replace.
         indices: (B, h, w), (B, h, w, Q) for a residual quantizer, or (B, N) from coarse to fine; integers.
-        loss: scalar, the commitment loss: the mean squared distance between the latents (normalized, for cosine
-            similarity) and their entries; 0 outside training, but for the two orders from coarse to fine.
+        loss: scalar, the commitment loss: the mean squared distance between the latents (normalized, for "vq") and
+            their entries, for "residual" the mean over its codebooks; 0 outside training, but for the two orders from
+            coarse to fine.
     """
 
     latents: Tensor
@@ -221,7 +222,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             loss = tokens.new_zeros(())
         else:
             quantized, indices, loss = self.codebook(tokens, freeze_codebook=frozen)
-        return quantized.transpose(1, 2).unflatten(2, size), indices.unflatten(1, size), loss.sum()
+        return quantized.transpose(1, 2).unflatten(2, size), indices.unflatten(1, size), loss.mean()
 
     @property
     def _codebook_dtype(self) -> torch.dtype:
@@ -309,7 +310,7 @@ def make_quantizer(
         "dim": latent_channels,
         "codebook_size": 1024 if codebook_size is None else codebook_size,
         "codebook_dim": codebook_dim,
-        "use_cosine_sim": True,
+        "use_cosine_sim": quantizer == "vq",  # where there are residuals, their sizes matter
         "decay": codebook_decay,
         "threshold_ema_dead_code": dead_code_threshold,
         "rotation_trick": False,  # gradients pass straight through, as published
@@ -324,7 +325,7 @@ def make_quantizer(
         if codebook_dim is not None:
             raise ValueError(f"quantizer={quantizer!r} has no projections: codebook_dim must be None")
         kind = MultiScaleQuantizer if quantizer == "next_scale" else WaveletQuantizer
-        codebook = kind(scales=tuple(scales), **settings | {"use_cosine_sim": False})  # the sizes of residuals matter
+        codebook = kind(scales=tuple(scales), **settings)
     else:
         raise ValueError(f"quantizer must be 'vq', 'residual', 'fsq', 'next_scale' or 'next_band', got {quantizer!r}")
 

@@ -23,8 +23,8 @@ def create_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW for groups of parameters, and Muon for `matrices` in their place, if there are any.
 
-    Muon's updates have the size of AdamW's, so that one learning rate serves both (Jordan et al., 2024). The weights of
-    a convolution are a matrix with one row for each output channel.
+    Muon's updates have the size of AdamW's, so that one learning rate serves both (arXiv 2502.16982). The weights of a
+    convolution are a matrix with one row for each output channel.
     """
     matrices, betas = list(matrices), (train.betas[0], train.betas[1])
     is_matrix = {id(matrix) for matrix in matrices}
@@ -48,7 +48,7 @@ def matrices_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 def weight_decay_groups(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     """Groups of parameters: weights of layers, which decay, and biases, norms, embeddings and positions, which do not.
 
-    Source: the published code of CAT (Lin et al., CVPR 2023), after minGPT.
+    Source: minGPT, whose groups the published code of CAT (Lin et al., CVPR 2023) follows.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     decaying = {id(layer.weight) for layer in layers}

@@ -36,6 +36,8 @@ class SpectrumConfig:
     def __post_init__(self):
         if self.type == "none" and (self.sigma, self.kernel_size) != (3.0, None):
             raise ConfigError("loss.spectrum.type=none blurs nothing: it has neither sigma nor kernel_size")
+        if self.type != "dynamic" and self.learning_rate != 1.0e-3:
+            raise ConfigError(f"loss.spectrum.type={self.type} learns no sigma: it has no learning_rate")
 
     def build(self, levels: int) -> SpectrumLoss:
         """Raises ValueError for a kernel size or a sigma that the loss does not take."""
@@ -105,10 +107,10 @@ class SpectrumMatchingConfig:
 
 @dataclass(config=STRICT)
 class FrequencyMaskingConfig:
-    """Cuts the high frequencies of latents and images alike; see `keep_low_frequencies`. Published: 0.75."""
+    """Cuts the high frequencies of latents and images; see `keep_low_frequencies`. Published: 0.75, blocks of 8."""
 
     probability: Probability = 0.0  # of a batch
-    latent_block: Literal[4, 8] = 8  # side of the blocks of the latents; of images it is 8
+    latent_block: Literal[4, 8] = 8  # side of the blocks of the latents, of which 4 loses more; of images it is 8
 
 
 @dataclass(config=STRICT)

@@ -95,6 +95,21 @@ def test_gradients_pass_straight_through(options):
     assert quantized.loss > 0 and pull.abs().sum() > 0
 
 
+def test_residual_codes_each_lessen_the_error():
+    torch.manual_seed(0)
+    model = VQModelFA(**TINY_VQ | {"quantizer": "residual", "codebook_decay": 0.8}).train()
+    latents = (0.3 * torch.randn(8, 6, 16, 16)).requires_grad_()
+    for _ in range(40):
+        found = model.quantize(latents)
+    tokens = found.indices.flatten(1, 2)
+    parts = model.codebook.get_codes_from_indices(tokens)  # (4, B, hw, C)
+    target = latents.detach().flatten(2).transpose(1, 2)
+    errors = [(target - parts[: k + 1].sum(0)).square().mean() for k in range(4)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert fine < 0.75 * coarse
+    assert found.loss < errors[0]  # the mean over the codebooks
+
+
 def test_dead_codes_come_back():
     used = {}
     for threshold in (0.0, 0.02):
