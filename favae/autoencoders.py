@@ -82,7 +82,7 @@ def spatial_compression_ratio(vae: ModelMixin) -> int:
         return compression_ratio(len(config.dim_mult)) * (config.get("patch_size") or 1)
     if hasattr(vae, "spatial_compression_ratio"):
         return int(vae.spatial_compression_ratio)
-    for widths in ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels"):
+    for widths in ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels", "ch_mult"):
         if widths in config:
             return compression_ratio(len(config[widths]))
     if isinstance(vae, AUTOENCODER_RAE):

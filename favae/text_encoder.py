@@ -106,7 +106,11 @@ def warn_of_cut(tokenizer, texts: list[str], mask: Tensor, max_length: int) -> b
 
 @torch.no_grad()
 def encode_texts(
-    model: PreTrainedModel, tokenizer, texts: list[str], max_length: int | None = None
+    model: PreTrainedModel,
+    tokenizer,
+    texts: list[str],
+    max_length: int | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of the tokens of texts.
 
@@ -114,8 +118,9 @@ def encode_texts(
         model, tokenizer: of the transformers library, as a `TextEncoder` has them.
         texts: B >= 1 strings. An empty text has the embeddings of its start and end tokens.
         max_length: number of tokens to which texts are cut; None takes as many as the encoder can.
+        device: where the model computes; None: where its weights are.
     Returns:
-        Embeddings (B, L, D), float32, and mask (B, L), bool, True where there is a token; on the model's device.
+        Embeddings (B, L, D), float32, and mask (B, L), bool, True where there is a token; on that device.
         Padding comes after the text, up to the longest text, or with CLIP up to `max_length`.
     """
     is_clip = model.config.model_type.startswith("clip")
@@ -125,8 +130,8 @@ def encode_texts(
         max_length=text_limit(model, tokenizer) if max_length is None else max_length,
         padding="max_length" if is_clip else "longest",
         return_tensors="pt",
-    ).to(model.device)
-    with no_autocast(model.device):
+    ).to(device or model.device)
+    with no_autocast(tokens["input_ids"].device):
         embeddings = model(**tokens).last_hidden_state
     return embeddings.float(), tokens["attention_mask"].bool()
 

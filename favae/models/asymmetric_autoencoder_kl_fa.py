@@ -1,5 +1,7 @@
 """`AsymmetricAutoencoderKLFA`: the encoder of an existing autoencoder with a wavelet decoder."""
 
+import inspect
+
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -135,12 +137,11 @@ class AsymmetricAutoencoderKLFA(FullTilesAutoencoderKL):
             raise ValueError(
                 f"from_autoencoder_kl takes a stock AutoencoderKL or AutoencoderKLFlux2, got {type(vae).__name__}"
             )
-        config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+        known = inspect.signature(cls.__init__).parameters
+        config = {name: value for name, value in vae.config.items() if name in known}
         if isinstance(vae, AutoencoderKLFlux2):
-            for name in ("decoder_block_out_channels", "batch_norm_eps", "batch_norm_momentum", "patch_size"):
-                config.pop(name, None)
-            config["scaling_factor"] = 1.0
-        previews = {name: config.pop(name) for name in LATENT_RGB_KEYS if name in config}  # of the same latents
+            config |= {"scaling_factor": 1.0, "force_upcast": False}
+        previews = {name: vae.config[name] for name in LATENT_RGB_KEYS if name in vae.config}  # of the same latents
         model = cls(
             **config,
             low_block_out_channels=low_block_out_channels,

@@ -49,6 +49,7 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin, AutoencoderMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _group_offload_block_modules = ["encoder", "decoder"]
 
     @register_to_config
     def __init__(

@@ -73,19 +73,25 @@ class CATAttention(nn.Module):
         return projected.unflatten(-1, (-1, self.head_dim))
 
     def forward(
-        self, hidden_states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
+        self,
+        hidden_states: Tensor,
+        context: Tensor | tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
         """
         Args:
             hidden_states: (B, N, dim), the queries.
-            key, value: (B, L, heads or 1, head_dim), by `key_value`.
+            context: (B, L, context_dim), before which the null stands; or its keys and values, by `key_value`.
             mask: broadcasts to (B, heads, N, L); bool, True where attention is allowed, or a bias that is added.
             is_causal: query n sees keys 0 to n, without a mask.
         Returns:
             (B, N, dim).
         """
         query = self.to_q(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, N, heads, head_dim)
-        key, value = (x.expand(-1, -1, self.heads, -1) for x in (key, value))
+        if isinstance(context, Tensor):
+            context = self.key_value(context, with_null=True)
+        key, value = (x.expand(-1, -1, self.heads, -1) for x in context)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)
         return self.to_out(dispatch_attention_fn(query, key, value, attn_mask=mask, is_causal=is_causal).flatten(2))
@@ -224,7 +230,7 @@ class CATBlock(nn.Module):
         if cache is not None and cells is not None:
             slots = torch.arange(key.shape[1], device=cells.device) if is_first else cells + self.attn.null_count
             key, value = cache.update(key, value, slots)
-        attended = self.attn(normed, key, value, **self._causal_mask(cells, key, visible))
+        attended = self.attn(normed, (key, value), **self._causal_mask(cells, key, visible))
         hidden_states = hidden_states + self.dropout(attended)
 
         # 2. Attention to the text, which is projected once
@@ -233,7 +239,7 @@ class CATBlock(nn.Module):
             text = self.cross_attn.key_value(encoder_hidden_states, with_null=True)
         if cache is not None:
             cache.text = text
-        attended = self.cross_attn(self.norm2(hidden_states), *text, mask=text_mask)
+        attended = self.cross_attn(self.norm2(hidden_states), text, mask=text_mask)
         hidden_states = hidden_states + self.dropout(attended)
 
         # 3. Feed-forward

@@ -8,7 +8,7 @@ from favae.models.lightningdit_transformer_2d import xavier_uniform_of_rows
 
 def num_classes(generator: ModelMixin) -> int:
     """Number of classes, which is also the index of the null class; 0 without classes."""
-    config = generator.config
+    generator, config = _uncompiled(generator), generator.config
     if isinstance(generator, UNet2DModel):
         return (config.num_class_embeds or 1) - 1
     return config.num_embeds_ada_norm if isinstance(generator, DiTTransformer2DModel) else config.num_classes
@@ -16,7 +16,12 @@ def num_classes(generator: ModelMixin) -> int:
 
 def time_scale(generator: ModelMixin) -> float:
     """The factor from times in [0, 1] to the `timestep` of the generator: DiT and UNet embed 0 to 1,000."""
-    return 1000.0 if isinstance(generator, DiTTransformer2DModel | UNet2DModel) else 1.0
+    return 1000.0 if isinstance(_uncompiled(generator), DiTTransformer2DModel | UNet2DModel) else 1.0
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` gives."""
+    return getattr(model, "_orig_mod", model)
 
 
 def initialize_dit(transformer: DiTTransformer2DModel) -> None:

@@ -157,8 +157,7 @@ class LightningDiTBlock(nn.Module):
         attended = self.attn(modulate(self.norm1(hidden_states), shift1, scale1), rotary)
         hidden_states = hidden_states + gate1.unsqueeze(1) * attended
         if self.text_attn is not None and self.norm_text is not None and text is not None:
-            key, value = self.text_attn.key_value(text, with_null=True)
-            hidden_states = hidden_states + self.text_attn(self.norm_text(hidden_states), key, value, text_mask)
+            hidden_states = hidden_states + self.text_attn(self.norm_text(hidden_states), text, text_mask)
         transformed = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
         return hidden_states + gate2.unsqueeze(1) * transformed
 

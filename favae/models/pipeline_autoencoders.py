@@ -15,6 +15,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from favae.models.hub import HubModelMixin
+from favae.models.sizes import compression_ratio
 
 
 class AutoencoderAdapter(HubModelMixin, ModelMixin):
@@ -24,6 +25,7 @@ class AutoencoderAdapter(HubModelMixin, ModelMixin):
         autoencoder: the model inside; images (B, 3, H, W), latents (B, C, h, w).
     """
 
+    _group_offload_block_modules = ["autoencoder", "encoder", "decoder", "quant_conv", "post_quant_conv"]
     autoencoder: ModelMixin
 
     @classmethod
@@ -79,7 +81,7 @@ class PackedNormAutoencoder(AutoencoderAdapter):
 
     @property
     def spatial_compression_ratio(self) -> int:
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return compression_ratio(len(self.config.block_out_channels))
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple:

@@ -60,7 +60,7 @@ class ConditionalPipeline(DiffusionPipeline):
             raise ValueError("a pipeline without a text encoder needs prompt_embeds and prompt_attention_mask")
         prompts = list(prompts)
         limit = self.config.max_length or text_limit(self.text_encoder, self.tokenizer)
-        embeddings, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit)
+        embeddings, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit, self._execution_device)
         warn_of_cut(self.tokenizer, prompts, mask, limit)
         empty = torch.tensor([not text.strip() for text in prompts], device=mask.device)
         return embeddings, mask & ~empty.unsqueeze(1)

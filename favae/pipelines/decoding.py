@@ -8,6 +8,18 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from favae.errors import NonFiniteError
+from favae.normalization import has_batch_norm
+
+
+def check_autoencoder(vae: ModelMixin, channels: int) -> None:
+    """Raises ValueError for an autoencoder that `decode_latents` cannot use for latents of so many channels."""
+    config = vae.config
+    if has_batch_norm(vae) or "scaling_factor" not in config or "latent_channels" not in config:
+        raise ValueError(f"a {type(vae).__name__} does not have the latents of an AutoencoderKL, which are needed here")
+    if channels != config.latent_channels:
+        raise ValueError(
+            f"the transformer was built for {channels} latent channels, the autoencoder has {config.latent_channels}"
+        )
 
 
 def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
@@ -49,11 +61,10 @@ def decode_finite(vae: ModelMixin, latents: Tensor) -> Tensor:
         dtype = vae.dtype
         images = vae.decode(latents.to(dtype) if latents.is_floating_point() else latents).sample
     if not torch.isfinite(images).all():
-        remedy = (
-            "run it in float32 or bfloat16, or set force_upcast=True in its config"
-            if dtype == torch.float16
-            else "it may not belong to this generator, or its weights are damaged"
-        )
+        remedy = "it may not belong to this generator, or its weights are damaged"
+        if dtype == torch.float16:
+            is_set = vae.config.get("force_upcast")  # which does nothing for weights that others move
+            remedy = "run it in float32 or bfloat16" + ("" if is_set else ", or set force_upcast=True in its config")
         raise NonFiniteError(f"the images of the {type(vae).__name__} are not finite in {dtype}; {remedy}")
     return images
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from favae.autoencoders import spatial_compression_ratio
 from favae.models import CATTransformerModel, VQModelFA
 from favae.pipelines.conditions import ConditionalPipeline, check_text_encoder
-from favae.pipelines.decoding import decode_finite, decode_latents
+from favae.pipelines.decoding import check_autoencoder, decode_finite, decode_latents
 
 
 class CATPipeline(ConditionalPipeline):
@@ -55,9 +55,7 @@ class CATPipeline(ConditionalPipeline):
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens of the transformer -> images (B, 3, H, W) around [-1, 1]."""
-        if isinstance(self.vae, VQModelFA):
-            return decode_finite(self.vae, tokens)
-        return decode_latents(self.vae, tokens)
+        return (decode_latents if tokens.is_floating_point() else decode_finite)(self.vae, tokens)
 
     @torch.no_grad()
     def __call__(
@@ -143,8 +141,10 @@ def _check_vae(transformer: CATTransformerModel, vae: VQModelFA | AutoencoderKL)
         if kind in ("next_scale", "next_band"):
             needed |= {"order": kind, "scales": list(vae.config.scales)}
     else:
-        needed = {"head": "flow", "latent_channels": vae.config.latent_channels}
+        needed = {"head": "flow"}
     for name, value in needed.items():
         own = transformer.config[name]
         if (list(own) if isinstance(own, tuple) else own) != value:
             raise ValueError(f"the transformer has {name}={transformer.config[name]}, the autoencoder needs {value}")
+    if needed["head"] == "flow":
+        check_autoencoder(vae, transformer.config.latent_channels)

@@ -1,6 +1,7 @@
 """`LightningDiTPipeline`: classes or texts to images, with any autoencoder and diffusers' flow-matching Euler."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import numpy as np
 import torch
@@ -22,11 +23,9 @@ from favae.autoencoders import spatial_compression_ratio
 from favae.models import LightningDiTTransformer2DModel
 from favae.models.class_conditional import num_classes, time_scale
 from favae.models.token_heads import guide
-from favae.normalization import has_batch_norm
 from favae.pipelines.conditions import ConditionalPipeline, check_text_encoder
-from favae.pipelines.decoding import decode_latents
-
-ROUNDING = 1e-5  # of times, which are float32
+from favae.pipelines.decoding import check_autoencoder, decode_latents
+from favae.pipelines.solvers import ROUNDING, check_flow
 
 
 class LightningDiTPipeline(ConditionalPipeline):
@@ -38,7 +37,7 @@ class LightningDiTPipeline(ConditionalPipeline):
             [`LightningDiTTransformer2DModel`], or a [`DiTTransformer2DModel`] or [`UNet2DModel`] that was trained to do
             so and has as many output as input channels.
         vae: an autoencoder of single images, such as [`AutoencoderKL`]. See `decode_latents` for how its config scales
-            latents back.
+            latents back. With None only `output_type="latent"` is possible.
         scheduler: a [`FlowMatchEulerDiscreteScheduler`], whose `shift` is 1 / s for LightningDiT's timestep shift s, or
             another one of flows; see `flow_scheduler`.
         id2label: class index -> name, for `get_label_ids`.
@@ -48,12 +47,13 @@ class LightningDiTPipeline(ConditionalPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components = ["vae", "text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
         transformer: LightningDiTTransformer2DModel | DiTTransformer2DModel | UNet2DModel,
-        vae: ModelMixin,
+        vae: ModelMixin | None,
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         text_encoder: PreTrainedModel | None = None,
@@ -61,21 +61,21 @@ class LightningDiTPipeline(ConditionalPipeline):
         max_length: int | None = None,
     ):
         super().__init__()
-        if transformer.config.in_channels != vae.config.latent_channels:
-            raise ValueError(
-                f"the transformer was built for {transformer.config.in_channels} latent channels, "
-                f"the autoencoder has {vae.config.latent_channels}"
-            )
-        if has_batch_norm(vae):
-            raise ValueError(f"a {type(vae).__name__} normalizes packed latents, which this pipeline does not have")
+        if vae is not None:
+            check_autoencoder(vae, transformer.config.in_channels)
         if text_encoder is not None:
             check_text_encoder(transformer, text_encoder)
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(id2label=id2label, max_length=max_length)
-        self.vae_scale_factor = spatial_compression_ratio(vae)
+        self.vae_scale_factor = 8 if vae is None else spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the last call made, or makes."""
+        return self._num_timesteps
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Normalized latents (B, C, h, w) -> images (B, 3, H, W) around [-1, 1]."""
@@ -117,7 +117,8 @@ class LightningDiTPipeline(ConditionalPipeline):
             prompt_embeds, prompt_attention_mask: text embeddings (B, L, D) and mask (B, L) by `encode_prompt`, instead
                 of `prompt`. Guidance leads away from no text; there is no negative prompt.
             callback_on_step_end: is called with the pipeline, the number of the step, its timestep and {"latents": ...}
-                after each, and may return other latents, as in diffusers' pipelines.
+                after each, and may return other latents, as in diffusers' pipelines. If it sets `_interrupt` of the
+                pipeline to True, no more steps are made.
             callback_on_step_end_tensor_inputs: what it is given; there are latents alone.
 
         Returns:
@@ -126,11 +127,15 @@ class LightningDiTPipeline(ConditionalPipeline):
         Raises:
             ValueError: for a class index that the transformer does not have, classes or texts that it needs or does
                 not take, guidance of a transformer that was never trained without them, an interval that does not rise,
-                or a number of channels that it does not have.
+                a number of channels that it does not have, or a scheduler that is not one of flows.
             NonFiniteError: if latents or images are not finite.
         """
         # 1. The condition, that of guidance, and noise
         transformer, config = self.transformer, self.transformer.config
+        if self.vae is None and output_type != "latent":
+            raise ValueError('a pipeline without an autoencoder needs output_type="latent"')
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs: no {unknown}, only {self._callback_tensor_inputs}")
         if guidance_interval[0] > guidance_interval[1]:
             raise ValueError(f"guidance_interval must rise, got {tuple(guidance_interval)}")
         if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
@@ -146,7 +151,8 @@ class LightningDiTPipeline(ConditionalPipeline):
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} images")
         device, scale = self._execution_device, time_scale(transformer)
-        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        size = config.sample_size
+        shape = (count, config.in_channels, *((size, size) if isinstance(size, int) else size))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
@@ -158,9 +164,14 @@ class LightningDiTPipeline(ConditionalPipeline):
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
+        check_flow(self.scheduler)
+        options = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
+        self._interrupt, self._num_timesteps = False, len(self.scheduler.timesteps)
         self.scheduler.set_begin_index(0)  # of many steps with a large shift, the first two may have one timestep
         begin, end = guidance_interval[0] - ROUNDING, guidance_interval[1] + ROUNDING
         for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if self._interrupt:
+                break
             time = 1 - self.scheduler.sigmas[number].to(device)  # 0 is noise; some schedulers round their time steps
             is_guided = guidance_scale != 1 and begin <= time <= end
             batch = torch.cat([latents, latents]) if is_guided else latents
@@ -170,7 +181,7 @@ class LightningDiTPipeline(ConditionalPipeline):
             if is_guided:
                 velocity = self._guide(velocity, guidance_scale, guidance_channels)
             # The velocity of the scheduler points from data to noise, ours from noise to data.
-            latents = self.scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
+            latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **options)[0]
             if callback_on_step_end is not None:
                 shown = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                 latents = (callback_on_step_end(self, number, timestep, shown) or {}).get("latents", latents)

@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 Solver = Literal["euler", "heun", "dpm++", "sde"]
+ROUNDING = 1e-5  # of times, which are float32
 
 
 class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
@@ -70,6 +71,17 @@ def flow_scheduler(solver: Solver, shift: float = 1.0) -> SchedulerMixin:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
         )
     return (FlowMatchSDEScheduler if solver == "sde" else FlowMatchEulerDiscreteScheduler)(shift=shift)
+
+
+def check_flow(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError for a scheduler that does not go from noise at 1 to data at 0 by velocities, as it is set."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    ends = sigmas is not None and float(sigmas.max()) <= 1 + ROUNDING and float(sigmas[-1]) <= ROUNDING
+    if not ends or scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction":
+        raise ValueError(
+            f"this {type(scheduler).__name__} is not set to integrate a flow; favae.pipelines.solvers.flow_scheduler "
+            'makes some that are, and others of diffusers take use_flow_sigmas=True, prediction_type="flow_prediction"'
+        )
 
 
 def shift_of(scheduler: SchedulerMixin) -> float | None:

@@ -5,6 +5,11 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from favae import AsymmetricAutoencoderKLFA
 
 
+def test_settings_that_are_not_known_are_left_out(tiny_kl):
+    tiny_kl.register_to_config(of_a_later_version=1)
+    assert "of_a_later_version" not in AsymmetricAutoencoderKLFA.from_autoencoder_kl(tiny_kl).config
+
+
 def test_from_autoencoder_kl_keeps_the_latent_space(tiny_kl):
     tiny_kl.register_to_config(scaling_factor=0.3, shift_factor=0.1)
     model = AsymmetricAutoencoderKLFA.from_autoencoder_kl(tiny_kl, high_block_out_channels=(8, 8))

@@ -79,6 +79,18 @@ def test_offloaded_weights_are_fetched(adapter):
     assert fetched == [model, model]
 
 
+@pytest.mark.parametrize("adapter", [None, PackedNormAutoencoder, SingleFrameAutoencoder])
+def test_blocks_are_offloaded_in_groups_that_their_methods_fetch(adapter):
+    model = make()
+    if adapter is not None:
+        model = adapter({**model.config, "_class_name": "AutoencoderTinyFA"})
+    cpu = torch.device("cpu")
+    options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, **options)
+    fetched = [name for name, part in model.named_modules() if hasattr(part, "_diffusers_hook")]
+    assert "encoder" in " ".join(fetched) and "decoder" in " ".join(fetched)
+
+
 def test_each_octave_left_to_the_wavelet_saves_work():
     flops = [measure_budget(AutoencoderTinyFA(**TINY | changes), 32).flops for changes in (PIXELS, {}, TWO)]
     assert flops[0] > flops[1] > flops[2]

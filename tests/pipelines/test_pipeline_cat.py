@@ -144,6 +144,12 @@ def test_without_text_encoder_and_autoencoder(codes, tmp_path):
         alone("a cat", output_type="latent")
 
 
+def test_a_compiled_autoencoder_decodes_codes(codes):
+    expected = codes("a cat", generator=seeds(1), output_type="pt").images
+    codes.vae = torch.compile(codes.vae, backend="eager")
+    assert torch.allclose(codes("a cat", generator=seeds(1), output_type="pt").images, expected, atol=1e-5)
+
+
 def test_classes(tmp_path):
     model = transformer(text_dim=None, num_classes=3)
     pipe = CATPipeline(model, VQModelFA(**TINY_VQ).eval(), None, None, id2label={0: "cat", 1: "dog", 2: "apple"})

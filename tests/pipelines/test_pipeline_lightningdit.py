@@ -1,15 +1,30 @@
 import logging
 from typing import get_args
 
+import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LIGHTNINGDIT, run
-from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from conftest import TINY_CAT, TINY_HYPERPRIOR, TINY_LIGHTNINGDIT, run
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from tiny_autoencoders import autoencoders
 from tiny_text import save_bert
 
-from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
+from favae import (
+    CATPipeline,
+    CATTransformerModel,
+    HyperpriorModelFA,
+    LightningDiTPipeline,
+    LightningDiTTransformer2DModel,
+)
 from favae.adapters.latent_previews import latent_rgb
 from favae.autoencoders import decode, encode
 from favae.errors import NonFiniteError
@@ -30,11 +45,44 @@ def pipeline(tiny_favae) -> LightningDiTPipeline:
     return pipe
 
 
-def test_autoencoders_with_a_batch_norm_are_refused(pipeline):
-    vae = autoencoders()["AutoencoderKLFlux2"]
-    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | {"in_channels": vae.config.latent_channels})
-    with pytest.raises(ValueError, match="a AutoencoderKLFlux2 normalizes packed latents"):
+@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage", "HyperpriorModelFA"])
+def test_autoencoders_of_other_latents_are_refused(pipeline, name):
+    vae = HyperpriorModelFA(**TINY_HYPERPRIOR) if name == "HyperpriorModelFA" else autoencoders()[name]
+    channels = vae.config.get("latent_channels", 4)
+    transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | {"in_channels": channels})
+    with pytest.raises(ValueError, match=f"a {name} does not have the latents"):
         LightningDiTPipeline(transformer, vae, pipeline.scheduler)
+    transformer = CATTransformerModel(**TINY_CAT | {"head": "flow", "latent_channels": channels, "head_width": 16})
+    with pytest.raises(ValueError, match=f"a {name} does not have the latents"):
+        CATPipeline(transformer, vae, None, None)
+
+
+def test_without_an_autoencoder_there_are_latents(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    bare = DiffusionPipeline.from_pretrained(tmp_path, vae=None)
+    options = {"num_inference_steps": 2, "latents": torch.randn(1, 6, 4, 4), "output_type": "latent"}
+    assert torch.equal(bare([0], **options).images, pipeline([0], **options).images)
+    with pytest.raises(ValueError, match="without an autoencoder"):
+        bare([0])
+
+
+def test_a_compiled_generator_of_diffusers_is_known(pipeline):
+    unet = UNet2DModel(
+        sample_size=(4, 8),
+        in_channels=6,
+        out_channels=6,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=4,
+    ).eval()
+    pipe = LightningDiTPipeline(unet, pipeline.vae, pipeline.scheduler)
+    options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2.0}
+    expected = pipe([0, 2], generator=torch.Generator().manual_seed(0), **options).images
+    assert expected.shape == (2, 6, 4, 8)
+    pipe.transformer = torch.compile(unet, backend="eager")
+    assert torch.equal(pipe([0, 2], generator=torch.Generator().manual_seed(0), **options).images, expected)
 
 
 def hand_written_euler(transformer, latents, labels, steps, shift, scale=1.0, channels=None, interval=(0.0, 1.0)):
@@ -207,6 +255,20 @@ def test_solvers_of_second_order_need_fewer_evaluations(pipeline, shift, monkeyp
     assert errors["heun"] < 0.5 * errors["euler"] and errors["dpm++"] < 0.7 * errors["euler"]
 
 
+def test_other_schedulers_of_flows(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.transformer, "forward", exact_velocity)
+    noise = torch.randn(1, 6, 4, 4)
+    options = {"guidance_scale": 1.0, "num_inference_steps": 20, "output_type": "latent", "latents": noise}
+    config = pipeline.scheduler.config
+    flows = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(config, **flows)
+    assert (pipeline([0], **options).images - (MEAN + STD * noise)).abs().mean() < 0.02
+    for other in (DPMSolverMultistepScheduler.from_config(config), DDIMScheduler()):
+        pipeline.scheduler = other
+        with pytest.raises(ValueError, match="not set to integrate a flow"):
+            pipeline([0], **options)
+
+
 def test_the_sde_has_the_distribution_of_the_flow(pipeline, monkeypatch):
     monkeypatch.setattr(pipeline.transformer, "forward", exact_velocity)
     pipeline.scheduler = flow_scheduler("sde")
@@ -276,6 +338,20 @@ def test_a_callback_sees_and_changes_latents(pipeline):
     assert previews[0].shape == (2, 3, 4, 4) and not torch.equal(previews[0], previews[-1])
 
 
+def test_a_callback_ends_sampling(pipeline):
+    seen = []
+
+    def callback(pipe, step, timestep, given):
+        seen.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    pipeline([0], num_inference_steps=5, callback_on_step_end=callback)
+    assert seen == [0, 1] and pipeline.num_timesteps == 5
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs: no {'prompt_embeds'}"):
+        pipeline([0], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
 # Texts ----------------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +365,14 @@ def of_texts(tiny_favae, tmp_path) -> LightningDiTPipeline:
     pipe = LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler(), **texts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_prompts_with_all_parts_offloaded(of_texts):
+    options = {"num_inference_steps": 2, "latents": torch.randn(1, 6, 4, 4), "output_type": "pt"}
+    expected = of_texts(prompt="a red apple", **options).images
+    for part in (of_texts.text_encoder, of_texts.transformer, of_texts.vae):
+        accelerate.cpu_offload(part, torch.device("cpu"))  # as enable_sequential_cpu_offload does
+    assert torch.equal(of_texts(prompt="a red apple", **options).images, expected)
 
 
 def test_prompts_become_images(of_texts, tmp_path):
