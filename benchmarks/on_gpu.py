@@ -8,10 +8,11 @@
 Each slice is one of the other benchmarks with settings for a GPU, or a training with each of several settings, by its
 own script; trainings are compared with the first setting. Those of `..._on_all_gpus` take all GPUs and are left out
 where there is one. Slices are independent of each other: one that fails is reported, and the others run. Each writes a
-JSON file into docs/results/gpu/. All but the experiments take about an hour together. With --minutes, a slice is ended
-after so long, and the same command goes on: the experiments on glyphs and photographs (of 32, 64 and 128 px, with 20
-times the steps; scripts/glyphs.py and scripts/photographs.py write their data) continue where they were. Their models
-are too small to keep a GPU busy: with --jobs it trains several rows at a time, if there are as many cores.
+JSON file into docs/results/gpu/; the last lines are the tables of trainings and experiments. All but the experiments
+take about an hour together. With --minutes, a slice is ended after so long, and the same command goes on: trainings
+that are compared already are not run again, and the experiments on glyphs and photographs (of 32, 64 and 128 px, with
+20 times the steps) continue where they were. scripts/glyphs.py writes 27 MB of data and scripts/photographs.py 250 MB.
+Their models are too small to keep a GPU busy: with --jobs it trains several rows at a time, if there are as many cores.
 """
 
 import json
@@ -19,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import torch
 from diffusers import AutoencoderKL
@@ -122,18 +124,23 @@ def run_benchmark(name: str, minutes: float | None) -> None:
 
 
 def compare_trainings(name: str, variants: dict[str, list[str]], processes: int, minutes: float | None) -> None:
-    """Trains with each setting, in processes of their own; speed relative to the first."""
+    """Trains with each setting, in processes of their own; speed relative to the first.
+
+    Files of single trainings are there while the slice is not finished.
+    """
+    end = None if minutes is None else time.monotonic() + 60 * minutes
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     if variants[next(iter(variants))][0] == "generator":
         prepare_latents()
     result = environment()
-    for variant, words in variants.items():
-        file = FILES / f"{name}-{variant}.json"
-        file.unlink(missing_ok=True)
-        command = [*launcher, "-m", "benchmarks.training_run", *words, "--output", str(file)]
-        run(command, minutes)
+    files = {variant: FILES / f"{name}-{variant}.json" for variant in variants}
+    for variant, file in files.items():
+        if not file.exists() or json.loads(file.read_text())["commit"] != result["commit"]:
+            file.unlink(missing_ok=True)
+            command = [*launcher, "-m", "benchmarks.training_run", *variants[variant], "--output", str(file)]
+            run(command, None if end is None else (end - time.monotonic()) / 60)
         if not file.exists():  # ended
             return
         found = json.loads(file.read_text())
@@ -142,6 +149,19 @@ def compare_trainings(name: str, variants: dict[str, list[str]], processes: int,
         first = result[next(iter(variants))]["seconds_per_step"]
         result[variant]["speedup"] = first / found["seconds_per_step"]
         write_result(OUTPUT / f"{name}.json", result)
+    for file in files.values():
+        file.unlink()
+
+
+def table(name: str) -> str:
+    """What a slice has found, as text; nothing of those whose benchmark prints it."""
+    file = OUTPUT / f"{name}.json"
+    if name in EXPERIMENTS:
+        return file.with_suffix(".md").read_text() if file.with_suffix(".md").exists() else ""
+    found = json.loads(file.read_text()) if name not in BENCHMARKS and file.exists() else {}
+    rows = {variant: row for variant, row in found.items() if isinstance(row, dict) and "speedup" in row}
+    lines = [f"{variant:30}{row['seconds_per_step']:8.3f} s{row['speedup']:7.2f} x" for variant, row in rows.items()]
+    return "\n".join(lines)
 
 
 def prepare_latents(resolution: int = 256) -> None:
@@ -187,6 +207,9 @@ def main(argv: list[str] | None = None) -> None:
         except subprocess.CalledProcessError as error:
             print(f"failed: {error}", flush=True)
             failed.append(name)
+    for name, found in ((name, table(name)) for name in arguments.only):
+        if found:
+            print(f"== {name}\n{found}")
     if failed:
         sys.exit(f"error: {', '.join(failed)} failed; the other slices have written their files")
 

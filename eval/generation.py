@@ -36,6 +36,7 @@ from favae.eval.sampling import classes_of, hash_prompts, sample_to_folder
 from favae.eval.seams import patch_size_of, relative_seams
 from favae.models.flow_head import DEFAULT_STEPS
 from favae.pipelines import CATPipeline, LightningDiTPipeline
+from favae.pipelines.conditions import ConditionalPipeline
 from favae.pipelines.solvers import Solver, flow_scheduler, shift_of
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ NEIGHBORS = 3  # of precision and recall
 KERNEL_SUBSET_SIZE = 1000
 SAMPLING_PROTOCOL_KEYS = (
     "labels", "prompts", "sampler", "shift", "guidance_interval", "guidance_channels", "num_inference_steps",
-    "temperature", "top_k", "top_p", "posterior",
+    "temperature", "top_k", "top_p",
 )  # fmt: skip
 LABELS_BY_KEY = {"guidance_scale": "guidance", "seed": "seed"}
 
@@ -84,7 +85,8 @@ def generation_metrics(
     # How much further the samples are from the reference than other real images are.
     if validation is not None:
         floor = _frechet(reference.mean, reference.covariance, validation.mean, validation.covariance)
-        metrics["FDr"] = metrics["FID"] / floor if floor and metrics["FID"] is not None else None
+        is_apart = floor is not None and floor > 1e-6 * np.trace(reference.covariance)  # not the same images
+        metrics["FDr"] = metrics["FID"] / floor if is_apart and metrics["FID"] is not None else None
 
     # Metrics that compare single images.
     smaller = 0 if real is None else min(len(real), len(fake))
@@ -100,7 +102,9 @@ def generation_metrics(
 
     missing = [name for name, value in metrics.items() if value is None]
     if missing:
-        logger.warning("no %s: there are too few images, or the reference lacks them", ", ".join(missing))
+        logger.warning(
+            "no %s: there are too few images, the reference lacks them, or it is its own validation", ", ".join(missing)
+        )
     named = {metric_name(name, reference.extractor): value for name, value in metrics.items()}
     return named | {"CMMD": clip_distance(real, fake)} if reference.extractor == CLIP and smaller else named
 
@@ -278,6 +282,8 @@ def sample_pipeline(
     if not conditional and list(guidance_scales) != [1.0]:
         raise DataError(f"guidance needs classes or prompts, and a {type(pipeline).__name__} has neither")
 
+    if min(guidance_scales) < 1 and not isinstance(pipeline, ConditionalPipeline):
+        raise DataError(f"guidance scales below 1 have no effect in a {type(pipeline).__name__}")
     if labels == "random" and not classes:
         raise DataError(f"random labels need classes, and a {type(pipeline).__name__} has none")
     if shift is not None or solver is not None:

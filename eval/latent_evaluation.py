@@ -56,11 +56,13 @@ def cached_latents(folder: str, num_images: int) -> LatentSet:
 
     Raises:
         CacheError: if there is no finished cache.
-        DataError: if it holds tokens.
+        DataError: if it holds tokens, or latents of images that were blurred.
     """
     dataset = open_latents(folder, flip=False)
     if isinstance(dataset, TokenDataset):
         raise DataError(f"{folder} holds tokens; these meters are of continuous latents")
+    if dataset.manifest.get("low_pass"):
+        raise DataError(f"{folder} was written with --low-pass, of blurred images")
     total = dataset.manifest.get("images", len(dataset))
     indices = np.linspace(0, total - 1, min(num_images, total)).astype(int)
     if len(dataset) < total:
@@ -177,6 +179,8 @@ def evaluate_latents(
         for reason in missing:
             logger.warning("%s: %s", name, reason)
         shape = list(found.latents.shape[1:])
+        if found.latents.shape[1:] != first.latents.shape[1:]:
+            logger.warning("%s has latents of another size than %s: compare no meters", name, sets[0][0])
         rows.append({"model": name, "latent_shape": shape, "metrics": metrics | distances | found.distances})
     protocol = {**about, "posterior": "mode", "standardized": True, "features": features}
     write_results(output, "latents", protocol, rows)
@@ -185,12 +189,15 @@ def evaluate_latents(
 
 
 def latent_metrics(latents: Tensor, labels: Tensor) -> tuple[dict[str, float | None], np.ndarray, list[str]]:
-    """The meters of latents (N, C, h, w) of classes (N,), their power spectrum, and why some meters are None."""
+    """The meters of latents (N, C, h, w) of classes (N,), their power spectrum, and why some meters are None or say
+    something else."""
     metrics: dict[str, float | None] = dict.fromkeys(("VIV", "rho", "phi", "LNC"))
     missing = []
     try:
         measured = velocity_variance(latents, labels)
         metrics |= {"VIV": measured.viv, "rho": measured.rho, "phi": measured.phi}
+        if len(labels.unique()) == 1:
+            missing.append("VIV, rho and phi are of all images as one class: there are no others")
     except DataError as error:
         missing.append(f"no VIV: {error}")
     try:

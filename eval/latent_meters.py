@@ -1,7 +1,7 @@
 """Meters of latents: how hard they will be for a generator, before one is trained.
 
-Latents are (N, C, h, w), of N images. Every meter standardizes each channel over the set first, as generators do, so
-that the scale of a channel does not count. Values can be compared between latents of one size, of models that
+Latents are (N, C, h, w), of N images. Every meter standardizes each channel over the set first, so that the scale of a
+channel does not count. Values can be compared between latents of one size, of models that
 reconstruct about equally well.
 """
 
@@ -19,14 +19,24 @@ from favae.errors import DataError
 FLIP_FLOPS = 5  # rounds of the estimate of a covariance, as published
 SAMPLES_PER_PARAMETER = 5  # numbers per row of a covariance; fewer bias VIV down
 NEIGHBORS = 5  # of LNC
+PART = 1024  # images that are handled at once
+SMALLEST_STD = 1e-6  # of a channel that is not constant; that of the posterior with the smallest log-variance
 INTERPOLATION_NEIGHBORS = 10  # of the interpolated FID
+
+
+def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of each channel over all images and positions, (C, 1, 1) each, float64; of a constant one std 1."""
+    count = latents[:, 0].numel()
+    mean = sum(part.double().sum((0, 2, 3)) for part in latents.split(PART)).view(-1, 1, 1) / count
+    squares = ((part.double() - mean).square().sum((0, 2, 3)) for part in latents.split(PART))
+    std = (sum(squares).view(-1, 1, 1) / count).sqrt()
+    return mean, torch.where(std > SMALLEST_STD + torch.finfo(torch.float32).eps * mean.abs(), std, 1)
 
 
 def standardized(latents: Tensor) -> Tensor:
     """Each channel with mean 0 and variance 1 over all images and positions, float64; a constant channel stays 0."""
-    latents = latents.double()
-    std, mean = torch.std_mean(latents, dim=(0, 2, 3), correction=0, keepdim=True)
-    return (latents - mean) / torch.where(std > 0, std, 1)
+    mean, std = channel_statistics(latents)
+    return (latents.double() - mean) / std
 
 
 @dataclass
@@ -34,9 +44,10 @@ class VelocityVariance:
     """What `velocity_variance` measures.
 
     Attributes:
-        viv: the irreducible part of a flow model's velocity loss, per number of the latent, if each class is Gaussian.
-        rho: the mean over classes of their variance; of classes of equal sizes, the share of the variance that is within
-            them. Above 1 only if small classes vary more.
+        viv: the irreducible part of a flow model's velocity loss, per number of the latent, if each class is Gaussian
+            and all channels have the same spectrum.
+        rho: the mean over classes of their variance; of classes of equal sizes, the share of the variance that is
+            within them. Above 1 only if small classes vary more.
         phi: viv / (pi / 2 sqrt(rho)), in [0, 1]: the shape alone. 1 is white noise within each class.
     """
 
@@ -50,7 +61,8 @@ def velocity_variance(latents: Tensor, labels: Tensor) -> VelocityVariance:
 
     For a class whose covariance has the d eigenvalues l_i, VIV = pi / (2 d) sum_i sqrt(l_i); the mean over classes is
     returned. The covariance is a product of one over channels and one over positions, found in five rounds of a
-    flip-flop, whose trace is the class's variance.
+    flip-flop, whose trace is the class's variance. Channels whose spectra differ are no such product, and their VIV may
+    be too low or too high: half of them smooth and half of them white noise have half of their true one.
 
     Args:
         latents: (N, C, h, w). labels: (N,), the class of each.
@@ -58,7 +70,7 @@ def velocity_variance(latents: Tensor, labels: Tensor) -> VelocityVariance:
         DataError: if a class has so few images that the estimate would be too low.
     Source: arXiv 2606.03578.
     """
-    latents = standardized(latents)
+    mean, std = channel_statistics(latents)
     channels, positions = latents.shape[1], latents.shape[2] * latents.shape[3]
     needed = math.ceil(SAMPLES_PER_PARAMETER * max(positions / channels, channels / positions))
     classes, counts = labels.unique(return_counts=True)
@@ -69,7 +81,7 @@ def velocity_variance(latents: Tensor, labels: Tensor) -> VelocityVariance:
         )
     vivs, variances = [], []
     for label in classes:
-        own = latents[labels == label].flatten(2)  # (n, C, hw)
+        own = ((latents[labels == label].double() - mean) / std).flatten(2)  # (n, C, hw)
         own = own - own.mean(dim=0)
         variance = own.square().mean()
         values = torch.outer(*_kronecker_eigenvalues(own)).flatten().clamp(min=0)
@@ -98,21 +110,25 @@ def _weighted_covariance(samples: Tensor, covariance: Tensor) -> Tensor:
 
 def power_spectrum(latents: Tensor) -> np.ndarray:
     """The mean square of the orthonormal DCT-II of standardized latents, per channel: (C, h, w)."""
-    return np.square(dctn(standardized(latents).numpy(), axes=(2, 3), norm="ortho")).mean(axis=0)
+    mean, std = channel_statistics(latents)
+    parts = (((part.double() - mean) / std).numpy() for part in latents.split(PART))
+    return sum(np.square(dctn(part, axes=(2, 3), norm="ortho")).sum(axis=0) for part in parts) / len(latents)
 
 
 def high_frequency_share(spectrum: np.ndarray, above: float) -> float:
     """SEC: the share of the energy at u + v > above * (h - 1 + w - 1), for DCT frequencies u and v from 0 on.
 
-    White noise has 0.84 to 0.87 above a quarter, and 0.44 to 0.48 above a half, from 8 x 8 to 32 x 32.
+    White noise has 0.84 to 0.87 above a quarter, and 0.44 to 0.48 above a half, from 8 x 8 to 32 x 32; constant latents
+    have 0.
 
     Args:
-        spectrum: (C, h, w), of `power_spectrum`, not all 0.
+        spectrum: (C, h, w), of `power_spectrum`.
     Source: arXiv 2606.03578, but that channels are standardized here.
     """
     energy = spectrum.mean(axis=0)
     u, v = np.indices(energy.shape)
-    return float(energy[u + v > above * (energy.shape[0] + energy.shape[1] - 2)].sum() / energy.sum())
+    high = energy[u + v > above * (energy.shape[0] + energy.shape[1] - 2)].sum()
+    return float(high / energy.sum()) if energy.sum() else 0.0
 
 
 def interpolated(latents: Tensor, fraction: float = 0.5) -> Tensor:
@@ -161,7 +177,8 @@ def neighbor_consistency(latents: Tensor, labels: Tensor) -> float:
         raise DataError(f"LNC needs more than {NEIGHBORS} images, got {len(latents)}")
     if len(labels.unique()) == 1:
         raise DataError("LNC needs classes, and all images are of one")
-    means = F.normalize(standardized(latents).mean(dim=(2, 3)), dim=1)
+    mean, std = channel_statistics(latents)
+    means = F.normalize((latents.mean(dim=(2, 3), dtype=torch.float64) - mean.flatten()) / std.flatten(), dim=1)
     same = []
     for rows in torch.arange(len(means)).split(1024):
         similarity = means[rows] @ means.mT

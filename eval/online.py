@@ -25,6 +25,7 @@ from favae.eval.reconstruction import Encode, evaluate_reconstruction, mode
 from favae.eval.references import Reference
 from favae.eval.results import finite
 from favae.eval.sampling import sample_to_folder
+from favae.eval.seams import patch_size_of
 from favae.files import read_json_lines, write_text
 from favae.losses.perceptual import LPIPS
 from favae.models import HyperpriorModelFA
@@ -175,7 +176,8 @@ class GeneratorEvaluation:
             logger.warning("step %d was not evaluated: %s", step, error)
             return {}
         samples = SampleFolder(self.samples)
-        metrics, _ = measure_samples(samples, self.references, [self.extractor], batch_size=config.batch_size)
+        options = {"batch_size": config.batch_size, "patch_size": patch_size_of(pipeline.vae)}
+        metrics, _ = measure_samples(samples, self.references, [self.extractor], **options)
         if state.is_main_process:
             sampling = {**sampling_protocol(pipeline, settings, labels="balanced"), "seed": 0}
             protocol = {**self.protocol, **sampling, "guidance_scale": config.guidance_scale}

@@ -55,12 +55,13 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
     options = {"data_range": 1.0, "reduction": "none"}
     smallest = min(images.shape[-2:])
     ssim = ms_ssim = distance = torch.full_like(recon, torch.nan)
-    if smallest >= SMALLEST_SSIM:
-        ssim = structural_similarity_index_measure(second, first, **options).reshape(-1)
-    if smallest >= MS_SSIM_SIZE:
-        ms_ssim = multiscale_structural_similarity_index_measure(second, first, **options).reshape(-1)
-    if lpips is not None and smallest >= SMALLEST_PERCEPTUAL:
-        distance = lpips(reconstructions.clamp(-1, 1), images)
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        if smallest >= SMALLEST_SSIM:
+            ssim = structural_similarity_index_measure(second, first, **options).reshape(-1)
+        if smallest >= MS_SSIM_SIZE:
+            ms_ssim = multiscale_structural_similarity_index_measure(second, first, **options).reshape(-1)
+        if lpips is not None and smallest >= SMALLEST_PERCEPTUAL:
+            distance = lpips(reconstructions.clamp(-1, 1), images)
     columns = [recon, low.square().mean((1, 2, 3)), high.square().mean((1, 2, 3, 4)), psnr, ssim, ms_ssim, distance]
     return torch.stack(columns, dim=1).cpu()
 

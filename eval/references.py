@@ -6,6 +6,7 @@ sigma_s, arr_0).
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,8 @@ from favae.eval.features import INCEPTION, FeatureExtractor
 from favae.eval.image_sets import IMAGES_KEY, CroppedImages, NpzImages, npz_names, read_npz
 from favae.files import READ_ERRORS, atomic_path
 from favae.hashing import hash_file
+
+logger = logging.getLogger(__name__)
 
 NUM_REFERENCE_FEATURES = 10_000  # images that precision, recall and KID use, as in ADM's evaluator
 ARRAYS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "features", "differences")
@@ -54,6 +57,14 @@ class Reference:
             self._check_names()
             if IMAGES_KEY not in self.names and any(extractor.name != INCEPTION for extractor in extractors):
                 raise DataError(f"{path} has no images ({IMAGES_KEY}); its statistics are of {INCEPTION} features only")
+            if "mu" in self.names and any(extractor.name != INCEPTION for extractor in extractors):
+                logger.warning(
+                    "%s has statistics of %s features of all images; distances of other features are to the images of "
+                    "its %s alone, and larger for it",
+                    path,
+                    INCEPTION,
+                    IMAGES_KEY,
+                )
         elif open_images is None:
             raise DataError(f"{path}: expected a .safetensors or an .npz file of statistics")
         else:

@@ -1,6 +1,7 @@
 """results.json of an evaluation: its protocol, and one row per model, guidance scale and seed."""
 
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -107,7 +108,11 @@ def shown_metrics(row: dict) -> dict[str, str]:
 
 def number_duplicates(names: Sequence[str]) -> list[str]:
     """["a", "b", "a"] -> ["a", "b", "a (2)"]."""
-    return [name if (n := names[: i + 1].count(name)) == 1 else f"{name} ({n})" for i, name in enumerate(names)]
+    found: list[str] = []
+    for name in names:
+        others = (f"{name} ({number})" for number in itertools.count(2))
+        found.append(next(each for each in itertools.chain([name], others) if each not in found))
+    return found
 
 
 def format_metric(name: str, value: float | None) -> str:

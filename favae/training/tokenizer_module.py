@@ -189,7 +189,8 @@ class TokenizerTrainingModule(nn.Module):
         # 1. Through the autoencoder, in mixed precision if autocast is on.
         passed = self._autoencode(images, losses, teacher_moments)
 
-        # 2. The losses, in float32, but for what the discriminator computes. The adaptive weights refer to `fidelity`: as published, without frequency losses.
+        # 2. The losses, in float32, but for what the discriminator computes. The adaptive weights refer to `fidelity`:
+        # as published, without frequency losses.
         with no_autocast(images.device):
             images, reconstruction, target = images.float(), passed.reconstruction.float(), passed.target.float()
             terms = self._fidelity_terms(reconstruction, target, losses)

@@ -21,18 +21,22 @@ from benchmarks import (
     compression,
     cpu_training,
     decoder_cost,
+    generator_step,
     latent_loading,
     muon_step,
     on_gpu,
     packed_latents,
+    sampling,
     tar_shards,
     timing,
+    tokenizer_throughput,
     training_run,
 )
 from benchmarks.cat_sampling import uncached
 from benchmarks.generator_step import with_published_blocks
 from experiments.rows import parse_arguments
 from favae import CATTransformerModel, LightningDiTTransformer2DModel
+from favae.data.latents import open_latents
 from favae.training.config import load_config
 
 
@@ -108,6 +112,12 @@ TINY_RUNS = {
     "cpu_training": (cpu_training, ["--only", "memory_format", "--recipes", "photos_favae"]),
     "decoder_cost": (decoder_cost, ["--spaces", "sd"]),
     "tar_shards": (tar_shards, ["--images", "4", "--shard-size", "3", "--reads", "2"]),
+    "generator_step": (generator_step, ["--batch-size", "1"]),
+    "sampling": (sampling, ["--batch-size", "1", "--num-inference-steps", "2"]),
+    "tokenizer_throughput": (
+        tokenizer_throughput,
+        ["--recipes", "photos_favae", "--resolution", "32", "--batch-size", "1"],
+    ),
     "latent_loading": (latent_loading, ["--images", "16", "--shard-size", "8", "--batch-size", "4"]),
 }
 
@@ -117,6 +127,7 @@ def test_benchmarks_write_their_result(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cpu_training, "RESOLUTION", 16)
     monkeypatch.setattr(decoder_cost, "LATENT_SIDE", 2)
     monkeypatch.setattr(compression, "HEIGHT", 64)
+    monkeypatch.setitem(generator_step.SIZES, "B", {**generator_step.SIZES["B"], "num_layers": 1})
     module, options = TINY_RUNS[name]
     output = tmp_path / "result.json"
     module.main([*options, "--rounds", "1", "--output", str(output)])
@@ -184,6 +195,39 @@ def test_a_slice_is_ended_and_goes_on_later(tmp_path, capsys):
     assert (tmp_path / "saved").exists() and "goes on" in capsys.readouterr().out
     with pytest.raises(subprocess.CalledProcessError):
         on_gpu.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_trainings_are_compared_within_the_minutes_of_their_slice(tmp_path, monkeypatch):
+    """The second call goes on with what the first one has not come to."""
+    monkeypatch.setattr(on_gpu, "OUTPUT", tmp_path)
+    monkeypatch.setattr(on_gpu, "FILES", tmp_path)
+    clock, calls = [0.0], []
+    monkeypatch.setattr(on_gpu.time, "monotonic", lambda: clock[0])
+
+    def run(command, minutes):
+        calls.append((command[3], minutes))
+        clock[0] += 120
+        if minutes >= 2:
+            found = {"settings": [], "seconds_per_step": 1 / len(calls), "images_per_step": 1, "processes": 1}
+            found |= {"peak_memory_gb": None, "commit": timing.environment()["commit"]}
+            (tmp_path / command[-1]).write_text(json.dumps(found))
+
+    monkeypatch.setattr(on_gpu, "run", run)
+    variants = {name: [name] for name in ("first", "second", "third")}
+    on_gpu.compare_trainings("training", variants, 1, minutes=5)
+    assert calls == [("first", 5), ("second", 3), ("third", 1)]
+    on_gpu.compare_trainings("training", variants, 1, minutes=5)
+    assert calls[3:] == [("third", 5)] and on_gpu.table("training").count(" x") == 3
+    assert json.loads((tmp_path / "training.json").read_text())["second"]["speedup"] == 2
+    on_gpu.compare_trainings("training", variants, 1, minutes=9)  # a finished slice begins again
+    assert [name for name, _ in calls[4:]] == ["first", "second", "third"]
+
+
+def test_latents_for_a_generator_s_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_gpu, "TOKENIZER", tmp_path / "tokenizer")
+    monkeypatch.setattr(on_gpu, "LATENTS", tmp_path / "latents")
+    on_gpu.prepare_latents(32)
+    assert open_latents(tmp_path / "latents").manifest["resolution"] == 32
 
 
 @pytest.mark.parametrize("name", on_gpu.EXPERIMENTS)

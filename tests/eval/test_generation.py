@@ -28,7 +28,7 @@ from favae.errors import DataError, NonFiniteError
 from favae.eval.extraction import ImageStatistics
 from favae.eval.features import FeatureExtractor, image_generator
 from favae.eval.frechet import feature_statistics
-from favae.eval.generation import generation_metrics, measure_samples, steps_argument
+from favae.eval.generation import generation_metrics, measure_samples, sample_pipeline, steps_argument
 from favae.eval.image_sets import CroppedImages, SampleFolder, open_samples
 from favae.eval.references import Reference, save_statistics
 from favae.eval.sampling import class_labels, classes_of, sample_to_folder
@@ -148,6 +148,9 @@ def test_a_stock_dit_pipeline_is_sampled_too(tiny_kl, tmp_path):
         sample_to_folder(pipeline, tmp_path / "c", 3, guidance_interval=(0.1, 1.0))
     with pytest.raises(DataError, match="images holds something other"):
         sample_to_folder(pipeline, write_images(tmp_path / "images"), 3)
+    pipeline.save_pretrained(tmp_path / "dit")
+    with pytest.raises(DataError, match="below 1 have no effect in a DiTPipeline"):
+        sample_pipeline(str(tmp_path / "dit"), tmp_path / "out", num_images=2, guidance_scales=[0.5])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,10 +262,13 @@ def test_real_images_set_the_scale(tmp_path):
     assert same["FDr"] == same["FDr(other)"] == same["FDr^2"] == pytest.approx(1)
     assert fake["FDr^2"] > 2 and fake["MIND"] > 2 * fake["MIND_floor"] > 0
     assert same["seams"] == pytest.approx(1, abs=0.1) and fake["seams"] > 1.5
+    samples = open_samples(tmp_path / "fake.npz")
+    itself = measure_samples(samples, references, extractors, validation=references)[0]  # their distance is rounding
+    assert itself["FDr"] is None
 
 
 def test_given_samples_have_seams_and_a_scale_of_real_images(tmp_path):
-    images, others = (write_images(tmp_path / name, per_class=4, size=(16, 16)) for name in ("images", "others"))
+    images, others = (write_images(tmp_path / name, per_class=n, size=(16, 16)) for name, n in (("a", 4), ("b", 6)))
     common = ["evaluate", "generation", "--reference", images, *OFFLINE, "--output", tmp_path / "out"]
     pictures = [{"bytes": encoded(smooth()), "path": None}] * 4
     datasets.Dataset.from_dict({"picture": pictures}).to_parquet(tmp_path / "train.parquet")

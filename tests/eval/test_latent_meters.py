@@ -69,6 +69,18 @@ def test_the_spectrum_keeps_the_energy_and_finds_a_wave():
     wave = torch.cos(math.pi / 8 * (torch.arange(8) + 0.5) * 3).expand(4, 2, 8, 8)
     assert np.unravel_index(power_spectrum(wave)[1].argmax(), (8, 8)) == (0, 3)
     assert standardized(torch.ones(2, 1, 4, 4)).abs().max() == 0
+    assert high_frequency_share(power_spectrum(torch.ones(2, 1, 4, 4)), 0.25) == 0
+
+
+def test_a_channel_that_is_nearly_constant_does_not_count():
+    """As in training, where it is not normalized."""
+    labels = torch.arange(2).repeat_interleave(60)
+    smooth = torch.nn.functional.interpolate(noise(120, 3, 2, 2), scale_factor=4, mode="bilinear")
+    more = torch.cat([smooth, 5 + 1e-7 * noise(120, 1, 8, 8, seed=1)], dim=1)
+    assert standardized(more)[:, 3].abs().max() < 1e-5
+    shares = [high_frequency_share(power_spectrum(latents), 0.25) for latents in (smooth, more)]
+    assert shares[1] == pytest.approx(shares[0], abs=1e-6)
+    assert neighbor_consistency(more, labels) == neighbor_consistency(smooth, labels)
 
 
 def test_neighbors_of_one_class():
@@ -114,6 +126,7 @@ def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys
     assert "no VIV: VIV of latents of 6 x 4 x 4 needs 14 images of each class" in caplog.text
     command("evaluate", "latents", *options[2:], "--label-column", "none", "--output", tmp_path / "one_class")
     assert "no LNC: LNC needs classes" in caplog.text
+    assert "VIV, rho and phi are of all images as one class" in caplog.text
 
     # What is decoded between latents is compared with the images; at the latents themselves, this is the rFD.
     features = ("--features", "efficientnet-lite0")
@@ -157,6 +170,8 @@ def test_latents_that_cannot_be_measured(tiny_cache):
     tokenizer = load_tokenizer(str(tiny_cache / "tokenizer"))
     folder, other = write_images(tiny_cache / "others", size=(40, 40)), tiny_cache / "other"
     write_latent_cache(tokenizer, ImageDataset(open_source(str(folder)), 16), other)
+    blurred = tiny_cache / "blurred"
+    write_latent_cache(tokenizer, ImageDataset(open_source(str(folder)), 16), blurred, low_pass=0.2)
     others = ("--data", folder, "--resolution", "16")
     tokenizer.quant_conv.bias.data.fill_(torch.nan)
     tokenizer.save_pretrained(tiny_cache / "nan")
@@ -167,6 +182,7 @@ def test_latents_that_cannot_be_measured(tiny_cache):
         (("--latents", tiny_cache / "tokens"), "holds tokens"),
         (("--latents", tiny_cache / "cache", "--model", tiny_cache / "tokenizer", *images), "at 32 px"),
         (("--latents", "nowhere"), "nowhere"),
+        (("--latents", blurred), "was written with --low-pass"),
         (("--latents", tiny_cache / "cache", "--latents", other), "of other images"),
         (("--latents", tiny_cache / "cache", "--model", tiny_cache / "tokenizer", *others), "of other images"),
         (("--model", tiny_cache / "vq", *others), "quantizes its latents"),

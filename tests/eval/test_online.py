@@ -74,6 +74,7 @@ def test_training_is_the_same_with_evaluation(tiny_cache, tmp_path, monkeypatch)
     assert (records[0]["protocol"]["shift"], records[0]["protocol"]["seed"]) == (1.0, 0)
     assert records[0][metric] > 0 and records[0][metric] != records[1][metric]
     assert records[1][f"EP_{metric}@1e+09"] == 1.0 and records[1][f"EP_{metric}@1"] is None
+    assert records[0]["seams"] > 0
     assert not (tmp_path / "evaluated/evaluation").exists()
 
     log.write_text(log.read_text() + '{"step": 7, "torn')

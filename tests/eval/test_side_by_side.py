@@ -94,3 +94,4 @@ def test_names_of_models(tmp_path, monkeypatch):
     Path("lr=0.1").mkdir()
     assert named_model("lr=0.1") == ("lr=0.1", "lr=0.1") and named_model("a=lr=0.1") == ("a", "lr=0.1")
     assert number_duplicates(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+    assert number_duplicates(["a", "a", "a (2)"]) == ["a", "a (2)", "a (2) (2)"]
