@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Trains a generator on a latent cache: LightningDiT, DiT or a UNet, by flow matching or (DiT) diffusion; CAT token by
-token or from coarse to fine. They are told classes or (LightningDiT, CAT) texts.
+"""Trains a generator on a latent cache: LightningDiT, DiT or a UNet, by flow matching or (the latter two) diffusion;
+CAT token by token or from coarse to fine. They are told classes or (LightningDiT, CAT) texts.
 
     tokenizer first   python train_tokenizer.py ...; favae cache-latents ...
     for texts         favae embed-captions --latents LATENTS --encoder minilm
@@ -39,6 +39,7 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     ModelMixin,
+    UNet2DModel,
 )
 from torchvision.utils import save_image
 
@@ -252,11 +253,13 @@ def build_pipeline(
         except ValueError as error:  # such as other scales with as many tokens
             raise ConfigError(f"model: {error}") from error
     if config.loss.objective == "ddpm":
+        scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False)
+        if config.builds(UNet2DModel):
+            return LightningDiTPipeline(transformer, tokenizer, scheduler, id2label=names, prediction_type="epsilon")
         if not isinstance(tokenizer, AutoencoderKL):  # statistics are folded into its convolutions
             raise ConfigError(
                 f"loss.objective=ddpm needs the latents of an AutoencoderKL, not of a {type(tokenizer).__name__}"
             )
-        scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False)
         pipeline = DiTPipeline(transformer, fold_latent_statistics(tokenizer), scheduler, id2label=names)
         pipeline.register_to_config(id2label=names)  # DiTPipeline does not save its names otherwise
         return pipeline

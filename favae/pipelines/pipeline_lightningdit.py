@@ -25,12 +25,13 @@ from favae.models.class_conditional import num_classes, time_scale
 from favae.models.token_heads import guide
 from favae.pipelines.conditions import ConditionalPipeline, check_text_encoder
 from favae.pipelines.decoding import check_autoencoder, decode_latents
-from favae.pipelines.solvers import ROUNDING, check_flow
+from favae.pipelines.solvers import ROUNDING, check_scheduler
 
 
 class LightningDiTPipeline(ConditionalPipeline):
     r"""
-    Generation by flow matching, of classes, of texts or of both, as the transformer was trained.
+    Generation by flow matching, of classes, of texts or of both, as the transformer was trained; or by denoising
+    diffusion.
 
     Parameters:
         transformer: predicts the velocity data - noise at time t (0 is noise, 1 is data): a
@@ -39,11 +40,14 @@ class LightningDiTPipeline(ConditionalPipeline):
         vae: an autoencoder of single images, such as [`AutoencoderKL`]. See `decode_latents` for how its config scales
             latents back. With None only `output_type="latent"` is possible.
         scheduler: a [`FlowMatchEulerDiscreteScheduler`], whose `shift` is 1 / s for LightningDiT's timestep shift s, or
-            another one of flows; see `flow_scheduler`.
+            another one of flows; see `flow_scheduler`. With `prediction_type="epsilon"` one of diffusion, such as
+            [`DDIMScheduler`].
         id2label: class index -> name, for `get_label_ids`.
         text_encoder, tokenizer: of transformers, those that a transformer of texts was trained with. With None only
             `prompt_embeds` are possible.
         max_length: number of tokens to which prompts are cut, with a warning. None takes as many as the encoder can.
+        prediction_type: what the transformer predicts, by the name that schedulers have for it: "flow_prediction", or
+            "epsilon", the noise, of a transformer that is told diffusion's time steps.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -59,6 +63,7 @@ class LightningDiTPipeline(ConditionalPipeline):
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
+        prediction_type: str = "flow_prediction",
     ):
         super().__init__()
         if vae is not None:
@@ -68,7 +73,7 @@ class LightningDiTPipeline(ConditionalPipeline):
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(id2label=id2label, max_length=max_length)
+        self.register_to_config(id2label=id2label, max_length=max_length, prediction_type=prediction_type)
         self.vae_scale_factor = 8 if vae is None else spatial_compression_ratio(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -127,7 +132,7 @@ class LightningDiTPipeline(ConditionalPipeline):
         Raises:
             ValueError: for a class index that the transformer does not have, classes or texts that it needs or does
                 not take, guidance of a transformer that was never trained without them, an interval that does not rise,
-                a number of channels that it does not have, or a scheduler that is not one of flows.
+                a number of channels that it does not have, or a scheduler of other predictions.
             NonFiniteError: if latents or images are not finite.
         """
         # 1. The condition, that of guidance, and noise
@@ -156,32 +161,42 @@ class LightningDiTPipeline(ConditionalPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
+        is_flow = self.config.prediction_type == "flow_prediction"
 
         # 2. Steps of the solver. Those of Euler are on the exact time grid of LightningDiT: set_timesteps(N) alone ends
         # above zero and shifts its end twice.
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+        if is_flow and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
-        check_flow(self.scheduler)
+        check_scheduler(self.scheduler, self.config.prediction_type)
         options = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
         self._interrupt, self._num_timesteps = False, len(self.scheduler.timesteps)
-        self.scheduler.set_begin_index(0)  # of many steps with a large shift, the first two may have one timestep
+        if is_flow:
+            self.scheduler.set_begin_index(0)  # of many steps with a large shift, the first two may have one timestep
+        else:
+            latents = latents * self.scheduler.init_noise_sigma
         begin, end = guidance_interval[0] - ROUNDING, guidance_interval[1] + ROUNDING
         for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self._interrupt:
                 break
-            time = 1 - self.scheduler.sigmas[number].to(device)  # 0 is noise; some schedulers round their time steps
+            if is_flow:
+                time = 1 - self.scheduler.sigmas[number].to(device)  # 0 is noise; some round their time steps
+                inputs, told = latents, scale * time
+            else:
+                time = 1 - timestep / len(self.scheduler)
+                inputs, told = self.scheduler.scale_model_input(latents, timestep), timestep
             is_guided = guidance_scale != 1 and begin <= time <= end
-            batch = torch.cat([latents, latents]) if is_guided else latents
+            batch = torch.cat([inputs, inputs]) if is_guided else inputs
             given = {key: torch.cat(pair) if is_guided else pair[0] for key, pair in condition.items()}
-            times = scale * time.expand(len(batch)).float()
-            velocity = transformer(batch.to(transformer.dtype), timestep=times, return_dict=False, **given)[0].float()
+            times = told.expand(len(batch)).float()
+            output = transformer(batch.to(transformer.dtype), timestep=times, return_dict=False, **given)[0].float()
             if is_guided:
-                velocity = self._guide(velocity, guidance_scale, guidance_channels)
-            # The velocity of the scheduler points from data to noise, ours from noise to data.
-            latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **options)[0]
+                output = self._guide(output, guidance_scale, guidance_channels)
+            if is_flow:  # the velocity of the scheduler points from data to noise, ours from noise to data
+                output = -output
+            latents = self.scheduler.step(output, timestep, latents, return_dict=False, **options)[0]
             if callback_on_step_end is not None:
                 shown = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                 latents = (callback_on_step_end(self, number, timestep, shown) or {}).get("latents", latents)
@@ -229,10 +244,10 @@ class LightningDiTPipeline(ConditionalPipeline):
             raise ValueError(f"guidance needs a transformer trained with {key} > 0; use guidance_scale=1")
 
     @staticmethod
-    def _guide(velocity: Tensor, scale: float, channels: int | None) -> Tensor:
+    def _guide(output: Tensor, scale: float, channels: int | None) -> Tensor:
         """(2B, C, h, w), the conditional half first -> (B, C, h, w); `channels` as `guidance_channels`."""
-        guided = guide(velocity, scale)
+        guided = guide(output, scale)
         if channels is None:
             return guided
-        conditional = velocity[: len(guided)]
+        conditional = output[: len(guided)]
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)

@@ -73,14 +73,18 @@ def flow_scheduler(solver: Solver, shift: float = 1.0) -> SchedulerMixin:
     return (FlowMatchSDEScheduler if solver == "sde" else FlowMatchEulerDiscreteScheduler)(shift=shift)
 
 
-def check_flow(scheduler: SchedulerMixin) -> None:
-    """Raises ValueError for a scheduler that does not go from noise at 1 to data at 0 by velocities, as it is set."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    ends = sigmas is not None and float(sigmas.max()) <= 1 + ROUNDING and float(sigmas[-1]) <= ROUNDING
-    if not ends or scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction":
+def check_scheduler(scheduler: SchedulerMixin, prediction_type: str) -> None:
+    """Raises ValueError for a scheduler of other predictions, or one of flows that, as it is set, does not go from
+    noise at 1 to data at 0."""
+    sigmas, name = getattr(scheduler, "sigmas", None), type(scheduler).__name__
+    fits = scheduler.config.get("prediction_type", "flow_prediction") == prediction_type
+    if prediction_type != "flow_prediction":
+        if not fits:
+            raise ValueError(f"this {name} takes no {prediction_type}, which the transformer predicts")
+    elif not fits or sigmas is None or float(sigmas.max()) > 1 + ROUNDING or float(sigmas[-1]) > ROUNDING:
         raise ValueError(
-            f"this {type(scheduler).__name__} is not set to integrate a flow; favae.pipelines.solvers.flow_scheduler "
-            'makes some that are, and others of diffusers take use_flow_sigmas=True, prediction_type="flow_prediction"'
+            f"this {name} is not set to integrate a flow; favae.pipelines.solvers.flow_scheduler makes some that are, "
+            'and others of diffusers take use_flow_sigmas=True, prediction_type="flow_prediction"'
         )
 
 

@@ -40,7 +40,7 @@ class RepresentationAlignmentConfig:
 
 @dataclass(config=STRICT)
 class GeneratorLossConfig:
-    objective: Literal["flow_matching", "ddpm"] = "flow_matching"  # "ddpm": noise, and a variance with 2C channels out
+    objective: Literal["flow_matching", "ddpm"] = "flow_matching"  # "ddpm": noise; with 2C channels out a variance
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     time_shift: Shift = 1.0  # above 1, more noise in training; as sampling.shift
     cosine_weight: Weight = 1.0  # of the velocity's direction

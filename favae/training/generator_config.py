@@ -159,9 +159,11 @@ class GeneratorConfig(RunConfig):
         given = {"guidance_interval": interval, "guidance_channels": channels}
         if self.is_autoregressive or self.loss.objective == "ddpm":
             self._refuse(FOR_FLOWS, "is for flow matching")
+        has_pipeline_of_dit = self.loss.objective == "ddpm" and self.builds(DiTTransformer2DModel)
+        if self.is_autoregressive or has_pipeline_of_dit:
             for key in (key for key, value in given.items() if value is not None):
                 raise ConfigError(f"{section}.{key} is for generators that LightningDiTPipeline samples")
-        if self.loss.objective == "ddpm" and settings.guidance_scale < 1:
+        if has_pipeline_of_dit and settings.guidance_scale < 1:
             raise ConfigError(
                 f"{section}.guidance_scale must be at least 1 for DiTPipeline, got {settings.guidance_scale}"
             )
@@ -219,9 +221,9 @@ class GeneratorConfig(RunConfig):
         if self.builds(LightningDiTTransformer2DModel):
             self._refuse(["loss.class_dropout_prob"], "is model.class_dropout_prob here")
         is_dit = self.builds(DiTTransformer2DModel)
-        if self.loss.objective == "ddpm" and not is_dit:
-            raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel")
-        if self.loss.objective == "ddpm" and model.get("num_embeds_ada_norm", 1000) != 1000:
+        if self.loss.objective == "ddpm" and not (is_dit or self.builds(UNet2DModel)):
+            raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel or UNet2DModel")
+        if self.loss.objective == "ddpm" and is_dit and model.get("num_embeds_ada_norm", 1000) != 1000:
             raise ConfigError(
                 "loss.objective=ddpm is sampled by DiTPipeline, whose null class is always 1000: "
                 f"model.num_embeds_ada_norm must be 1000, got {model['num_embeds_ada_norm']}; fewer may be used"

@@ -269,7 +269,7 @@ def test_stages_change_the_losses_at_their_step(recipe):
 @pytest.mark.parametrize(
     "model, override, named",
     [
-        ("LightningDiTTransformer2DModel", "loss.objective=ddpm", "ddpm needs model.name=DiTTransformer2DModel"),
+        ("LightningDiTTransformer2DModel", "loss.objective=ddpm", "needs model.name=DiTTransformer2DModel or UNet"),
         ("LightningDiTTransformer2DModel", "loss.objective=x", "loss.objective .*'flow_matching' or 'ddpm'"),
         ("LightningDiTTransformer2DModel", "evaluation.every=2", "evaluation.every needs evaluation.reference"),
         ("LightningDiTTransformer2DModel", "evaluation.num_images=0", "evaluation.num_images"),

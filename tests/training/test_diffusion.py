@@ -8,17 +8,24 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_LIGHTNINGDIT, command, command_error, refusal, tiny_generator_recipe, train
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
 
-from favae import LightningDiTTransformer2DModel
+from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
 from favae.data.images import ImageDataset, without_high_frequencies
 from favae.data.latents import load_tokenizer, open_latents
 from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.eval.sampling import classes_of, sample_to_folder
 from favae.models.class_conditional import initialize_dit
+from favae.pipelines.solvers import flow_scheduler
 from favae.training.config import load_config
-from favae.training.diffusion import DiffusionModule, GeneratorLossConfig
+from favae.training.diffusion import DIFFUSION_SCHEDULE, DiffusionModule, GeneratorLossConfig
 from favae.training.generator_config import GeneratorConfig
 from train_generator import build_pipeline
 
@@ -231,11 +238,12 @@ def unet_recipe(tiny_cache):
     return recipe
 
 
-def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache):
-    recipe = unet_recipe(tiny_cache)
-    train("train_generator", recipe, f"output={tiny_cache / 'whole'}")
+@pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
+def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache, objective):
+    recipe, loss = unet_recipe(tiny_cache), f"loss.objective={objective}"
+    train("train_generator", recipe, f"output={tiny_cache / 'whole'}", loss)
     for steps in (4, 6):
-        train("train_generator", recipe, f"output={tiny_cache / 'parts'}", f"train.steps={steps}")
+        train("train_generator", recipe, f"output={tiny_cache / 'parts'}", f"train.steps={steps}", loss)
     for file in sorted((tiny_cache / "whole/final").rglob("*.safetensors")):
         assert file.read_bytes() == (tiny_cache / "parts" / file.relative_to(tiny_cache / "whole")).read_bytes()
     pipe = DiffusionPipeline.from_pretrained(tiny_cache / "whole/final")
@@ -247,6 +255,27 @@ def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache):
     assert not torch.equal(plain, guided)
     with pytest.raises(ValueError, match=r"0 to 2"):
         pipe([3])
+    pipe.scheduler = flow_scheduler("heun") if objective == "ddpm" else DDIMScheduler()
+    with pytest.raises(ValueError, match="takes no epsilon" if objective == "ddpm" else "not set to integrate a flow"):
+        pipe([0], **options | {"latents": None})
+
+
+def test_noise_is_taken_away_by_schedulers_of_diffusion(tiny_favae):
+    """Sampling of the exact noise of Gaussian data, by DDIM and by DPM-Solver++."""
+    unet, std = UNet2DModel(**TINY_UNET), 0.5
+    scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False, timestep_spacing="trailing")
+
+    def noise_in(x, timestep, class_labels, return_dict=False):
+        a = scheduler.alphas_cumprod[timestep.long()].view(-1, 1, 1, 1)
+        return ((1 - a).sqrt() * x / (a * std**2 + 1 - a),)
+
+    unet.forward = noise_in
+    pipe = LightningDiTPipeline(unet, tiny_favae, scheduler, prediction_type="epsilon")
+    noise = torch.randn(2, 6, 4, 4)
+    options = {"latents": noise, "guidance_scale": 1.0, "num_inference_steps": 100, "output_type": "latent"}
+    for other in (scheduler, DPMSolverMultistepScheduler.from_config(scheduler.config)):
+        pipe.scheduler = other
+        assert torch.allclose(pipe([0, 1], **options).images, std * noise, rtol=0.04)
 
 
 def test_a_unet_sees_times_of_diffusion_and_no_class_now_and_then():
@@ -265,7 +294,6 @@ def test_a_unet_sees_times_of_diffusion_and_no_class_now_and_then():
         ("model.num_class_embeds=1", "model.num_class_embeds must be one more than the classes"),
         ("model.class_embed_type=identity", "model.class_embed_type"),
         ("model.sample_size=[4,4]", "model.sample_size must be one number"),
-        ("loss.objective=ddpm", "loss.objective=ddpm"),
         ("loss.alignment.weight=1", "loss.alignment.weight"),
         ("model.down_block_types=[DownEncoderBlock2D,DownBlock2D]", "model.down_block_types"),
     ],
