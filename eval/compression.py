@@ -175,9 +175,10 @@ def measure_codec(
     batch_size: int = 8,
     num_workers: int = 0,
     description: str = "compression",
-) -> tuple[int, dict[str, float | None]]:
+) -> tuple[int, dict[str, float | None], list[float]]:
     """How many images could be read, and means over these: bits per pixel of whole files, the errors of `PER_IMAGE`,
-    squared errors of bands, FD to the originals, and the share of `high_power` that is left, on clamped images.
+    squared errors of bands, FD to the originals, and the share of `high_power` that is left, on clamped images. Then
+    the same share at each entry of `radial_spectrum`.
 
     Raises:
         DataError: if not one image can be read.
@@ -196,7 +197,7 @@ def measure_codec(
         sizes += counts
         rows.append(image_errors(originals, decoded, lpips))
         bands.append(band_errors(decoded - originals, LEVELS))
-        powers.append(torch.stack([high_power(x) for x in (originals, decoded)]).cpu())
+        powers.append(torch.stack([radial_spectrum(x) for x in (originals, decoded)]).cpu())
         for extractor, pair in zip(extractors, kept):
             for pictures, found in zip((originals, decoded), pair):
                 found.append(extractor(to_uint8(pictures))["features"].cpu().numpy())
@@ -206,7 +207,8 @@ def measure_codec(
     metrics: dict[str, float | None] = {"bpp": 8 * float(np.mean(sizes)) / images.resolution**2}
     metrics |= {name: None if math.isnan(value) else value for name, value in zip(PER_IMAGE, means)}
     metrics |= dict(zip(band_names(LEVELS), torch.cat(bands).double().mean(dim=0).tolist()))
-    original, left = torch.cat(powers, dim=1).double().mean(dim=1).tolist()
+    spectra = torch.cat(powers, dim=1).double().mean(dim=1)
+    original, left = spectra[:, spectra.shape[1] // 2 :].sum(dim=1).tolist()
     metrics["power kept"] = left / original if original else None
     for extractor, pair in zip(extractors, kept):
         distance = None
@@ -214,7 +216,7 @@ def measure_codec(
             (mean, covariance), moments = (feature_statistics(np.concatenate(rows)) for rows in pair)
             distance = frechet_distance(mean, covariance, *moments)
         metrics[extractor.metric("rFID")] = distance
-    return len(sizes), metrics
+    return len(sizes), metrics, (spectra[1] / spectra[0].clamp(min=1e-12)).tolist()
 
 
 def high_power(images: Tensor) -> Tensor:
@@ -310,7 +312,7 @@ def evaluate_compression(
     rows: list[dict] = []
 
     def measure(name: str, codec: Codec, **about) -> float:
-        protocol["num_images"], metrics = measure_codec(codec, images, extractors, description=name, **loading)
+        protocol["num_images"], metrics, _ = measure_codec(codec, images, extractors, description=name, **loading)
         rows.append({"model": name, **about, "metrics": metrics})
         write_results(output, "compression", protocol, rows)
         return cast(float, metrics["bpp"])

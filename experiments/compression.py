@@ -28,7 +28,7 @@ from benchmarks.timing import environment
 from experiments import codebooks
 from experiments.latents import SPLIT
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, save_strips, with_std
+from experiments.report import format_table, rows_by_model, save_kept_power, save_strips, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import load_trained
 from experiments.training_sets import PHOTOGRAPHS_128, lite
@@ -132,8 +132,9 @@ def make_row(task: Task) -> dict:
     }
     codec = codec_of(task, model)
     for split, extractors in (("validation", []), ("heldout", [lite()])):
-        _, metrics = measure_codec(codec, PHOTOGRAPHS_128.dataset(split), extractors)
+        _, metrics, spectrum = measure_codec(codec, PHOTOGRAPHS_128.dataset(split), extractors)
         row[split] = {name: value for name, value in metrics.items() if value is not None}
+    row["spectrum"] = spectrum  # of the held-out pictures
     if task.pictures is not None and task.seed == 0:
         save_pictures(task, codec)
     return row | environment()
@@ -217,8 +218,9 @@ def finish(report: dict, stem) -> None:
 
 def measure_format(format: str, images: ImageDataset, bpp: float) -> dict:
     quality = matching_quality(format, images, bpp)
-    _, metrics = measure_codec(PillowCodec(format, quality), images, [lite()], description=f"{format} {quality}")
-    return {"format": format, "quality": quality, **metrics}
+    codec = PillowCodec(format, quality)
+    _, metrics, spectrum = measure_codec(codec, images, [lite()], description=f"{format} {quality}")
+    return {"format": format, "quality": quality, "spectrum": spectrum, **metrics}
 
 
 COLUMNS = {"bpp": 3, "PSNR": 2, "SSIM": 4, "Recon": 5, "High": 5, "power kept": 3, f"rFD({FEATURES})": 1}
@@ -266,6 +268,17 @@ def figures(report: dict, stem) -> None:
         names = [f"{name}_{rate}" for name in (*LOSSES, "latents", "codes") if f"{name}_{rate}" in made]
         if names:
             save_strips(stem, names, stem.with_name(f"{stem.name}_{rate}.png"))
+    save_kept_power(spectra(report), stem.with_name(f"{stem.name}_spectra.png"))
+
+
+def spectra(report: dict) -> dict[str, dict[str, list[float]]]:
+    """How much power is left at each frequency, by rate and by name; of the first seed of a row."""
+    rows, found = rows_by_model(report), {}
+    for rate, bpp in RATES.items():
+        own = [(name.rpartition("_")[0], rows[name][0]) for name in rows if VARIANTS[name].rate == rate]
+        own += [(entry["format"], entry) for entry in report.get("formats", []) if entry["rate"] == rate]
+        found[f"about {bpp} bits per pixel"] = {name: row["spectrum"] for name, row in own if "spectrum" in row}
+    return found
 
 
 COMPARISON = Comparison(

@@ -8,13 +8,11 @@ from scipy.stats import spearmanr
 from experiments.report import format_table, rows_by_model, save_samples, with_std
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128
 
+ON_PHOTOGRAPHS = ("stock", "stock_aligned", "stock_mask", "one_trunk", "split", "split_aligned", "ours")
 SHOWN = {  # below each other
     "alignment": (GLYPHS, ["stock", "stock_aligned", "split", "split_aligned"]),
     "samples": (GLYPHS, ["stock", "stock_spectrum", "one_trunk", "ours"]),
-    "photographs": (
-        PHOTOGRAPHS,
-        [f"photographs_{name}" for name in ("stock", "stock_aligned", "one_trunk", "split", "split_aligned", "ours")],
-    ),
+    "photographs": (PHOTOGRAPHS, [f"photographs_{name}" for name in ON_PHOTOGRAPHS]),
 }
 
 
@@ -100,8 +98,8 @@ def correlations(report: dict) -> str:
     models = rows_by_model({"rows": rows})
     if len(models) < 4:
         return ""
-    meters = {name: f"latents.{name}" for name in ("VIV", "rho", "phi", "SEC 1/4", "LNC")}
-    meters |= {"Recon": "recon", "FD of reconstructions": "reconstructions.fd"}
+    meters = {name: f"latents.{name}" for name in ("VIV", "rho", "phi", "SEC 1/4", "SEC 1/2", "LNC")}
+    meters |= {"Recon": "recon", "seams": "seams", "FD of reconstructions": "reconstructions.fd"}
     lines = []
     for kind in ("unguided", "guided"):
         distances = _means(models, f"generator.{kind}.fd")

@@ -152,6 +152,25 @@ def save_strips(folder: Path, models: list[str], file: Path) -> None:
     plt.close(figure)
 
 
+def save_kept_power(panels: dict[str, dict[str, list[float]]], file: Path) -> None:
+    """The power of reconstructions by that of the originals, from frequency 0 to the Nyquist frequency.
+
+    Args:
+        panels: title -> name -> the ratio at each frequency.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True, constrained_layout=True)
+    for axis, (title, curves) in zip(np.atleast_1d(axes), panels.items()):
+        for name, ratios in curves.items():
+            axis.plot(np.linspace(0, 0.5, len(ratios)), ratios, label=name, linewidth=1)
+        axis.axhline(1, color="black", linewidth=0.5)
+        axis.set(title=title, xlabel="cycles per pixel", ylabel="power kept", ylim=(0, 1.5))
+        axis.label_outer()
+        if curves:
+            axis.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def save_samples(folder: Path, names: list[str], size: int, file: Path) -> None:
     """The first samples of each NAME.png in a folder that is there, one name below the other, at twice their size.
 

@@ -56,6 +56,11 @@ def test_a_row_is_measured_by_its_files(files, monkeypatch):
     compression.finish(report, files)
     assert report["formats"][0]["format"] == "jpeg" and report["formats"][0]["rate"] == "low"
     assert "`both_low` | 1 |" in compression.tables(report) and "jpeg, quality" in compression.tables(report)
+    compression.figures(report, files / "compression")
+    assert (files / "compression_spectra.png").exists()
+    (low,) = (panel for panel in compression.spectra(report).values() if panel)
+    half = np.array(low["both"])[32:]  # of 65 entries, for 128 px
+    assert half.min() <= row["heldout"]["power kept"] <= half.max() and low["jpeg"] != low["both"]
 
 
 def test_a_tokenizer_is_a_codec(files, monkeypatch):

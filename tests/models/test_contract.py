@@ -22,6 +22,7 @@ BUILDS = {
     "attn": lambda: VQModelFA(**TINY_VQ, frequency_complement="attn"),
     "residual": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "residual", "num_quantizers": 2}),
     "next_scale": lambda: VQModelFA(**TINY_VQ, quantizer="next_scale", scales=(1, 2, 4)),
+    "next_band": lambda: VQModelFA(**TINY_VQ, quantizer="next_band", scales=(1, 2, 4)),
     "fsq": lambda: VQModelFA(**{**TINY_VQ, "quantizer": "fsq", "codebook_size": None, "fsq_levels": (5, 4, 3)}),
 }
 BUILDS["hyperprior"] = lambda: HyperpriorModelFA(**TINY_HYPERPRIOR)
@@ -190,7 +191,7 @@ def test_compiles_without_graph_breaks(name):
     assert torch.allclose(compiled(images), round_trip(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["shortcut", "asymmetric", "vq", "fsq"])
+@pytest.mark.parametrize("name", ["shortcut", "asymmetric", "vq", "fsq", "next_scale", "hyperprior"])
 def test_exports(name):
     round_trip, images = RoundTrip(build(name)), photograph()
     program = torch.export.export(round_trip, (images,))
