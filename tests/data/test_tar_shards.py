@@ -4,15 +4,20 @@ import io
 import tarfile
 import zlib
 
+import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import command, tiny_tokenizer_recipe, train, train_in_processes, write_images
 from picture_files import SIZE, encoded, smooth
+from tiny_text import save_bert
 
+from favae.autoencoders import load_autoencoder
 from favae.data.decoding import UnusableImage
 from favae.data.images import ImageDataset
+from favae.data.latents import open_latents
 from favae.data.sources import open_source
 from favae.data.stream import TrainingStream
+from favae.data.text_embeddings import FOLDER, TextEmbeddings
 from favae.errors import DataError
 
 
@@ -108,3 +113,37 @@ def test_training_data_from_shards_is_that_of_a_folder(tmp_path):
     ]
     parts = [list(zip(range(3), stream.batches(4, 1, rank=1, world_size=2))) for stream in streams]
     assert all(torch.equal(a["image"], b["image"]) for (_, a), (_, b) in zip(*parts))
+
+
+def test_a_tokenizer_a_cache_and_captions_from_shards(tmp_path):
+    """Trained by two processes, and resumed; the cache has the shards' order, and each text its image."""
+    files = sorted(write_images(tmp_path / "images", classes=2, per_class=6).rglob("*.png"))
+    for number in range(2):
+        rows = {
+            f"{number}{i}": {"png": files[6 * number + i].read_bytes(), "txt": b"the dog" if i % 2 else b"a red apple"}
+            for i in range(6)
+        }
+        write_shard(tmp_path / f"{number}.tar", rows)
+    shards = tmp_path / "*.tar"
+    recipe, more = tiny_tokenizer_recipe(tmp_path, shards), ("data.label_column=none", "train.sample_every=0")
+    pair = (recipe, *more, f"output={tmp_path / 'pair'}", "train.steps=2")
+    assert train_in_processes(2, "train_tokenizer", *pair) == [0, 0]
+    constant = ("train.lr_scheduler=constant", "train.lr_warmup_steps=0")
+    for output, parts in (("whole", [4]), ("resumed", [2, 4])):
+        for steps in parts:
+            train("train_tokenizer", recipe, *more, *constant, f"output={tmp_path / output}", f"train.steps={steps}")
+    final = "final/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "resumed" / final).read_bytes()
+
+    data = ("--tokenizer", tmp_path / "whole/final", "--data", shards, "--resolution", "16")
+    command("cache-latents", *data, "--label-column", "none", "--output", tmp_path / "cache")
+    command("embed-captions", "--latents", tmp_path / "cache", "--encoder", save_bert(tmp_path / "bert"))
+    embeddings = TextEmbeddings(tmp_path / "cache" / FOLDER)
+    dataset = open_latents(tmp_path / "cache", flip=False, text_embeddings=embeddings)
+    source, vae = open_source(str(shards), label_column="none"), load_autoencoder(str(tmp_path / "whole/final"))
+    for index in (3, 8):
+        batch = dataset.read(np.array([index]), np.zeros(1, int), np.zeros(1, int))
+        with torch.no_grad():
+            mean = vae.encode(ImageDataset(source, 16)[index]["image"][None]).latent_dist.mean
+        assert torch.allclose(batch["mean"], mean, atol=1e-2)
+        assert int(batch["text_mask"].sum()) == 2 + len(source.captions(index)[0].split())
