@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from favae import bitstream
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, measure_budget
+from favae.data.image_record import ImageRecord
 from favae.data.images import ImageDataset, skip_missing, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
@@ -303,6 +304,8 @@ def evaluate_compression(
     loading = {"lpips": lpips, "batch_size": batch_size, "num_workers": num_workers}
     protocol: dict[str, Any] = {
         "data_name": data_name,
+        "data": {"hash": ImageRecord.of(images.source).digest()},
+        "training_data": training_images and {"hash": ImageRecord.of(training_images.source).digest()},
         "resolution": images.resolution,
         "crop": "center",
         "uint8": UINT8,

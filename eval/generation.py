@@ -32,7 +32,7 @@ from favae.eval.metrics import (
 )
 from favae.eval.references import Reference
 from favae.eval.results import UINT8, plain_name, write_results
-from favae.eval.sampling import classes_of, hash_prompts, sample_to_folder
+from favae.eval.sampling import classes_of, hash_prompts, sample_to_folder, settings_of
 from favae.eval.seams import patch_size_of, relative_seams
 from favae.models.flow_head import DEFAULT_STEPS
 from favae.pipelines import CATPipeline, LightningDiTPipeline
@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 NEIGHBORS = 3  # of precision and recall
 KERNEL_SUBSET_SIZE = 1000
 SAMPLING_PROTOCOL_KEYS = (
-    "labels", "prompts", "sampler", "shift", "guidance_interval", "guidance_channels", "num_inference_steps",
-    "temperature", "top_k", "top_p",
+    "labels", "prompts", "sampler", "scheduler", "shift", "guidance_interval", "guidance_channels",
+    "num_inference_steps", "temperature", "top_k", "top_p",
 )  # fmt: skip
 LABELS_BY_KEY = {"guidance_scale": "guidance", "seed": "seed"}
 
@@ -227,6 +227,7 @@ def sampling_protocol(pipeline: DiffusionPipeline, settings: Mapping[str, object
     return {
         **{key: settings.get(key) for key in SAMPLING_PROTOCOL_KEYS},
         "sampler": type(scheduler).__name__ if scheduler else None,
+        "scheduler": settings_of(scheduler)[1] if scheduler else None,
         "shift": shift_of(scheduler) if scheduler else None,
         "num_inference_steps": steps,
         **condition,

@@ -72,7 +72,7 @@ def sample_to_folder(
     if prompts is not None:
         plan |= {"prompts": hash_prompts(prompts), "max_length": pipeline.config.get("max_length")}
     scheduler = getattr(pipeline, "scheduler", None)
-    plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and _settings(scheduler), **settings}
+    plan |= {"pipeline": pipeline_hash(pipeline), "scheduler": scheduler and settings_of(scheduler), **settings}
 
     # This process's batches of which an image is missing.
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -194,10 +194,10 @@ def pipeline_hash(pipeline: DiffusionPipeline) -> str:
     The statistics of latents belong to them, because pipelines apply these.
     """
     models = [model for _, model in sorted(pipeline.components.items()) if isinstance(model, nn.Module)]
-    return hashlib.sha256("".join(hash_model(model, _settings(model)) for model in models).encode()).hexdigest()
+    return hashlib.sha256("".join(hash_model(model, settings_of(model)) for model in models).encode()).hexdigest()
 
 
-def _settings(part: nn.Module | SchedulerMixin) -> list | None:
+def settings_of(part: nn.Module | SchedulerMixin) -> list | None:
     """Class and configuration of a part of diffusers, without what says where it comes from, or is for previews."""
     if not isinstance(part, (ModelMixin, SchedulerMixin)):
         return None

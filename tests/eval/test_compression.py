@@ -122,6 +122,7 @@ def test_the_table(model, tiny_kl, tmp_path, capsys, monkeypatch):
     result = json.loads((tmp_path / "results.json").read_text())
     rows = {row["label"]: row["metrics"] for row in result["rows"]}
     assert result["protocol"]["num_images"] == 6
+    assert len(result["protocol"]["data"]["hash"]) == 64
     assert result["task"] == "compression" and {"ours", "kl, step 1", "jpeg 5", "jpeg 95"} <= set(rows)
     assert rows["jpeg 5"]["bpp"] < rows["jpeg 95"]["bpp"] and rows["jpeg 5"]["PSNR"] < rows["jpeg 95"]["PSNR"]
     assert rows["jpeg 95"]["rFD(efficientnet-lite0)"] < rows["jpeg 5"]["rFD(efficientnet-lite0)"]

@@ -365,6 +365,7 @@ def test_another_solver_can_be_asked_for_and_is_in_the_protocol(pipeline, tmp_pa
         command(*common, "--solver", solver, "--output", tmp_path / solver)
         protocol = json.loads((tmp_path / solver / "results.json").read_text())["protocol"]
         assert protocol["sampler"].startswith(sampler) and protocol["shift"] == 3
+        assert 3 in protocol["scheduler"].values()
         pictures.append(np.stack(pixels(tmp_path / solver / "samples/guidance_scale-1.0-seed-0")))
     assert not np.array_equal(*pictures)
 
