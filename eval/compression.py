@@ -22,6 +22,7 @@ from favae.data.image_record import ImageRecord
 from favae.data.images import ImageDataset, skip_missing, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
+from favae.eval.autoencoder_evaluation import check_same_channels
 from favae.eval.features import FeatureExtractor
 from favae.eval.figures import radial_spectrum, save_rate_distortion
 from favae.eval.frechet import feature_statistics, frechet_distance
@@ -292,8 +293,7 @@ def evaluate_compression(
         elif hasattr(model, "quantize") and not isinstance(model, HyperpriorModelFA | VQModelFA):
             raise ModelError(f"{path}: tokens of a {type(model).__name__} cannot be coded, only those of a VQModelFA")
     for name, _, model in opened[1:]:
-        if image_channels(model) != image_channels(opened[0][2]):
-            raise ModelError(f"{name} takes images of other channels than {opened[0][0]}; measure them apart")
+        check_same_channels(name, model, opened[0][0], opened[0][2])
     check_levels(LEVELS, images.resolution)
     for _, _, model in opened:
         if not isinstance(model, HyperpriorModelFA):  # which pads images

@@ -144,7 +144,7 @@ class WaveletDecoder(nn.Module):
                 latent_channels,
                 out_channels,
                 size=spatial_compression_ratio,
-                overlapping={"overlapping": True, "patches": False}[shortcut],
+                overlapping=shortcut == "overlapping",
             )
 
     def forward(self, sample: Tensor) -> Tensor:
