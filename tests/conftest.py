@@ -52,6 +52,17 @@ TINY_HYPERPRIOR = {
     "latent_channels": 6,
     "hyper_channels": 8,
 }
+TINY_UNET = {
+    "sample_size": 4,
+    "in_channels": 6,
+    "out_channels": 6,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "num_class_embeds": 4,
+}
 TINY_LIGHTNINGDIT = {
     "sample_size": 4,
     "in_channels": 6,

@@ -5,7 +5,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CAT, TINY_HYPERPRIOR, TINY_LIGHTNINGDIT, run
+from conftest import TINY_CAT, TINY_HYPERPRIOR, TINY_LIGHTNINGDIT, TINY_UNET, run
 from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
@@ -67,16 +67,7 @@ def test_without_an_autoencoder_there_are_latents(pipeline, tmp_path):
 
 
 def test_a_compiled_generator_of_diffusers_is_known(pipeline):
-    unet = UNet2DModel(
-        sample_size=(4, 8),
-        in_channels=6,
-        out_channels=6,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=4,
-    ).eval()
+    unet = UNet2DModel(**TINY_UNET | {"sample_size": (4, 8)}).eval()
     pipe = LightningDiTPipeline(unet, pipeline.vae, pipeline.scheduler)
     options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2.0}
     expected = pipe([0, 2], generator=torch.Generator().manual_seed(0), **options).images

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_LIGHTNINGDIT, command, command_error, refusal, tiny_generator_recipe, train
+from conftest import TINY_LIGHTNINGDIT, TINY_UNET, command, command_error, refusal, tiny_generator_recipe, train
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -37,18 +37,6 @@ TINY_DIT = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
     "num_embeds_ada_norm": 3,
-}
-
-TINY_UNET = {
-    "sample_size": 4,
-    "in_channels": 6,
-    "out_channels": 6,
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "num_class_embeds": 4,
 }
 
 
