@@ -126,7 +126,8 @@ def token_statistics(tokenizer: ModelMixin, images: Tensor) -> dict:
     Args:
         images: (N, 3, H, W), uint8.
     Returns:
-        floats per image, bits per image and, of a codebook, the codes used and their perplexity (means over codebooks).
+        floats per image, bits per image and, of a codebook, the codes used and their perplexity: means over codebooks in
+        a row, over all stages from coarse to fine together.
     """
     batches = (images / 127.5 - 1).split(64)
     latents = tokenizer.encode(batches[0][:1])
@@ -134,7 +135,7 @@ def token_statistics(tokenizer: ModelMixin, images: Tensor) -> dict:
         nats = torch.cat([tokenizer.encode(batch).latent_dist.kl() for batch in batches])
         return {"floats": latents.latent_dist.mean.numel(), "bits": float(nats.mean() / math.log(2))}
     indices = torch.cat([tokenizer.quantize(tokenizer.encode(batch).latents).indices for batch in batches])
-    codebooks = indices.flatten(1, 2).flatten(0, 1).view(-1, indices[0, 0, 0].numel()).T  # (codebooks, all tokens)
+    codebooks = indices.reshape(-1, indices.shape[3] if indices.ndim == 4 else 1).T  # (codebooks, all tokens)
     shares = torch.stack([torch.bincount(x, minlength=tokenizer.num_tokens) / x.numel() for x in codebooks])
     return {
         "floats": latents.latents.numel(),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """CAT on the emoji: does it need codes or latents, all words of a text or their mean? And LightningDiT beside it.
 
-    python -m experiments.text_to_image         (9 rows on 1,897 emoji at 64 px, 600 or 2,000 steps: hours on a CPU)
+    python -m experiments.text_to_image         (12 rows on 1,897 emoji at 64 px, 600 or 2,000 steps: hours on a CPU)
     python -m experiments.text_to_image --models codes --seeds 0 --steps 200 --output quick.json
 
 Everything is done by the commands of the recipes: scripts/emoji.py, a tokenizer for each type of tokens (one seed), the
@@ -55,12 +55,18 @@ class TokenType:
 
 
 COMPLEMENTS = {"frequency_complement": "conv"}  # as measured; the recipe has none any more
+BANDS = {"quantizer": "next_band", "codebook_size": 512}
 TOKEN_TYPES = {
     "codes": TokenType("emoji_vqfa", "emoji_cat", COMPLEMENTS),
     "residual": TokenType(
         "emoji_vqfa", "emoji_cat", COMPLEMENTS | {"quantizer": "residual", "num_quantizers": 4}, {"num_quantizers": 4}
     ),
     "latents": TokenType("emoji_favae", "emoji_cat_flow"),
+    "raster": TokenType("emoji_vqfa", "emoji_cat"),
+    "next_scale": TokenType("emoji_vqfa_scales", "emoji_cat_scales"),
+    "next_band": TokenType(
+        "emoji_vqfa_scales", "emoji_cat_scales", BANDS, {"order": "next_band", "codebook_size": 512}
+    ),
 }
 
 
@@ -86,6 +92,9 @@ VARIANTS = {
     "codes_long": Variant("codes", "as `codes`, as many steps as `latents`"),
     "codes_long_sentence": Variant("codes", "as `codes_sentence`, as many steps as `latents`", MEAN_OF_WORDS),
     "residual": Variant("residual", "as `codes`, with four residual codes for each token", length=0.3),
+    "raster": Variant("raster", "as `codes`, whose tokenizer has no complements: 576 bits row by row", length=0.3),
+    "next_scale": Variant("next_scale", "595 bits scale by scale, in four steps", length=0.3),
+    "next_band": Variant("next_band", "576 bits band by band, in four steps", length=0.3),
     "latents": Variant(
         "latents", "64 continuous tokens of as many floats, low channels before high ones, by a flow head"
     ),
