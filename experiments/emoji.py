@@ -126,8 +126,8 @@ def token_statistics(tokenizer: ModelMixin, images: Tensor) -> dict:
     Args:
         images: (N, 3, H, W), uint8.
     Returns:
-        floats per image, bits per image and, of a codebook, the codes used and their perplexity: means over codebooks in
-        a row, over all stages from coarse to fine together.
+        floats per image, bits per image and, of a codebook, the codes used and their perplexity: means over codebooks
+        in a row; of all stages from coarse to fine together.
     """
     batches = (images / 127.5 - 1).split(64)
     latents = tokenizer.encode(batches[0][:1])

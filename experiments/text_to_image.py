@@ -55,7 +55,8 @@ class TokenType:
 
 
 COMPLEMENTS = {"frequency_complement": "conv"}  # as measured; the recipe has none any more
-BANDS = {"quantizer": "next_band", "codebook_size": 512}
+BANDS = {"codebook_size": 512, "quantizer": "next_band"}
+BAND_BY_BAND = {"codebook_size": 512, "order": "next_band"}
 TOKEN_TYPES = {
     "codes": TokenType("emoji_vqfa", "emoji_cat", COMPLEMENTS),
     "residual": TokenType(
@@ -64,9 +65,7 @@ TOKEN_TYPES = {
     "latents": TokenType("emoji_favae", "emoji_cat_flow"),
     "raster": TokenType("emoji_vqfa", "emoji_cat"),
     "next_scale": TokenType("emoji_vqfa_scales", "emoji_cat_scales"),
-    "next_band": TokenType(
-        "emoji_vqfa_scales", "emoji_cat_scales", BANDS, {"order": "next_band", "codebook_size": 512}
-    ),
+    "next_band": TokenType("emoji_vqfa_scales", "emoji_cat_scales", BANDS, BAND_BY_BAND),
 }
 
 
