@@ -144,7 +144,7 @@ class WaveletDecoder(nn.Module):
                 latent_channels,
                 out_channels,
                 size=spatial_compression_ratio,
-                overlapping=shortcut == "overlapping",
+                overlapping={"overlapping": True, "patches": False}[shortcut],
             )
 
     def forward(self, sample: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ from benchmarks.cat_sampling import uncached
 from benchmarks.generator_step import with_published_blocks
 from experiments.rows import parse_arguments
 from favae import CATTransformerModel, LightningDiTTransformer2DModel
-from favae.data.latents import open_latents
 from favae.training.config import load_config
 
 
@@ -221,13 +220,6 @@ def test_trainings_are_compared_within_the_minutes_of_their_slice(tmp_path, monk
     assert json.loads((tmp_path / "training.json").read_text())["second"]["speedup"] == 2
     on_gpu.compare_trainings("training", variants, 1, minutes=9)  # a finished slice begins again
     assert [name for name, _ in calls[4:]] == ["first", "second", "third"]
-
-
-def test_latents_for_a_generator_s_speed(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_gpu, "TOKENIZER", tmp_path / "tokenizer")
-    monkeypatch.setattr(on_gpu, "LATENTS", tmp_path / "latents")
-    on_gpu.prepare_latents(32)
-    assert open_latents(tmp_path / "latents").manifest["resolution"] == 32
 
 
 @pytest.mark.parametrize("name", on_gpu.EXPERIMENTS)

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import command, tiny_tokenizer_recipe, train, train_in_processes, write_images
+from conftest import command, tiny_tokenizer_recipe, train, write_images
 from picture_files import SIZE, encoded, smooth
 from tiny_text import save_bert
 
@@ -116,7 +116,7 @@ def test_training_data_from_shards_is_that_of_a_folder(tmp_path):
 
 
 def test_a_tokenizer_a_cache_and_captions_from_shards(tmp_path):
-    """Trained by two processes, and resumed; the cache has the shards' order, and each text its image."""
+    """The training is resumed; the cache has the shards' order, and each text its image."""
     files = sorted(write_images(tmp_path / "images", classes=2, per_class=6).rglob("*.png"))
     for number in range(2):
         rows = {
@@ -126,8 +126,6 @@ def test_a_tokenizer_a_cache_and_captions_from_shards(tmp_path):
         write_shard(tmp_path / f"{number}.tar", rows)
     shards = tmp_path / "*.tar"
     recipe, more = tiny_tokenizer_recipe(tmp_path, shards), ("data.label_column=none", "train.sample_every=0")
-    pair = (recipe, *more, f"output={tmp_path / 'pair'}", "train.steps=2")
-    assert train_in_processes(2, "train_tokenizer", *pair) == [0, 0]
     constant = ("train.lr_scheduler=constant", "train.lr_warmup_steps=0")
     for output, parts in (("whole", [4]), ("resumed", [2, 4])):
         for steps in parts:

@@ -65,7 +65,6 @@ def stages(tmp_path, image_folder, request):
 
 def test_stages_train_resume_and_are_sampled(stages, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train_in_processes(2, "train_generator", stages, f"output={tmp_path / 'pair'}", "train.steps=2") == [0, 0]
     for output, more in ((whole, []), (parts, ["train.steps=4"]), (parts, [])):
         train("train_generator", stages, f"output={output}", *more)
     for file in sorted((whole / "final").rglob("*.safetensors")):
@@ -163,8 +162,10 @@ def test_classes_are_learned_resumed_sampled_and_measured(codes, tmp_path):
     )
 
 
-def test_two_processes_train_together(flow, tmp_path):
-    assert train_in_processes(2, "train_generator", flow, f"output={tmp_path / 'run'}", "train.steps=2") == [0, 0]
+@pytest.mark.parametrize("kind", ["flow", "codes"])
+def test_two_processes_train_together(kind, request, tmp_path):
+    recipe = request.getfixturevalue(kind)
+    assert train_in_processes(2, "train_generator", recipe, f"output={tmp_path / 'run'}", "train.steps=2") == [0, 0]
     assert (tmp_path / "run/final/model_index.json").exists()
 
 

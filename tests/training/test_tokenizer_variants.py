@@ -183,8 +183,9 @@ def test_two_processes_share_one_codebook_and_stages_switch_alignment(tmp_path, 
 @pytest.mark.parametrize("quantizer", ["next_scale", "next_band"])
 def test_tokens_from_coarse_to_fine_train_in_two_processes_and_resume(tmp_path, image_folder, quantizer):
     file = recipe(tmp_path, image_folder, f"{VQ[:-1]}, quantizer: {quantizer}, scales: [1, 2, 4]}}")
-    pair = (file, f"output={tmp_path / 'pair'}", "train.steps=2", "train.sample_every=0")
-    assert train_in_processes(2, "train_tokenizer", *pair) == [0, 0]
+    if quantizer == "next_scale":  # one codebook for all stages
+        pair = (file, f"output={tmp_path / 'pair'}", "train.steps=2", "train.sample_every=0")
+        assert train_in_processes(2, "train_tokenizer", *pair) == [0, 0]
     for output, parts in (("whole", [4]), ("resumed", [2, 4])):
         for steps in parts:
             train("train_tokenizer", file, f"output={tmp_path / output}", f"train.steps={steps}", *TRAIN)
