@@ -49,7 +49,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 format: install
 	$(BIN)/ruff check --fix .
