@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_VQ, command, command_error, write_images
+from scipy.fft import idctn
 
 from favae import VQModelFA
 from favae.data.images import ImageDataset
@@ -47,6 +48,18 @@ def test_viv_does_not_depend_on_the_channels_scale_and_is_small_for_few_directio
     assert velocity_variance(scaled, labels).viv == pytest.approx(velocity_variance(latents, labels).viv)
     one_direction = noise(120, 1, 1, 1) * noise(16, 1, 1, seed=2) * noise(1, 4, 4, seed=3)
     assert velocity_variance(one_direction, labels).phi < 0.2
+
+
+def test_viv_is_too_low_for_channels_of_different_spectra():
+    """As docs/evaluation.md warns; the true one is the mean over both halves, whose covariances are known."""
+    frequency = 1 + torch.hypot(*torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"))
+    amplitude = frequency**-2 / (frequency**-4).mean().sqrt()  # power 1/f^4, of mean 1
+    coefficients = (noise(3000, 4, 8, 8) * amplitude).numpy()
+    smooth = torch.from_numpy(idctn(coefficients, axes=(2, 3), norm="ortho"))
+    measured = velocity_variance(torch.cat([smooth, noise(3000, 4, 8, 8, seed=1)], dim=1), torch.zeros(3000))
+    true = math.pi / 2 * (amplitude.mean().item() + 1) / 2
+    assert measured.viv < 0.6 * true
+    assert velocity_variance(smooth, torch.zeros(3000)).viv == pytest.approx(true * 2 - math.pi / 2, rel=0.05)
 
 
 def test_viv_refuses_what_would_bias_it():

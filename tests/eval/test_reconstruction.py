@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command_error, command_in_processes, write_images
+from diffusers import AutoencoderKLKVAE
 from tiny_autoencoders import autoencoders
 
 from favae.autoencoders import decode, encode, load_autoencoder, measure_budget, reconstruct, spatial_compression_ratio
@@ -69,6 +70,12 @@ def test_the_zoom_is_where_high_frequencies_are_missed():
     difference = torch.full((1, 3, 32, 32), 0.5)  # a constant error has none
     difference[:, :, 9:17, 20:28] += torch.tensor([0.3, -0.3]).repeat(4)
     assert worst_windows(high_frequency_error(difference)).tolist() == [[9, 20, 8, 8]]
+
+
+def test_octaves_that_a_config_counts_by_another_name():
+    vae = AutoencoderKLKVAE(channels=32, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 1, 2))
+    with torch.no_grad():
+        assert encode(vae, torch.zeros(1, 3, 32, 32)).shape[-1] == 32 // spatial_compression_ratio(vae) == 8
 
 
 def test_every_class_of_autoencoder_reconstructs(tmp_path):

@@ -57,6 +57,7 @@ def test_what_features_have_in_common_everywhere_counts_for_nothing():
     normalized = (features - features.mean((2, 3), keepdim=True)) / features.std((2, 3), keepdim=True)
     assert representation_alignment(3 * normalized, features) == pytest.approx(0, abs=1e-5)
     assert representation_alignment(-normalized, features) == pytest.approx(2, abs=1e-5)
+    assert torch.isfinite(representation_alignment(features[..., :1, :1], features[..., :1, :1]))
     moved = features * torch.rand(2, 5, 1, 1).add(0.5) + torch.randn(2, 5, 1, 1)
     states = torch.randn(2, 5, 4, 4)
     value, expected = representation_alignment(states, moved), representation_alignment(states, features)

@@ -40,6 +40,14 @@ def images():
 # The entropy models ---------------------------------------------------------------------------------------------------
 
 
+def test_a_symmetric_density_has_mass_at_zero():
+    density = FactorizedDensity(2)
+    for bias in density.biases:
+        torch.nn.init.zeros_(bias)
+    at_zero, beside = (density.likelihood(torch.full((1, 2, 1, 1), z)) for z in (0.0, 1e-3))
+    torch.testing.assert_close(at_zero, beside, rtol=1e-2, atol=0)
+
+
 def test_the_mass_of_a_gaussian_is_its_integral():
     x = torch.arange(-40, 41, dtype=torch.float64).view(1, 1, 1, -1)
     for scale in (0.11, 1.0, 7.0):

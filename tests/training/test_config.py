@@ -78,6 +78,7 @@ def recipe(tmp_path):
         ("train.lr_num_cycles=3", "train.lr_num_cycles is for train.lr_scheduler=cosine_with_restarts"),
         ("train.tracker=wandb", "needs the package wandb"),
         ("loss.spectrum={type: none, sigma: 2}", "loss.spectrum.type=none blurs nothing"),
+        ("loss.spectrum={type: fixed, learning_rate: 0.1}", "loss.spectrum.type=fixed learns no sigma"),
         ("model.name=1.5", "model.name"),
         ("train={optimizer: muon, mixed_precision: fp16}", "train.mixed_precision=fp16 .*train.optimizer=muon"),
         ("train.parts=encoder", "loss.adversarial.adaptive .*train.parts=encoder"),
