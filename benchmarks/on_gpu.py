@@ -34,6 +34,7 @@ OUTPUT = RESULTS / "gpu"
 FILES = ROOT / "runs/on_gpu"
 TOKENIZER, LATENTS = FILES / "tokenizer", FILES / "latents"
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense, bfloat16
+PATIENCE = 60  # seconds: to write a checkpoint
 
 # The weights of LPIPS and DINOv2 may not be at hand, so losses that need them are left out.
 NO_TEACHER = "loss.alignment.weight=0"
@@ -91,6 +92,8 @@ SLICES = [*BENCHMARKS, *TRAININGS, *ON_ALL_GPUS, *EXPERIMENTS]
 def run(command: list[str], minutes: float | None = None) -> None:
     """Runs a command, which gets Ctrl-C after so many minutes, as do the processes that it has started.
 
+    Those that are still there after another minute are killed.
+
     Raises:
         CalledProcessError: if it fails.
     """
@@ -101,7 +104,11 @@ def run(command: list[str], minutes: float | None = None) -> None:
         code = process.wait(None if minutes is None else 60 * minutes)
     except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
         os.killpg(process.pid, signal.SIGINT)
-        process.wait()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         if isinstance(reason, KeyboardInterrupt):
             raise
         print("not finished; the same command goes on", flush=True)

@@ -28,6 +28,7 @@ from torchvision.utils import save_image
 from benchmarks.timing import ROOT, environment
 from experiments.emoji import NUM_IMAGES, Emoji, EmojiMetrics, read_emoji, token_statistics
 from experiments.image_sets import read_images
+from experiments.precision import fastest_precision
 from experiments.rows import Comparison, Task, main
 from experiments.text_to_image_report import TABLE_SCALE, figures, tables
 from experiments.tokenizers import named_means
@@ -133,6 +134,7 @@ def make_row(task: Task) -> dict:
         "model": task.name,
         "seed": task.seed,
         "steps": task.steps,
+        "mixed_precision": config.train.mixed_precision,
         "params": sum(p.numel() for p in pipeline.transformer.parameters()),
         "loss": log.get("cross_entropy", log.get("velocity")),
         "seconds": log["seconds"],
@@ -159,6 +161,7 @@ def prepare(tokens: str, folder: Path) -> tuple[Path, Path]:
         if not (output / "final").exists():
             recipe = f"configs/tokenizer/{TOKEN_TYPES[tokens].tokenizer}.yaml"
             changes = [f"model.{key}={value}" for key, value in TOKEN_TYPES[tokens].tokenizer_changes.items()]
+            changes += [f"train.mixed_precision={fastest_precision()}"]
             run("train_tokenizer.py", recipe, f"data.path={data}", f"output={output}", *changes)
         options = ["--data", data, "--resolution", 64, "--output", cache]
         run("-m", "favae", "cache-latents", "--tokenizer", output / "final", *options)  # nothing to do if it is there
@@ -174,6 +177,7 @@ def generator_config(task: Task, tokenizer: Path, cache: Path) -> GeneratorConfi
         "data.latents": cache,
         "data.tokenizer": tokenizer,
         "train.steps": task.steps,
+        "train.mixed_precision": fastest_precision(),
         "train.sample_every": 0,
         "train.tracker": "null",
         "train.checkpoints_total_limit": 1,

@@ -52,7 +52,7 @@ class DeferredSignals:
         self._previous: dict[int, Any] = {}
 
     def start(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if not self._previous and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
 

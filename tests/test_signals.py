@@ -58,12 +58,16 @@ def test_a_training_ends_after_its_step_and_goes_on_as_if_nothing_had_happened(
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_second_signal_ends_a_training_at_once(tiny_cache, monkeypatch):
+@pytest.mark.parametrize(("step", "signals"), [(1, 1), (2, 2)], ids=["the first in the first step", "a second"])
+def test_a_signal_ends_a_training_at_once(step, signals, tiny_cache, monkeypatch):
     recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    end_step = Run.end_step
 
     def never_ends(run, finite):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        if run.step + 1 < step:
+            return end_step(run, finite)
+        for _ in range(signals):
+            signal.raise_signal(signal.SIGINT)
         pytest.fail("it went on")
 
     monkeypatch.setattr(Run, "end_step", never_ends)

@@ -252,7 +252,7 @@ class Run:
             state = self.checkpointer.load(self.checkpoint)
             self._compare_data(state.get("data"))
             self.step, self._seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
-        self._last_checkpoint = self.step
+        self._first_step = self._last_checkpoint = self.step
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         main_process_does(self._prepare_folder)
         if self.train.tracker:
@@ -289,7 +289,9 @@ class Run:
     def batches(self, dataset: StreamedDataset, until: int | None = None) -> Iterator[dict[str, Tensor]]:
         """This process's micro-batches, on its device, from the current step to step `until` or the last one.
 
-        Ctrl-C and SIGTERM wait for the end of a step, and for the samples and the evaluation that are due after it.
+        Ctrl-C and SIGTERM wait for the end of a step, and for the samples and the evaluation that are due after it. In
+        the first step, which may compile for minutes and would be the only one that is lost, they do not wait: they
+        reach the compilers as well, and torch waits for those forever.
 
         Raises:
             KeyboardInterrupt: then, after a checkpoint was written.
@@ -304,7 +306,6 @@ class Run:
             self.accelerator.num_processes,
             self.train.num_workers,
         )
-        self._signals.start()
         try:
             batches = iter(loader)
             for micro_batch in itertools.count():
@@ -312,6 +313,8 @@ class Run:
                     self._end_if_interrupted()
                     if self.step >= until:
                         return
+                    if self.step > self._first_step:
+                        self._signals.start()
                 batch = self._next_batch(batches)
                 yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         finally:

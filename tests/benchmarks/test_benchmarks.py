@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import datasets
@@ -194,6 +195,14 @@ def test_a_slice_is_ended_and_goes_on_later(tmp_path, capsys):
     assert (tmp_path / "saved").exists() and "goes on" in capsys.readouterr().out
     with pytest.raises(subprocess.CalledProcessError):
         on_gpu.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_slice_that_does_not_end_is_killed(monkeypatch, capsys):
+    monkeypatch.setattr(on_gpu, "PATIENCE", 0.5)
+    script = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    start = time.monotonic()
+    on_gpu.run([sys.executable, "-c", script], minutes=2 / 60)
+    assert time.monotonic() - start < 30 and "goes on" in capsys.readouterr().out
 
 
 def test_trainings_are_compared_within_the_minutes_of_their_slice(tmp_path, monkeypatch):
