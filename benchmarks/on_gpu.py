@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -117,13 +118,18 @@ def run(command: list[str], minutes: float | None = None) -> None:
         raise subprocess.CalledProcessError(code, command)
 
 
+def relative(file: Path) -> str:
+    """As commands name it in what they write: not with the path of this machine."""
+    return os.path.relpath(file, ROOT)
+
+
 def run_experiment(name: str, minutes: float | None, jobs: int) -> None:
-    words = ["--steps", str(EXPERIMENTS[name]), "--jobs", str(jobs), "--output", str(OUTPUT / f"{name}.json")]
+    words = ["--steps", str(EXPERIMENTS[name]), "--jobs", str(jobs), "--output", relative(OUTPUT / f"{name}.json")]
     run([sys.executable, "-m", f"experiments.{name}", *words], minutes)
 
 
 def run_benchmark(name: str, minutes: float | None) -> None:
-    words = [*BENCHMARKS[name], "--output", str(OUTPUT / f"{name}.json")]
+    words = [*BENCHMARKS[name], "--output", relative(OUTPUT / f"{name}.json")]
     peak = [value for gpu, value in PEAK_TFLOPS.items() if gpu in torch.cuda.get_device_name()]
     if words[0] == "generator_step" and peak:
         words += ["--peak-tflops", str(peak[0])]
@@ -146,7 +152,7 @@ def compare_trainings(name: str, variants: dict[str, list[str]], processes: int,
     for variant, file in files.items():
         if not file.exists() or json.loads(file.read_text())["commit"] != result["commit"]:
             file.unlink(missing_ok=True)
-            command = [*launcher, "-m", "benchmarks.training_run", *variants[variant], "--output", str(file)]
+            command = [*launcher, "-m", "benchmarks.training_run", *variants[variant], "--output", relative(file)]
             run(command, None if end is None else (end - time.monotonic()) / 60)
         if not file.exists():  # ended
             return

@@ -218,7 +218,7 @@ def test_trainings_are_compared_within_the_minutes_of_their_slice(tmp_path, monk
         if minutes >= 2:
             found = {"settings": [], "seconds_per_step": 1 / len(calls), "images_per_step": 1, "processes": 1}
             found |= {"peak_memory_gb": None, "commit": timing.environment()["commit"]}
-            (tmp_path / command[-1]).write_text(json.dumps(found))
+            (on_gpu.ROOT / command[-1]).write_text(json.dumps(found))
 
     monkeypatch.setattr(on_gpu, "run", run)
     variants = {name: [name] for name in ("first", "second", "third")}
