@@ -168,8 +168,8 @@ def drop_prefixes(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dic
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
 
 
-def list_names(names: Iterable[str], most: int = 3) -> str:
+def list_names(names: Iterable[str]) -> str:
     """A few of the names, for a message of one line."""
     names = sorted(names)
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, ModelMixin
 from favae import LightningDiTTransformer2DModel
 from favae.adapters.convert import check_new_folder
 from favae.adapters.flux2 import flux2_from_autoencoder_kl
-from favae.adapters.single_file import FORMATS, to_single_file
+from favae.adapters.single_file import find_layout, to_single_file
 from favae.autoencoders import load_autoencoder
 from favae.errors import CheckpointError, hint
 from favae.files import atomic_path
@@ -48,7 +48,8 @@ def export(source: str | Path, destination: str | Path, *, format: str) -> None:
 
     if destination.exists():
         raise CheckpointError(f"{destination} exists; name a new file")
-    if FORMATS[format].model_class is LightningDiTTransformer2DModel:
+    model_class = find_layout(format).model_class
+    if model_class is LightningDiTTransformer2DModel:
         model: ModelMixin = _open_transformer(str(source))
     else:
         model = load_autoencoder(str(source))
@@ -59,7 +60,7 @@ def export(source: str | Path, destination: str | Path, *, format: str) -> None:
     if format == "flux2" and type(model) is AutoencoderKL:
         model = flux2_from_autoencoder_kl(model)
     is_autoencoder = not isinstance(model, LightningDiTTransformer2DModel)
-    with hint(ELSEWHERE) if is_autoencoder and type(model) is not FORMATS[format].model_class else nullcontext():
+    with hint(ELSEWHERE) if is_autoencoder and type(model) is not model_class else nullcontext():
         to_single_file(model, destination, format)
     if format in ("ldm", "flux2") and (found := differences_from_comfyui(model.config)):
         logger.warning("ComfyUI, A1111 and Forge cannot read %s: it has %s", destination, "; ".join(found))

@@ -22,7 +22,7 @@ from favae.data.decoding import to_channels
 from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.models import VQModelFA
 from favae.models.scale_quantizers import MultiScaleQuantizer
-from favae.normalization import has_batch_norm
+from favae.normalization import has_batch_norm, latent_mean_and_std
 
 __all__ = ["DeTokVAE", "EDM2Encoder", "LlamaGenVQ", "MARVAE", "VARVQ", "VA_VAE"]
 
@@ -189,14 +189,13 @@ class EDM2Encoder:
     ):
         self.path = str(vae) if isinstance(vae, str | Path) else None
         self.vae = _open(vae)
-        config = self.vae.config
         if has_batch_norm(self.vae) and (raw_mean is None or raw_std is None):
             raise ValueError(f"the statistics of a {type(self.vae).__name__} are not in its config: give both")
-        has_statistics = config.get("latents_std") is not None
-        config_mean = config.latents_mean if has_statistics else config.get("shift_factor") or 0.0
-        config_std = _per_channel(config.latents_std if has_statistics else 1.0) / config.get("scaling_factor", 1.0)
-        mean = _per_channel(config_mean if raw_mean is None else raw_mean)
-        std = config_std if raw_std is None else _per_channel(raw_std)
+        mean, std = latent_mean_and_std(self.vae)
+        if raw_mean is not None:
+            mean = _per_channel(raw_mean)
+        if raw_std is not None:
+            std = _per_channel(raw_std)
         if not bool((std > 0).all()):
             raise ValueError("raw_std must be above 0")
         self.scale = _per_channel(final_std) / std

@@ -81,6 +81,13 @@ FORMATS = {
 }
 
 
+def find_layout(format: str) -> Layout:
+    """Raises CheckpointError for a format that is not there."""
+    if format not in FORMATS:
+        raise CheckpointError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    return FORMATS[format]
+
+
 def from_single_file(
     path: str | Path, format: str, latents_stats: str | Path | None = None, scaling_factor: float | None = None
 ) -> ModelMixin:
@@ -99,9 +106,7 @@ def from_single_file(
     Raises:
         CheckpointError: if the file cannot be read, has another layout, or the other arguments do not fit.
     """
-    if format not in FORMATS:
-        raise CheckpointError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    layout = FORMATS[format]
+    layout = find_layout(format)
     if latents_stats is not None and layout.model_class is not AutoencoderKL:
         raise CheckpointError(f"latent statistics are for an AutoencoderKL, not a {layout.model_class.__name__}")
     if scaling_factor is not None and "scaling_factor" not in signature(layout.model_class).parameters:
@@ -129,7 +134,7 @@ def to_single_file(model: ModelMixin, path: str | Path, format: str) -> None:
     Raises:
         CheckpointError: if the format or the model cannot be written, or the name ends in something else.
     """
-    path, layout = Path(path), FORMATS[format]
+    path, layout = Path(path), find_layout(format)
     if layout.revert is None:
         raise CheckpointError(f"there is no way back to {format}")
     if type(model) is not layout.model_class:

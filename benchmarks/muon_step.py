@@ -47,9 +47,8 @@ def measure(rounds: int) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--inside", action="store_true", help="measure in this process, and print the result alone")
-    arguments = parse_arguments(parser, "muon_step.json", argv)
+    arguments = parse_arguments(parser, "muon_step.json", argv, rounds=5)
     if arguments.inside:
         print(json.dumps(measure(arguments.rounds)))
         return

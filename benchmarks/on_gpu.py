@@ -177,7 +177,7 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
-def prepare_latents(resolution: int = 256) -> None:
+def prepare_latents() -> None:
     """A cache of f16d32 latents by a small untrained tokenizer: a generator's speed does not depend on their values."""
     torch.manual_seed(0)
     tokenizer = AutoencoderKL(
@@ -185,10 +185,10 @@ def prepare_latents(resolution: int = 256) -> None:
         down_block_types=("DownEncoderBlock2D",) * 5,
         up_block_types=("UpDecoderBlock2D",) * 5,
         latent_channels=32,
-        sample_size=resolution,
+        sample_size=256,
     )
     tokenizer.save_pretrained(TOKENIZER)
-    images = ImageDataset(open_source("photos"), resolution)
+    images = ImageDataset(open_source("photos"), 256)
     write_latent_cache(tokenizer.to("cuda" if torch.cuda.is_available() else "cpu"), images, LATENTS)
 
 

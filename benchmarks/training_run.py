@@ -9,7 +9,6 @@ do not count. Writes docs/results/training_run.json, or the file that --output n
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import train_generator
 import train_tokenizer
 from benchmarks.timing import environment, make_parser, parse_arguments, write_result
 from favae.distributed import process_state
+from favae.files import read_json_lines
 from favae.training.config import load_config
 from favae.training.generator_config import GeneratorConfig
 from favae.training.tokenizer_config import TokenizerConfig
@@ -47,8 +47,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     train(config)
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = {record["step"]: record["seconds"] for record in log}
+    seconds = {record["step"]: record["seconds"] for record in read_json_lines(folder / "metrics.jsonl")}
     return {
         "seconds_per_step": (seconds[ignored + counted] - seconds[ignored]) / counted,
         "images_per_step": config.train.batch_size

@@ -227,13 +227,13 @@ def high_power(images: Tensor) -> Tensor:
     return spectrum[:, spectrum.shape[1] // 2 :].sum(dim=1)
 
 
-def bits_per_pixel(model: HyperpriorModelFA, images: ImageDataset, count: int = 64) -> float | None:
-    """Of the files of at most so many images, at even distances; None if not one can be read.
+def bits_per_pixel(model: HyperpriorModelFA, images: ImageDataset) -> float | None:
+    """Of the files of at most 64 images, at even distances; None if not one can be read.
 
     Raises:
         ModelError: if constriction is not installed.
     """
-    batch = skip_missing([images[i] for i in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)])
+    batch = skip_missing([images[i] for i in np.linspace(0, len(images) - 1, min(64, len(images))).astype(int)])
     if batch is None:
         return None
     model.update_table()

@@ -164,7 +164,7 @@ def _readable(path: str | Path):
         raise DataError(f"{path} is damaged or not an .npz file ({error}); write or download it again") from error
 
 
-def write_npz(path: Path, images: Dataset, seed: int = 0) -> None:
+def write_npz(path: Path, images: Dataset) -> None:
     """Writes all images as `arr_0`, in random order.
 
     ADM's evaluator computes the Inception score over consecutive parts, so the order of classes would change it.
@@ -172,7 +172,7 @@ def write_npz(path: Path, images: Dataset, seed: int = 0) -> None:
     Raises:
         DataError: if an image cannot be read.
     """
-    order = np.random.default_rng(seed).permutation(len(images))
+    order = np.random.default_rng(0).permutation(len(images))
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *images.size, 3)}
     with (
         atomic_path(path) as temporary,

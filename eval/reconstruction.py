@@ -5,7 +5,6 @@ HL and HH; the transform is orthonormal, so Recon = (Low + 3 High) / 4. PSNR, SS
 on 8 bits. Seams are those of `favae.eval.seams`, at the borders of what one latent stands for, relative to the images'.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,8 +32,6 @@ from favae.eval.seams import neighbor_differences, patch_size_of, relative_seams
 from favae.losses.perceptual import LPIPS, SMALLEST_PERCEPTUAL
 from favae.losses.stft import SMALLEST_SSIM
 from favae.wavelets import WaveletTransform2D
-
-logger = logging.getLogger(__name__)
 
 PER_IMAGE = ("Recon", "Low", "High", "PSNR", "SSIM", "MS-SSIM", "LPIPS")
 MS_SSIM_SIZE = 176  # the smallest at which its window of 11 fits into five scales

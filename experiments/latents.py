@@ -35,7 +35,7 @@ from experiments.precision import fastest_precision
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import load_trained, mean_errors, reconstruct_all
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128, TrainingSet, load_images
-from favae.autoencoders import encode, measure_budget
+from favae.autoencoders import encode, measure_budget, spatial_compression_ratio
 from favae.data.images import to_uint8
 from favae.data.latent_writing import write_latent_cache
 from favae.data.latents import load_tokenizer, open_latents
@@ -241,7 +241,13 @@ def tokenizer_metrics(task: Task) -> dict:
     vae = load_trained(task.run / "final")
     budget = measure_budget(vae, own.size)
     reconstructions = to_uint8(reconstruct_all(vae, images))
-    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(own), "f": patch_size(vae)}
+    row = {
+        "model": task.name,
+        "seed": task.seed,
+        "steps": task.steps,
+        "data": str(own),
+        "f": spatial_compression_ratio(vae),
+    }
     row |= {
         "mixed_precision": fastest_precision(),
         "gflop": budget.flops / 1e9,
@@ -251,7 +257,9 @@ def tokenizer_metrics(task: Task) -> dict:
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve]), "curve": curve}
     row["latents"] = measure_latents(vae, images, labels)
-    row["seams"] = seams_of(reconstructions, patch_size(vae)) / seams_of(to_uint8(images), patch_size(vae))
+    row["seams"] = seams_of(reconstructions, spatial_compression_ratio(vae)) / seams_of(
+        to_uint8(images), spatial_compression_ratio(vae)
+    )
     row["reconstructions"] = own.metrics(InMemoryImages(reconstructions), labels)
     shutil.rmtree(task.run / "checkpoints")
     return row
@@ -297,10 +305,6 @@ def measure_latents(vae, images: Tensor, labels: Tensor) -> dict[str, float | No
     return latent_metrics(torch.cat([encode(vae, batch.to(vae.device)).float().cpu() for batch in batches]), labels)[0]
 
 
-def patch_size(vae) -> int:
-    return 32 // encode(vae, torch.zeros(1, 3, 32, 32, device=vae.device)).shape[-1]
-
-
 def on_plateau(errors: list[float]) -> bool:
     """Whether the last quarter of a training brought less than a hundredth."""
     return errors[-1] > (1 - PLATEAU) * errors[-2]
@@ -321,7 +325,7 @@ def generator_metrics(task: Task) -> dict:
     config = generator_config(task, run, latents, smooth)
     train_generator(config)
 
-    real = seams_of(load_images(images, "train")[0][:5000], patch_size(tokenizer))
+    real = seams_of(load_images(images, "train")[0][:5000], spatial_compression_ratio(tokenizer))
     curve = []
     for step, path in points(run, task.steps):
         transformer = find_model_class(TRANSFORMER["name"]).from_pretrained(path / "ema").eval()
@@ -335,7 +339,7 @@ def generator_metrics(task: Task) -> dict:
             sample_to_folder(pipeline, folder, images.samples, seed=task.seed, **options)
             samples = SampleFolder(folder)
             point[name] = images.metrics(samples, torch.arange(len(samples)) % images.num_classes)
-            point[name]["seams"] = seams_of(read_images(samples), patch_size(tokenizer)) / real
+            point[name]["seams"] = seams_of(read_images(samples), spatial_compression_ratio(tokenizer)) / real
             if task.pictures is not None and task.seed == 0 and step == task.steps:
                 save_pictures(task, samples)  # guided, if there are classes
         curve.append(point)

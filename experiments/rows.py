@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from benchmarks.timing import ROOT, environment, make_parser
+from benchmarks.timing import RESULTS, ROOT, environment, make_parser
 from favae.files import write_text
 from favae.training.config import RunConfig, load_config
 
-RESULTS = ROOT / "docs/results"
 Settings = TypeVar("Settings", bound=RunConfig)
 
 

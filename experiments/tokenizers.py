@@ -169,11 +169,11 @@ def save_pictures(vae: ModelMixin, images: Tensor, folder: Path, name: str) -> N
 
 
 @torch.no_grad()
-def compare_speed(variants: dict[str, Variant], reference: str, resolution: int, rounds: int = 15) -> dict:
+def compare_speed(variants: dict[str, Variant], reference: str, resolution: int) -> dict:
     """Speed of encoding and decoding 16 images with one thread, relative to one variant's."""
     torch.set_num_threads(1)
     images = torch.rand(16, 3, resolution, resolution) * 2 - 1
     models = {name: variant.build().eval() for name, variant in variants.items()}
     calls = {name: lambda vae=vae: reconstruct(vae, images) for name, vae in models.items()}
-    timings = time_paired(calls, rounds=rounds)
+    timings = time_paired(calls, rounds=15)
     return {name: speedup(timing.seconds, timings[reference].seconds) for name, timing in timings.items()}

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from favae.channels import MODES
 from favae.errors import ModelError, one_line
 from favae.models import VQModelFA
-from favae.models.hub import silent_about_previews
+from favae.models.hub import find_class, silent_about_previews
 from favae.models.scale_quantizers import ScaleQuantizer
 from favae.models.sizes import compression_ratio
 from favae.normalization import AUTOENCODER_RAE, MIN_LOGVAR
@@ -34,8 +34,6 @@ def load_autoencoder(path: str) -> ModelMixin:
     Raises:
         ModelError: if there is no autoencoder, or it cannot be opened.
     """
-    import favae
-
     name = "model"
     try:
         try:
@@ -45,8 +43,7 @@ def load_autoencoder(path: str) -> ModelMixin:
             options = {"subfolder": "vae"}
             config = diffusers.AutoencoderKL.load_config(path, **options)
         name = config["_class_name"]
-        known = getattr(favae, name, None) or getattr(diffusers, name, None)
-        model_class = known or _imported_model(name) or getattr(diffusers, name)  # which says what is missing
+        model_class = find_class(name)
         if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
             raise ModelError(f"{path}: a {name} is not an autoencoder")
         with silent_about_previews():
@@ -59,16 +56,6 @@ def load_autoencoder(path: str) -> ModelMixin:
         raise ModelError(f"{path}: a {name} needs the package transformers ({error})") from error
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise ModelError(f"{path}: no autoencoder could be opened here ({one_line(error)})") from error
-
-
-def _imported_model(name: str) -> type[ModelMixin] | None:
-    """The class of models of this name that somebody has defined, if its module is imported."""
-    classes = [ModelMixin]
-    for model_class in classes:
-        if model_class.__name__ == name:
-            return model_class
-        classes += model_class.__subclasses__()
-    return None
 
 
 def spatial_compression_ratio(vae: ModelMixin) -> int:
@@ -169,14 +156,9 @@ def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
     return images * 2 - 1 if _unit_range(vae) else images
 
 
-def reconstruct(
-    vae: ModelMixin,
-    images: Tensor,
-    posterior: Literal["mode", "sample"] = "mode",
-    generator: torch.Generator | list[torch.Generator] | None = None,
-) -> Tensor:
-    """Encodes and decodes (B, C, H, W) in [-1, 1]; the result is not clamped, float32."""
-    return decode(vae, encode(vae, images, posterior, generator))
+def reconstruct(vae: ModelMixin, images: Tensor) -> Tensor:
+    """Encodes and decodes (B, C, H, W) in [-1, 1] by the mode of the posterior; the result is not clamped, float32."""
+    return decode(vae, encode(vae, images))
 
 
 def _unit_range(vae: ModelMixin) -> bool:

@@ -109,7 +109,7 @@ def encode_texts(
     model: PreTrainedModel,
     tokenizer,
     texts: list[str],
-    max_length: int | None = None,
+    max_length: int,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of the tokens of texts.
@@ -117,7 +117,7 @@ def encode_texts(
     Args:
         model, tokenizer: of the transformers library, as a `TextEncoder` has them.
         texts: B >= 1 strings. An empty text has the embeddings of its start and end tokens.
-        max_length: number of tokens to which texts are cut; None takes as many as the encoder can.
+        max_length: number of tokens to which texts are cut.
         device: where the model computes; None: where its weights are.
     Returns:
         Embeddings (B, L, D), float32, and mask (B, L), bool, True where there is a token; on that device.
@@ -127,7 +127,7 @@ def encode_texts(
     tokens = tokenizer(
         texts,
         truncation=True,
-        max_length=text_limit(model, tokenizer) if max_length is None else max_length,
+        max_length=max_length,
         padding="max_length" if is_clip else "longest",
         return_tensors="pt",
     ).to(device or model.device)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the tests compare with the CPU's numbers
 
@@ -25,6 +26,7 @@ from favae.data.images import ImageDataset
 from favae.data.latent_writing import write_latent_cache
 from favae.data.sources import open_source
 from favae.eval import features
+from favae.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -286,6 +288,43 @@ def train(script: str, *arguments: str | Path) -> None:
     """Runs "train_tokenizer" or "train_generator" in this process, which is much quicker than `run`."""
     AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would find it
     importlib.import_module(script).main([str(argument) for argument in arguments])
+
+
+def checkpointed_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Enables gradient checkpointing. The list gets each block that will be computed twice."""
+    model.enable_gradient_checkpointing()
+    blocks = []
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None:
+            module._gradient_checkpointing_func = lambda block, *inputs, function=function: (
+                blocks.append(block) or function(block, *inputs)
+            )
+    return blocks
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """All files of weights below a folder, of which there is at least one."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+    assert found
+    return found
+
+
+def steps_trained(script: str, *arguments: str | Path) -> int:
+    """Trains, and says how many steps that took: a run that begins anew ends as one that goes on does."""
+    with mock.patch.object(Run, "end_step", autospec=True, side_effect=Run.end_step) as ended:
+        train(script, *arguments)
+    return ended.call_count
+
+
+def train_whole_and_in_parts(script: str, folder: Path, *arguments: str | Path, steps: int, first: int) -> Path:
+    """Trains in one go, and in two; both end with the same weights. Returns the run folder of the former."""
+    whole, parts = folder / "whole", folder / "parts"
+    train(script, *arguments, f"output={whole}", f"train.steps={steps}")
+    train(script, *arguments, f"output={parts}", f"train.steps={first}")
+    assert steps_trained(script, *arguments, f"output={parts}", f"train.steps={steps}") == steps - first
+    assert weights(whole / "final") == weights(parts / "final")
+    return whole
 
 
 def refusal(script: str, *arguments: str | Path) -> str:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ROOT, command, command_error, tiny_tokenizer_recipe
 
-from favae import cli
 from favae.adapters.single_file import FORMATS
 from favae.commands import caches
 from favae.commands.conversion import EXPORT_FORMAT_NAMES, FORMAT_NAMES
@@ -128,14 +127,6 @@ def test_formats_are_those_that_can_be_converted():
     assert set(FORMAT_NAMES) == set(FORMATS) | {"taesd"}
     writable = {name for name, layout in FORMATS.items() if layout.revert is not None}
     assert set(EXPORT_FORMAT_NAMES) == writable | {"onnx"}
-
-
-def test_every_command_has_a_parser():
-    parser = cli.build_parser()
-    for words in COMMANDS:
-        with pytest.raises(SystemExit) as error:
-            parser.parse_args([*words, "--help"])
-        assert error.value.code == 0
 
 
 @pytest.mark.parametrize(

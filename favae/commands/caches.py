@@ -3,10 +3,17 @@
 import argparse
 from pathlib import Path
 
-from favae.cli_options import add_data_options, add_loading_options, add_output_option, data_name, open_data
+from favae.cli_options import (
+    add_data_options,
+    add_loading_options,
+    add_output_option,
+    add_resolution_option,
+    data_name,
+    open_data,
+)
 from favae.commands import add_command
 from favae.errors import hint
-from favae.ranges import Count, Pixels, Share, in_range
+from favae.ranges import Count, Share, in_range
 
 
 def add_commands(commands) -> None:
@@ -21,9 +28,7 @@ def add_commands(commands) -> None:
         after_interrupt="the same command continues with the shards that are missing",
     )
     parser.add_argument("--tokenizer", required=True, help="a saved autoencoder: a folder or a hub name")
-    parser.add_argument(
-        "--resolution", type=in_range(Pixels), required=True, help="height and width of the center crops"
-    )
+    add_resolution_option(parser)
     add_output_option(parser, "folder")
     parser.add_argument("--shard-size", type=in_range(Count), default=4096, help="images per file (default: 4096)")
     stored = parser.add_mutually_exclusive_group()

@@ -20,7 +20,7 @@ from favae.cli_options import (
     open_other_data,
 )
 from favae.commands import add_command
-from favae.errors import ConfigError
+from favae.errors import ConfigError, DataError, hint
 from favae.ranges import Positive, in_range
 
 COMPRESS = """Write images to small files by a compression model.
@@ -100,7 +100,6 @@ def compress(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from favae.autoencoders import image_channels
-    from favae.errors import hint
     from favae.eval.compression import open_compression_model
     from favae.eval.results import format_table
     from favae.eval.side_by_side import open_image
@@ -127,7 +126,6 @@ def decompress(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from favae.data.images import to_uint8
-    from favae.errors import hint
     from favae.eval.compression import open_compression_model
     from favae.files import atomic_path
     from favae.models.hyperprior_model_fa import LatentCoder
@@ -153,7 +151,6 @@ def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
     Raises:
         DataError: if there are none.
     """
-    from favae.errors import DataError
 
     found = []
     for given in paths:
@@ -168,7 +165,6 @@ def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
 
 def _apart(found: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
     """Raises DataError if two files would be written to one place."""
-    from favae.errors import DataError
 
     first: dict[Path, Path] = {}
     for file, place in found:

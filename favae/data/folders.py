@@ -4,7 +4,7 @@ import logging
 import os
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 from PIL import Image
@@ -208,7 +208,7 @@ class FolderScan:
                     self._visit(Path(entry.path), (*parts, entry.name), above)
             elif not os.path.isfile(entry.path):
                 self._ignored["links that lead nowhere" if entry.is_symlink() else "special files"].append(name)
-            elif (ending := os.path.splitext(entry.name)[1].lower()) in image_extensions():
+            elif (ending := ending_of(entry.name)) in image_extensions():
                 self._add_image(Path(entry.path), parts)
                 stems.add(os.path.splitext(entry.name)[0])
             elif ending == ".txt":
@@ -228,14 +228,33 @@ class FolderScan:
 
 
 def walk(path: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder from `path` on, with the names of its files, sorted. Links are followed, but to a folder that they
-    are in."""
+    """Each folder from `path` on, with the names of its files, sorted; without what is hidden.
+
+    Links are followed, but to a folder that they are in.
+    """
     above: dict[str, frozenset[str]] = {str(path): frozenset()}
     for folder, folders, files in os.walk(path, followlinks=True):
         entered = above.pop(folder) | {os.path.realpath(folder)}
-        folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(folder, name)) not in entered)
-        above |= {os.path.join(folder, name): entered for name in folders}
-        yield folder, sorted(files)
+        paths = {name: os.path.join(folder, name) for name in sorted(folders) if not name.startswith(".")}
+        folders[:] = (name for name, below in paths.items() if os.path.realpath(below) not in entered)
+        above |= {paths[name]: entered for name in folders}
+        yield folder, sorted(name for name in files if not name.startswith("."))
+
+
+def ending_of(name: str) -> str:
+    """Of a file, in lower case and with its dot."""
+    return os.path.splitext(name)[1].lower()
+
+
+def holds_only(folder: str | Path, ending: str, others: Set[str]) -> bool:
+    """Whether there are files of this ending in a folder or below it, and none of the others."""
+    found = False
+    for _, files in walk(folder):
+        endings = set(map(ending_of, files))
+        if endings & others:
+            return False
+        found |= ending in endings
+    return found
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

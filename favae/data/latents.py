@@ -224,7 +224,7 @@ class TokenDataset(CachedDataset):
         """Raises `CacheError` if there are tokens outside the codebook."""
         tensors = super().load(shard, path)
         tokens = tensors["tokens"]
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
             raise CacheError(
                 f"{path} has tokens in {tokens.min()} ... {tokens.max()}, but the codebook ends at "
                 f"{self.codebook_size - 1}; delete it and {FILL_THE_GAP}"

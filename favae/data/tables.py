@@ -14,7 +14,7 @@ from PIL import Image
 
 from favae.data.captions import clean_captions
 from favae.data.decoding import UnusableImage, image_extensions, read_image
-from favae.data.folders import NO_LABELS, check_size, walk
+from favae.data.folders import NO_LABELS, check_size, holds_only
 from favae.data.images import ImageIdentity
 from favae.errors import DataError
 
@@ -232,23 +232,12 @@ def _type_name(feature: Any) -> str:
 def is_table(path: str) -> bool:
     """Whether `HuggingFaceSource` opens what is at this path, and not `FolderSource`."""
     if Path(path).is_dir():
-        return _is_saved(Path(path)) or _is_shards(Path(path))
+        return _is_saved(Path(path)) or holds_only(path, ENDING, image_extensions())
     return path.startswith(HUB) or Path(path).suffix.lower() == ENDING
 
 
 def _is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (SAVED_SET, SAVED_SPLITS))
-
-
-def _is_shards(folder: Path) -> bool:
-    """Whether there are parquet files below a folder, and no images."""
-    found = False
-    for _, files in walk(folder):
-        endings = {os.path.splitext(name)[1].lower() for name in files if not name.startswith(".")}
-        if endings & image_extensions():
-            return False
-        found |= ENDING in endings
-    return found
 
 
 def _open_dataset(path: str, split: str) -> Any:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from favae.data.captions import clean_captions
 from favae.data.decoding import UnusableImage, image_extensions, read_image
-from favae.data.folders import NO_LABELS, check_size, printable, shown, walk
+from favae.data.folders import NO_LABELS, check_size, ending_of, holds_only, printable, shown, walk
 from favae.data.images import ImageIdentity
 from favae.data.tables import AUTO, NONE
 from favae.errors import DataError
@@ -190,18 +190,7 @@ def is_tar(path: str) -> bool:
     """Whether `TarSource` opens what is at this path: shards, or a folder with shards and no images or tables."""
     if not Path(path).is_dir():
         return path.lower().endswith(ENDING)
-    found = False
-    for _, files in walk(path):
-        endings = set(map(_ending, files))
-        if endings & (image_extensions() | {".parquet"}):
-            return False
-        found |= ENDING in endings
-    return found
-
-
-def _ending(name: str) -> str:
-    """Of a file's name, in lower case; nothing for hidden files."""
-    return "" if name.startswith(".") else os.path.splitext(name)[1].lower()
+    return holds_only(path, ENDING, image_extensions() | {".parquet"})
 
 
 def _find_shards(path: str, split: str) -> list[Path]:
@@ -211,7 +200,7 @@ def _find_shards(path: str, split: str) -> list[Path]:
             raise DataError(f"{path}: no such file")
         return files
     splits: dict[str, list[Path]] = {}
-    shards = [Path(folder, name) for folder, names in walk(path) for name in names if _ending(name) == ENDING]
+    shards = [Path(folder, name) for folder, names in walk(path) for name in names if ending_of(name) == ENDING]
     for file in sorted(shard for shard in shards if shard.is_file()):
         words = set(re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower()))
         name = next((name for name, usual in SPLIT_WORDS.items() if words & usual), "train")

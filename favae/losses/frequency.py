@@ -120,7 +120,7 @@ class SpectrumLoss(nn.Module):
         sigma: float = 3.0,
         *,
         kernel_size: int | None = None,
-        normalize: bool = False,
+        normalize: bool = True,
     ):
         super().__init__()
         if kernel_size is not None and (kernel_size < 3 or kernel_size % 2 == 0):
@@ -236,10 +236,10 @@ def band_loss(
     return total / levels
 
 
-def detail_mask(images: Tensor, floor: float = 0.01) -> Tensor:
+def detail_mask(images: Tensor) -> Tensor:
     """How much fine detail an image has at each pixel, relative to the mean of the whole image.
 
-    m = (e + floor) / (mean e + floor), where e is the root mean square of Haar's three high bands of 2 x 2 pixels, over
+    m = (e + 0.01) / (mean e + 0.01), where e is the root mean square of Haar's three high bands of 2 x 2 pixels, over
     all colors. A flat image has 1 everywhere.
 
     Args:
@@ -248,7 +248,7 @@ def detail_mask(images: Tensor, floor: float = 0.01) -> Tensor:
         (B, 1, H, W), of mean 1 for each image, not differentiated.
     """
     _, high = _wavelet_transform("haar", images.device)(images.detach().float())
-    energy = high.square().mean(dim=(1, 2)).sqrt().unsqueeze(1) + floor  # (B, 1, H/2, W/2)
+    energy = high.square().mean(dim=(1, 2)).sqrt().unsqueeze(1) + 0.01  # (B, 1, H/2, W/2)
     mask = energy / energy.mean(dim=(2, 3), keepdim=True)
     return mask.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 

@@ -76,6 +76,10 @@ class AutoencoderKLFA(FullTilesAutoencoderKL):
             raise ValueError(f"wavelet_levels must be in 1 ... {len(block_out_channels) - 1}, got {wavelet_levels}")
         if not 0 < high_latent_channels < latent_channels:
             raise ValueError(f"high_latent_channels must be in 1 ... {latent_channels - 1}, got {high_latent_channels}")
+        if shortcut not in (None, "overlapping", "patches", "decoder"):
+            raise ValueError(f"shortcut must be 'overlapping', 'patches', 'decoder' or None, got {shortcut!r}")
+        if latent_norm not in (None, "rms"):
+            raise ValueError(f"latent_norm must be 'rms' or None, got {latent_norm!r}")
         low_widths = tuple(block_out_channels[wavelet_levels:])
         high_widths = tuple(high_block_out_channels or low_widths)
         if len(high_widths) != len(low_widths):

@@ -74,6 +74,8 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin, AutoencoderMixin):
     ):
         super().__init__()
         stages = len(block_out_channels)
+        if wavelet_levels >= stages:
+            raise ValueError(f"wavelet_levels must be below the {stages} stages, got {wavelet_levels}")
         lengths = {
             "num_encoder_blocks": (num_encoder_blocks, stages),
             "decoder_block_out_channels": (decoder_block_out_channels, stages - wavelet_levels),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+import diffusers
 import yaml
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
@@ -28,6 +29,27 @@ TASK_BY_EVALUATION = {
     **dict.fromkeys(("reconstruction", "compression", "latents"), "image-to-image"),
     "generation": "unconditional-image-generation",
 }
+
+
+def find_class(name: str) -> type[ModelMixin]:
+    """The class of models of this name: one of ours, one of diffusers, or one that is defined in an imported module.
+
+    Raises:
+        AttributeError: if there is none.
+    """
+    import favae  # which imports this module
+
+    known = getattr(favae, name, None) or getattr(diffusers, name, None)
+    return known or _imported_class(name) or getattr(diffusers, name)  # which says what is missing
+
+
+def _imported_class(name: str) -> type[ModelMixin] | None:
+    classes = [ModelMixin]
+    for model_class in classes:
+        if model_class.__name__ == name:
+            return model_class
+        classes += model_class.__subclasses__()
+    return None
 
 
 class HubModelMixin(ModelMixin, ConfigMixin):

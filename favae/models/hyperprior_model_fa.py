@@ -372,14 +372,13 @@ class ChannelNorm(nn.Module):
     """Normalizes the channels of each pixel, (B, C, H, W): unlike means over the image, these do not depend on its
     size."""
 
-    def __init__(self, channels: int, eps: float = 1e-3):
+    def __init__(self, channels: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.eps = eps
 
     def forward(self, sample: Tensor) -> Tensor:
         channels_last = sample.movedim(1, -1)
-        return F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+        return F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, eps=1e-3).movedim(-1, 1)
 
 
 def _mirrored(before: int, after: int, size: int, stride: int = 1) -> nn.Conv2d:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
@@ -14,7 +13,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from favae.models.hub import HubModelMixin
+from favae.models.hub import HubModelMixin, find_class
 from favae.models.sizes import compression_ratio
 
 
@@ -158,11 +157,8 @@ class SingleFrameAutoencoder(AutoencoderAdapter):
 
 
 def build(config: dict[str, Any]) -> ModelMixin:
-    """A model of ours or of diffusers from a config with its `_class_name`, with random weights."""
-    import favae
-
-    name = config["_class_name"]
-    model_class = getattr(favae, name, None) or getattr(diffusers, name)
+    """A model from a config with its `_class_name`, with random weights."""
+    model_class = find_class(config["_class_name"])
     return model_class.from_config({key: value for key, value in config.items() if key != "_class_name"})
 
 

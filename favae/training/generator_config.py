@@ -1,5 +1,6 @@
 """The schema of train_generator.py."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any
@@ -124,6 +125,11 @@ class GeneratorConfig(RunConfig):
         """Whether the generator is conditioned on classes; LightningDiT may be on both."""
         return not self.takes_texts if self.is_autoregressive else self.model.get("num_classes") != 0
 
+    def _argument(self, key: str) -> Any:
+        """Of the model: what the recipe says, or the default of the class."""
+        parameters = inspect.signature(find_model_class(self.model["name"]).__init__).parameters
+        return self.model.get(key, parameters[key].default)
+
     def __post_init__(self):
         check_model(self.model, GENERATORS)
         self.model = inherit_settings(self.model)
@@ -135,6 +141,8 @@ class GeneratorConfig(RunConfig):
             self._refuse(
                 ["sampling.prompts", "data.text_embeddings", "data.text_encoder"], "is for generators of texts"
             )
+        if self.is_autoregressive or self.loss.objective == "ddpm":
+            self._refuse(FOR_FLOWS, "is for flow matching")
         prompts, shown = self.sampling.prompts or [], self.sampling.num_images
         if len(prompts) > shown:
             raise ConfigError(f"sampling.prompts are {len(prompts)}, more than sampling.num_images={shown}")
@@ -157,8 +165,6 @@ class GeneratorConfig(RunConfig):
     def _check_guidance(self, section: str, settings: GuidanceConfig) -> None:
         interval, channels = settings.guidance_interval, settings.guidance_channels
         given = {"guidance_interval": interval, "guidance_channels": channels}
-        if self.is_autoregressive or self.loss.objective == "ddpm":
-            self._refuse(FOR_FLOWS, "is for flow matching")
         has_pipeline_of_dit = self.loss.objective == "ddpm" and self.builds(DiTTransformer2DModel)
         if self.is_autoregressive or has_pipeline_of_dit:
             for key in (key for key, value in given.items() if value is not None):
@@ -169,7 +175,7 @@ class GeneratorConfig(RunConfig):
             )
         if interval is not None and interval[0] > interval[1]:
             raise ConfigError(f"{section}.guidance_interval must rise, got {interval}")
-        if channels is not None and channels > self.model.get("in_channels", 32):
+        if channels is not None and channels > self._argument("in_channels"):
             raise ConfigError(f"{section}.guidance_channels must be at most model.in_channels, got {channels}")
 
     def _refuse(self, keys: Sequence[str], why: str) -> None:
@@ -230,14 +236,14 @@ class GeneratorConfig(RunConfig):
             )
         if self.builds(UNet2DModel):
             self._check_unet()
-        channels = model.get("in_channels", 4)
+        channels = self._argument("in_channels")
         allowed = [channels, 2 * channels] if self.loss.objective == "ddpm" else [channels]
         if is_dit and model.get("out_channels", channels) not in allowed:
             raise ConfigError(
                 f"model.out_channels must be {' or '.join(map(str, allowed))} for loss.objective="
                 f"{self.loss.objective} and model.in_channels={channels}, got {model['out_channels']}"
             )
-        if alignment.weight and not 1 <= alignment.layer <= model.get("num_layers", 28):
+        if alignment.weight and not 1 <= alignment.layer <= self._argument("num_layers"):
             raise ConfigError(f"loss.alignment.layer must be one of the model's layers, got {alignment.layer}")
         if (self.data.warmup_latents is None) != (self.data.warmup_steps == 0):
             raise ConfigError("data.warmup_latents and data.warmup_steps are set together")

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiTTransformer2DModel, ModelMixin
 
-import favae
 from favae.errors import ConfigError, one_line
 from favae.models.class_conditional import initialize_dit
+from favae.models.hub import find_class
 from favae.ranges import Text
 from favae.training.validation import signature_schema, validate
 
@@ -66,7 +65,7 @@ def find_model_class(name: str) -> type[ModelMixin]:
     """
     module, _, attribute = name.rpartition(".")
     if "." not in name:
-        return getattr(favae, name, None) or getattr(diffusers, name)
+        return find_class(name)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

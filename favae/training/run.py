@@ -203,7 +203,6 @@ class Run:
         self._skipped_in_a_row = 0
         self._window: dict[str, list[Tensor]] = {}
         self._collected: list[dict[str, Tensor]] = []  # of the micro-batches of this step
-        self._count = 0
         set_seed(config.seed)
 
     @property

@@ -53,6 +53,7 @@ def comfy(tmp_path, monkeypatch):
     formats = {
         "SD15": type("SD15", (LatentFormat,), {"scale_factor": 0.25}),
         "Flux": type("Flux", (LatentFormat,), {"scale_factor": 0.5, "shift_factor": 0.1}),
+        "SD3": type("SD3", (LatentFormat,), {"latent_channels": 24}),
         "Flux2": type("Flux2", (LatentFormat,), {"latent_channels": 24}),
         "Wan21": type("Wan21", (LatentFormat,), {"latent_dimensions": 3, "scale_factor": 2.0}),
     }
@@ -172,10 +173,13 @@ def test_tiles_when_asked_or_when_memory_runs_out(comfy, vae, monkeypatch):
     assert opened.decode(latents).shape == whole.shape and calls[:2] == [False, True]
 
 
-def test_a_format_of_other_channels_is_refused(comfy):
-    vae = AutoencoderKLFA(**{**TINY_FAVAE, "latent_channels": 8})
-    with pytest.raises(ValueError, match="8 channels, SD15 of 6"):
-        comfy.load(vae, "SD15")
+@pytest.mark.parametrize(
+    ("channels", "name", "expected"), [(8, "SD15", 6), (6, "SD3", 24), (24, "Flux2", 24)], ids=["", "4 x", "unpacked"]
+)
+def test_a_format_of_other_channels_is_refused(channels, name, expected, comfy):
+    vae = AutoencoderKLFA(**{**TINY_FAVAE, "latent_channels": channels})
+    with pytest.raises(ValueError, match=f"{channels} channels, {name} of {expected}"):
+        comfy.load(vae, name)
 
 
 @torch.no_grad()

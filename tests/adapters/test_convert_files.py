@@ -174,6 +174,8 @@ def test_from_single_file_opens_every_format(tmp_path, vavae, lightningdit):
     images = network.decode(network.quantize(network.encode(IMAGES))[0])
     codec = from_single_file(tmp_path / "favae.pt", "favae-vq")
     assert torch.allclose(codec(IMAGES).sample, images, atol=1e-5)
+    with pytest.raises(CheckpointError, match="format must be one of .* got 'sdxl'"):
+        to_single_file(codec, tmp_path / "back.pt", "sdxl")
     with pytest.raises(CheckpointError, match="no way back to favae-vq"):
         to_single_file(codec, tmp_path / "back.pt", "favae-vq")
 

@@ -176,5 +176,7 @@ def test_tiling_and_slicing_stay_on():
 
 def test_from_pipe_wants_the_autoencoder_named():
     pipe, _ = stable_diffusion(ours())
+    with pytest.raises(ValueError, match="vae"):
+        diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae)
     assert other.vae is pipe.vae

@@ -90,6 +90,25 @@ def test_shards_are_read_in_their_splits(tmp_path):
         open_source(str(tmp_path / "empty.parquet"))
 
 
+@pytest.mark.parametrize("hidden", [".cache/seen.png", ".seen.png"])
+@pytest.mark.parametrize("ending", ["parquet", "tar"])
+def test_hidden_images_change_no_set(hidden, ending, tmp_path):
+    picture = encoded(smooth())
+    (tmp_path / hidden).parent.mkdir(exist_ok=True)
+    (tmp_path / hidden).write_bytes(picture)
+    if ending == "parquet":
+        features = datasets.Features({"image": datasets.Image()})
+        rows = datasets.Dataset.from_list([{"image": {"bytes": picture, "path": None}}] * 2, features=features)
+        rows.to_parquet(tmp_path / "shard.parquet")
+    else:
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            for i in range(2):
+                info = tarfile.TarInfo(f"{i}.png")
+                info.size = len(picture)
+                archive.addfile(info, io.BytesIO(picture))
+    assert len(open_source(str(tmp_path))) == 2
+
+
 def test_a_split_may_follow_a_name_on_the_hub(monkeypatch):
     asked = []
 

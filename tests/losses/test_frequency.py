@@ -49,7 +49,7 @@ def test_mismatches_are_refused():
     with pytest.raises(ValueError, match="differ in shape"):
         focal_frequency_loss(a, b)
     with pytest.raises(ValueError):
-        SpectrumLoss(2)([a], [a, a])
+        SpectrumLoss(2, normalize=False)([a], [a, a])
     with pytest.raises(ValueError):
         band_loss(a, a, weights=(1, 1))
     with pytest.raises(ValueError, match="kernel_size"):
@@ -62,15 +62,19 @@ def test_published_kernel_is_torchvisions_blur_under_the_package():
     c, a = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
     blur = GaussianBlur(5, 3.0)
     expected = FocalFrequencyLoss()(blur(c), blur(a))
-    assert SpectrumLoss(1, 3.0, kernel_size=5)([c], [a]).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert SpectrumLoss(1, 3.0, kernel_size=5, normalize=False)([c], [a]).item() == pytest.approx(
+        expected.item(), rel=1e-4
+    )
 
 
 def test_exact_gaussian_is_the_limit_of_wide_kernels():
     c, a = torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, 64, 64)
     c[..., 24:40, 24:40] = torch.randn(16, 16)  # far from the border, where the two differ
-    exact = SpectrumLoss(1, 2.0)([c], [a]).item()
-    assert SpectrumLoss(1, 2.0, kernel_size=31)([c], [a]).item() == pytest.approx(exact, rel=1e-3)
-    assert abs(SpectrumLoss(1, 2.0, kernel_size=3)([c], [a]).item() / exact - 1) > 0.5  # nearly a small box
+    exact = SpectrumLoss(1, 2.0, normalize=False)([c], [a]).item()
+    assert SpectrumLoss(1, 2.0, kernel_size=31, normalize=False)([c], [a]).item() == pytest.approx(exact, rel=1e-3)
+    assert (
+        abs(SpectrumLoss(1, 2.0, kernel_size=3, normalize=False)([c], [a]).item() / exact - 1) > 0.5
+    )  # nearly a small box
     response = gaussian_spectrum((64, 64), torch.tensor(2.0))
     assert response[0, 0] == 1
     assert response[0, 4].item() == pytest.approx(math.exp(-2 * math.pi**2 * 4 * (4 / 64) ** 2))
@@ -79,7 +83,7 @@ def test_exact_gaussian_is_the_limit_of_wide_kernels():
 def test_without_blur_it_is_the_focal_frequency_loss_of_each_level():
     levels = [(torch.randn(2, 3, n, n), torch.randn(2, 3, n, n)) for n in (16, 8)]
     expected = sum(focal_frequency_loss(c, a) for c, a in levels) / 2
-    value = SpectrumLoss(2, 0.0)([c for c, _ in levels], [a for _, a in levels])
+    value = SpectrumLoss(2, 0.0, normalize=False)([c for c, _ in levels], [a for _, a in levels])
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -89,14 +93,14 @@ def test_both_of_a_pair_are_blurred_alike():
         loss.rho.copy_(torch.tensor([-1.0, 0.1, 1.0]))
     features = [torch.randn(1, 2, 8, 8) for _ in range(3)]
     assert loss(features, features).item() == 0  # the published code pairs sigma_i with sigma_(3-i): not 0
-    assert SpectrumLoss(1)([features[0]], [features[1]]) > 0
+    assert SpectrumLoss(1, normalize=False)([features[0]], [features[1]]) > 0
 
 
 def test_low_frequencies_count_more():
     x = torch.arange(32) / 32 * 2 * math.pi
     zero = torch.zeros(1, 1, 32, 32)
     slow, fast = (torch.sin(k * x).expand(1, 1, 32, 32) for k in (1, 8))
-    loss = SpectrumLoss(1, 1.0)
+    loss = SpectrumLoss(1, 1.0, normalize=False)
     assert loss([slow], [zero]) > 10 * loss([fast], [zero])
     assert focal_frequency_loss(slow, zero).item() == pytest.approx(focal_frequency_loss(fast, zero).item(), rel=1e-4)
 
@@ -123,7 +127,7 @@ def test_the_normalized_loss_has_no_unit_and_no_gradient_to_shrink_its_target():
     assert loss([10 * c], [10 * a]).item() == pytest.approx(loss([c], [a]).item(), rel=1e-4)
     a.requires_grad_()
     (gradient,) = torch.autograd.grad(loss([c], [a]), a)
-    plain = SpectrumLoss(1)
+    plain = SpectrumLoss(1, normalize=False)
     (unscaled,) = torch.autograd.grad(plain([c], [a]), a)
     assert torch.allclose(gradient / gradient.norm(), unscaled / unscaled.norm(), atol=1e-5)
 
@@ -144,7 +148,7 @@ def test_everything_is_float32_inside_autocast():
     losses = [
         lambda p, t: focal_frequency_loss(p, t),
         lambda p, t: band_loss(p, t),
-        lambda p, t: SpectrumLoss(1)([p], [t]),
+        lambda p, t: SpectrumLoss(1, normalize=False)([p], [t]),
         lambda p, t: DynamicSpectrumLoss(1, kernel_size=5)([p], [t]),
     ]
     for loss in losses:

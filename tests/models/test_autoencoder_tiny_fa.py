@@ -1,7 +1,7 @@
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from conftest import command, command_error
+from conftest import checkpointed_blocks, command, command_error
 from safetensors.torch import save_file
 
 from favae import AutoencoderTinyFA
@@ -88,7 +88,18 @@ def test_blocks_are_offloaded_in_groups_that_their_methods_fetch(adapter):
     options = {"offload_type": "block_level", "num_blocks_per_group": 1}
     model.enable_group_offload(onload_device=cpu, offload_device=cpu, **options)
     fetched = [name for name, part in model.named_modules() if hasattr(part, "_diffusers_hook")]
-    assert "encoder" in " ".join(fetched) and "decoder" in " ".join(fetched)
+    assert {"encoder", "decoder"} <= {part for name in fetched for part in name.split(".")}
+
+
+class OwnAutoencoder(AutoencoderTinyFA):
+    """A class that neither favae nor diffusers knows."""
+
+
+@pytest.mark.parametrize("adapter", [PackedNormAutoencoder, SingleFrameAutoencoder])
+def test_an_autoencoder_of_an_own_class_is_adapted(adapter):
+    model = OwnAutoencoder(**TINY)
+    adapted = adapter({**model.config, "_class_name": "OwnAutoencoder"})
+    assert type(adapted.autoencoder) is OwnAutoencoder
 
 
 def test_each_octave_left_to_the_wavelet_saves_work():
@@ -102,6 +113,8 @@ def test_each_octave_left_to_the_wavelet_saves_work():
         ({"num_decoder_blocks": (1,)}, "num_decoder_blocks"),
         ({"decoder_block_out_channels": (8, 8, 8)}, "decoder_block_out_channels"),
         ({**PIXELS, "high_block_out_channels": (8, 8, 8)}, "high_block_out_channels"),
+        ({"wavelet_levels": 3, "decoder_block_out_channels": (), "num_decoder_blocks": ()}, "wavelet_levels .* 3"),
+        ({"wavelet_levels": 4}, "wavelet_levels .* got 4"),
     ],
 )
 def test_settings_that_do_not_fit(changes, named):
@@ -135,8 +148,9 @@ def test_gradient_checkpointing_changes_nothing():
         return model.decoder.layers[1].weight.grad.clone()
 
     plain = gradient()
-    model.enable_gradient_checkpointing()
+    blocks = checkpointed_blocks(model)
     assert torch.allclose(gradient(), plain)
+    assert blocks == list(model.decoder.layers)[: len(blocks)] and len(blocks) > 1
 
 
 @pytest.mark.parametrize("pooling", [False, True])

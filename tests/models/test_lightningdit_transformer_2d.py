@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import TINY_LIGHTNINGDIT
+from conftest import TINY_LIGHTNINGDIT, checkpointed_blocks
 
 from favae import LightningDiTTransformer2DModel
 from favae.models.lightningdit_transformer_2d import axial_rotary_embedding
@@ -103,8 +103,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model(*arguments).sample.square().mean().backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model.enable_gradient_checkpointing()
+    blocks = checkpointed_blocks(model)
     model(*arguments).sample.square().mean().backward()
+    assert blocks == list(model.blocks)
     assert all(torch.allclose(p.grad, e, atol=1e-6) for p, e in zip(model.parameters(), expected))
 
 
@@ -199,8 +200,9 @@ def test_a_new_model_of_texts_gives_zero_and_every_parameter_learns():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model.enable_gradient_checkpointing()
+    blocks = checkpointed_blocks(model)
     model(*arguments).sample.square().mean().backward()
+    assert blocks == list(model.blocks)
     assert all(torch.allclose(p.grad, e, atol=1e-5) for p, e in zip(model.parameters(), expected))
 
 

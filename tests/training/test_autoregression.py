@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TINY_CAT, TINY_LIGHTNINGDIT, TINY_VQ, refusal, train, train_in_processes
+from conftest import TINY_CAT, TINY_LIGHTNINGDIT, TINY_VQ, refusal, train_in_processes, train_whole_and_in_parts
 from diffusers import DiffusionPipeline
 from tiny_text import save_bert
 
@@ -64,11 +64,7 @@ def stages(tmp_path, image_folder, request):
 
 
 def test_stages_train_resume_and_are_sampled(stages, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for output, more in ((whole, []), (parts, ["train.steps=4"]), (parts, [])):
-        train("train_generator", stages, f"output={output}", *more)
-    for file in sorted((whole / "final").rglob("*.safetensors")):
-        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
+    whole = train_whole_and_in_parts("train_generator", tmp_path, stages, steps=6, first=4)
     pipe = DiffusionPipeline.from_pretrained(whole / "final")
     assert len(pipe(["a red apple", "the dog"], guidance_scale=2.0).images) == 2
     with pytest.raises(ValueError, match="the autoencoder needs raster"):
@@ -82,13 +78,9 @@ def test_stages_train_resume_and_are_sampled(stages, tmp_path):
 @pytest.mark.parametrize("cached, loss", [("codes", "cross_entropy"), ("latents", "velocity")])
 def test_it_trains_resumes_and_its_pipeline_opens(cached, loss, request, tmp_path):
     recipe = request.getfixturevalue(cached)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for output, more in ((whole, []), (parts, ["train.steps=4"]), (parts, [])):
-        train("train_generator", recipe, f"output={output}", *more)
+    whole = train_whole_and_in_parts("train_generator", tmp_path, recipe, steps=6, first=4)
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert all(record[loss] > 0 for record in records) and len(records) == 6
-    for file in sorted((whole / "final").rglob("*.safetensors")):
-        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
     pipe = DiffusionPipeline.from_pretrained(whole / "final")
     assert type(pipe) is CATPipeline and len(pipe(["a red apple", "the dog"]).images) == 2
     assert (whole / "samples/step-0000006.png").exists()
@@ -104,11 +96,7 @@ def flow(tmp_path, image_folder, tiny_favae):
 
 
 def test_lightningdit_learns_texts_resumes_and_is_sampled(flow, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for output, more in ((whole, []), (parts, ["train.steps=4"]), (parts, [])):
-        train("train_generator", flow, f"output={output}", *more)
-    for file in sorted((whole / "final").rglob("*.safetensors")):
-        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
+    whole = train_whole_and_in_parts("train_generator", tmp_path, flow, steps=6, first=4)
     pipe = DiffusionPipeline.from_pretrained(whole / "final")
     assert type(pipe) is LightningDiTPipeline
     assert len(pipe(prompt=["a red apple", "the dog"], num_inference_steps=2).images) == 2
@@ -143,13 +131,9 @@ def test_classes_are_learned_resumed_sampled_and_measured(codes, tmp_path):
     settings = yaml.safe_load(codes.read_text())
     settings["model"] |= {"text_dim": None, "num_classes": 3}
     codes.write_text(yaml.safe_dump(settings))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
     evaluation = {"every": 6, "reference": str(tmp_path / "images"), "num_images": 3, "features": "efficientnet-lite0"}
     measured = [f"evaluation.{key}={value}" for key, value in evaluation.items()]
-    for output, more in ((whole, measured), (parts, ["train.steps=4"]), (parts, [])):
-        train("train_generator", codes, f"output={output}", *more)
-    for file in sorted((whole / "final").rglob("*.safetensors")):
-        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
+    whole = train_whole_and_in_parts("train_generator", tmp_path, codes, *measured, steps=6, first=4)
     lines = [json.loads(line) for line in (whole / "evaluation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [6] and (whole / "samples/step-0000006.png").exists()
     pipe = DiffusionPipeline.from_pretrained(whole / "final")

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_LIGHTNINGDIT, TINY_UNET, command, command_error, refusal, tiny_generator_recipe, train
+from conftest import (
+    TINY_LIGHTNINGDIT,
+    TINY_UNET,
+    command,
+    command_error,
+    refusal,
+    tiny_generator_recipe,
+    train,
+    train_whole_and_in_parts,
+)
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -229,12 +238,8 @@ def unet_recipe(tiny_cache):
 @pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
 def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache, objective):
     recipe, loss = unet_recipe(tiny_cache), f"loss.objective={objective}"
-    train("train_generator", recipe, f"output={tiny_cache / 'whole'}", loss)
-    for steps in (4, 6):
-        train("train_generator", recipe, f"output={tiny_cache / 'parts'}", f"train.steps={steps}", loss)
-    for file in sorted((tiny_cache / "whole/final").rglob("*.safetensors")):
-        assert file.read_bytes() == (tiny_cache / "parts" / file.relative_to(tiny_cache / "whole")).read_bytes()
-    pipe = DiffusionPipeline.from_pretrained(tiny_cache / "whole/final")
+    whole = train_whole_and_in_parts("train_generator", tiny_cache, recipe, loss, steps=6, first=4)
+    pipe = DiffusionPipeline.from_pretrained(whole / "final")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.transformer, UNet2DModel) and len(classes_of(pipe)) == 3
     sample_to_folder(pipe, recipe.parent / "samples", 3, num_inference_steps=2, guidance_scale=2.0)

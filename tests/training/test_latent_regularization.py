@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_FAVAE, refusal, tiny_tokenizer_recipe, train, write_images
+from conftest import TINY_FAVAE, refusal, tiny_tokenizer_recipe, train, train_whole_and_in_parts, write_images
 from safetensors.torch import load_file
 
 from favae import AutoencoderKLFA
@@ -148,11 +148,7 @@ def test_latents_are_aligned_to_principal_components_and_the_run_goes_on(tmp_pat
     recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
     alignment = "loss.alignment={weight: 0.5, backbone: efficientnet-lite0, channels: all, target: principal}"
     words = (recipe, alignment, "loss.adversarial.weight=0", "train.lr_scheduler=constant", "train.lr_warmup_steps=0")
-    train("train_tokenizer", *words, f"output={tmp_path / 'whole'}")
-    train("train_tokenizer", *words, "train.steps=4", f"output={tmp_path / 'halves'}")
-    train("train_tokenizer", *words, f"output={tmp_path / 'halves'}")
-    ends = [load_file(next((tmp_path / name / "final").glob("*.safetensors"))) for name in ("whole", "halves")]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    train_whole_and_in_parts("train_tokenizer", tmp_path, *words, steps=8, first=4)
     records = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert all(record["alignment"] > 0 for record in records)
     components = load_file(tmp_path / "whole/checkpoints/step-8/principal.safetensors")

@@ -1,5 +1,7 @@
 """One pass of a tokenizer's training module, and the losses on what it gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY_FAVAE, TINY_HYPERPRIOR, TINY_VQ
@@ -183,6 +185,11 @@ def test_adaptive_weights_balance_the_gradients_at_the_last_layers(tiny_favae):
     assert 0 < logs["alignment_scale"] <= 10 and 0 < logs["adversarial_scale"] <= 10
     loss.backward()
     assert module.projector.weight.grad.abs().sum() > 0
+    torch.manual_seed(1)
+    free = module(batch(), losses, discriminator)[1]["adversarial_scale"]
+    losses = replace(losses, adversarial=replace(losses.adversarial, max_weight=float(free) / 2))
+    torch.manual_seed(1)
+    assert module(batch(), losses, discriminator)[1]["adversarial_scale"] == pytest.approx(float(free) / 2)
 
 
 def test_a_network_whose_last_layer_is_not_known_is_refused():

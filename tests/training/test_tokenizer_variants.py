@@ -7,11 +7,21 @@ from functools import partial
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, command, refusal, tiny_tokenizer_recipe, train, train_in_processes
+from conftest import (
+    ROOT,
+    command,
+    refusal,
+    tiny_tokenizer_recipe,
+    train,
+    train_in_processes,
+    train_whole_and_in_parts,
+    weights,
+)
 from diffusers import AutoencoderKL
 from tiny_autoencoders import autoencoders
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_tokenizer
 from benchmarks import decoder_cost
 from favae import AsymmetricAutoencoderKLFA, VQModelFA
 from favae.autoencoders import decode, encode, takes_frames
@@ -42,10 +52,6 @@ def recipe(folder, images, model: str | None = None):
 
 def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,62 @@ def test_two_processes_with_every_regularizer(tmp_path, image_folder):
     assert all(math.isfinite(value) for value in last.values())
 
 
+class SquaredDistance(torch.nn.Module):
+    """In the place of LPIPS, whose weights may not be at hand."""
+
+    def __init__(self, weights):
+        super().__init__()
+        assert weights == "vgg16.pth"
+
+    def forward(self, first, second):
+        return (first - second).square().mean(dim=(1, 2, 3))
+
+
+def test_lpips_is_trained_with_and_measured(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "LPIPS", SquaredDistance)
+    words = ["loss.perceptual_weights=vgg16.pth", "loss.adversarial.weight=0", "train.steps=4", *TRAIN]
+    words += ["evaluation.every=4", f"evaluation.data={image_folder}", "evaluation.features=null"]
+    for name, perceptual in (("with", 5.0), ("without", 0.0)):
+        train(
+            "train_tokenizer",
+            recipe(tmp_path, image_folder),
+            *words,
+            f"loss.perceptual={perceptual}",
+            f"output={tmp_path / name}",
+        )
+    assert all(0 < record["perceptual"] < 4 for record in metrics(tmp_path / "with"))
+    assert not any("perceptual" in record for record in metrics(tmp_path / "without"))
+    assert weights(tmp_path / "with/final") != weights(tmp_path / "without/final")
+    for name in ("with", "without"):
+        (record,) = (json.loads(line) for line in (tmp_path / name / "evaluation.jsonl").read_text().splitlines())
+        assert record["LPIPS"] == pytest.approx(record["Recon"], rel=0.1)  # which does not clamp
+
+
+def test_the_discriminator_has_its_rate_and_the_average_its_warmup(tmp_path, image_folder):
+    words = ("train.steps=1", "train.discriminator_learning_rate=5.0e-4", "train.learning_rate=2.0e-4", *TRAIN)
+    averages = {}
+    for warmup in ("true", "false"):
+        output = tmp_path / warmup
+        train(
+            "train_tokenizer",
+            recipe(tmp_path, image_folder),
+            *words,
+            f"train.ema_warmup={warmup}",
+            "loss.adversarial.start_step=0",
+            f"output={output}",
+        )
+        last = output / "checkpoints/step-1"
+        parts = (last / name / "diffusion_pytorch_model.safetensors" for name in ("tokenizer", "ema"))
+        new, averages[warmup] = map(safetensors.torch.load_file, parts)
+    states = torch.load(last / "optimizers-0.pt", weights_only=True)
+    assert {group["lr"] for state in states for group in state["param_groups"]} == {2e-4, 5e-4}
+    behind = {
+        key: max(float((value - new[name]).abs().max()) for name, value in average.items())
+        for key, average in averages.items()
+    }
+    assert behind == {"true": 0, "false": pytest.approx(0.9 * 2e-4, rel=0.01)}  # Adam's first step is the rate
+
+
 KEYS = ("ssim", "adversarial", "discriminator")
 
 
@@ -156,11 +218,7 @@ def test_stages_change_the_loss_in_one_run(tmp_path, image_folder):
 
 def test_muon_trains_convolutions_and_resumes(tmp_path, image_folder):
     file = recipe(tmp_path, image_folder)
-    for output, parts in (("whole", [4]), ("resumed", [2, 4])):
-        for steps in parts:
-            train("train_tokenizer", file, f"output={tmp_path / output}", f"train.steps={steps}", *TRAIN, *MUON)
-    final = "final/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "resumed" / final).read_bytes()
+    train_whole_and_in_parts("train_tokenizer", tmp_path, file, *TRAIN, *MUON, steps=4, first=2)
     vae = build_model(load_config(TokenizerConfig, file).model)
     adamw, muon = torch.load(tmp_path / "whole/checkpoints/step-4/optimizers-0.pt", weights_only=True)[:2]
     assert len(muon["state"]) == len(matrices_of([vae]))
@@ -186,11 +244,7 @@ def test_tokens_from_coarse_to_fine_train_in_two_processes_and_resume(tmp_path, 
     if quantizer == "next_scale":  # one codebook for all stages
         pair = (file, f"output={tmp_path / 'pair'}", "train.steps=2", "train.sample_every=0")
         assert train_in_processes(2, "train_tokenizer", *pair) == [0, 0]
-    for output, parts in (("whole", [4]), ("resumed", [2, 4])):
-        for steps in parts:
-            train("train_tokenizer", file, f"output={tmp_path / output}", f"train.steps={steps}", *TRAIN)
-    final = "final/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "resumed" / final).read_bytes()
+    train_whole_and_in_parts("train_tokenizer", tmp_path, file, *TRAIN, steps=4, first=2)
 
 
 def decoding_flops(vae, channels: int) -> int:
