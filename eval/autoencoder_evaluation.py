@@ -12,10 +12,10 @@ from torch import Tensor
 
 from favae.autoencoders import Budget, decode, image_channels, load_autoencoder, measure_budget
 from favae.data.images import ImageDataset
-from favae.distributed import process_state
+from favae.distributed import everyone, process_state
 from favae.errors import ModelError
 from favae.eval.extraction import image_statistics
-from favae.eval.features import FeatureExtractor, everyone
+from favae.eval.features import FeatureExtractor
 from favae.eval.figures import save_comparison, save_latents, save_spectra
 from favae.eval.image_sets import CroppedImages
 from favae.eval.reconstruction import ENCODE_BY_POSTERIOR, Reconstruction, check_levels, evaluate_reconstruction

@@ -24,10 +24,11 @@ from favae.distributed import process_state
 from favae.errors import DataError, ModelError
 from favae.eval.autoencoder_evaluation import check_same_channels
 from favae.eval.features import FeatureExtractor
-from favae.eval.figures import radial_spectrum, save_rate_distortion
+from favae.eval.figures import save_rate_distortion
 from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, check_levels, image_errors
 from favae.eval.results import UINT8, number_duplicates, write_results
+from favae.eval.spectra import radial_spectrum
 from favae.hashing import hash_model
 from favae.losses.perceptual import LPIPS
 from favae.models import HyperpriorModelFA, VQModelFA

@@ -1,5 +1,6 @@
 """Features of an image set: everything that metrics need, from one pass over the images."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from favae.data.images import skip_missing
-from favae.distributed import process_state
+from favae.distributed import gather_rows, own_indices, process_state
 from favae.errors import DataError
-from favae.eval.features import FeatureExtractor, combined_digest, gather_rows, own_indices, pixel_digests
+from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import RunningStatistics
 from favae.eval.seams import neighbor_differences
 
@@ -186,3 +187,14 @@ def _sum(values: np.ndarray) -> np.ndarray:
     device = process_state().device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     return reduce(torch.from_numpy(values).to(device), "sum").cpu().numpy()
+
+
+def pixel_digests(images: Tensor) -> Tensor:
+    """A 64-bit hash of each image's pixels: uint8 (B, C, H, W) -> int64 (B,)."""
+    digests = [hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images.cpu()]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
+
+
+def combined_digest(digests: Tensor) -> str:
+    """SHA-256 of a set of images in its order, from `pixel_digests`."""
+    return hashlib.sha256(digests.cpu().numpy().astype(">i8").tobytes()).hexdigest()

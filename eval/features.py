@@ -1,17 +1,14 @@
-"""Feature extractors for evaluation, what their metrics may be called, and work that processes share."""
+"""Feature extractors for evaluation, and what their metrics may be called."""
 
-import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate.utils import reduce
 from torch import Tensor
 
 from favae.channels import in_color
 from favae.data.images import to_uint8
 from favae.distributed import process_state
-from favae.errors import DataError, MissingWeights
+from favae.errors import MissingWeights
 from favae.foundation import FoundationModel
 from favae.hashing import hash_file, hash_model
 
@@ -116,63 +113,3 @@ def _inception(weights: str | None) -> torch.nn.Module:
     return FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Work shared by processes
-
-
-def own_indices(total: int) -> range:
-    """The items of this process: every n-th one, beginning with its rank.
-
-    Raises:
-        DataError: if a process would get none.
-    """
-    state = process_state()
-    if total < state.num_processes:
-        raise DataError(f"{total} images are too few for {state.num_processes} processes")
-    return range(state.process_index, total, state.num_processes)
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of image `index`, in whichever process and batch it is made."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
-
-
-def gather_rows(rows: Tensor, indices: Tensor, total: int) -> Tensor:
-    """Puts rows that processes computed in the order of the whole, on every process, on the CPU.
-
-    Args:
-        rows: (n, ...), those of this process.
-        indices: (n,), the place of each row in the whole; no two processes have the same.
-        total: the number of places. Places that no process filled (unreadable images) are left out.
-    Returns:
-        (at most total, ...).
-    """
-    if process_state().num_processes == 1 and bool((indices.diff() > 0).all()):
-        return rows.cpu()  # without a copy: features of 50,000 images take 400 MB
-    device = process_state().device
-    indices = indices.to(device)
-    everything = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype, device=device)
-    everything[indices] = rows.to(device)
-    filled = torch.zeros(total, device=device)
-    filled[indices] = 1
-    everything, filled = reduce(everything, "sum"), reduce(filled, "sum")
-    return everything.cpu() if bool(filled.all()) else everything[filled > 0].cpu()
-
-
-def everyone(ok: bool) -> bool:
-    """Whether all processes say yes. All must ask, so that they fail together and none waits for another."""
-    flag = torch.tensor([float(not ok)], device=process_state().device)
-    return reduce(flag, "sum").item() == 0
-
-
-def pixel_digests(images: Tensor) -> Tensor:
-    """A 64-bit hash of each image's pixels: uint8 (B, C, H, W) -> int64 (B,)."""
-    digests = [hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images.cpu()]
-    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
-
-
-def combined_digest(digests: Tensor) -> str:
-    """SHA-256 of a set of images in its order, from `pixel_digests`."""
-    return hashlib.sha256(digests.cpu().numpy().astype(">i8").tobytes()).hexdigest()

@@ -3,42 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from favae.channels import in_color
 from favae.data.images import to_uint8
+from favae.eval.spectra import high_frequency_error, worst_windows
 from favae.files import atomic_path
 
 INK, MUTED = "#1a1a1a", "#777777"
 SAMPLE_ROWS, SAMPLE_COLUMNS = 16, 8  # at most, in save_samples
-ZOOM = 4  # a zoom shows a window of 1 / ZOOM of each side
-
-
-def radial_spectrum(images: Tensor) -> Tensor:
-    """Power at each distance from the origin of frequency space, mean over channels and directions.
-
-    Args:
-        images: (B, C, H, W) with H = W, any unit u.
-    Returns:
-        (B, H // 2 + 1), float32, in u^2 per coefficient of the orthonormal FFT; entry r is the ring of r cycles per
-        image.
-    """
-    size = images.shape[-1]
-    power = torch.fft.fft2(images.float(), norm="ortho").abs().square().mean(1).flatten(1)
-    frequency = torch.fft.fftfreq(size, device=images.device) * size
-    ring = (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt().round().long().flatten()
-    count = torch.bincount(ring)
-    total = power.new_zeros(len(images), len(count)).index_add_(1, ring, power)
-    return (total / count)[:, : size // 2 + 1]
 
 
 def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Tensor], errors: Sequence[float]) -> None:
@@ -59,14 +37,15 @@ def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Te
     shown = {"original": originals, **reconstructions}
     titles = [*shown, *(f"{name}, zoom" for name in shown), *(f"|error| {name}" for name in absolute)]
     size = (1.7 * len(titles) + 0.4, 1.7 * len(originals) + 0.4)
-    figure, axes = plt.subplots(len(originals), len(titles), figsize=size, squeeze=False)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(len(originals), len(titles), squeeze=False)
     for i, (row, window) in enumerate(zip(axes, windows.tolist())):
         top, left, height, width = window
         cells = [_pixels(images[i]) for images in shown.values()]
         cells += [_pixels(images[i, :, top : top + height, left : left + width]) for images in shown.values()]
         for axis, cell in zip(row, cells):
             axis.imshow(cell, interpolation="nearest")
-        frame = plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor="#e33", linewidth=1)
+        frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor="#e33", linewidth=1)
         row[0].add_patch(frame)
         for axis, values in zip(row[len(cells) :], absolute.values()):
             axis.imshow(values[i].numpy(), cmap="magma", vmin=0, vmax=brightest, interpolation="nearest")
@@ -76,23 +55,6 @@ def save_comparison(path: Path, originals: Tensor, reconstructions: dict[str, Te
     _save_images(figure, axes, path)
 
 
-def high_frequency_error(difference: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H, W): the squared error beyond what its 4 x 4 means explain."""
-    low = F.interpolate(F.avg_pool2d(difference, 4, ceil_mode=True), size=difference.shape[-2:], mode="bilinear")
-    return (difference - low).square().mean(dim=1)
-
-
-def worst_windows(error: Tensor) -> Tensor:
-    """(N, H, W) -> (N, 4): top, left, height and width of the window with the largest sum, of 1 / ZOOM of each side."""
-    height, width = (max(1, side // ZOOM) for side in error.shape[-2:])
-    corner = F.pad(error.double().cumsum(1).cumsum(2), (1, 0, 1, 0))  # sums over rectangles that begin at the top left
-    right = corner[:, :, width:] - corner[:, :, :-width]
-    sums = right[:, height:] - right[:, :-height]
-    best = sums.flatten(1).argmax(dim=1)
-    size = torch.tensor([height, width]).expand(len(best), 2)
-    return torch.cat([torch.stack([best // sums.shape[-1], best % sums.shape[-1]], dim=1), size], dim=1)
-
-
 def save_latent_spectra(path: Path, spectra: dict[str, np.ndarray]) -> None:
     """Energy of each channel at each frequency, one panel per model; the mean of all channels in ink.
 
@@ -100,7 +62,8 @@ def save_latent_spectra(path: Path, spectra: dict[str, np.ndarray]) -> None:
         spectra: (C, h, w) of each model, as `favae.eval.latent_meters.power_spectrum` gives them.
     """
     size = (4 * len(spectra), 3.6)
-    figure, axes = plt.subplots(1, len(spectra), figsize=size, sharey=True, squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(spectra), sharey=True, squeeze=False)
     for axis, (name, energy) in zip(axes[0], spectra.items()):
         diagonal = np.add(*np.indices(energy.shape[1:])).ravel()
         count = np.bincount(diagonal)
@@ -124,7 +87,8 @@ def save_rate_distortion(path: Path, rows: Sequence[dict]) -> None:
     names = [name for name in ("PSNR", "MS-SSIM", "SSIM", "LPIPS", "High", "power kept") if first.get(name) is not None]
     names += [name for name in first if name.startswith(("rFID", "rFD"))]
     size = (3.4 * len(names), 3.2)
-    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     curves: dict[str, list[dict]] = {}
     for row in rows:
         curves.setdefault(row["model"], []).append(row)
@@ -147,7 +111,8 @@ def save_spectra(path: Path, original: Tensor, reconstructions: dict[str, Tensor
     Args:
         original and the values of both: (R,), of `radial_spectrum`.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     frequency = np.linspace(0, 0.5, len(original))[1:]
     left.plot(frequency, original[1:], color=INK, linewidth=2, label="original")
     for name in reconstructions:
@@ -169,7 +134,8 @@ def save_latents(path: Path, spectra: dict[str, Tensor], means: dict[str, Tensor
     Args:
         spectra: (R,) per model. means, stds: (C,) per model.
     """
-    figure, axes = plt.subplots(1, 1 + len(spectra), figsize=(4.6 * (1 + len(spectra)), 3.8), constrained_layout=True)
+    figure = Figure(figsize=(4.6 * (1 + len(spectra)), 3.8), layout="constrained")
+    axes = figure.subplots(1, 1 + len(spectra))
     for name, spectrum in spectra.items():
         axes[0].plot(np.linspace(0, 0.5, len(spectrum)), spectrum / spectrum.mean(), marker=".", label=name)
     axes[0].set(title="power of the latents / its mean", xlabel="cycles per position", yscale="log")
@@ -192,7 +158,8 @@ def save_samples(path: Path, images: Dataset, classes: Sequence[str] | None) -> 
         rows, columns = min(SAMPLE_ROWS, len(classes)), max(1, min(SAMPLE_COLUMNS, len(images) // len(classes)))
     else:
         rows, columns = min(SAMPLE_COLUMNS, -(-len(images) // SAMPLE_COLUMNS)), SAMPLE_COLUMNS
-    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns + 1, 1.1 * rows), squeeze=False)
+    figure = Figure(figsize=(1.1 * columns + 1, 1.1 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for row in range(rows):
         for column in range(columns):
             index = column * len(classes) + row if classes else row * columns + column
@@ -227,4 +194,3 @@ def _save_images(figure, axes, path: Path) -> None:
 def _save(figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)

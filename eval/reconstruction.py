@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from favae.autoencoders import decode, encode
 from favae.data.images import ImageDataset, skip_missing, to_uint8
-from favae.distributed import process_state
+from favae.distributed import gather_rows, image_generator, own_indices, process_state
 from favae.errors import DataError, ModelError
 from favae.eval.extraction import ImageStatistics, sum_over_processes
-from favae.eval.features import FeatureExtractor, gather_rows, image_generator, metric_name, own_indices
-from favae.eval.figures import radial_spectrum
+from favae.eval.features import FeatureExtractor, metric_name
 from favae.eval.frechet import RunningStatistics, frechet_distance
 from favae.eval.seams import neighbor_differences, patch_size_of, relative_seams
+from favae.eval.spectra import radial_spectrum
 from favae.losses.perceptual import LPIPS, SMALLEST_PERCEPTUAL
 from favae.losses.stft import SMALLEST_SSIM
 from favae.wavelets import WaveletTransform2D

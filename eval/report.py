@@ -11,10 +11,7 @@ import itertools
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from favae.errors import DataError
 from favae.eval.autoencoder_evaluation import table_row
@@ -175,7 +172,8 @@ def _training_sections(folder: Path, logs: dict[str, list[dict]]) -> list[str]:
 
 def _curves(logs: dict[str, list[dict]], terms: tuple[str, ...]) -> str:
     """Loss terms against steps, one panel per term, one line per run; as an <img>."""
-    figure, axes = plt.subplots(1, len(terms), figsize=(3.2 * len(terms), 2.6), squeeze=False)
+    figure = Figure(figsize=(3.2 * len(terms), 2.6))
+    axes = figure.subplots(1, len(terms), squeeze=False)
     for axis, term in zip(axes[0], terms):
         for (name, records), color in zip(logs.items(), itertools.cycle(COLORS)):
             points = [(record["step"], record[term]) for record in records if term in record]
@@ -189,7 +187,6 @@ def _curves(logs: dict[str, list[dict]], terms: tuple[str, ...]) -> str:
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
     return _image(buffer.getvalue(), "loss curves")
 
 

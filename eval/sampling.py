@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from favae.data.images import to_uint8
-from favae.distributed import main_process_does, process_state
+from favae.distributed import everyone, image_generator, main_process_does, process_state
 from favae.errors import DataError, NonFiniteError
-from favae.eval.features import everyone, image_generator
 from favae.files import SETTINGS_FILE, atomic_path, is_unwritten, lock_folder, read_json, write_text
 from favae.hashing import hash_model
 from favae.models.class_conditional import num_classes

@@ -20,9 +20,10 @@ from favae.data.images import center_crop, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError, NonFiniteError
 from favae.eval.autoencoder_evaluation import check_same_channels
-from favae.eval.figures import INK, MUTED, ZOOM, high_frequency_error, worst_windows
+from favae.eval.figures import INK, MUTED
 from favae.eval.reconstruction import peak_signal_to_noise_ratio
 from favae.eval.results import number_duplicates
+from favae.eval.spectra import ZOOM, high_frequency_error, worst_windows
 from favae.files import atomic_path
 
 SMALLEST_CELL, LARGEST_CELL = 320, 640  # pixels on the longer side of an image in the picture

@@ -20,9 +20,9 @@ from favae.data.images import ImageDataset, skip_missing
 from favae.data.sources import open_source
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
-from favae.eval.figures import radial_spectrum
 from favae.eval.image_sets import CroppedImages
 from favae.eval.reconstruction import PER_IMAGE, evaluate_reconstruction, image_errors
+from favae.eval.spectra import radial_spectrum
 from favae.files import read_json_lines
 from favae.training.checkpoints import find_checkpoints
 from favae.training.models import build_model, find_model_class

@@ -8,10 +8,11 @@ from conftest import write_images
 
 from favae.data.images import ImageDataset
 from favae.data.sources import open_source
+from favae.distributed import gather_rows, image_generator
 from favae.errors import MissingWeights
 from favae.eval import features as module
 from favae.eval.extraction import image_statistics
-from favae.eval.features import FeatureExtractor, gather_rows, image_generator, metric_name
+from favae.eval.features import FeatureExtractor, metric_name
 from favae.eval.frechet import feature_statistics
 from favae.eval.image_sets import CroppedImages
 

@@ -24,9 +24,10 @@ from favae import (
 )
 from favae.data.images import ImageDataset
 from favae.data.sources import open_source
+from favae.distributed import image_generator
 from favae.errors import DataError, NonFiniteError
 from favae.eval.extraction import ImageStatistics
-from favae.eval.features import FeatureExtractor, image_generator
+from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import feature_statistics
 from favae.eval.generation import generation_metrics, measure_samples, sample_pipeline, steps_argument
 from favae.eval.image_sets import CroppedImages, SampleFolder, open_samples

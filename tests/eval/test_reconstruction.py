@@ -16,7 +16,6 @@ from favae.data.sources import open_source
 from favae.errors import ModelError
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
-from favae.eval.figures import high_frequency_error, radial_spectrum, worst_windows
 from favae.eval.image_sets import CroppedImages
 from favae.eval.reconstruction import (
     PER_IMAGE,
@@ -26,6 +25,7 @@ from favae.eval.reconstruction import (
     image_errors,
     sample,
 )
+from favae.eval.spectra import high_frequency_error, radial_spectrum, worst_windows
 from favae.normalization import normalize_latents
 
 
