@@ -39,7 +39,7 @@ from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.models import HyperpriorModelFA
 from favae.models.hyperprior_model_fa import SMALLEST_SIDE
 from favae.models.linear_shortcut import fade_shortcut
-from favae.normalization import normalize_latents
+from favae.normalization import NO_LATENT_STATISTICS, normalize_latents
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
 from favae.training.dry_run import describe_run, describe_tokenizer, without_memory
@@ -303,8 +303,8 @@ def open_latent_teacher(config: TokenizerConfig, vae: ModelMixin) -> ModelMixin:
 
 def statistics_for(vae: ModelMixin, teacher: ModelMixin, normalized: bool) -> dict[str, Any]:
     """What the config of a model of the teacher's latents says about them, as far as it has a place for it."""
-    none = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
-    statistics = none if normalized else {key: teacher.config.get(key, value) for key, value in none.items()}
+    own = {key: teacher.config.get(key, value) for key, value in NO_LATENT_STATISTICS.items()}
+    statistics = NO_LATENT_STATISTICS if normalized else own
     return {key: value for key, value in statistics.items() if key in vae.config}
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor, nn
 
-from favae.normalization import latent_mean_and_std
+from favae.normalization import NO_LATENT_STATISTICS, latent_mean_and_std
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
     like = next(vae.decoder.parameters())
     learns = next(vae.encoder.parameters()).requires_grad
     vae.quant_conv, vae.post_quant_conv = first.to(like).requires_grad_(learns), last.to(like)
-    vae.register_to_config(**given, scaling_factor=1.0, shift_factor=0.0, latents_mean=None, latents_std=None)
+    vae.register_to_config(**given | NO_LATENT_STATISTICS)
     return vae
 
 

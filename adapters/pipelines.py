@@ -17,13 +17,12 @@ from favae.adapters.latent_statistics import count_channels, fold_latent_statist
 from favae.autoencoders import encode
 from favae.models import AutoencoderTinyFA
 from favae.models.pipeline_autoencoders import PackedNormAutoencoder, SingleFrameAutoencoder
-from favae.normalization import normalize_latents
+from favae.normalization import NO_LATENT_STATISTICS, normalize_latents
 
 __all__ = ["fold_latent_statistics", "swap_vae"]
 
 logger = logging.getLogger(__name__)
 
-NORMALIZATION_SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial")
 SWAP_AGAIN = "a loaded %s does not compute its sizes from this autoencoder: swap again after saving and loading it"
 FOLD = "fold_latent_statistics(vae) makes that unnecessary"
@@ -169,7 +168,7 @@ def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin
         return {}
     if is_video(vae):
         return {key: list(vae.config[key]) for key in ("latents_mean", "latents_std")}
-    own: dict[str, Any] = {key: vae.config.get(key) for key in NORMALIZATION_SETTINGS}
+    own: dict[str, Any] = {key: vae.config.get(key) for key in NO_LATENT_STATISTICS}
     own["shift_factor"] = own["shift_factor"] or 0.0  # pipelines that apply it need a number
     mean, std = latent_statistics(vae)
     applied = normalization.applied

@@ -211,7 +211,7 @@ def measure_codec(
     metrics |= {name: None if math.isnan(value) else value for name, value in zip(PER_IMAGE, means)}
     metrics |= dict(zip(band_names(LEVELS), torch.cat(bands).double().mean(dim=0).tolist()))
     spectra = torch.cat(powers, dim=1).double().mean(dim=1)
-    original, left = spectra[:, spectra.shape[1] // 2 :].sum(dim=1).tolist()
+    original, left = high_power(spectra).tolist()
     metrics["power kept"] = left / original if original else None
     for extractor, pair in zip(extractors, kept):
         distance = None
@@ -222,10 +222,9 @@ def measure_codec(
     return len(sizes), metrics, (spectra[1] / spectra[0].clamp(min=1e-12)).tolist()
 
 
-def high_power(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,): the sum of the radial spectrum from half of the Nyquist frequency up to it."""
-    spectrum = radial_spectrum(images)
-    return spectrum[:, spectrum.shape[1] // 2 :].sum(dim=1)
+def high_power(spectra: Tensor) -> Tensor:
+    """Of `radial_spectrum`, (B, R) -> (B,): the sum from half of the Nyquist frequency up to it."""
+    return spectra[:, spectra.shape[1] // 2 :].sum(dim=1)
 
 
 def bits_per_pixel(model: HyperpriorModelFA, images: ImageDataset) -> float | None:

@@ -148,7 +148,7 @@ def interpolated(latents: Tensor, fraction: float = 0.5) -> Tensor:
     points = standardized(latents).flatten(1)
     directions = F.normalize(points, dim=1)
     generator, moved = torch.Generator().manual_seed(0), []
-    for rows in torch.arange(len(points)).split(1024):
+    for rows in torch.arange(len(points)).split(PART):
         cosines = directions[rows] @ directions.mT
         cosines[torch.arange(len(rows)), rows] = -torch.inf
         nearest = cosines.topk(INTERPOLATION_NEIGHBORS).indices
@@ -180,7 +180,7 @@ def neighbor_consistency(latents: Tensor, labels: Tensor) -> float:
     mean, std = channel_statistics(latents)
     means = F.normalize((latents.mean(dim=(2, 3), dtype=torch.float64) - mean.flatten()) / std.flatten(), dim=1)
     same = []
-    for rows in torch.arange(len(means)).split(1024):
+    for rows in torch.arange(len(means)).split(PART):
         similarity = means[rows] @ means.mT
         similarity[torch.arange(len(rows)), rows] = -torch.inf
         nearest = similarity.topk(NEIGHBORS).indices

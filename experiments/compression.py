@@ -22,13 +22,12 @@ from diffusers import ModelMixin
 from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Subset
-from torchvision.utils import save_image
 
 from benchmarks.timing import environment
 from experiments import codebooks
 from experiments.latents import SPLIT
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, save_kept_power, save_strips, with_std
+from experiments.report import format_table, rows_by_model, save_kept_power, save_strip, save_strips, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import load_trained
 from experiments.training_sets import PHOTOGRAPHS_128, lite
@@ -200,10 +199,8 @@ def save_pictures(task: Task, codec: Codec) -> None:
     dataset = PHOTOGRAPHS_128.dataset("heldout")
     images = torch.stack([dataset[i % len(dataset)]["image"] for i in PICTURES])
     assert task.pictures is not None
-    task.pictures.mkdir(parents=True, exist_ok=True)
     for name, pictures in ((task.name, codec(images)[0]), ("original", images)):
-        file = task.pictures / f"{name}.png"
-        save_image(pictures.cpu(), file, nrow=len(PICTURES), padding=0, normalize=True, value_range=(-1, 1))
+        save_strip(pictures, task.pictures / f"{name}.png")
 
 
 def finish(report: dict, stem) -> None:

@@ -15,7 +15,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.timing import device, environment
@@ -27,8 +26,6 @@ from experiments.report import format_table, rows_by_model, save_samples, with_s
 from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS, TrainingSet, load_images
 from favae.autoencoders import spatial_compression_ratio
-from favae.eval.image_sets import SampleFolder
-from favae.eval.sampling import sample_to_folder
 from favae.files import read_json_lines
 from train_generator import train
 
@@ -156,10 +153,8 @@ def make_row(task: Task) -> dict:
 def measure(task: Task, pipeline: DiffusionPipeline, scale: float) -> dict[str, float]:
     """FD, IS, precision, recall, how often the character is right, and seams relative to those of real pictures."""
     images, folder = task.variant.images, task.run / f"samples-{scale}"
-    options = {"guidance_scale": scale, "batch_size": 200, **few_steps(pipeline)}
-    sample_to_folder(pipeline, folder, images.samples, seed=task.seed, **options)
-    samples, patch_size = SampleFolder(folder), spatial_compression_ratio(pipeline.vae)
-    metrics = images.metrics(samples, torch.arange(len(samples)) % images.num_classes)
+    samples, metrics = images.sample(pipeline, folder, task.seed, guidance_scale=scale, **few_steps(pipeline))
+    patch_size = spatial_compression_ratio(pipeline.vae)
     real = seams_of(load_images(images, "train")[0][:5000], patch_size)
     if task.pictures is not None:
         save_pictures(task, samples)  # guided at last

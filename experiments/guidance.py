@@ -11,7 +11,6 @@ to the training set. Writes docs/results/guidance.json and .md.
 
 from dataclasses import dataclass
 
-import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.timing import device, environment
@@ -19,8 +18,6 @@ from experiments import latents
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS
-from favae.eval.image_sets import SampleFolder
-from favae.eval.sampling import sample_to_folder
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
 
@@ -42,10 +39,8 @@ def make_row(task: Task) -> dict:
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(GLYPHS), "scales": []}
     for scale in SCALES:
         folder = task.run / f"samples-{scale}"
-        options = {"guidance_scale": scale, "num_inference_steps": latents.NUM_INFERENCE_STEPS, "batch_size": 200}
-        sample_to_folder(pipeline, folder, GLYPHS.samples, seed=task.seed, **options)
-        samples = SampleFolder(folder)
-        metrics = GLYPHS.metrics(samples, torch.arange(len(samples)) % GLYPHS.num_classes)
+        options = {"guidance_scale": scale, "num_inference_steps": latents.NUM_INFERENCE_STEPS}
+        _, metrics = GLYPHS.sample(pipeline, folder, task.seed, **options)
         row["scales"].append({"guidance_scale": scale, **metrics})
     return row | environment()
 

@@ -39,9 +39,7 @@ from favae.autoencoders import encode, measure_budget, spatial_compression_ratio
 from favae.data.images import to_uint8
 from favae.data.latent_writing import write_latent_cache
 from favae.data.latents import load_tokenizer, open_latents
-from favae.eval.image_sets import SampleFolder
 from favae.eval.latent_evaluation import latent_metrics
-from favae.eval.sampling import sample_to_folder
 from favae.files import read_json_lines, write_text
 from favae.training.checkpoints import find_checkpoints
 from favae.training.generator_config import GeneratorConfig
@@ -335,10 +333,8 @@ def generator_metrics(task: Task) -> dict:
             scales |= GUIDED
         for name, scale in scales.items():
             folder = run / f"samples-{step}-{name}"
-            options = {"guidance_scale": scale, "num_inference_steps": NUM_INFERENCE_STEPS, "batch_size": 200}
-            sample_to_folder(pipeline, folder, images.samples, seed=task.seed, **options)
-            samples = SampleFolder(folder)
-            point[name] = images.metrics(samples, torch.arange(len(samples)) % images.num_classes)
+            options = {"guidance_scale": scale, "num_inference_steps": NUM_INFERENCE_STEPS}
+            samples, point[name] = images.sample(pipeline, folder, task.seed, **options)
             point[name]["seams"] = seams_of(read_images(samples), spatial_compression_ratio(tokenizer)) / real
             if task.pictures is not None and task.seed == 0 and step == task.steps:
                 save_pictures(task, samples)  # guided, if there are classes

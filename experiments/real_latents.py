@@ -24,12 +24,11 @@ from diffusers import ModelMixin
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import save_image
 
 from benchmarks.timing import environment, speedup, time_paired
 from experiments.image_sets import InMemoryImages, seams_of
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, save_strips, with_std
+from experiments.report import format_table, rows_by_model, save_strip, save_strips, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import named_means
 from experiments.training_sets import PHOTOGRAPHS
@@ -290,11 +289,8 @@ def perception(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
 
 
 def save_pictures(images: Tensor, reconstructions: Tensor, folder: Path, name: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for label, pictures in ((name, reconstructions), ("original", images)):
-        file = folder / f"{label}.png"
-        chosen = pictures[list(PICTURES)]
-        save_image(chosen, file, nrow=len(PICTURES), padding=0, normalize=True, value_range=(-1, 1))
+        save_strip(pictures[list(PICTURES)], folder / f"{label}.png")
 
 
 @torch.no_grad()

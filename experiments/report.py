@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
+from torch import Tensor
+from torchvision.utils import save_image
 
 ERRORS = {"recon": 4, "low": 4, "high": 5}  # and the digits that tables give of each
 
@@ -130,6 +132,12 @@ def save_spectra(report: dict, models: list[str], file: Path) -> None:
     axis.legend(fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def save_strip(images: Tensor, file: Path) -> None:
+    """Images (N, C, H, W) in [-1, 1] side by side, as `save_strips` reads them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images.cpu(), file, nrow=len(images), padding=0, normalize=True, value_range=(-1, 1))
 
 
 def save_strips(folder: Path, models: list[str], file: Path) -> None:

@@ -11,7 +11,6 @@ docs/results/samplers.json and .md.
 
 from dataclasses import dataclass
 
-import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.timing import device, environment
@@ -19,8 +18,6 @@ from experiments import latents
 from experiments.report import format_table, rows_by_model, with_std
 from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS
-from favae.eval.image_sets import SampleFolder
-from favae.eval.sampling import sample_to_folder
 from favae.pipelines.solvers import Solver, flow_scheduler
 
 EVALUATIONS = (8, 16, 32, 64)  # of the transformer, for each sample
@@ -49,10 +46,8 @@ def make_row(task: Task) -> dict:
         pipeline.scheduler = flow_scheduler(task.variant.solver)
         steps = evaluations // 2 if task.variant.solver == "heun" else evaluations
         folder = task.run / f"samples-{evaluations}"
-        options = {"guidance_scale": 1.0, "num_inference_steps": steps, "batch_size": 200}
-        sample_to_folder(pipeline, folder, GLYPHS.samples, seed=task.seed, **options)
-        samples = SampleFolder(folder)
-        metrics = GLYPHS.metrics(samples, torch.arange(len(samples)) % GLYPHS.num_classes)
+        options = {"guidance_scale": 1.0, "num_inference_steps": steps}
+        _, metrics = GLYPHS.sample(pipeline, folder, task.seed, **options)
         row["curve"].append({"evaluations": evaluations, **metrics})
     return row | environment()
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
 
 from benchmarks.timing import environment
 from experiments.latents import BOTH, TOKENIZER, error_curve, on_plateau, steps_of
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, save_strips, with_std
+from experiments.report import format_table, rows_by_model, save_strip, save_strips, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import load_trained, reconstruct_all
 from experiments.training_sets import GLYPHS
 from favae.eval.compression import high_power
+from favae.eval.spectra import radial_spectrum
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
@@ -83,7 +83,8 @@ def make_row(task: Task) -> dict:
     row |= {"mixed_precision": fastest_precision()}
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve])}
-    row["high_power"] = float(high_power(reconstructions).mean() / high_power(images).mean())
+    powers = [high_power(radial_spectrum(pictures)).mean() for pictures in (reconstructions, images)]
+    row["high_power"] = float(powers[0] / powers[1])
     if task.pictures is not None and task.seed == 0:
         save_pictures(images, reconstructions, task)
     shutil.rmtree(task.run / "checkpoints")
@@ -103,12 +104,10 @@ def recipe(task: Task) -> TokenizerConfig:
 
 def save_pictures(images: Tensor, reconstructions: Tensor, task: Task) -> None:
     assert task.pictures is not None
-    task.pictures.mkdir(parents=True, exist_ok=True)
     chosen = torch.linspace(0, len(images) - 1, PICTURES).long()
     for name, pictures in ((task.name, reconstructions), ("original", images)):
         grid = pictures[chosen].repeat_interleave(2, 2).repeat_interleave(2, 3)
-        file = task.pictures / f"{name}.png"
-        save_image(grid, file, nrow=PICTURES, padding=0, normalize=True, value_range=(-1, 1))
+        save_strip(grid, task.pictures / f"{name}.png")
 
 
 def tables(report: dict) -> str:

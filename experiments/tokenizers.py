@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from torchvision.utils import save_image
 
 from benchmarks.timing import device, environment, speedup, time_paired
+from experiments.report import save_strip
 from experiments.rows import Task, load_recipe
 from favae.autoencoders import load_autoencoder, measure_budget, reconstruct
 from favae.data.images import ImageDataset, skip_missing
@@ -162,10 +162,8 @@ def error_spectrum(vae: ModelMixin, images: Tensor) -> list[float]:
 def save_pictures(vae: ModelMixin, images: Tensor, folder: Path, name: str) -> None:
     """Writes NAME.png and original.png: a few held-out images in a row."""
     chosen = images[[i * len(images) // NUM_PICTURES for i in range(NUM_PICTURES)]]
-    folder.mkdir(parents=True, exist_ok=True)
-    for label, pictures in ((name, reconstruct(vae, chosen)), ("original", chosen)):
-        file = folder / f"{label}.png"
-        save_image(pictures, file, nrow=NUM_PICTURES, padding=0, normalize=True, value_range=(-1, 1))
+    save_strip(reconstruct(vae, chosen), folder / f"{name}.png")
+    save_strip(chosen, folder / "original.png")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,7 +18,9 @@ from favae.data.sources import open_source
 from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.generation import generation_metrics
+from favae.eval.image_sets import SampleFolder
 from favae.eval.references import load_statistics, save_statistics
+from favae.eval.sampling import sample_to_folder
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,14 @@ class TrainingSet:
         if self.num_classes > 1:
             found["accuracy"] = accuracies(trained_classifier(), read_images(images), {"label": labels})["label"]
         return found
+
+    def sample(
+        self, pipeline: DiffusionPipeline, folder: Path, seed: int, **options
+    ) -> tuple[SampleFolder, dict[str, float]]:
+        """A generator's images of all classes in turn, in a folder, and their metrics."""
+        sample_to_folder(pipeline, folder, self.samples, seed=seed, batch_size=200, **options)
+        samples = SampleFolder(folder)
+        return samples, self.metrics(samples, torch.arange(len(samples)) % self.num_classes)
 
 
 @cache

@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 AUTOENCODER_RAE = getattr(diffusers, "AutoencoderRAE", ())  # older versions lack it
+NO_LATENT_STATISTICS = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 MIN_LOGVAR = -30.0  # diffusers clamps the log-variance of a posterior to at least this
 
 

@@ -44,12 +44,12 @@ from favae.errors import CacheError
 from favae.hashing import hash_model
 from favae.models import HyperpriorModelFA
 from favae.models.hub import LATENT_RGB_KEYS
-from favae.normalization import AUTOENCODER_RAE, MIN_LOGVAR, has_batch_norm
+from favae.normalization import AUTOENCODER_RAE, MIN_LOGVAR, NO_LATENT_STATISTICS, has_batch_norm
 
 logger = logging.getLogger(__name__)
 
 FLOAT32 = torch.finfo(torch.float32)
-STATISTICS_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+STATISTICS_KEYS = (*NO_LATENT_STATISTICS, "force_upcast")
 
 
 def load_tokenizer(path: str) -> ModelMixin:

@@ -13,7 +13,7 @@ from favae.errors import CacheError
 
 
 class LatentsWithImages:
-    """A latent cache whose batches also have image (B, 3, H, W) in [-1, 1], in the same view as the latent.
+    """A latent cache whose batches also have image (B, C, H, W) in [-1, 1], in the same view as the latent.
 
     Args:
         dataset: the latents.

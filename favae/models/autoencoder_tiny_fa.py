@@ -24,7 +24,7 @@ class AutoencoderTinyFA(HubModelMixin, ModelMixin, AutoencoderMixin):
     a decoder that may end in an inverse wavelet transform.
 
     A network that stops `wavelet_levels` octaves before the image does a quarter of the work for each, and gives the
-    bands of the image in place of its pixels. It has the interface of [`AutoencoderTiny`]: images (B, 3, H, W) in
+    bands of the image in place of its pixels. It has the interface of [`AutoencoderTiny`]: images (B, C, H, W) in
     [-1, 1], H and W multiples of f = 2 ** (len(block_out_channels) - 1); `encode` gives `latents`, without a
     distribution. Neither `encode` nor `decode` applies the latent statistics: pipelines do.
 

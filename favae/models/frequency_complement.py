@@ -143,14 +143,9 @@ class FeatureRecorder:
 
     Args:
         modules: of the decoder and of the encoder, in pairs; see `VQModelFA.compared_modules`.
-
-    Raises:
-        ValueError: if there are none.
     """
 
     def __init__(self, modules: Sequence[tuple[nn.Module, nn.Module]]):
-        if not modules:
-            raise ValueError("features can be compared only where the decoder has frequency_complement modules")
         self.modules = modules
 
     def __enter__(self) -> "FeatureRecorder":

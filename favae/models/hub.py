@@ -14,17 +14,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import EvalResult, ModelCard, create_repo
 
+from favae.normalization import NO_LATENT_STATISTICS
+
 SECTION_START, SECTION_END = "<!-- favae -->", "<!-- end of favae -->"
 # Settings for previews of latents; see `favae.adapters.latent_previews`. No class takes them as arguments.
 LATENT_RGB_KEYS = ("latent_rgb_factors", "latent_rgb_factors_bias")
-LATENT_STATISTICS = (
-    "latent_channels",
-    "scaling_factor",
-    "shift_factor",
-    "latents_mean",
-    "latents_std",
-    *LATENT_RGB_KEYS,
-)
+LATENT_STATISTICS = ("latent_channels", *NO_LATENT_STATISTICS, *LATENT_RGB_KEYS)
 TASK_BY_EVALUATION = {
     **dict.fromkeys(("reconstruction", "compression", "latents"), "image-to-image"),
     "generation": "unconditional-image-generation",

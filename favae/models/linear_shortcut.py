@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.fft
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -32,8 +33,7 @@ def _strongest_waves(size: int, count: int, channels: int) -> tuple[np.ndarray, 
         raise ValueError(f"a patch of {channels} x {size} x {size} has fewer than {count} basis patches")
 
     # the waves of the DCT, and the colors that they can have
-    cosines = np.cos(math.pi / size * (np.arange(size) + 0.5) * np.arange(size)[:, None])
-    cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)  # (frequency, position)
+    cosines = scipy.fft.dct(np.eye(size), norm="ortho", axis=0)  # (frequency, position)
     colors = np.array(OPPONENT_COLORS) if channels == 3 else np.eye(channels)
     colors = colors / np.linalg.norm(colors, axis=1, keepdims=True)
 

@@ -31,7 +31,7 @@ def decode_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
     Args:
         latents: (B, C, h, w).
     Returns:
-        Images (B, 3, H, W) around [-1, 1].
+        Images (B, C, H, W) around [-1, 1].
     Raises:
         NonFiniteError: as `decode_finite`.
     """
@@ -51,7 +51,7 @@ def decode_finite(vae: ModelMixin, latents: Tensor) -> Tensor:
     Args:
         latents: as `vae.decode` takes them; latents may have any floating dtype.
     Returns:
-        Images (B, 3, H, W) around [-1, 1].
+        Images (B, C, H, W) around [-1, 1].
     Raises:
         NonFiniteError: if the latents or the images are not finite.
     """

@@ -54,7 +54,7 @@ class CATPipeline(ConditionalPipeline):
         raise ValueError("CATPipeline offloads whole models: enable_model_cpu_offload()")
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens of the transformer -> images (B, 3, H, W) around [-1, 1]."""
+        """Tokens of the transformer -> images (B, C, H, W) around [-1, 1]."""
         return (decode_latents if tokens.is_floating_point() else decode_finite)(self.vae, tokens)
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class CATPipeline(ConditionalPipeline):
             generator: one, or one per image; with one per image a sample does not depend on its batch.
             prompt_embeds, prompt_attention_mask: text embeddings (B, L, D) and mask (B, L) by `encode_prompt`, instead
                 of `prompt`. Guidance leads away from no text; there is no negative prompt.
-            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (the tokens:
+            output_type: "pil", "np" ((B, H, W, C) in [0, 1]), "pt" ((B, C, H, W) in [0, 1]) or "latent" (the tokens:
                 int64 (B, h, w), (B, h, w, Q) or (B, N), or normalized latents (B, C, h, w)).
             class_labels: of a transformer of classes: one class index per image; see `get_label_ids`.
 

@@ -1,4 +1,4 @@
-"""`LightningDiTPipeline`: classes or texts to images, with any autoencoder and diffusers' flow-matching Euler."""
+"""`LightningDiTPipeline`: classes or texts to images, with any autoencoder, by a scheduler of flows or of noise."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -83,7 +83,7 @@ class LightningDiTPipeline(ConditionalPipeline):
         return self._num_timesteps
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Normalized latents (B, C, h, w) -> images (B, 3, H, W) around [-1, 1]."""
+        """Normalized latents (B, C, h, w) -> images (B, C, H, W) around [-1, 1]."""
         return decode_latents(self.vae, latents)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class LightningDiTPipeline(ConditionalPipeline):
                 method), with guidance of a doubled batch.
             generator: one, or one per image; with one per image a sample does not depend on its batch.
             latents: (B, C, h, w), standard normal noise to start from; None samples it.
-            output_type: "pil", "np" ((B, H, W, 3) in [0, 1]), "pt" ((B, 3, H, W) in [0, 1]) or "latent" (normalized).
+            output_type: "pil", "np" ((B, H, W, C) in [0, 1]), "pt" ((B, C, H, W) in [0, 1]) or "latent" (normalized).
             prompt: of a transformer of texts: one text, or one per image. An empty one samples without a text.
             num_images_per_prompt: number of consecutive images of each class or prompt.
             prompt_embeds, prompt_attention_mask: text embeddings (B, L, D) and mask (B, L) by `encode_prompt`, instead

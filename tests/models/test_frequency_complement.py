@@ -82,9 +82,3 @@ def test_what_is_compared():
     with FeatureRecorder(vae.compared_modules) as recorder:
         vae.decode(vae.encode(torch.rand(1, 3, 16, 16)).latents)
     assert not any(c.any() for c in recorder.pairs()[0])  # "conv": the complement, zero at the start
-
-
-def test_models_without_complements_cannot_be_compared():
-    vae = VQModelFA(**TINY_VQ, frequency_complement=None)
-    with pytest.raises(ValueError, match="frequency_complement"):
-        FeatureRecorder(vae.compared_modules)
