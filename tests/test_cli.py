@@ -123,6 +123,15 @@ def test_training_scripts_get_their_words(tmp_path, image_folder, capsys):
     assert "no_such_key" in command_error("train-tokenizer", recipe, "train.no_such_key=1")
 
 
+@pytest.mark.parametrize(
+    "data, output, named",
+    [("photos", "a.npz", "--output must end in .safetensors"), ("x.npz", "a.safetensors", "x.npz holds statistics")],
+)
+def test_statistics_are_of_images_and_in_one_kind_of_file(data, output, named):
+    words = ("--data", data, "--resolution", "16", "--features", "efficientnet-lite0", "--output", output)
+    assert named in command_error("reference-statistics", *words)
+
+
 def test_formats_are_those_that_can_be_converted():
     assert set(FORMAT_NAMES) == set(FORMATS) | {"taesd"}
     writable = {name for name, layout in FORMATS.items() if layout.revert is not None}

@@ -57,6 +57,20 @@ def test_autoencoders_of_other_latents_are_refused(pipeline, name):
         CATPipeline(transformer, vae, None, None)
 
 
+@pytest.mark.parametrize(
+    "model, options, named",
+    [
+        ({}, {"guidance_interval": (0.8, 0.2)}, "guidance_interval must rise"),
+        ({"class_dropout_prob": 0.0}, {}, "trained with class_dropout_prob > 0"),
+        ({"num_classes": 0}, {"class_labels": None}, "neither classes nor texts"),
+    ],
+)
+def test_calls_that_cannot_work(pipeline, model, options, named):
+    pipeline.register_modules(transformer=LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | model))
+    with pytest.raises(ValueError, match=named):
+        pipeline(**{"class_labels": [0], "guidance_scale": 2.0, **options})
+
+
 def test_without_an_autoencoder_there_are_latents(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     bare = DiffusionPipeline.from_pretrained(tmp_path, vae=None)

@@ -140,19 +140,20 @@ def test_a_class_may_be_named_by_its_path(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch):
+def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT)
     script = "generator" if recipe.parent.name == "generator" else "tokenizer"
     config = load_config({"tokenizer": TokenizerConfig, "generator": GeneratorConfig}[script], recipe)
     for key in ("from_autoencoder_kl", "from_pretrained"):
         if key in config.model:
             pytest.skip(f"{config.model[key]} is on the hub")
-    importlib.import_module(f"train_{script}").main([str(recipe), "--dry-run", "--processes", "8"])
+    words = [str(recipe), f"output={tmp_path / 'run'}", "--dry-run", "--processes", "8"]
+    importlib.import_module(f"train_{script}").main(words)
     output = capsys.readouterr().out
     assert f"steps: {config.train.steps}" in output  # the resolved config
     assert "parameters" in output and "steps per epoch" in output
     assert "floats per" in output or "tokens of" in output  # of a codebook
-    assert not (ROOT / config.output).exists() or config.output.startswith("runs/photos")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_with_weights_warns_of_nothing(tmp_path, tiny_kl, recwarn):
