@@ -23,9 +23,9 @@ from favae.data.images import ImageDataset, skip_missing, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
 from favae.eval.autoencoder_evaluation import check_same_channels
+from favae.eval.extraction import PairedDistances
 from favae.eval.features import FeatureExtractor
 from favae.eval.figures import save_rate_distortion
-from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.reconstruction import PER_IMAGE, band_errors, band_names, check_levels, image_errors
 from favae.eval.results import UINT8, number_duplicates, write_results
 from favae.eval.spectra import radial_spectrum
@@ -188,7 +188,7 @@ def measure_codec(
     """
     device = process_state().device
     rows, bands, sizes, powers = [], [], [], []
-    kept: list[tuple[list, list]] = [([], []) for _ in extractors]
+    distances = PairedDistances(extractors)
     for batch in tqdm(
         DataLoader(images, batch_size, num_workers=num_workers, collate_fn=skip_missing), desc=description
     ):
@@ -201,9 +201,7 @@ def measure_codec(
         rows.append(image_errors(originals, decoded, lpips))
         bands.append(band_errors(decoded - originals, LEVELS))
         powers.append(torch.stack([radial_spectrum(x) for x in (originals, decoded)]).cpu())
-        for extractor, pair in zip(extractors, kept):
-            for pictures, found in zip((originals, decoded), pair):
-                found.append(extractor(to_uint8(pictures))["features"].cpu().numpy())
+        distances.update(originals, decoded)
     if not sizes:
         raise DataError("not one of the images can be read")
     means = torch.cat(rows).double().mean(dim=0).tolist()
@@ -213,12 +211,7 @@ def measure_codec(
     spectra = torch.cat(powers, dim=1).double().mean(dim=1)
     original, left = high_power(spectra).tolist()
     metrics["power kept"] = left / original if original else None
-    for extractor, pair in zip(extractors, kept):
-        distance = None
-        if len(sizes) > 1:
-            (mean, covariance), moments = (feature_statistics(np.concatenate(rows)) for rows in pair)
-            distance = frechet_distance(mean, covariance, *moments)
-        metrics[extractor.metric("rFID")] = distance
+    metrics |= distances.finish("rFID")
     return len(sizes), metrics, (spectra[1] / spectra[0].clamp(min=1e-12)).tolist()
 
 

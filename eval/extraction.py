@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from favae.data.images import skip_missing
+from favae.data.images import skip_missing, to_uint8
 from favae.distributed import gather_rows, own_indices, process_state
 from favae.errors import DataError
 from favae.eval.features import FeatureExtractor
-from favae.eval.frechet import RunningStatistics
+from favae.eval.frechet import RunningStatistics, frechet_distance
 from favae.eval.seams import neighbor_differences
 
 logger = logging.getLogger(__name__)
@@ -187,6 +187,32 @@ def _sum(values: np.ndarray) -> np.ndarray:
     device = process_state().device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     return reduce(torch.from_numpy(values).to(device), "sum").cpu().numpy()
+
+
+class PairedDistances:
+    """Fréchet distances between images and what is made of them, by the same networks, from batches of both."""
+
+    def __init__(self, extractors: Sequence[FeatureExtractor]):
+        self._pairs: list[tuple[FeatureExtractor, list[RunningStatistics]]] = [(each, []) for each in extractors]
+
+    def update(self, images: Tensor, others: Tensor) -> None:
+        """Two batches (B, C, H, W) in [-1, 1]."""
+        for extractor, pair in self._pairs:
+            found = [extractor(to_uint8(batch))["features"].cpu().numpy() for batch in (images, others)]
+            if not pair:
+                pair += [RunningStatistics(features.shape[1]) for features in found]
+            for statistics, features in zip(pair, found):
+                statistics.update(features)
+
+    def finish(self, metric: str) -> dict[str, float | None]:
+        """By the names that `metric_name` makes of this one; None where there is one image."""
+        found: dict[str, float | None] = {}
+        for extractor, pair in self._pairs:
+            first, second = pair
+            first.flush()
+            distance = frechet_distance(*first.finish(), *second.finish()) if first.count > 1 else None
+            found[extractor.metric(metric)] = distance
+        return found
 
 
 def pixel_digests(images: Tensor) -> Tensor:

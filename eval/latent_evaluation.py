@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from favae.autoencoders import decode, encode, measure_budget
 from favae.data.image_record import ImageRecord
-from favae.data.images import ImageDataset, skip_missing, to_uint8
+from favae.data.images import ImageDataset, skip_missing
 from favae.data.latents import TokenDataset, open_latents
 from favae.errors import DataError, ModelError
+from favae.eval.extraction import PairedDistances
 from favae.eval.features import FeatureExtractor
 from favae.eval.figures import save_latent_spectra
-from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.latent_meters import (
     high_frequency_share,
     interpolated,
@@ -120,7 +120,7 @@ def interpolated_distances(
     *,
     batch_size: int,
     num_workers: int = 0,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """iFID: the Fréchet distance between images and what an autoencoder makes of their latents, moved half the way to
     neighbors, by the names that `metric_name` allows.
 
@@ -130,18 +130,12 @@ def interpolated_distances(
         DataError: if there are too few images.
     """
     moved, done = interpolated(latents), 0
-    features: list[tuple[list, list]] = [([], []) for _ in extractors]
+    distances = PairedDistances(extractors)
     for batch in _batches(images, batch_size, num_workers, "interpolated"):
         own = moved[done : done + len(batch["image"])].to(vae.device)
         done += len(own)
-        for extractor, kept in zip(extractors, features):
-            for pictures, rows in zip((batch["image"], decode(vae, own)), kept):
-                rows.append(extractor(to_uint8(pictures))["features"].cpu().numpy())
-    distances = {}
-    for extractor, (real, found) in zip(extractors, features):
-        moments = [feature_statistics(np.concatenate(rows)) for rows in (real, found)]
-        distances[extractor.metric("iFID")] = frechet_distance(*moments[0], *moments[1])
-    return distances
+        distances.update(batch["image"], decode(vae, own))
+    return distances.finish("iFID")
 
 
 def _batches(images: ImageDataset, batch_size: int, num_workers: int, description: str) -> Iterator[dict]:

@@ -8,8 +8,8 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from favae.models.autoencoder_kl_fa import AutoencoderKLFA
 from favae.models.sizes import check_image_size, check_widths
+from favae.models.tiling import FullTilesAutoencoderKL
 from favae.wavelets import WaveletBands
 
 
@@ -61,7 +61,7 @@ class TwoBranchDecoder(nn.Module):
         return self.bands.inverse(F.interpolate(low, size=high.shape[-2:], mode="bicubic"), high)
 
 
-class TwoBranchAutoencoderKL(AutoencoderKLFA):
+class TwoBranchAutoencoderKL(FullTilesAutoencoderKL):
     r"""
     The published wavelet FA-VAE: two VA-VAEs, one of the Haar band LL resized to the image's size, one of the bands LH,
     HL and HH, all divided by 2, with attention in their deepest blocks and nothing that joins them but the latent.
@@ -155,3 +155,12 @@ class TwoBranchAutoencoderKL(AutoencoderKLFA):
         # 1x1 convolutions around the latent would mix the branches
         self.quant_conv = self.post_quant_conv = None
         self.reset_tiling(sample_size)
+
+    @property
+    def low_latent_channels(self) -> int:
+        """How many of the latent channels, counted from the first, hold the low band: those that alignment acts on."""
+        return self.config.latent_channels - self.config.high_latent_channels
+
+    def low_pass(self, images: Tensor) -> Tensor:
+        """The images without their high bands, (B, C, H, W)."""
+        return self.encoder.bands.low_pass(images)

@@ -6,14 +6,14 @@ import timm
 import torch
 from conftest import write_images
 
-from favae.data.images import ImageDataset
+from favae.data.images import ImageDataset, to_uint8
 from favae.data.sources import open_source
 from favae.distributed import gather_rows, image_generator
 from favae.errors import MissingWeights
 from favae.eval import features as module
-from favae.eval.extraction import image_statistics
+from favae.eval.extraction import PairedDistances, image_statistics
 from favae.eval.features import FeatureExtractor, metric_name
-from favae.eval.frechet import feature_statistics
+from favae.eval.frechet import feature_statistics, frechet_distance
 from favae.eval.image_sets import CroppedImages
 
 
@@ -149,6 +149,19 @@ def test_statistics_of_a_set_keep_its_order_and_digest(extractor, tmp_path):
     (rest,) = image_statistics(images, [extractor], batch_size=5)
     assert rest.count == 11 and rest.hash != whole.hash
     assert np.allclose(rest.features, np.delete(whole.features, 5, axis=0), atol=1e-4)
+
+
+def test_distances_of_pairs_are_those_of_the_sets(extractor):
+    pictures = torch.rand(2, 9, 3, 16, 16) * 2 - 1
+    distances = PairedDistances([extractor])
+    for batch in (pictures[:, :4], pictures[:, 4:]):
+        distances.update(*batch)
+    moments = (feature_statistics(extractor(to_uint8(each))["features"].numpy()) for each in pictures)
+    expected = frechet_distance(*next(moments), *next(moments))
+    assert distances.finish("rFID") == {"rFD(efficientnet-lite0)": pytest.approx(expected, rel=1e-6)}
+    single = PairedDistances([extractor])
+    single.update(*pictures[:, :1])
+    assert list(single.finish("rFID").values()) == [None]
 
 
 def test_rows_of_one_process_are_not_copied():
