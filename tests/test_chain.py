@@ -3,6 +3,7 @@
 import json
 
 from conftest import command, command_error, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
+from matplotlib.figure import Figure
 
 from favae.eval import report
 from favae.eval.report import verdict
@@ -16,7 +17,12 @@ model: {name: AutoencoderKL, down_block_types: [DownEncoderBlock2D, DownEncoderB
 
 def test_curves_of_all_runs(monkeypatch):
     figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *words, **options: figures.append(figure) or savefig(figure, *words, **options),
+    )
     report._curves({f"run{i}": [{"step": 1, "kl": 0.0}, {"step": 2, "kl": 1.0}] for i in range(6)}, ("kl",))
     assert [line.get_label() for line in figures[0].axes[0].lines] == [f"run{i}" for i in range(6)]
 

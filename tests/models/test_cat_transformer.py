@@ -287,7 +287,9 @@ def test_every_parameter_has_a_gradient(head, layout, text_dropout_prob):
     assert not unused  # DistributedDataParallel would wait for them
     still = {name for name, parameter in model.named_parameters() if parameter.grad.abs().sum() == 0}
     if text_dropout_prob:
-        assert still <= {name for name in still if "cross_attn.to_" in name or "norm2" in name}
+        # A softmax over the one key that is left is 1, whatever is asked; its gradient is zero, or rounding errors.
+        nothing_to_ask = ("cross_attn.to_", "norm2", "null_key")
+        assert all(any(part in name for part in nothing_to_ask) for name in still)
     else:
         assert not still
 
