@@ -1,6 +1,7 @@
 """The whole chain once, tiny, as the Makefile runs it; and the files a demo leaves."""
 
 import json
+from unittest import mock
 
 from conftest import command, command_error, tiny_generator_recipe, tiny_tokenizer_recipe, write_images
 from matplotlib.figure import Figure
@@ -15,16 +16,11 @@ model: {name: AutoencoderKL, down_block_types: [DownEncoderBlock2D, DownEncoderB
 """
 
 
-def test_curves_of_all_runs(monkeypatch):
-    figures = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda figure, *words, **options: figures.append(figure) or savefig(figure, *words, **options),
-    )
-    report._curves({f"run{i}": [{"step": 1, "kl": 0.0}, {"step": 2, "kl": 1.0}] for i in range(6)}, ("kl",))
-    assert [line.get_label() for line in figures[0].axes[0].lines] == [f"run{i}" for i in range(6)]
+def test_curves_of_all_runs():
+    with mock.patch.object(Figure, "savefig", autospec=True) as saved:
+        report._curves({f"run{i}": [{"step": 1, "kl": 0.0}, {"step": 2, "kl": 1.0}] for i in range(6)}, ("kl",))
+    (axis,) = saved.call_args.args[0].axes
+    assert [line.get_label() for line in axis.lines] == [f"run{i}" for i in range(6)]
 
 
 def test_the_whole_chain(tmp_path, capsys):
