@@ -5,15 +5,17 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, command, command_error, tiny_tokenizer_recipe
+from conftest import ROOT, command, command_error, tiny_tokenizer_recipe, write_images
 
 from favae.adapters.single_file import FORMATS
 from favae.commands import caches
 from favae.commands.conversion import EXPORT_FORMAT_NAMES, FORMAT_NAMES
+from favae.data.latents import open_latents
 from favae.errors import DataError
 
 COMMANDS = (
@@ -130,6 +132,25 @@ def test_training_scripts_get_their_words(tmp_path, image_folder, capsys):
 def test_statistics_are_of_images_and_in_one_kind_of_file(data, output, named):
     words = ("--data", data, "--resolution", "16", "--features", "efficientnet-lite0", "--output", output)
     assert named in command_error("reference-statistics", *words)
+
+
+def test_a_small_cache_of_the_images_that_are_large_enough(tmp_path, tiny_favae):
+    tiny_favae.save_pretrained(tmp_path / "vae")
+    write_images(tmp_path / "images", classes=2, per_class=2)
+    write_images(tmp_path / "images/large", classes=1, per_class=3, size=(40, 32))
+    words = ("--tokenizer", tmp_path / "vae", "--data", tmp_path / "images", "--label-column", "none")
+    words += ("--resolution", 16, "--min-size", 30)
+    for name, *more in (("plain",), ("compressed", "--compress"), ("half", "--dtype", "bfloat16")):
+        command("cache-latents", *words, *more, "--output", tmp_path / name)
+    plain, *others = (open_latents(tmp_path / name) for name in ("plain", "compressed", "half"))
+    indices = (np.arange(3), np.zeros(3, int), np.zeros(3, int))
+    for cache, error in zip(others, (0.1, 0.01)):
+        assert len(cache) == len(plain) == 3
+        torch.testing.assert_close(
+            cache.read(*indices)["mean"].float(), plain.read(*indices)["mean"], rtol=0, atol=error
+        )
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).glob("*")) for name in ("plain", "compressed")]
+    assert sizes[1] < sizes[0]
 
 
 def test_formats_are_those_that_can_be_converted():

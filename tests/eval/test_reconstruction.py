@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import command_error, command_in_processes, write_images
+from conftest import command, command_error, command_in_processes, write_images
 from diffusers import AutoencoderKLKVAE
 from tiny_autoencoders import autoencoders
 
@@ -253,6 +253,22 @@ def test_command_keeps_what_was_measured(tmp_path, tiny_favae, capsys):
             assert {name: b[part][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
 
     assert "5 wavelet levels" in command_error("evaluate", "reconstruction", models[0], *options, "--levels", "5")
+
+
+def test_other_statistics_and_samples_of_the_posterior(tmp_path, tiny_favae):
+    tiny_favae.save_pretrained(tmp_path / "vae")
+    images, others = write_images(tmp_path / "images"), write_images(tmp_path / "others", size=(40, 40))
+    features = ("--resolution", 16, "--features", "efficientnet-lite0")
+    command("reference-statistics", "--data", others, *features, "--output", tmp_path / "others.safetensors")
+    found = {}
+    for name, *more in (("plain",), ("other", "--reference", tmp_path / "others.safetensors", "--posterior", "sample")):
+        words = (f"--model={tmp_path / 'vae'}", "--data", images, *features, "--examples", 1, *more)
+        command("evaluate", "reconstruction", *words, "--output", tmp_path / name)
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())
+    (plain,), (other,) = (each["rows"] for each in found.values())
+    assert plain["metrics"]["rFD(efficientnet-lite0)"] != other["metrics"]["rFD(efficientnet-lite0)"]
+    assert plain["metrics"]["Recon"] != other["metrics"]["Recon"]
+    assert found["other"]["protocol"]["posterior"] == "sample"
 
 
 def test_models_are_opened_before_images_are_measured(tmp_path, monkeypatch):
