@@ -239,13 +239,8 @@ def tokenizer_metrics(task: Task) -> dict:
     vae = load_trained(task.run / "final")
     budget = measure_budget(vae, own.size)
     reconstructions = to_uint8(reconstruct_all(vae, images))
-    row = {
-        "model": task.name,
-        "seed": task.seed,
-        "steps": task.steps,
-        "data": str(own),
-        "f": spatial_compression_ratio(vae),
-    }
+    factor = spatial_compression_ratio(vae)
+    row = {"model": task.name, "seed": task.seed, "steps": task.steps, "data": str(own), "f": factor}
     row |= {
         "mixed_precision": fastest_precision(),
         "gflop": budget.flops / 1e9,
@@ -255,9 +250,7 @@ def tokenizer_metrics(task: Task) -> dict:
     row |= {key: value for key, value in curve[-1].items() if key != "steps"}
     row |= {"plateau": on_plateau([point["recon"] for point in curve]), "curve": curve}
     row["latents"] = measure_latents(vae, images, labels)
-    row["seams"] = seams_of(reconstructions, spatial_compression_ratio(vae)) / seams_of(
-        to_uint8(images), spatial_compression_ratio(vae)
-    )
+    row["seams"] = seams_of(reconstructions, factor) / seams_of(to_uint8(images), factor)
     row["reconstructions"] = own.metrics(InMemoryImages(reconstructions), labels)
     shutil.rmtree(task.run / "checkpoints")
     return row
@@ -323,7 +316,8 @@ def generator_metrics(task: Task) -> dict:
     config = generator_config(task, run, latents, smooth)
     train_generator(config)
 
-    real = seams_of(load_images(images, "train")[0][:5000], spatial_compression_ratio(tokenizer))
+    factor = spatial_compression_ratio(tokenizer)
+    real = seams_of(load_images(images, "train")[0][:5000], factor)
     curve = []
     for step, path in points(run, task.steps):
         transformer = find_model_class(TRANSFORMER["name"]).from_pretrained(path / "ema").eval()
@@ -335,7 +329,7 @@ def generator_metrics(task: Task) -> dict:
             folder = run / f"samples-{step}-{name}"
             options = {"guidance_scale": scale, "num_inference_steps": NUM_INFERENCE_STEPS}
             samples, point[name] = images.sample(pipeline, folder, task.seed, **options)
-            point[name]["seams"] = seams_of(read_images(samples), spatial_compression_ratio(tokenizer)) / real
+            point[name]["seams"] = seams_of(read_images(samples), factor) / real
             if task.pictures is not None and task.seed == 0 and step == task.steps:
                 save_pictures(task, samples)  # guided, if there are classes
         curve.append(point)

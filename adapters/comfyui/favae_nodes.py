@@ -60,10 +60,11 @@ class FavaeVAE:
 
         self.format = None if latent_format == AS_ENCODED else getattr(comfy.latent_formats, latent_format)()
         channels = config.get("latent_channels") or config["z_dim"]
-        self.latent_channels = self.format.latent_channels if self.format else channels * (1 + 3 * self._has_norm)
         self.packs = self._has_norm or latent_format == "Flux2"  # 2 x 2 neighbors are one latent
-        if self.latent_channels != channels * (1 + 3 * self.packs):
-            raise ValueError(f"{path} has latents of {channels} channels, {latent_format} of {self.latent_channels}")
+        self.latent_channels = channels * (1 + 3 * self.packs)
+        if self.format and self.format.latent_channels != self.latent_channels:
+            wanted = self.format.latent_channels
+            raise ValueError(f"{path} has latents of {channels} channels, {latent_format} of {wanted}")
         self.downscale_ratio = self.upscale_ratio = spatial_compression_ratio(self.first_stage_model) * (1 + self.packs)
 
     @property

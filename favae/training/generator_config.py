@@ -1,6 +1,5 @@
 """The schema of train_generator.py."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any
@@ -125,10 +124,10 @@ class GeneratorConfig(RunConfig):
         """Whether the generator is conditioned on classes; LightningDiT may be on both."""
         return not self.takes_texts if self.is_autoregressive else self.model.get("num_classes") != 0
 
-    def _argument(self, key: str) -> Any:
-        """Of the model: what the recipe says, or the default of the class."""
-        parameters = inspect.signature(find_model_class(self.model["name"]).__init__).parameters
-        return self.model.get(key, parameters[key].default)
+    @property
+    def _in_channels(self) -> int:
+        """What the recipe says, or the default of the class, which need not name its arguments if it is one's own."""
+        return self.model.get("in_channels", 4 if self.builds(DiTTransformer2DModel) else 32)
 
     def __post_init__(self):
         check_model(self.model, GENERATORS)
@@ -175,7 +174,7 @@ class GeneratorConfig(RunConfig):
             )
         if interval is not None and interval[0] > interval[1]:
             raise ConfigError(f"{section}.guidance_interval must rise, got {interval}")
-        if channels is not None and channels > self._argument("in_channels"):
+        if channels is not None and channels > self._in_channels:
             raise ConfigError(f"{section}.guidance_channels must be at most model.in_channels, got {channels}")
 
     def _refuse(self, keys: Sequence[str], why: str) -> None:
@@ -236,14 +235,14 @@ class GeneratorConfig(RunConfig):
             )
         if self.builds(UNet2DModel):
             self._check_unet()
-        channels = self._argument("in_channels")
+        channels = self._in_channels
         allowed = [channels, 2 * channels] if self.loss.objective == "ddpm" else [channels]
         if is_dit and model.get("out_channels", channels) not in allowed:
             raise ConfigError(
                 f"model.out_channels must be {' or '.join(map(str, allowed))} for loss.objective="
                 f"{self.loss.objective} and model.in_channels={channels}, got {model['out_channels']}"
             )
-        if alignment.weight and not 1 <= alignment.layer <= self._argument("num_layers"):
+        if alignment.weight and not 1 <= alignment.layer <= model.get("num_layers", 28):
             raise ConfigError(f"loss.alignment.layer must be one of the model's layers, got {alignment.layer}")
         if (self.data.warmup_latents is None) != (self.data.warmup_steps == 0):
             raise ConfigError("data.warmup_latents and data.warmup_steps are set together")

@@ -139,6 +139,18 @@ def test_a_class_may_be_named_by_its_path(recipe):
         load_config(TokenizerConfig, recipe, [path])
 
 
+def test_a_generator_of_ones_own_need_not_name_its_arguments(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_generator.py").write_text(
+        "from favae import LightningDiTTransformer2DModel\n"
+        "class Own(LightningDiTTransformer2DModel):\n"
+        "    def __init__(self, **settings):\n        super().__init__(**settings)\n"
+    )
+    (tmp_path / "recipe.yaml").write_text("{output: run, model: {name: own_generator.Own}}")
+    config = load_config(GeneratorConfig, tmp_path / "recipe.yaml", ["sampling.guidance_channels=3"])
+    assert config.builds(LightningDiTTransformer2DModel)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT)
