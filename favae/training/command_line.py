@@ -12,6 +12,8 @@ from favae.files import check_output
 from favae.ranges import Count, in_range
 from favae.training.config import Config, load_config
 
+logger = logging.getLogger(__name__)
+
 
 def run_script(
     schema: type[Config],
@@ -40,6 +42,8 @@ def run_script(
     with exit_on_error("the same command continues from the last checkpoint", (FavaeError,)):
         config = load_config(schema, arguments.config, arguments.overrides)
         check_output(str(config.output), "folder", "output")
+        for key, step in config.milestones_not_reached.items():
+            logger.warning("%s=%d is not reached: train.steps=%d", key, step, config.train.steps)
         if not arguments.dry_run:
             train(config)
         elif is_first:

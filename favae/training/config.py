@@ -79,6 +79,17 @@ class RunConfig:
     model: dict[str, Any] = field(default_factory=dict)  # name, and the arguments of its constructor
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    @property
+    def milestones(self) -> dict[str, int]:
+        """Optimizer steps by key: of `start_step` the one after which something begins, of others that of its end."""
+        return {"train.lr_warmup_steps": self.train.lr_warmup_steps}
+
+    @property
+    def milestones_not_reached(self) -> dict[str, int]:
+        """Those for which the training is too short."""
+        last = self.train.steps
+        return {key: step for key, step in self.milestones.items() if step + key.endswith("start_step") > last}
+
 
 Config = TypeVar("Config", bound=RunConfig)
 

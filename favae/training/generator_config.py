@@ -103,6 +103,11 @@ class GeneratorConfig(RunConfig):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: GeneratorTrainConfig = field(default_factory=GeneratorTrainConfig)
 
+    @property
+    def milestones(self) -> dict[str, int]:
+        found = {"data.warmup_steps": self.data.warmup_steps, "evaluation.every": self.evaluation.every}
+        return super().milestones | found
+
     def builds(self, model_class: type[ModelMixin]) -> bool:
         """Whether the generator is of this class, or of one's own that is derived from it."""
         return issubclass(find_model_class(self.model["name"]), model_class)

@@ -116,6 +116,13 @@ class TokenizerConfig(RunConfig):
         return stages
 
     @property
+    def milestones(self) -> dict[str, int]:
+        found = {f"stages[{i}].start_step": stage.start_step for i, stage in enumerate(self.stages)}
+        found |= {"loss.adversarial.start_step": self.adversarial_start or 0}
+        found |= {"train.fade_shortcut_steps": self.train.fade_shortcut_steps}
+        return super().milestones | found | {"evaluation.every": self.evaluation.every}
+
+    @property
     def trained_parts(self) -> Literal["all", "encoder", "decoder"]:
         """Which parts of the model learn: of a student, the decoder alone if nothing asks for latents of its own."""
         stages = [loss for _, loss in self.loss_stages]

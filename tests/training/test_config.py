@@ -152,7 +152,7 @@ def test_a_generator_of_ones_own_need_not_name_its_arguments(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch, tmp_path):
+def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch, tmp_path, caplog):
     monkeypatch.syspath_prepend(ROOT)
     script = "generator" if recipe.parent.name == "generator" else "tokenizer"
     config = load_config({"tokenizer": TokenizerConfig, "generator": GeneratorConfig}[script], recipe)
@@ -165,7 +165,31 @@ def test_every_recipe_resolves_and_dry_runs(recipe, capsys, monkeypatch, tmp_pat
     assert f"steps: {config.train.steps}" in output  # the resolved config
     assert "parameters" in output and "steps per epoch" in output
     assert "floats per" in output or "tokens of" in output  # of a codebook
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "script, settings",
+    [
+        ("tokenizer", ["loss.adversarial.weight=1", "loss.adversarial.start_step=10"]),
+        ("tokenizer", ["stages=[{start_step: 10, loss: {kl: 0}}]"]),
+        ("tokenizer", ["model.shortcut=overlapping", "train.fade_shortcut_steps=11"]),
+        ("tokenizer", ["evaluation.data=photos", "evaluation.every=11"]),
+        ("tokenizer", ["train.lr_warmup_steps=11"]),
+        ("generator", ["evaluation.reference=photos", "evaluation.every=11"]),
+        ("generator", ["data.warmup_latents=cache", "data.warmup_steps=11"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_what_a_training_is_too_short_for_is_named(tmp_path, caplog, script, settings):
+    recipe = {"tokenizer": "photos_favae", "generator": "photos_lightningdit"}[script]
+    words = [str(ROOT / f"configs/{script}/{recipe}.yaml"), f"output={tmp_path / 'run'}", "--dry-run", *settings]
+    key = "stages[0].start_step" if "stages" in settings[-1] else settings[-1].partition("=")[0]
+    for steps, warned in ((10, True), (11, False)):
+        caplog.clear()
+        main = importlib.import_module(f"train_{script}").main
+        main([*words, *([] if "lr_warmup" in key else ["train.lr_warmup_steps=0"]), f"train.steps={steps}"])
+        assert (key in caplog.text) == warned
 
 
 def test_a_dry_run_with_weights_warns_of_nothing(tmp_path, tiny_kl, recwarn):
