@@ -10,7 +10,7 @@ Settings are `section.key=value`; the schema with its defaults is favae/training
 again continues from the newest complete checkpoint (resume=auto), bit for bit on a CPU. The run folder (output=..., by
 default runs/<recipe>) holds config.yaml, metrics.jsonl, logs/ (TensorBoard), samples/ (originals over
 reconstructions), checkpoints/step-N/ and, at the end, final/: the autoencoder alone, for `from_pretrained`.
-With evaluation.every=K evaluation.data=IMAGES, PSNR, rFID and other metrics of the EMA weights, and meters of how hard
+With evaluation.every=K evaluation.data=IMAGES, PSNR, rFID and other metrics of the EMA weights, and metrics of how hard
 their latents are for a generator, go to evaluation.jsonl every K steps.
 """
 
@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from diffusers import ModelMixin
-from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, spatial_compression_ratio
 from favae.bitstream import import_constriction
 from favae.channels import in_color
-from favae.data.images import ImageDataset, skip_missing
+from favae.data.images import ImageDataset, read_in_order, skip_missing
 from favae.data.latents import MomentsDataset, open_latents
 from favae.data.latents_with_images import LatentsWithImages
 from favae.data.sources import Selection, open_source
@@ -272,10 +271,9 @@ def fit_principal_components(module: TokenizerTrainingModule, dataset: ImageData
     ratio = spatial_compression_ratio(module.vae)
     grid = (dataset.resolution // ratio, dataset.resolution // ratio)
     images = ImageDataset(Selection(dataset.source, PRINCIPAL_IMAGES), dataset.resolution, channels=dataset.channels)
-    batches = DataLoader(images, batch_size=64, collate_fn=skip_missing, generator=torch.Generator())
     teacher = module.teacher.to(device)
     if process_state().is_main_process:
-        features = [teacher(batch["image"].to(device), grid).cpu() for batch in batches if batch is not None]
+        features = [teacher(batch["image"].to(device), grid).cpu() for batch in read_in_order(images, 64)]
         module.principal.fit(torch.cat(features))
     for buffer in module.principal.buffers():  # every process could find directions of other signs
         buffer.copy_(broadcast(buffer.to(device)))

@@ -63,7 +63,7 @@ def convert_to_pipeline(file: str | Path, folder: str | Path, *, vae: str) -> No
     if autoencoder.config.get("latents_mean") is None:
         logger.warning("%s has no latents_mean, which LightningDiT normalizes by; --latents-stats writes it", vae)
     try:
-        pipeline = LightningDiTPipeline(transformer=transformer, vae=autoencoder, scheduler=scheduler)
+        pipeline = LightningDiTPipeline(transformer, autoencoder, scheduler, text_encoder=None, tokenizer=None)
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{vae}: {error}") from error
     _save(pipeline, Path(folder))

@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, measure_budget
 from favae.channels import in_color
-from favae.data.images import ImageDataset, skip_missing, to_uint8
+from favae.data.images import ImageDataset, read_in_order, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, NonFiniteError
 from favae.files import atomic_path, read_json, write_text
@@ -147,14 +145,12 @@ def fit_and_save_previews(
     vae = load_autoencoder(model).to(process_state().device)
     measure_budget(vae, images.resolution)  # refuses what does not fit
     images = images.with_channels(image_channels(vae))
-    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=skip_missing)
     examples: list[Tensor] = []
 
     def batches() -> Iterator[Tensor]:
-        for batch in tqdm(loader, desc="latents"):
-            if batch is not None:
-                examples.extend(batch["image"][: num_examples - len(examples)])
-                yield batch["image"]
+        for batch in read_in_order(images, batch_size, num_workers, description="latents"):
+            examples.extend(batch["image"][: num_examples - len(examples)])
+            yield batch["image"]
 
     fitted = fit_latent_rgb(vae, batches())
     write_text(config_file, json.dumps(read_json(config_file) | fitted.settings(), indent=2) + "\n")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Everything that was not measured on a GPU yet, in slices that can be chosen. Without a GPU it does nothing.
+"""Everything that is measured on a GPU, in slices that can be chosen. Without a GPU it does nothing.
 
     python -m benchmarks.on_gpu
     python -m benchmarks.on_gpu --only tokenizer_throughput training_memory

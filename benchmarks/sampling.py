@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         latent_channels=32,
     )
     transformer, published = (build_transformer(arguments.size, arguments.dtype) for _ in range(2))
-    pipeline = LightningDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler())
+    pipeline = LightningDiTPipeline(
+        transformer, vae, FlowMatchEulerDiscreteScheduler(), text_encoder=None, tokenizer=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     if arguments.compile:
         torch._dynamo.reset()

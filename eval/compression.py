@@ -12,14 +12,13 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image, features
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 from favae import bitstream
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, measure_budget
 from favae.data.image_record import ImageRecord
-from favae.data.images import ImageDataset, skip_missing, to_tensor, to_uint8
+from favae.data.images import ImageDataset, read_in_order, skip_missing, to_tensor, to_uint8
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError
 from favae.eval.autoencoder_evaluation import check_same_channels
@@ -147,8 +146,8 @@ def training_values(vae: ModelMixin, images: Dataset, *, batch_size: int = 32, n
         DataError: if not one image can be read.
     """
     vae.to(process_state().device).eval()
-    batches = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=skip_missing)
-    found = [_values(vae, batch["image"]) for batch in tqdm(batches, desc="frequencies") if batch is not None]
+    batches = read_in_order(images, batch_size, num_workers, description="frequencies")
+    found = [_values(vae, batch["image"]) for batch in batches]
     if not found:
         raise DataError("not one of the images can be read")
     return torch.cat(found).transpose(0, 1).flatten(1)
@@ -189,11 +188,7 @@ def measure_codec(
     device = process_state().device
     rows, bands, sizes, powers = [], [], [], []
     distances = PairedDistances(extractors)
-    for batch in tqdm(
-        DataLoader(images, batch_size, num_workers=num_workers, collate_fn=skip_missing), desc=description
-    ):
-        if batch is None:
-            continue
+    for batch in read_in_order(images, batch_size, num_workers, description=description):
         originals = batch["image"].to(device)
         decoded, counts = codec(originals)
         decoded = decoded.clamp(-1, 1)

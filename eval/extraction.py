@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
+from torch.utils.data import Dataset, Subset
 
-from favae.data.images import skip_missing, to_uint8
+from favae.data.images import read_in_order, to_uint8
 from favae.distributed import gather_rows, own_indices, process_state
 from favae.errors import DataError
 from favae.eval.features import FeatureExtractor
@@ -83,19 +82,10 @@ def image_statistics(
     own = own_indices(total)
     num_kept = int(is_kept[own.start :: own.step].sum())
     collectors = [_Collector(extractor, images.size, num_kept, logits) for extractor in extractors]
-    loader = DataLoader(
-        Subset(images, own),
-        batch_size,
-        num_workers=num_workers,
-        collate_fn=skip_missing,
-        generator=torch.Generator(),  # the global random numbers belong to training
-    )
     places, digests = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     height, width = images.size
     differences = np.zeros(width + height - 2)  # their sum over images
-    for batch in tqdm(loader, desc=description, disable=not process_state().is_main_process):
-        if batch is None:
-            continue
+    for batch in read_in_order(Subset(images, own), batch_size, num_workers, description=description):
         places.append(batch["index"])
         digests.append(pixel_digests(batch["image"]))
         differences += neighbor_differences(batch["image"]).double().sum(dim=0).numpy()

@@ -1,7 +1,7 @@
 """`favae evaluate latents`: the meters of `favae.eval.latent_meters`, on latent caches and on models with images."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from favae.autoencoders import decode, encode, measure_budget
 from favae.data.image_record import ImageRecord
-from favae.data.images import ImageDataset, skip_missing
+from favae.data.images import ImageDataset, read_in_order
 from favae.data.latents import TokenDataset, open_latents
 from favae.errors import DataError, ModelError
 from favae.eval.extraction import PairedDistances
@@ -94,7 +92,7 @@ def encoded_latents(
         raise ModelError(f"{type(vae).__name__} quantizes its latents; these meters are of continuous latents")
     measure_budget(vae, images.resolution)
     latents, indices = [], []
-    for batch in _batches(images, batch_size, num_workers, "latents"):
+    for batch in read_in_order(images, batch_size, num_workers, description="latents"):
         latents.append(encode(vae, batch["image"].to(vae.device)).float().cpu())
         indices += batch["index"].tolist()
     if not latents:
@@ -131,17 +129,11 @@ def interpolated_distances(
     """
     moved, done = interpolated(latents), 0
     distances = PairedDistances(extractors)
-    for batch in _batches(images, batch_size, num_workers, "interpolated"):
+    for batch in read_in_order(images, batch_size, num_workers, description="interpolated"):
         own = moved[done : done + len(batch["image"])].to(vae.device)
         done += len(own)
         distances.update(batch["image"], decode(vae, own))
     return distances.finish("iFID")
-
-
-def _batches(images: ImageDataset, batch_size: int, num_workers: int, description: str) -> Iterator[dict]:
-    """Batches of the images that can be read."""
-    batches = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=skip_missing)
-    yield from (batch for batch in tqdm(batches, desc=description) if batch is not None)
 
 
 def evaluate_latents(

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     structural_similarity_index_measure,
 )
-from tqdm import tqdm
 
 from favae.autoencoders import decode, encode
-from favae.data.images import ImageDataset, skip_missing, to_uint8
+from favae.data.images import ImageDataset, read_in_order, to_uint8
 from favae.distributed import gather_rows, image_generator, own_indices, process_state
 from favae.errors import DataError, ModelError
 from favae.eval.extraction import ImageStatistics, sum_over_processes
@@ -45,7 +44,6 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
         images, reconstructions: (B, C, H, W), H and W even, images in [-1, 1]. LPIPS sees them `in_color`.
     """
     images, reconstructions = images.float(), reconstructions.float()
-    low, high = WaveletTransform2D("haar").to(images.device)(reconstructions - images)
     recon = (reconstructions - images).square().mean((1, 2, 3))
     first, second = to_uint8(images).float() / 255, to_uint8(reconstructions).float() / 255
     psnr = peak_signal_to_noise_ratio(images, reconstructions)
@@ -53,6 +51,7 @@ def image_errors(images: Tensor, reconstructions: Tensor, lpips: LPIPS | None = 
     smallest = min(images.shape[-2:])
     ssim = ms_ssim = distance = torch.full_like(recon, torch.nan)
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        low, high = WaveletTransform2D("haar").to(images.device)(reconstructions - images)
         if smallest >= SMALLEST_SSIM:
             ssim = structural_similarity_index_measure(second, first, **options).reshape(-1)
         if smallest >= MS_SSIM_SIZE:
@@ -213,16 +212,8 @@ def evaluate_reconstruction(
     places = [torch.zeros(0, dtype=torch.int64)]
 
     # This process's images.
-    loader = DataLoader(
-        Subset(images, own_indices(len(images))),
-        batch_size,
-        num_workers=num_workers,
-        collate_fn=skip_missing,
-        generator=torch.Generator(),  # the global random numbers belong to training
-    )
-    for batch in tqdm(loader, desc="reconstruction", disable=not process_state().is_main_process):
-        if batch is None:
-            continue
+    own = Subset(images, own_indices(len(images)))
+    for batch in read_in_order(own, batch_size, num_workers, description="reconstruction"):
         rows, features = evaluate(batch["image"].to(device), batch["index"])
         places.append(batch["index"])
         for running, found in zip(statistics, features):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Do frequency losses help a codebook? The ladder of FA-VAE (CVPR 2023) on glyphs, trained until it converges.
+"""Do frequency losses help a codebook? The ladder of FA-VAE (CVPR 2023) on glyphs, 4,000 steps each.
 
     python scripts/glyphs.py --output glyphs
     FAVAE_GLYPHS=glyphs python -m experiments.codebooks

@@ -1,18 +1,18 @@
 #!/usr/bin/env python
-"""Which latents can a generator learn? Tokenizers and generators that converge, on glyphs and on photographs.
+"""Which latents can a generator learn? Tokenizers and generators of equal length, on glyphs and photographs.
 
     python scripts/glyphs.py --output glyphs
     python scripts/photographs.py --output photographs
     FAVAE_GLYPHS=glyphs FAVAE_PHOTOGRAPHS=photographs python -m experiments.latents --models stock ours --seeds 0
 
 A row is a tokenizer, trained at a constant learning rate, and a small LightningDiT trained on its latents, both for as
-long as all others; "plateau" says whether the error fell by less than 1 % over the last quarter. All tokenizers have 12
-times fewer floats than pixels, and those of one compression ratio about the same FLOPs, unless a note says otherwise.
-Features, classes and accuracies of glyphs are those of experiments/glyphs.py; photographs have no classes, and
-EfficientNet-Lite0's features. Latents of glyphs are aligned to that network, those of photographs to another one,
-EfficientNet-Lite2 (the extra [experiments]). Settings were chosen on validation.parquet; what is reported is measured
-on heldout.parquet, and the Fréchet distance of samples to the training set. Writes docs/results/latents.json, .md and
-pictures.
+long as all others; "plateau" says whether the error fell by less than 1 % over the last quarter. All tokenizers have
+12 times fewer floats than images have color values, and those of one compression ratio about the same FLOPs, unless a
+note says otherwise. Features, classes and accuracies of glyphs are those of experiments/glyphs.py; photographs have no
+classes, and EfficientNet-Lite0's features. Latents of glyphs are aligned to that network, those of photographs to
+another one, EfficientNet-Lite2 (the extra [experiments]). Settings were chosen on validation.parquet; what is reported
+is measured on heldout.parquet, and the Fréchet distance of samples to the training set. Writes
+docs/results/latents.json, .md and pictures.
 """
 
 import json

@@ -4,8 +4,8 @@
     FAVAE_TAEF2=FOLDER FAVAE_PHOTOGRAPHS=photographs python -m experiments.real_latents
 
 FOLDER has TAEF2's `encoder.safetensors` and `decoder.safetensors` (madebyollin/taesd, MIT). Its encoder gives the
-latents, and stays as it is. Every decoder is trained by train_tokenizer.py with the same loss and, but for rows that
-say so, number of steps, at a rate that was chosen for it on the validation crops in short trials; crops of pictures
+latents, and stays as it is. Every decoder is trained by train_tokenizer.py with the same loss and number of steps, but
+for rows that say so, at a rate that was chosen for its kind on the validation crops in short trials; crops of pictures
 that are in no training set are decoded and compared. Rows say how many crops there were to learn from, since
 scripts/photographs.py got more after the first ones. The controls: the same network with a pixel shuffle in place of
 the inverse wavelet transform, and TAEF2's architecture, narrower, at the same FLOPs.

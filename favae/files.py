@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import json
 import os
 import pickle
@@ -37,6 +38,8 @@ READ_ERRORS = (
     TypeError,
 )
 UNFINISHED = ".writing-"  # the names of what is being written begin so; a process and its host follow
+REPLACED = f"{UNFINISHED}old-"  # those of folders whose place another one takes; process, host, "," and the name follow
+LONGEST_NAME = 255  # bytes, of a file
 LOCK_FILE = ".lock"
 SETTINGS_FILE = "settings.json"  # in a folder of samples, how they were made
 # Some libraries lose the number of the error. PyTorch loses its text, too; then only the disk itself can tell.
@@ -89,7 +92,10 @@ def check_output(path: str | Path, kind: Literal["folder", "file"], name: str) -
 
 def temporary_path(final: Path) -> Path:
     """The name under which this process writes `final`."""
-    return final.with_name(f"{UNFINISHED}{os.getpid()}-{socket.gethostname()}-{final.name}")
+    beginning, name = f"{UNFINISHED}{os.getpid()}-{socket.gethostname()}-", final.name
+    if len(os.fsencode(beginning + name)) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + final.suffix
+    return final.with_name(beginning + name)
 
 
 @contextmanager
@@ -191,17 +197,19 @@ def _sync_one(path: Path) -> None:
 
 def replace(temporary: Path, final: Path) -> None:
     """Renames a complete file or folder; what stood at `final` is removed only after that."""
-    old = temporary_path(final.with_name(f"old-{final.name}"))
-    if final.is_dir():  # a folder cannot be renamed onto another one
+    old = final.with_name(f"{REPLACED}{os.getpid()}-{socket.gethostname()},{final.name}")
+    is_there = final.is_dir()
+    if is_there:  # a folder cannot be renamed onto another one
         final.replace(old)
     try:
         temporary.replace(final)
     except BaseException:
-        if old.is_dir():
+        if is_there:
             old.replace(final)
         raise
     _sync_one(final.parent)  # the name as well
-    remove(old)
+    if is_there:
+        remove(old)
 
 
 def remove(path: Path) -> None:
@@ -210,6 +218,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_leftover(path: Path) -> None:
+    """Removes what a killed process was writing. A folder that it was about to replace gets its name back."""
+    if path.name.startswith(REPLACED):
+        final = path.with_name(path.name.partition(",")[2])
+        if not final.exists():
+            path.replace(final)
+            return
+    remove(path)
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -238,7 +256,7 @@ def lock_folder(folder: Path) -> TextIO:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
     for path in folder.glob(f"{UNFINISHED}*"):
-        remove(path)
+        remove_leftover(path)
     return file
 
 
@@ -250,9 +268,9 @@ def is_unwritten(folder: Path) -> bool:
 @functools.cache
 def _remove_leftovers_once(folder: Path) -> None:
     """Removes what processes of this host were writing here when they were killed; once, since folders may be large."""
-    own_host = re.compile(rf"{re.escape(UNFINISHED)}(\d+)-{re.escape(socket.gethostname())}-")
+    own_host = re.compile(rf"{re.escape(UNFINISHED)}(?:old-)?(\d+)-{re.escape(socket.gethostname())}[-,]")
     for path in folder.glob(f"{UNFINISHED}*"):
         match = own_host.match(path.name)
         if match and not psutil.pid_exists(int(match[1])):
             with suppress(OSError):  # another process may be at it, or it is another user's
-                remove(path)
+                remove_leftover(path)

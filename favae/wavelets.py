@@ -41,8 +41,12 @@ class _FilterBank(nn.Module):
         self.filters: Tensor  # (4, 1, length, length)
         self.register_buffer("filters", self._make_filters(), persistent=False)
 
-    def _make_filters(self, device: torch.device | None = None) -> Tensor:
-        return torch.tensor(self._exact, dtype=torch.float32, device=device)
+    def _make_filters(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(self._exact, dtype=dtype, device=device)
+
+    def _filters_in(self, dtype: torch.dtype) -> Tensor:
+        """In float32 or float64."""
+        return self.filters if dtype == torch.float32 else self._make_filters(self.filters.device, dtype)
 
     def _apply(self, fn, recurse: bool = True) -> "_FilterBank":
         """Follows moves to other devices. Casts would round the filters, `to_empty` lose them: they are made anew."""
@@ -86,8 +90,8 @@ class WaveletTransform2D(_FilterBank):
             images: (B, C, H, W), any floating dtype; H and W even and not below the length of the filters.
         Returns:
             low (B, C, H/2, W/2) and high (B, C, 3, H/2, W/2) in the order LH, HL, HH (pywt's cH, cV, cD), in the dtype
-            of the input. They are computed in float32, or in float64 for float64 images. Haar's low band is twice the
-            mean of 2x2 pixels.
+            of the input. They are computed in float32 (on GPUs as torch's settings of TF32 say), or in float64 for
+            float64 images. Haar's low band is twice the mean of 2x2 pixels.
         Raises:
             ValueError: if H or W is odd or below the length of the filters.
         """
@@ -96,10 +100,10 @@ class WaveletTransform2D(_FilterBank):
         dtype = torch.promote_types(images.dtype, torch.float32)
         with no_autocast(images.device):
             if self.length == 2:  # never reaches over the border, whose code is slow and cannot be exported to ONNX
-                filters = self.filters.to(dtype).repeat(channels, 1, 1, 1)
+                filters = self._filters_in(dtype).repeat(channels, 1, 1, 1)
                 bands = F.conv2d(images.to(dtype), filters, stride=2, groups=channels)
             else:
-                bands = afb2d_nonsep(self._group(images.to(dtype)), self.filters.to(dtype), mode="periodization")
+                bands = afb2d_nonsep(self._group(images.to(dtype)), self._filters_in(dtype), mode="periodization")
         bands = bands.reshape(batch, channels, 4, height // 2, width // 2).to(images.dtype)
         return bands[:, :, 0], bands[:, :, 1:]
 
@@ -129,7 +133,7 @@ class InverseWaveletTransform2D(_FilterBank):
             wrap = self.length // 4
             if wrap:
                 bands = F.pad(bands.flatten(1, 2), (wrap,) * 4, mode="circular").unflatten(1, (-1, 4))
-            images = sfb2d_nonsep(bands, self.filters.to(dtype), mode="zero")
+            images = sfb2d_nonsep(bands, self._filters_in(dtype), mode="zero")
             start = 2 * wrap - self.length // 2 + 1
             images = images[..., start : start + 2 * height, start : start + 2 * width]
         return images.reshape(batch, channels, 2 * height, 2 * width).to(low.dtype)

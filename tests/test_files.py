@@ -59,6 +59,36 @@ def test_a_file_replaces_the_older_one_and_what_a_killed_process_left(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"text"} | others
 
 
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_a_kill_between_two_names_loses_no_folder(tmp_path, is_locked):
+    script = """
+import os, sys
+from pathlib import Path
+from favae.files import atomic_path
+rename = Path.replace
+def replace(path, target):
+    if target.name == "final":
+        os._exit(9)  # the old one has another name already
+    return rename(path, target)
+Path.replace = replace
+with atomic_path(Path(sys.argv[1]) / "final") as folder:
+    folder.mkdir()
+"""
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/weights").touch()
+    subprocess.run([sys.executable, "-c", script, tmp_path])
+    assert not (tmp_path / "final").exists()
+    lock_folder(tmp_path).close() if is_locked else write_text(tmp_path / "text", "")
+    assert [file.name for file in (tmp_path / "final").iterdir()] == ["weights"]
+    assert not [*tmp_path.glob(".writing-*")]
+
+
+def test_names_may_be_as_long_as_the_disk_takes(tmp_path):
+    name = "写" * 80 + ".png.fav"
+    write_text(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
 def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """What a power cut leaves is not seen without one; this is the order of the calls that decide it."""

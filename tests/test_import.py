@@ -20,7 +20,8 @@ def run_python(code: str) -> str:
 @pytest.fixture
 def saved_pipeline(tmp_path, tiny_favae):
     transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
-    LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    pipe = LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler(), None, None)
+    pipe.save_pretrained(tmp_path)
     return tmp_path
 
 

@@ -23,6 +23,13 @@ def test_perfect_reconstruction(wavelet):
     assert torch.allclose(InverseWaveletTransform2D(wavelet)(low, high), images, atol=1e-5)
 
 
+@pytest.mark.parametrize("wavelet", ORTHOGONAL + BIORTHOGONAL)
+def test_float64_is_not_that_of_float32_filters(wavelet):
+    images = torch.randn(1, 1, 24, 32, dtype=torch.float64)
+    error = InverseWaveletTransform2D(wavelet)(*WaveletTransform2D(wavelet)(images)) - images
+    assert error.abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("wavelet", ORTHOGONAL)
 def test_parseval(wavelet):
     images = torch.randn(2, 3, 24, 32)

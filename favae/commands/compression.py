@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from favae.cli_options import (
@@ -23,12 +24,15 @@ from favae.commands import add_command
 from favae.errors import ConfigError, DataError, hint
 from favae.ranges import Positive, in_range
 
+logger = logging.getLogger(__name__)
+
 COMPRESS = """Write images to small files by a compression model.
 
     favae compress photographs/ cat.jpg --model runs/photos_fa_hific/final --output compressed
 
-NAME.jpg becomes NAME.jpg.fav, in the folders that it was in. Prints bytes and bits per pixel of each. Files are read by
-the same weights alone, on any device. It needs the extra [compression]."""
+NAME.jpg becomes NAME.jpg.fav, in the folders that it was in. Prints bytes and bits per pixel of each. What cannot be
+read in a folder is left out with a warning. Files are read by the same weights alone, on any device. It needs the extra
+[compression]."""
 
 DECOMPRESS = """Write what `favae compress` has written as PNG files.
 
@@ -107,9 +111,17 @@ def compress(arguments: argparse.Namespace) -> None:
     from favae.models.hyperprior_model_fa import LatentCoder
 
     model = open_compression_model(arguments.model)
-    coder, rows = LatentCoder(model), []
-    for file, place in tqdm(_images(arguments.files), desc="compress"):
-        image, _ = open_image(file, 1, None, image_channels(model))
+    coder, rows, skipped = LatentCoder(model), [], 0
+    images = _images(arguments.files)
+    for file, place in tqdm(images, desc="compress"):
+        try:
+            image, _ = open_image(file, 1, None, image_channels(model))
+        except DataError as error:
+            if file in map(Path, arguments.files):
+                raise
+            skipped += 1
+            logger.warning("skipped %s (%d of %d)", error, skipped, len(images))
+            continue
         with hint(str(file)):
             (data,) = coder.compress(image.unsqueeze(0))
         output = arguments.output / f"{place}.fav"
@@ -151,11 +163,12 @@ def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
     Raises:
         DataError: if there are none.
     """
+    from favae.data.folders import ending_of, walk
 
     found = []
     for given in paths:
-        below = sorted(file for file in Path(given).rglob("*.fav") if not file.name.startswith("."))
-        files = below if Path(given).is_dir() else [Path(given)]
+        below = [Path(folder, name) for folder, names in walk(given) for name in names if ending_of(name) == ".fav"]
+        files = sorted(below) if Path(given).is_dir() else [Path(given)]
         if not files:
             raise DataError(f"{given} holds no file that ends in .fav")
         places = [_below(file, given) for file in files]
@@ -165,7 +178,6 @@ def _compressed(paths: list[str]) -> list[tuple[Path, Path]]:
 
 def _apart(found: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
     """Raises DataError if two files would be written to one place."""
-
     first: dict[Path, Path] = {}
     for file, place in found:
         if place in first:

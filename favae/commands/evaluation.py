@@ -58,8 +58,8 @@ across the borders of what one latent stands for, relative to elsewhere and to t
 
 LATENTS = """Measure how hard latents will be for a generator, before one is trained.
 
-    favae evaluate latents --latents ours=runs/latents --latents theirs=runs/other_latents --output runs/meters
-    favae evaluate latents --model runs/favae/final --data photos --resolution 64 --output runs/meters
+    favae evaluate latents --latents ours=runs/latents --latents theirs=runs/other_latents --output runs/latent_metrics
+    favae evaluate latents --model runs/favae/final --data photos --resolution 64 --output runs/latent_metrics
 
 Of caches, and of models with images. Channels are standardized, as generators do. Lower is easier, but for LNC;
 values can be compared between latents of one size, of models that reconstruct about equally well. Prints a table;
@@ -81,7 +81,7 @@ SAMPLING_OPTIONS = {
 
 
 def add_commands(commands) -> None:
-    evaluate = commands.add_parser("evaluate", help="measure autoencoders, generators or compression")
+    evaluate = commands.add_parser("evaluate", help="measure autoencoders, latents, generators or compression")
     tasks = evaluate.add_subparsers(required=True, metavar="reconstruction | latents | generation | compression")
     _add_reconstruction(tasks)
     _add_latents(tasks)

@@ -25,7 +25,6 @@ class LatentManifest(CaptionedManifest):
 
     classes: list[str]
     latent_shape: list[PositiveInt]
-    tokenizer: str
     stores: Literal["moments", "packed_moments", "tokens"]
 
 

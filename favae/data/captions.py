@@ -27,6 +27,9 @@ class CaptionSummary(BaseModel):
 
 
 class CaptionedManifest(Manifest):
+    """Of a latent cache, as far as captions need it."""
+
+    tokenizer: str
     captions: CaptionSummary | None = None
 
 
@@ -54,7 +57,7 @@ def captions_file(folder: Path, number: int) -> Path:
 
 
 def read_captions(
-    folder: Path, number: int, count: int, checksums: Mapping[str, int] = MappingProxyType({})
+    folder: Path, number: int, count: int, checksums: Mapping[str, int | None] = MappingProxyType({})
 ) -> list[list[str]]:
     """The captions of the `count` images of a shard of a latent cache.
 
@@ -74,7 +77,7 @@ def read_captions(
         raise CacheError(f"{path} is damaged ({why}); delete it and {FILL_THE_GAP}") from error
     if len(captions) != count:
         raise CacheError(f"{path} is of {len(captions)} images, its shard of {count}; delete it and {FILL_THE_GAP}")
-    if path.name in checksums and zlib.crc32(content) != checksums[path.name]:
+    if checksums.get(path.name) not in (None, zlib.crc32(content)):
         raise CacheError(f"{path} is not as it was written; delete it and {FILL_THE_GAP}")
     return captions
 

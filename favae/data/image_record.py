@@ -5,7 +5,7 @@ the set in its order, but for the last: "names", "sizes" and "times" (see `Image
 shard has the CRC-32 of the bytes that each of its images was stored in ("checksums").
 
 Names, sizes and classes must agree. Times may differ, because copies have other ones: of the images whose time differs,
-at most `MAX_READ` are read, and their checksums must agree.
+at most `MAX_READ` are read, and their checksums must agree. Without the record, that is all that is compared.
 """
 
 import gzip
@@ -49,7 +49,7 @@ class ImageRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "ImageRecord | None":
-        """The record in the folder of a cache; None in a cache that is older than records.
+        """The record in the folder of a cache; None if there is none.
 
         Raises:
             CacheError: if it is damaged.
@@ -113,7 +113,7 @@ class RecordedImages(Dataset):
 def check_images(
     folder: Path, shards: Iterable[Path], count: int | None, source: Source, *, read_all: bool = False
 ) -> None:
-    """Compares images with those that a latent cache was made of; of a cache without a record, it knows the number.
+    """Compares images with those that a latent cache was made of.
 
     Args:
         folder: of the cache, finished or not.
@@ -122,26 +122,29 @@ def check_images(
         source: the images.
         read_all: compares the bytes of every image, and not only of some whose time differs.
     Raises:
-        CacheError: if they are other images, or the record is damaged, or all should be read and there is no record.
+        CacheError: if they are other images, or the record is damaged, or all should be read and the cache is older
+            than checksums.
     """
     record = ImageRecord.read(folder)
     if record is None:
-        if read_all:
+        if read_all and is_older(shards):
             raise CacheError(f"{folder} has no record of its images, because it is older than records")
-        if len(source) != count:
-            raise _refusal(folder, f"there were {count} images and are {len(source)}")
-        return
-    now = ImageRecord.of(source)
-    difference = record.difference(now)
+        difference = None if len(source) == count else f"there were {count} images and are {len(source)}"
+        has_changed = np.ones(len(source), bool)  # as far as is known
+    else:
+        now = ImageRecord.of(source)
+        difference = record.difference(now)
+        has_changed = np.array([time != new for time, new in zip(record.times, now.times)], bool)
     if difference is not None:
         raise _refusal(folder, difference)
-    to_read = np.arange(len(now.names)) if read_all else np.flatnonzero(np.array(record.times) != np.array(now.times))
+    to_read = np.arange(len(source)) if read_all else np.flatnonzero(has_changed)
     if not read_all and len(to_read) > MAX_READ:
         to_read = to_read[np.linspace(0, len(to_read) - 1, MAX_READ).astype(int)]
     checksums = stored_checksums(shards) if len(to_read) else {}
-    for index in tqdm(to_read.tolist(), desc="images", disable=not read_all):
-        if index in checksums and _checksum(source, index) != checksums[index]:
-            raise _refusal(folder, f"{now.names[index]} has as many bytes as before, but others")
+    stored = [index for index in to_read.tolist() if index in checksums]
+    for index in tqdm(stored, desc="images", disable=not (read_all and stored)):
+        if _checksum(source, index) != checksums[index]:
+            raise _refusal(folder, f"{source.identity(index).name} has other bytes than before")
 
 
 def _refusal(folder: Path, difference: str) -> CacheError:
@@ -156,6 +159,17 @@ def _checksum(source: Source, index: int) -> int | None:
         return source.checksum(index)
     except (UnusableImage, OSError):
         return None
+
+
+def is_older(shards: Iterable[Path]) -> bool:
+    """Whether one of the shards is older than checksums of images, and with it than records."""
+    for path in shards:
+        if path.exists():
+            with open_shard(path) as shard:
+                names = set(shard.keys())
+            if names and "checksums" not in names:
+                return True
+    return False
 
 
 def stored_checksums(shards: Iterable[Path]) -> dict[int, int]:

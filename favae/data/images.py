@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -10,10 +10,13 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
 from favae.data.decoding import UnusableImage
+from favae.distributed import process_state
 from favae.errors import DataError
+from favae.signals import end_quietly_on_signals
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.WARNING)  # in all processes: each skips other images
@@ -266,6 +269,26 @@ class ImageDataset(Dataset):
         (indices,) = entries
         views = [self.random_view(int(i), np.random.default_rng(seed)) for i, seed in zip(indices, seeds)]
         return default_collate(views)
+
+
+def read_in_order(
+    images: Dataset, batch_size: int, num_workers: int = 0, *, description: str | None = None
+) -> Iterator[dict]:
+    """Batches of all images that can be read. It takes no random number from training.
+
+    Args:
+        description: of a progress bar, which the main process shows; None: there is none.
+    """
+    loader = DataLoader(
+        images,
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=skip_missing,
+        worker_init_fn=end_quietly_on_signals,
+        generator=torch.Generator(),
+    )
+    hide = description is None or not process_state().is_main_process
+    yield from (batch for batch in tqdm(loader, desc=description, disable=hide) if batch is not None)
 
 
 def skip_missing(items: list[dict | None]) -> dict | None:

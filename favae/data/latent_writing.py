@@ -9,13 +9,13 @@ import torch
 from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from favae.autoencoders import image_channels, measure_budget
 from favae.data.cached_dataset import CONTENTS, CachedDataset
 from favae.data.captions import captions_file, check_captions, summarize_captions
-from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
-from favae.data.images import ImageDataset, skip_missing, without_high_frequencies
+from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images, is_older
+from favae.data.images import ImageDataset, read_in_order, without_high_frequencies
 from favae.data.latents import MomentsDataset, PackedMomentsDataset, TokenDataset, tokenizer_hash
 from favae.data.sharded_cache import CacheWriter, all_finite, open_shard, shard_file
 from favae.errors import CacheError
@@ -84,19 +84,20 @@ def write_latent_cache(
     ranges = [range(first, min(first + shard_size, len(images))) for first in range(0, len(images), shard_size)]
     files = [shard_file(writer.folder, number) for number in range(len(ranges))]
 
-    # The record of the images. A cache that is older than records cannot get one: nobody knows what it was made of.
-    record = writer.folder / RECORD_FILE
-    if record.exists() or not any(file.exists() for file in files):
+    # The record of the images. One that was lost is written again if all bytes of the images are the same; a cache that
+    # is older than records cannot get one: nobody knows what it was made of.
+    record, older = writer.folder / RECORD_FILE, is_older(files)
+    is_lost = not (record.exists() or older)
+    check_images(writer.folder, files, writer.begun.get("images"), images.source, read_all=is_lost)
+    if not older or record.exists():
         writer.write_missing([record], lambda _, path: ImageRecord.of(images.source).write(path), "images")
     elif writer.state.is_main_process:
         logger.warning("%s has no record of its images; the images given are taken for the same", writer.folder)
-    check_images(writer.folder, files, writer.begun.get("images"), images.source)
 
     # Latents.
     def write_shard(number: int, path: Path) -> None:
         part = Subset(RecordedImages(images), ranges[number])
-        loader = DataLoader(part, batch_size, num_workers=num_workers, collate_fn=skip_missing)
-        batches = (batch for batch in loader if batch is not None)
+        batches = read_in_order(part, batch_size, num_workers)
         save_file(_encode(dataset_class, tokenizer, batches, stored, images.source.name, low_pass), path)
 
     writer.write_missing(files, write_shard, "latents")

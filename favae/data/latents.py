@@ -25,6 +25,7 @@ files of captions are written anew, without encoding an image again.
 import logging
 import math
 from collections.abc import Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated
 
@@ -68,9 +69,21 @@ def load_tokenizer(path: str) -> ModelMixin:
 
 
 def tokenizer_hash(tokenizer: ModelMixin) -> str:
-    """SHA-256 of all that determines the latents: class, weights, and configuration without what is said of latents."""
+    """SHA-256 of all that determines the latents: class, weights, and configuration without what is said of latents.
+
+    Settings that have their defaults are left out: a new version of the class may have more of them.
+    """
     said = {*STATISTICS_KEYS, *LATENT_RGB_KEYS}
-    config = {k: v for k, v in tokenizer.config.items() if k not in said and not k.startswith("_")}
+    defaults = {name: argument.default for name, argument in signature(type(tokenizer).__init__).parameters.items()}
+
+    def is_default(name: str, value: object) -> bool:
+        return (tuple(value) if isinstance(value, list) else value) == defaults.get(name, Parameter.empty)
+
+    config = {
+        name: value
+        for name, value in tokenizer.config.items()
+        if name not in said and not name.startswith("_") and not is_default(name, value)
+    }
     return hash_model(tokenizer, [type(tokenizer).__name__, config])
 
 

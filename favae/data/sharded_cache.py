@@ -79,7 +79,7 @@ class Manifest(BaseModel):
     """What the manifest of any sharded cache must have. Caches that are older than checksums have none."""
 
     counts: list[NonNegativeInt]
-    checksums: dict[str, int] = {}
+    checksums: dict[str, int | None] = {}  # None: the file was missing, and perhaps is, or is written again
     quick_checksums: list[int] | None = None
 
 
@@ -149,7 +149,7 @@ class CacheWriter:
 
     Args:
         folder: new, empty, or begun with the same plan.
-        plan: all that determines what is written, as JSON can hold it.
+        plan: all that determines what is written, as JSON can hold it; first what makes it, such as the tokenizer.
         contents: what the folder holds, for messages.
         names: keys of the plan that only describe something, such as a path. Another value is not another plan.
 
@@ -170,9 +170,10 @@ class CacheWriter:
         self._lock: TextIO | None = None  # of the main process, until the cache is finished
         main_process_does(self._begin)
         self._compare_plans(names)
+        main_process_does(self._read_checksums)
 
     def _begin(self) -> None:
-        """Leaves the plan in the folder, unless a plan is there already, and sees what an earlier call finished."""
+        """Leaves the plan in the folder, unless a plan is there already."""
         finished, begun = (self.folder / MANIFEST_FILE).exists(), (self.folder / PLAN_FILE).exists()
         others = any(not path.name.startswith(".") for path in self.folder.glob("*"))
         if others and not finished and not begun:
@@ -180,18 +181,30 @@ class CacheWriter:
         self._lock = lock_folder(self.folder)
         if not begun:
             plan = read_manifest(self.folder, self.contents) if finished else self.plan
+            self._check_kind(plan)
             write_text(self.folder / PLAN_FILE, json.dumps({key: plan.get(key) for key in self.plan}, indent=1))
-        if finished:
-            manifest = read_manifest(self.folder, self.contents)
-            known = check_manifest(self.folder, manifest, Manifest)
-            self._checksums = {name: value for name, value in known.checksums.items() if (self.folder / name).exists()}
-            quick = {shard_file(self.folder, number).name: v for number, v in enumerate(known.quick_checksums or [])}
-            self._quick_checksums = {name: value for name, value in quick.items() if name in self._checksums}
-            if len(self._checksums) < len(known.checksums):  # those of files that are written anew do not hold for them
-                _write_manifest(self.folder, {**manifest, "checksums": self._checksums})
+
+    def _check_kind(self, plan: dict) -> None:
+        if next(iter(self.plan)) not in plan:  # what made it, which the plan of any such cache begins with
+            raise CacheError(f"{self.folder} is another kind of cache, not a {self.contents}; choose another folder")
+
+    def _read_checksums(self) -> None:
+        """Sees what an earlier call finished. In its manifest, files that are missing lose their checksums: those that
+        are written again may be others."""
+        if not (self.folder / MANIFEST_FILE).exists():
+            return
+        manifest = read_manifest(self.folder, self.contents)
+        known = check_manifest(self.folder, manifest, Manifest)
+        checksums = {k: v if (self.folder / k).exists() else None for k, v in known.checksums.items()}
+        self._checksums = {name: value for name, value in checksums.items() if value is not None}
+        quick = {shard_file(self.folder, number).name: v for number, v in enumerate(known.quick_checksums or [])}
+        self._quick_checksums = {name: value for name, value in quick.items() if name in self._checksums}
+        if checksums != known.checksums:
+            _write_manifest(self.folder, {**manifest, "checksums": checksums})
 
     def _compare_plans(self, names: Collection[str]) -> None:
         self.begun = _read_json(self.folder / PLAN_FILE)
+        self._check_kind(self.begun)
         changed = [key for key, value in self.plan.items() if self.begun.get(key) != value]
         if set(changed) - set(names):
             raise CacheError(
@@ -264,6 +277,8 @@ def find_damage(folder: Path, contents: str) -> Iterator[str]:
         path = folder / name
         if not path.is_file():
             yield f"{path} is missing"
+        elif manifest.checksums and manifest.checksums[name] is None:
+            yield f"{path} was written again, by a command that did not finish"
         elif manifest.checksums:
             if checksum(path) != manifest.checksums[name]:
                 yield f"{path} is not as it was written"

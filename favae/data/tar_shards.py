@@ -10,7 +10,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -221,6 +221,7 @@ def _check_end(shard: Path, offset: int) -> None:
 def _rows(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The rows of a shard: their keys, and for each ending in lower case the offset and size of the member."""
     key, members = "", dict[str, tuple[int, int]]()
+    links: list[str] = []
     length = shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -228,17 +229,31 @@ def _rows(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                 folder, name = os.path.split(info.name)
                 stem, _, ending = name.partition(".")
-                if not info.isfile() or not stem:
+                if info.issym():
+                    links.append(info.name)
+                if not (info.isfile() or info.islnk()) or not stem:
                     continue
-                if info.offset_data + info.size > length:
+                place = _places(shard).get(info.linkname) if info.islnk() else (info.offset_data, info.size)
+                if place is None:
+                    raise tarfile.ReadError(f"{printable(info.name)} is a link to nothing")
+                if sum(place) > length:
                     raise tarfile.ReadError("it is cut off")
                 if os.path.join(folder, stem) != key:
                     if members:
                         yield key, members
                     key, members = os.path.join(folder, stem), {}
-                members[f".{ending.lower()}"] = (info.offset_data, info.size)
+                members[f".{ending.lower()}"] = place
             _check_end(shard, tar.offset)  # type: ignore[attr-defined]
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{shard} cannot be opened: {error}") from error
     if members:
         yield key, members
+    if links:
+        logger.warning("%s: left out %d symbolic links (%s)", shard, len(links), shown(links))
+
+
+@lru_cache(maxsize=1)
+def _places(shard: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size of each member by its name, for hard links, which name another one."""
+    with tarfile.open(shard, "r:") as tar:
+        return {info.name: (info.offset_data, info.size) for info in tar if not info.islnk()}

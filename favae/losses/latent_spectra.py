@@ -55,6 +55,7 @@ def spectrum_matching_loss(latents: Tensor, images: Tensor, *, delta: float = 1.
 
 
 @functools.cache
+@torch.inference_mode(False)  # which the first call may be in, and no later one could learn with what it leaves
 def _rings(height: int, width: int) -> tuple[Tensor, Tensor]:
     """The numbers b of the rings that have frequencies, (R,), and weights (R, h, w) whose sums are means over them."""
     radius = torch.hypot(*torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij"))

@@ -124,6 +124,8 @@ def ssim_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds to import
 
-    with no_autocast(prediction.device):
+    # E[x^2] - E[x]^2 needs all digits, which GPUs' convolutions do not have by default.
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with no_autocast(prediction.device), exact:
         first, second = (prediction.float() + 1) / 2, (target.float() + 1) / 2
         return 1 - structural_similarity_index_measure(first, second, data_range=1.0)

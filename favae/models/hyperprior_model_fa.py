@@ -239,7 +239,8 @@ class LatentCoder:
         self.identity = bytes.fromhex(hash_model(model))[:8]
         self.table = model.density.table.cpu().numpy()
         networks = (model.hyper_means, model.hyper_scales)
-        self.means, self.scales = (copy.deepcopy(each).to("cpu", torch.float64) for each in networks)
+        # One after the other: MPS has no float64.
+        self.means, self.scales = (copy.deepcopy(each).to("cpu").to(torch.float64) for each in networks)
 
     @torch.no_grad()
     def compress(self, images: Tensor) -> list[bytes]:
@@ -247,7 +248,7 @@ class LatentCoder:
         height, width = images.shape[-2:]
         if max(height, width) > bitstream.LARGEST_SIDE:
             raise ValueError(f"images may have {bitstream.LARGEST_SIDE} pixels per side, got {height} x {width}")
-        return [self.write(self.model._latents_of(image), (height, width)) for image in images.split(1)]
+        return [self.write(self.model._latents_of(image), (height, width)) for image in images.unsqueeze(1)]
 
     @torch.no_grad()
     def decompress(self, files: list[bytes]) -> list[Tensor]:

@@ -50,10 +50,7 @@ class FullTilesAutoencoderKL(HubModelMixin, AutoencoderKL):
         check_image_size(x, ratio)
         tile = max(1, self.tile_sample_min_size // ratio)  # in latents
         overlap = int(tile * self.tile_overlap_factor)
-        return map_tiles(self._encode_tile, x, ratio * tile, overlap=ratio * overlap, unit=ratio)
-
-    def _encode_tile(self, x: Tensor) -> Tensor:
-        moments = self.encoder(x)
+        moments = map_tiles(self.encoder, x, ratio * tile, overlap=ratio * overlap, unit=ratio)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
 

@@ -209,6 +209,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             values = latents.float().nan_to_num(0, 0, 0).to(self._codebook_dtype)
             if isinstance(self.codebook, ScaleQuantizer):
                 quantized, indices, loss = self.codebook(values, freeze_codebook=frozen)
+                quantized = self.codebook.lookup(indices) if frozen else quantized  # half precision adds up otherwise
             else:
                 quantized, indices, loss = self._quantize_positions(values, frozen)
         quantized = (quantized + not_finite).to(latents.dtype).contiguous()  # as `lookup` gives them: equal to a bit

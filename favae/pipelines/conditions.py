@@ -1,5 +1,7 @@
 """What pipelines that take classes or texts have in common."""
 
+from inspect import signature
+
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
@@ -13,6 +15,16 @@ from favae.text_encoder import encode_texts, text_limit, warn_of_cut
 class ConditionalPipeline(DiffusionPipeline):
     """A pipeline with `text_encoder` and `tokenizer` of transformers, either of them perhaps None, and, in its
     configuration, `max_length` and the names of classes, `id2label`."""
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ConditionalPipeline":
+        """A pipeline of this class with the parts and settings of another one, or those that are given.
+
+        diffusers' own takes over parts of exactly the annotated classes alone, not of those derived from them.
+        """
+        names = signature(cls.__init__).parameters
+        parts = {name: part for name, part in pipeline.components.items() if name in names}
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
 
     @property
     def labels(self) -> dict[str, int]:
@@ -43,6 +55,8 @@ class ConditionalPipeline(DiffusionPipeline):
         if class_labels is None:
             return None
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        if not len(labels) or labels.is_floating_point():
+            raise ValueError(f"class labels are one or more whole numbers, got {class_labels}")
         if has_values_outside(labels, count):
             raise ValueError(f"class labels go from 0 to {count - 1}, got {labels.tolist()}")
         return labels.repeat_interleave(num_images_per_prompt)
@@ -89,5 +103,6 @@ class ConditionalPipeline(DiffusionPipeline):
 def check_text_encoder(transformer: ModelMixin, text_encoder: PreTrainedModel) -> None:
     """Raises ValueError for a transformer of other embeddings than those of the text encoder."""
     width = text_encoder.config.hidden_size
-    if transformer.config.text_dim != width:
-        raise ValueError(f"the transformer has text_dim={transformer.config.text_dim}, the text encoder needs {width}")
+    own = transformer.config.get("text_dim")
+    if own != width:
+        raise ValueError(f"the transformer has text_dim={own}, the text encoder needs {width}")

@@ -34,7 +34,8 @@ class CATPipeline(ConditionalPipeline):
         self,
         transformer: CATTransformerModel,
         vae: VQModelFA | AutoencoderKL | None,
-        text_encoder: PreTrainedModel | None,  # no default: with one, from_pretrained(..., text_encoder=None) reads it
+        # With a default, DiffusionPipeline.from_pretrained(..., text_encoder=None) would read the saved one.
+        text_encoder: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
         max_length: int | None = None,
         id2label: dict | None = None,

@@ -42,9 +42,9 @@ class LightningDiTPipeline(ConditionalPipeline):
         scheduler: a [`FlowMatchEulerDiscreteScheduler`], whose `shift` is 1 / s for LightningDiT's timestep shift s, or
             another one of flows; see `flow_scheduler`. With `prediction_type="epsilon"` one of diffusion, such as
             [`DDIMScheduler`].
-        id2label: class index -> name, for `get_label_ids`.
         text_encoder, tokenizer: of transformers, those that a transformer of texts was trained with. With None only
             `prompt_embeds` are possible.
+        id2label: class index -> name, for `get_label_ids`.
         max_length: number of tokens to which prompts are cut, with a warning. None takes as many as the encoder can.
         prediction_type: what the transformer predicts, by the name that schedulers have for it: "flow_prediction", or
             "epsilon", the noise, of a transformer that is told diffusion's time steps.
@@ -59,15 +59,18 @@ class LightningDiTPipeline(ConditionalPipeline):
         transformer: LightningDiTTransformer2DModel | DiTTransformer2DModel | UNet2DModel,
         vae: ModelMixin | None,
         scheduler: SchedulerMixin,
+        text_encoder: PreTrainedModel | None,  # no default: see CATPipeline
+        tokenizer: PreTrainedTokenizerBase | None,
         id2label: dict | None = None,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         prediction_type: str = "flow_prediction",
     ):
         super().__init__()
+        channels = transformer.config.in_channels
+        if (transformer.config.get("out_channels") or channels) != channels:
+            raise ValueError(f"the transformer has {transformer.config.out_channels} output channels, not {channels}")
         if vae is not None:
-            check_autoencoder(vae, transformer.config.in_channels)
+            check_autoencoder(vae, channels)
         if text_encoder is not None:
             check_text_encoder(transformer, text_encoder)
         self.register_modules(
@@ -141,6 +144,8 @@ class LightningDiTPipeline(ConditionalPipeline):
             raise ValueError('a pipeline without an autoencoder needs output_type="latent"')
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: no {unknown}, only {self._callback_tensor_inputs}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}")
         if guidance_interval[0] > guidance_interval[1]:
             raise ValueError(f"guidance_interval must rise, got {tuple(guidance_interval)}")
         if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
@@ -160,6 +165,8 @@ class LightningDiTPipeline(ConditionalPipeline):
         shape = (count, config.in_channels, *((size, size) if isinstance(size, int) else size))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if len(latents) != count:
+            raise ValueError(f"latents of {len(latents)} images for {count}")
         latents = latents.to(device, torch.float32)
         is_flow = self.config.prediction_type == "flow_prediction"
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from favae.errors import CheckpointError, DiskFull, FavaeError, one_line
-from favae.files import READ_ERRORS, UNFINISHED, remove, removed_on_error, replace, sync
+from favae.files import READ_ERRORS, UNFINISHED, remove, remove_leftover, removed_on_error, replace, sync
 from favae.hashing import checksum
 from favae.training.optimization import Ema, set_learning_rates
 from favae.training.sharding import (
@@ -68,7 +68,7 @@ def tidy(folder: Path, newest_whole: int) -> None:
     """Renames the checkpoints after step `newest_whole`, so that they take the place of no whole one, and removes those
     that a killed process was writing."""
     for path in folder.glob(f"{UNFINISHED}*"):
-        remove(path)
+        remove_leftover(path)
     for step, path in find_checkpoints(folder):
         if step > newest_whole:
             remove(path.with_name(DAMAGED + path.name))

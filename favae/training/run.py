@@ -249,7 +249,7 @@ class Run:
         set_seed(process_seed(self.config.seed, self.accelerator.process_index))
         if self.checkpoint is not None:
             state = self.checkpointer.load(self.checkpoint)
-            self._compare_data(state.get("data"))
+            self._compare_data(self.checkpoint, state.get("data"))
             self.step, self._seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         self._first_step = self._last_checkpoint = self.step
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
@@ -259,15 +259,16 @@ class Run:
         self._started = time.perf_counter() - self._seconds
         self._bar = tqdm(total=self.train.steps, initial=self.step, disable=not self.is_main, desc=self.folder.name)
 
-    def _compare_data(self, before: dict | None) -> None:
-        if before is None or self.config.resume != "auto":
+    def _compare_data(self, checkpoint: Path, before: dict | None) -> None:
+        """Raises ConfigError for a checkpoint of this folder that was trained on other data."""
+        if before is None or checkpoint.parent.resolve() != (self.folder / "checkpoints").resolve():
             return
         now = self._data or {}
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             raise ConfigError(
                 f"{self.folder} holds a run on data with another {', '.join(changed)}; choose another output, or "
-                f"continue from its last checkpoint elsewhere with resume={self.checkpoint} output=..."
+                f"continue from its last checkpoint elsewhere with resume={checkpoint} output=..."
             )
 
     def _prepare_folder(self) -> None:

@@ -30,7 +30,7 @@ def images(pipe: DiffusionPipeline, call: dict):
 def lightningdit(tiny_favae) -> LightningDiTPipeline:
     transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT)
     torch.nn.init.normal_(transformer.proj_out.weight)
-    return LightningDiTPipeline(transformer, tiny_favae, diffusers.FlowMatchEulerDiscreteScheduler())
+    return LightningDiTPipeline(transformer, tiny_favae, diffusers.FlowMatchEulerDiscreteScheduler(), None, None)
 
 
 @pytest.mark.parametrize("build", [dit, stable_diffusion], ids=lambda build: build.__name__)

@@ -1,3 +1,4 @@
+import inspect
 import json
 import logging
 import shutil
@@ -245,6 +246,15 @@ def test_hash_is_about_latents_only(tiny_favae, tmp_path):
     with torch.no_grad():
         tiny_favae.quant_conv.bias[0] += 1e-3
     assert tokenizer_hash(tiny_favae) != digest
+
+
+def test_hash_outlives_a_version_with_more_settings(tiny_kl, monkeypatch):
+    digest, arguments = tokenizer_hash(tiny_kl), list(inspect.signature(type(tiny_kl).__init__).parameters.values())
+    new = inspect.Parameter("new", inspect.Parameter.KEYWORD_ONLY, default=(1, 2))
+    monkeypatch.setattr(type(tiny_kl).__init__, "__signature__", inspect.Signature([*arguments, new]), raising=False)
+    for value, is_same in ([1, 2], True), ([2, 1], False):
+        tiny_kl.register_to_config(new=value)
+        assert (tokenizer_hash(tiny_kl) == digest) == is_same
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tiny_kl, written, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from favae.data import sharded_cache
-from favae.data.sharded_cache import CacheWriter, all_finite, read_manifest
+from favae.data.sharded_cache import CacheWriter, all_finite, find_damage, read_manifest
 from favae.errors import CacheError, FolderInUse
 from favae.files import lock_folder
 from favae.hashing import checksum
@@ -61,7 +61,11 @@ def test_files_that_are_written_anew_have_new_checksums(tmp_path):
 
     before = write("old").finish(lambda: {"counts": [1, 1]})["checksums"]
     files[0].unlink()
+    with pytest.raises(CacheError, match="another size"):
+        CacheWriter(tmp_path, {"size": 3}, "test cache")
+    assert [words.split("/")[-1] for words in find_damage(tmp_path, "test cache")] == ["file-0 is missing"]
     write("new")._lock.close()  # interrupted
+    assert ["file-0 was written again" in words for words in find_damage(tmp_path, "test cache")] == [True]
     after = write("never").finish(lambda: {"counts": [1, 1]})["checksums"]
     assert after == {"file-0": checksum(files[0]), "file-1": before["file-1"]} and after["file-0"] != before["file-0"]
     assert files[0].read_text() == "new"
@@ -94,6 +98,18 @@ def test_another_plan_and_other_files_are_refused(tmp_path):
     with pytest.raises(CacheError, match="not a test cache"):
         write(tmp_path / "other", size=5)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("has_plan", [True, False])
+def test_a_cache_of_another_kind_is_named_and_left_as_it_is(tmp_path, has_plan):
+    folder = tmp_path / "cache"
+    CacheWriter(folder, {"tokenizer": "a"}, "latent cache").finish(lambda: {"counts": [1]})
+    if not has_plan:
+        (folder / "plan.json").unlink()
+    before = names(folder)
+    with pytest.raises(CacheError, match="another kind of cache, not a folder of text embeddings; choose"):
+        CacheWriter(folder, {"encoder": "b"}, "folder of text embeddings")
+    assert names(folder) == before
 
 
 def test_two_commands_do_not_write_one_cache(tmp_path):

@@ -1,6 +1,7 @@
 """Tar shards in webdataset's format as a source of images."""
 
 import io
+import os
 import tarfile
 import zlib
 
@@ -75,6 +76,18 @@ def test_webdataset_shards(tmp_path):
     (tmp_path / "linked/set").symlink_to(shards)
     (shards / "loop").symlink_to(shards)
     assert len(open_source(str(tmp_path / "linked"))) == 2
+
+
+def test_hard_links_are_files_and_other_links_are_named(tmp_path, caplog):
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        (tmp_path / "0.png").write_bytes(encoded(smooth(), "PNG"))
+        os.link(tmp_path / "0.png", tmp_path / "1.png")
+        (tmp_path / "2.png").symlink_to("0.png")
+        for number in range(3):
+            tar.add(tmp_path / f"{number}.png", f"{number}.png")
+    source = open_source(str(tmp_path / "links.tar"))
+    assert len(source) == 2 and source.checksum(0) == source.checksum(1)
+    assert "1 symbolic links (2.png)" in caplog.text
 
 
 def test_damaged_shards_and_rows(tmp_path, caplog):

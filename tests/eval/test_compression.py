@@ -90,6 +90,28 @@ def test_what_compress_left_unfinished_is_not_read(model, pictures, tmp_path):
     assert (tmp_path / "files/a.png.fav.png").exists()
 
 
+def test_what_cannot_be_read_in_a_folder_is_left_out(model, pictures, tmp_path, caplog):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    picture = (folder / "inside/b.jpg").read_bytes()
+    (folder / "a.jpg").write_bytes(picture[: len(picture) * 9 // 10])
+    command("compress", folder, "--model", model, "--output", tmp_path / "files")
+    names = {path.name for path in (tmp_path / "files").rglob("*.fav")}
+    assert names == {"a.png.fav", "b.jpg.fav"} and "a.jpg cannot be read" in caplog.text
+    words = ("--model", model, "--output", tmp_path / "files")
+    assert "a.jpg cannot be read" in command_error("compress", folder / "a.jpg", *words)
+
+
+def test_links_are_followed_and_what_is_hidden_is_not_read(model, pictures, tmp_path):
+    command("compress", pictures, "--model", model, "--output", tmp_path / "apart/a.fav")
+    folder = tmp_path / "files"
+    (folder / ".hidden").mkdir(parents=True)
+    (folder / "linked").symlink_to(tmp_path / "apart")
+    shutil.copy(tmp_path / "apart/a.fav/a.png.fav", folder / ".hidden")
+    command("decompress", folder, "--model", model, "--output", tmp_path / "out")
+    written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png"))
+    assert written == ["linked/a.fav/a.png.fav.png", "linked/a.fav/inside/b.jpg.fav.png"]
+
+
 def test_what_a_model_cannot_write_is_one_line(model, pictures, tmp_path, tiny_kl, monkeypatch):
     opened = HyperpriorModelFA.from_pretrained(model)
     opened.encoder.conv_out.bias.data.fill_(torch.nan)

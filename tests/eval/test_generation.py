@@ -50,7 +50,7 @@ def pipeline(tiny_kl):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     names = {0: "ant", 1: "bee", 2: "cat"}
-    return LightningDiTPipeline(transformer.eval(), tiny_kl, FlowMatchEulerDiscreteScheduler(), names)
+    return LightningDiTPipeline(transformer.eval(), tiny_kl, FlowMatchEulerDiscreteScheduler(), None, None, names)
 
 
 def pixels(folder) -> list[np.ndarray]:

@@ -44,6 +44,14 @@ def test_gradients_are_right_and_the_latents_alone():
     assert torch.isfinite(value) and torch.isfinite(constant.grad).all()
 
 
+def test_a_first_call_without_gradients_spoils_no_later_one():
+    latents, images = torch.randn(2, 2, 7, 5), torch.randn(2, 3, 14, 10)  # a size that no other test has
+    with torch.inference_mode():
+        spectrum_matching_loss(latents, images)
+    spectrum_matching_loss(latents.requires_grad_(), images).backward()
+    assert latents.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("share, kept", [(0.0, 64), (1.0, 28), (1.25, 15), (1.5, 6)])
 def test_masks_keep_what_is_published(share, kept):
     noise = torch.randn(2, 3, 16, 24)

@@ -119,6 +119,14 @@ def test_inherited_features_work(tiny_favae):
     assert tiny_favae(large).sample.shape == large.shape
 
 
+@torch.no_grad()
+def test_latents_on_a_sphere_are_so_in_tiles():
+    model = AutoencoderKLFA(**TINY_FAVAE | {"latent_norm": "rms"}).eval()
+    model.enable_tiling()
+    sizes = model.encode(torch.randn(1, 3, 40, 28)).latent_dist.mode().square().mean(1).sqrt()
+    assert torch.allclose(sizes, torch.ones_like(sizes), atol=1e-3)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_favae):
     images = torch.rand(1, 3, 16, 16)
     tiny_favae.train()

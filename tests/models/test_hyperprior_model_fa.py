@@ -177,6 +177,20 @@ def test_another_process_reads_the_same(model, images, tmp_path):
     torch.testing.assert_close(other_threads, expected, rtol=0, atol=1e-5)  # the generator's sums have another order
 
 
+def test_networks_are_moved_before_they_are_cast(model, monkeypatch):
+    """Apple's GPUs have no float64."""
+    from favae.models.hyperprior_model_fa import LatentCoder
+
+    to = torch.nn.Module.to
+
+    def refuse_both(self, *arguments, **keywords):
+        assert len(arguments) + len(keywords) == 1
+        return to(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.nn.Module, "to", refuse_both)
+    assert LatentCoder(model).means.conv_out.weight.dtype == torch.float64
+
+
 def test_stale_tables_are_refused(images):
     model = HyperpriorModelFA(**TINY_HYPERPRIOR).eval()
     with pytest.raises(ModelError, match="update_table"):

@@ -40,6 +40,15 @@ def test_indices_and_latents_decode_alike(options):
     assert torch.allclose(decoded, model.decode(quantized.latents, force_not_quantize=True).sample, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", QUANTIZERS)
+@torch.no_grad()
+def test_indices_and_latents_decode_alike_in_half_precision(options, dtype):
+    model = VQModelFA(**{**TINY_VQ, **options}).eval().to(dtype)
+    quantized = model.quantize(model.encode(images().to(dtype)).latents)
+    assert torch.equal(model.lookup(quantized.indices), quantized.latents)
+
+
 @pytest.mark.parametrize("octaves, attention", [(3, False), (4, True), (5, True)])
 def test_f4_f8_and_f16(octaves, attention):
     model = VQModelFA(**{**TINY_VQ, "block_out_channels": (8,) * octaves, "attention": attention}).eval()

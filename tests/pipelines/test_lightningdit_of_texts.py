@@ -1,5 +1,7 @@
 """`LightningDiTPipeline` of a transformer that is told texts."""
 
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -22,6 +24,13 @@ def of_texts(tiny_favae, tmp_path) -> LightningDiTPipeline:
     pipe = LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler(), **texts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_another_text_encoder_takes_the_place_of_the_saved_one(of_texts, tmp_path):
+    of_texts.save_pretrained(tmp_path / "pipeline")
+    mine = copy.deepcopy(of_texts.text_encoder)
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", text_encoder=mine, tokenizer=None)
+    assert opened.text_encoder is mine and opened.tokenizer is None
 
 
 def test_prompts_with_all_parts_offloaded(of_texts):

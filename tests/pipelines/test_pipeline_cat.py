@@ -181,6 +181,11 @@ def test_offloading_is_of_whole_models(codes):
         codes.enable_sequential_cpu_offload()
 
 
+def test_a_pipeline_is_made_of_another_one(latents):
+    other = CATPipeline.from_pipe(latents)
+    assert other.components == latents.components and other.vae is latents.vae
+
+
 def test_parts_that_do_not_belong_together(codes, tiny_favae):
     parts = codes.components
     with pytest.raises(ValueError, match="head=categorical"):

@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
@@ -37,7 +38,8 @@ def pipeline(tiny_favae) -> LightningDiTPipeline:
     transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT).eval()
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    pipe = LightningDiTPipeline(transformer, tiny_favae, FlowMatchEulerDiscreteScheduler(shift=1 / 0.3), id2label=NAMES)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / 0.3)
+    pipe = LightningDiTPipeline(transformer, tiny_favae, scheduler, None, None, id2label=NAMES)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -48,7 +50,7 @@ def test_autoencoders_of_other_latents_are_refused(pipeline, name):
     channels = vae.config.get("latent_channels", 4)
     transformer = LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | {"in_channels": channels})
     with pytest.raises(ValueError, match=f"a {name} does not have the latents"):
-        LightningDiTPipeline(transformer, vae, pipeline.scheduler)
+        LightningDiTPipeline(transformer, vae, pipeline.scheduler, None, None)
     transformer = CATTransformerModel(**TINY_CAT | {"head": "flow", "latent_channels": channels, "head_width": 16})
     with pytest.raises(ValueError, match=f"a {name} does not have the latents"):
         CATPipeline(transformer, vae, None, None)
@@ -60,12 +62,29 @@ def test_autoencoders_of_other_latents_are_refused(pipeline, name):
         ({}, {"guidance_interval": (0.8, 0.2)}, "guidance_interval must rise"),
         ({"class_dropout_prob": 0.0}, {}, "trained with class_dropout_prob > 0"),
         ({"num_classes": 0}, {"class_labels": None}, "neither classes nor texts"),
+        ({}, {"class_labels": []}, "one or more whole numbers"),
+        ({}, {"class_labels": [1.0]}, "one or more whole numbers"),
+        ({}, {"num_inference_steps": 0}, "num_inference_steps must be 1 or more"),
+        ({}, {"latents": torch.zeros(2, 6, 4, 4)}, "latents of 2 images for 1"),
     ],
 )
 def test_calls_that_cannot_work(pipeline, model, options, named):
     pipeline.register_modules(transformer=LightningDiTTransformer2DModel(**TINY_LIGHTNINGDIT | model))
     with pytest.raises(ValueError, match=named):
         pipeline(**{"class_labels": [0], "guidance_scale": 2.0, **options})
+
+
+def test_a_pipeline_is_made_of_another_one(pipeline):
+    other = LightningDiTPipeline.from_pipe(pipeline)
+    assert other.components == pipeline.components and other.config.id2label == pipeline.config.id2label
+    assert LightningDiTPipeline.from_pipe(pipeline, vae=None).vae is None
+
+
+def test_a_generator_of_means_and_variances_is_refused(pipeline):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 4}
+    published = DiTTransformer2DModel(in_channels=6, out_channels=12, norm_num_groups=1, **sizes)
+    with pytest.raises(ValueError, match="12 output channels"):
+        LightningDiTPipeline(published, pipeline.vae, pipeline.scheduler, None, None)
 
 
 def test_without_an_autoencoder_there_are_latents(pipeline, tmp_path):
@@ -79,7 +98,7 @@ def test_without_an_autoencoder_there_are_latents(pipeline, tmp_path):
 
 def test_a_compiled_generator_of_diffusers_is_known(pipeline):
     unet = UNet2DModel(**TINY_UNET | {"sample_size": (4, 8)}).eval()
-    pipe = LightningDiTPipeline(unet, pipeline.vae, pipeline.scheduler)
+    pipe = LightningDiTPipeline(unet, pipeline.vae, pipeline.scheduler, None, None)
     options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2.0}
     expected = pipe([0, 2], generator=torch.Generator().manual_seed(0), **options).images
     assert expected.shape == (2, 6, 4, 8)
@@ -161,7 +180,7 @@ def test_latent_statistics_are_undone(pipeline, tiny_favae):
 def test_an_autoencoder_without_statistics(pipeline):
     tiny = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8), "latent_channels": 6}
     vae = AutoencoderTiny(**tiny, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)).eval()
-    pipe = LightningDiTPipeline(pipeline.transformer, vae, pipeline.scheduler)
+    pipe = LightningDiTPipeline(pipeline.transformer, vae, pipeline.scheduler, None, None)
     pipe.set_progress_bar_config(disable=True)
     assert pipe([0], num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
 
@@ -218,7 +237,7 @@ def test_bad_arguments(pipeline, tiny_favae):
         pipeline([0], latents=torch.zeros(1, 6, 8, 8))
     other = LightningDiTTransformer2DModel(**{**TINY_LIGHTNINGDIT, "in_channels": 5})
     with pytest.raises(ValueError, match="latent channels"):
-        LightningDiTPipeline(other, tiny_favae, pipeline.scheduler)
+        LightningDiTPipeline(other, tiny_favae, pipeline.scheduler, None, None)
 
 
 # Solvers --------------------------------------------------------------------------------------------------------------
@@ -373,7 +392,7 @@ def test_other_autoencoders_keep_the_statistics_of_their_latents(name, tmp_path)
     transformer = LightningDiTTransformer2DModel(
         **{**TINY_LIGHTNINGDIT, "in_channels": channels, "sample_size": side, "patch_size": 1}
     )
-    LightningDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    LightningDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler(), None, None).save_pretrained(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert torch.allclose(pipe.decode_latents((latents - 0.5) / 2), decode(vae, latents), atol=1e-5)

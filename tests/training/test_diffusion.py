@@ -263,7 +263,7 @@ def test_noise_is_taken_away_by_schedulers_of_diffusion(tiny_favae):
         return ((1 - a).sqrt() * x / (a * std**2 + 1 - a),)
 
     unet.forward = noise_in
-    pipe = LightningDiTPipeline(unet, tiny_favae, scheduler, prediction_type="epsilon")
+    pipe = LightningDiTPipeline(unet, tiny_favae, scheduler, None, None, prediction_type="epsilon")
     noise = torch.randn(2, 6, 4, 4)
     options = {"latents": noise, "guidance_scale": 1.0, "num_inference_steps": 100, "output_type": "latent"}
     for other in (scheduler, DPMSolverMultistepScheduler.from_config(scheduler.config)):

@@ -72,6 +72,11 @@ def test_a_tokenizer_does_not_go_on_with_more_images(tmp_path):
     one = next(images.rglob("*.png"))
     shutil.copy(one, one.with_name("another.png"))
     assert "data with another images" in refusal("train_tokenizer", *words, "train.steps=2")
+    branch = (*words[:1], f"output={tmp_path / 'branch'}", f"resume={tmp_path / 'run/checkpoints/step-1'}")
+    train("train_tokenizer", *branch, "train.checkpoint_every=1", "train.steps=2")  # elsewhere, from that checkpoint
+    one.unlink()
+    words = (*branch, "train.checkpoint_every=1", "train.steps=3")
+    assert "data with another images" in refusal("train_tokenizer", *words)  # from its own
 
 
 def test_killed_generator_training_ends_with_the_same_weights(tiny_cache):
