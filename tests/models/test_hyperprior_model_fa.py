@@ -188,7 +188,7 @@ def test_networks_are_moved_before_they_are_cast(model, monkeypatch):
         return to(self, *arguments, **keywords)
 
     monkeypatch.setattr(torch.nn.Module, "to", refuse_both)
-    assert LatentCoder(model).means.conv_out.weight.dtype == torch.float64
+    assert LatentCoder(model).means[-1].weight.dtype == torch.float64
 
 
 def test_stale_tables_are_refused(images):
