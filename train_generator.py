@@ -245,19 +245,18 @@ def build_pipeline(
         statistics = {key: dataset.manifest[key] for key in ("latents_mean", "latents_std")}
         tokenizer.register_to_config(**statistics, scaling_factor=1.0, shift_factor=0.0)
     names = dict(enumerate(dataset.classes)) if num_classes(transformer) else None
-    texts: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+    options: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "id2label": names}
     if config.takes_texts:
-        texts |= open_text_encoder(dataset, config.data.text_encoder)
+        options |= open_text_encoder(dataset, config.data.text_encoder)
     if config.is_autoregressive:
         try:
-            return CATPipeline(transformer, tokenizer, **texts, id2label=names)
+            return CATPipeline(transformer, tokenizer, **options)
         except ValueError as error:  # such as other scales with as many tokens
             raise ConfigError(f"model: {error}") from error
     if config.loss.objective == "ddpm":
         scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False)
         if config.builds(UNet2DModel):
-            predicted = {"prediction_type": "epsilon"}
-            return LightningDiTPipeline(transformer, tokenizer, scheduler, **texts, id2label=names, **predicted)
+            return LightningDiTPipeline(transformer, tokenizer, scheduler, **options, prediction_type="epsilon")
         if not isinstance(tokenizer, AutoencoderKL):  # statistics are folded into its convolutions
             raise ConfigError(
                 f"loss.objective=ddpm needs the latents of an AutoencoderKL, not of a {type(tokenizer).__name__}"
@@ -266,7 +265,7 @@ def build_pipeline(
         pipeline.register_to_config(id2label=names)  # DiTPipeline does not save its names otherwise
         return pipeline
     scheduler = flow_scheduler(config.sampling.solver, config.sampling.shift)
-    return LightningDiTPipeline(transformer, tokenizer, scheduler, **texts, id2label=names)
+    return LightningDiTPipeline(transformer, tokenizer, scheduler, **options)
 
 
 # Along the way --------------------------------------------------------------------------------------------------------
