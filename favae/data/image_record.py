@@ -5,7 +5,7 @@ the set in its order, but for the last: "names", "sizes" and "times" (see `Image
 shard has the CRC-32 of the bytes that each of its images was stored in ("checksums").
 
 Names, sizes and classes must agree. Times may differ, because copies have other ones: of the images whose time differs,
-at most `MAX_READ` are read, and their checksums must agree. Without the record, that is all that is compared.
+at most `MAX_READ` are read, and their checksums must agree. Without the record, that and their number is compared.
 """
 
 import gzip

@@ -10,7 +10,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -221,7 +221,8 @@ def _check_end(shard: Path, offset: int) -> None:
 def _rows(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The rows of a shard: their keys, and for each ending in lower case the offset and size of the member."""
     key, members = "", dict[str, tuple[int, int]]()
-    links: list[str] = []
+    links: list[str] = []  # symbolic ones, which are left out
+    places: dict[str, tuple[int, int]] = {}  # of all members, if there are hard links
     length = shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -233,7 +234,9 @@ def _rows(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                     links.append(info.name)
                 if not (info.isfile() or info.islnk()) or not stem:
                     continue
-                place = _places(shard).get(info.linkname) if info.islnk() else (info.offset_data, info.size)
+                if info.islnk():
+                    places = places or _places(shard)
+                place = places.get(info.linkname) if info.islnk() else (info.offset_data, info.size)
                 if place is None:
                     raise tarfile.ReadError(f"{printable(info.name)} is a link to nothing")
                 if sum(place) > length:
@@ -252,7 +255,6 @@ def _rows(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
         logger.warning("%s: left out %d symbolic links (%s)", shard, len(links), shown(links))
 
 
-@lru_cache(maxsize=1)
 def _places(shard: Path) -> dict[str, tuple[int, int]]:
     """Offset and size of each member by its name, for hard links, which name another one."""
     with tarfile.open(shard, "r:") as tar:

@@ -86,8 +86,23 @@ def test_hard_links_are_files_and_other_links_are_named(tmp_path, caplog):
         for number in range(3):
             tar.add(tmp_path / f"{number}.png", f"{number}.png")
     source = open_source(str(tmp_path / "links.tar"))
-    assert len(source) == 2 and source.checksum(0) == source.checksum(1)
+    checksum = zlib.crc32((tmp_path / "0.png").read_bytes())
+    assert len(source) == 2 and source.checksum(0) == source.checksum(1) == checksum
     assert "1 symbolic links (2.png)" in caplog.text
+
+    # Places are those of this file, not of an older one of its name.
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        for number in (2, 0, 1):
+            tar.add(tmp_path / f"{number}.png", f"{number}.png")
+    again = open_source(str(tmp_path / "links.tar"))
+    assert [again.checksum(index) for index in range(2)] == [checksum] * 2
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.png"))
+        dangling = tarfile.TarInfo("1.png")
+        dangling.type, dangling.linkname = tarfile.LNKTYPE, "9.png"
+        tar.addfile(dangling)
+    with pytest.raises(DataError, match="1.png is a link to nothing"):
+        open_source(str(tmp_path / "links.tar"))
 
 
 def test_damaged_shards_and_rows(tmp_path, caplog):

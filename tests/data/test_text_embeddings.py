@@ -160,6 +160,12 @@ def test_another_kind_of_cache_is_named(cache):
             wrong(right)
 
 
+def test_text_embeddings_have_no_captions(encoder, cache, tmp_path):
+    with pytest.raises(CacheError, match="another kind of cache.* no tokenizer"):
+        write_text_embeddings(encoder, cache / "text_embeddings", tmp_path / "texts")
+    assert not (tmp_path / "texts").exists()
+
+
 def test_another_encoder_is_refused(encoder, cache, tmp_path):
     torch.manual_seed(1)
     other = TextEncoder(str(save_bert(tmp_path / "other")))

@@ -237,6 +237,10 @@ def test_large_values_are_written(model):
     assert latents[0, 0, 0, 0] > 60_000
 
 
+def test_no_image_is_no_file(model):
+    assert model.compress(torch.zeros(0, 3, 16, 16)) == [] == model.decompress([])
+
+
 def test_impossible_sizes(model):
     with pytest.raises(ValueError, match="multiples of 4"):
         model.encode(torch.zeros(1, 3, 18, 16))

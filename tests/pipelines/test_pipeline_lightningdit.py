@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from tiny_autoencoders import autoencoders
+from tiny_text import save_bert
 
 from favae import (
     CATPipeline,
@@ -29,6 +30,7 @@ from favae.autoencoders import decode, encode
 from favae.errors import NonFiniteError
 from favae.eval.sampling import takes_prompts
 from favae.pipelines.solvers import Solver, flow_scheduler, shift_of
+from favae.text_encoder import TextEncoder
 
 NAMES = {0: "cat", 1: "dog", 2: "fish"}
 
@@ -85,6 +87,13 @@ def test_a_generator_of_means_and_variances_is_refused(pipeline):
     published = DiTTransformer2DModel(in_channels=6, out_channels=12, norm_num_groups=1, **sizes)
     with pytest.raises(ValueError, match="12 output channels"):
         LightningDiTPipeline(published, pipeline.vae, pipeline.scheduler, None, None)
+
+
+def test_a_text_encoder_for_a_generator_of_diffusers_is_refused(pipeline, tmp_path):
+    unet = UNet2DModel(**TINY_UNET)
+    encoder = TextEncoder(str(save_bert(tmp_path / "bert")))
+    with pytest.raises(ValueError, match="text_dim=None, the text encoder needs 8"):
+        LightningDiTPipeline(unet, pipeline.vae, pipeline.scheduler, encoder.model, encoder.tokenizer)
 
 
 def test_without_an_autoencoder_there_are_latents(pipeline, tmp_path):
