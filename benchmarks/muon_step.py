@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Muon on processors of three generations: a step in float32, relative to one in bfloat16.
+"""Muon on processors of three generations: a step in float32, relative to one in bfloat16; and on a GPU: a step with
+matrices of one shape together, relative to one with each on its own.
 
     python -m benchmarks.muon_step          (a minute)
 
-The matrices are those of the small DiT of experiments/generators.py. Older processors are imitated by what oneDNN and
-torch are told to use, each in a process of its own. Writes docs/results/muon_step.json.
+The matrices are those of the small DiT of experiments/generators.py, on a GPU also those of LightningDiT-XL. Older
+processors are imitated by what oneDNN and torch are told to use, each in a process of its own. Writes
+docs/results/muon_step.json.
 """
 
 import json
@@ -15,7 +17,17 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.timing import environment, make_parser, parse_arguments, speedup, time_paired, with_range, write_result
+from benchmarks.generator_step import SIZES
+from benchmarks.timing import (
+    device,
+    environment,
+    make_parser,
+    parse_arguments,
+    speedup,
+    time_paired,
+    with_range,
+    write_result,
+)
 from experiments.generators import VARIANTS
 from favae.training import muon
 from favae.training.models import build_model
@@ -30,10 +42,7 @@ INSTRUCTIONS = {
 
 def measure(rounds: int) -> dict:
     """How many times as fast a step in float32 is as one in bfloat16, by CPU seconds."""
-    matrices = matrices_of([build_model(VARIANTS["lightningdit"].model)])
-    for matrix in matrices:
-        matrix.grad = torch.randn_like(matrix)
-    optimizer = muon.Muon(matrices, 1e-3, nesterov=True)
+    optimizer, matrices = prepared(VARIANTS["lightningdit"].model)
 
     def step(dtype: torch.dtype) -> None:
         with patch.object(muon, "fast_dtype", lambda device: dtype):
@@ -45,6 +54,28 @@ def measure(rounds: int) -> dict:
     return {"matrices": len(matrices), "float32": ratio}
 
 
+def measure_together(model: dict, rounds: int) -> dict:
+    """How many times as fast a step is with matrices of one shape together as with each on its own."""
+    optimizer, matrices = prepared(model)
+
+    def alone() -> None:
+        with patch.object(muon, "_is_alone", lambda matrix: True):
+            optimizer.step()
+
+    timings = time_paired({"alone": alone, "together": optimizer.step}, rounds=rounds)
+    result = speedup(timings["together"].seconds, timings["alone"].seconds)
+    result |= {f"{name}_seconds": timing.median for name, timing in timings.items()}
+    return {"matrices": len(matrices), "shapes": len({matrix.flatten(1).shape for matrix in matrices})} | result
+
+
+def prepared(model: dict) -> tuple[muon.Muon, list[torch.nn.Parameter]]:
+    """Muon for the matrices of a model, which have random gradients."""
+    matrices = matrices_of([build_model(model).to(device())])
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    return muon.Muon(matrices, 1e-3, nesterov=True), matrices
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--inside", action="store_true", help="measure in this process, and print the result alone")
@@ -53,6 +84,13 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(arguments.rounds)))
         return
     result = environment()
+    if device() == "cuda":
+        small = VARIANTS["lightningdit"].model
+        for name, model in {"small": small, "XL": {**small, **SIZES["XL"]}}.items():
+            result[name] = measure_together(model, arguments.rounds)
+            print(f"{name}: together is {with_range(result[name])} as fast as each on its own")
+        write_result(arguments.output, result)
+        return
     for name, variables in INSTRUCTIONS.items():
         command = [sys.executable, "-m", "benchmarks.muon_step", "--inside", "--rounds", str(arguments.rounds)]
         lines = subprocess.run(command, env=os.environ | variables, check=True, capture_output=True, text=True).stdout

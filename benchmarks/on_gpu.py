@@ -46,6 +46,7 @@ BENCHMARKS = {
     "training_memory": ["training_memory", "--batch-size", "32"],
     "generator_step_b": ["generator_step", "--size", "B", *BF16, "--batch-size", "256", "--compile", "--rounds", "20"],
     "generator_step_xl": ["generator_step", "--size", "XL", *BF16, "--batch-size", "64", "--compile", "--rounds", "20"],
+    "muon_step": ["muon_step", "--rounds", "20"],
     "sampling": ["sampling", *BF16, "--batch-size", "64", "--num-inference-steps", "50", "--compile"],
     "cat_sampling": ["cat_sampling", *BF16, "--layers", "24", "--width", "1536", "--heads", "16", "--batch-size", "16"],
 }

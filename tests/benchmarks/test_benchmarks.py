@@ -278,3 +278,9 @@ def test_muon_is_timed_in_both_precisions(monkeypatch):
     assert found["float32"]["speedup"] > 0
     step = [[dtype] * found["matrices"] for dtype in (torch.bfloat16, torch.float32)]
     assert dtypes == 2 * (step[0] + step[1])
+
+
+def test_muon_is_timed_with_matrices_together():
+    found = muon_step.measure_together(muon_step.VARIANTS["lightningdit"].model, rounds=1)
+    assert found["speedup"] == pytest.approx(found["alone_seconds"] / found["together_seconds"])
+    assert found["matrices"] > found["shapes"] > 1

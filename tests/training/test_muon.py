@@ -38,6 +38,30 @@ def test_the_first_step_is_the_nearest_orthogonal_matrix(monkeypatch, shape):
         torch.testing.assert_close(-update / scale, u @ v, rtol=0, atol=0.3)
 
 
+@pytest.mark.parametrize("batch", [2**24, 500])
+def test_matrices_of_one_shape_are_orthogonalized_together_as_timm_does_one_by_one(monkeypatch, batch):
+    monkeypatch.setattr(muon, "_is_alone", lambda param: False)
+    monkeypatch.setattr(muon, "BATCH", batch)
+    monkeypatch.setattr(muon, "fast_dtype", lambda device: torch.bfloat16)
+    shapes = [(16, 24), (8, 4, 3, 3), (16, 24), (24, 16), (16, 24), (16, 6, 2, 2)]
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    timms = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    optimizers = [
+        optimizer([*weights], LEARNING_RATE, nesterov=True, weight_decay=0.1)
+        for optimizer, weights in ((Muon, ours), (timm.optim.Muon, timms))
+    ]
+    for _ in range(3):
+        for own, other in zip(ours, timms):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert max(map(len, muon._batches(ours))) == (4 if batch > 500 else 1)
+    for own, other in zip(ours, timms):
+        torch.testing.assert_close(own, other, rtol=0, atol=0.01 * LEARNING_RATE)
+
+
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
     [({"avx2": True, "avx512_bf16": False}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)],
