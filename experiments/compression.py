@@ -13,6 +13,7 @@ it is frequent. Crops of 128 px of photographs are learned; those of other pictu
 Settings were chosen on validation crops. Writes docs/results/compression.json, .md and pictures.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from favae.eval.compression import (
     model_codec,
     training_values,
 )
-from favae.files import read_json_lines
+from favae.files import read_json_lines, write_text
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
@@ -122,13 +123,10 @@ VARIANTS["codes_low"] = Variant("two codes of 8 bits for 8 x 8 pixels", "low", t
 
 def make_row(task: Task) -> dict:
     """Trains one model with one seed, and measures the files that it writes of pictures that were in no training."""
-    model, run = trained(task)
+    model, run, training = trained(task)
     log = read_json_lines(run / "metrics.jsonl")
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, "params": model.num_parameters()}
-    row |= {
-        "mixed_precision": fastest_precision(),
-        "curve": [[r["step"], r["reconstruction"], r.get("bits_per_pixel")] for r in log],
-    }
+    row |= {"curve": [[r["step"], r["reconstruction"], r.get("bits_per_pixel")] for r in log]}
     codec = codec_of(task, model)
     for split, extractors in (("validation", []), ("heldout", [lite()])):
         _, metrics, spectrum = measure_codec(codec, PHOTOGRAPHS_128.dataset(split), extractors)
@@ -136,16 +134,19 @@ def make_row(task: Task) -> dict:
     row["spectrum"] = spectrum  # of the held-out pictures
     if task.pictures is not None and task.seed == 0:
         save_pictures(task, codec)
-    return row | environment()
+    return row | training
 
 
-def trained(task: Task) -> tuple[ModelMixin, Path]:
-    """The model of a row and its run folder; a tokenizer is trained once for all rates."""
+def trained(task: Task) -> tuple[ModelMixin, Path, dict]:
+    """The model of a row, its run folder, and the environment in which it was trained, which need not be that in which
+    it is measured; a tokenizer is trained once for all rates."""
     own = task if task.variant.tokenizer is None else replace(task, name=task.name.rpartition("_")[0])
+    training = own.beside("-training.json")
     with FileLock(own.beside(".lock")):
         if not (own.run / "final").exists():
             train(recipe(own))
-    return load_trained(own.run / "final"), own.run
+            write_text(training, json.dumps({"mixed_precision": fastest_precision()} | environment()))
+    return load_trained(own.run / "final"), own.run, json.loads(training.read_text())
 
 
 def codec_of(task: Task, model: ModelMixin) -> Codec:
