@@ -204,7 +204,11 @@ def make_missing_rows(comparison: Comparison, arguments: argparse.Namespace, rep
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started from here
     if tasks and comparison.prepare is not None:
         comparison.prepare(tasks)
-    with ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
+    if not arguments.jobs:
+        for task in tasks:  # in the main thread, which alone gets signals
+            work(task)
+        return
+    with ThreadPoolExecutor(arguments.jobs) as pool:
         futures = [pool.submit(work, task) for task in tasks]
         try:
             for future in futures:

@@ -177,12 +177,30 @@ def test_the_checks_find_what_differs(tmp_path, image_folder, monkeypatch, capsy
     ]
     words = [*settings, "--recipe", str(recipe), "--steps", "4", "--only", "bf16", "tiles", "resumed"]
     checks.main([*words, "--output", str(tmp_path / "checks.json")])
-    found = json.loads((tmp_path / "checks.json").read_text())["checks"]
+    report = json.loads((tmp_path / "checks.json").read_text())
+    found = report["checks"]
+    assert report["repeated"] == 0 and found["resumed"]["limit"] == checks.LIMITS["resumed"]
     assert found["resumed"]["difference"] == 0 and 0 < found["bf16"]["difference"] < 0.03
     assert set(found) == {"bf16", "tiles", "resumed"} and "bf16: " in capsys.readouterr().out
     monkeypatch.setitem(checks.LIMITS, "bf16", 1e-9)
     with pytest.raises(SystemExit, match="error: bf16: the difference is too large"):
         checks.main([*settings, "--recipe", str(recipe), "--only", "bf16", "--output", str(tmp_path / "checks.json")])
+
+
+def test_trainings_may_differ_twice_as_much_as_two_of_the_same(tmp_path, monkeypatch):
+    differences = {"bf16": 0.02, "repeated": 0.002, "resumed": 0.003, "ddp": 0.005}
+    monkeypatch.setattr(checks, "passes", lambda *_: {"bf16": lambda: differences["bf16"]})
+    monkeypatch.setattr(
+        checks,
+        "trainings",
+        lambda *_: {name: lambda name=name: differences[name] for name in differences},
+    )
+    words = ["--recipe", str(ROOT / "configs/tokenizer/photos_favae.yaml"), "--output", str(tmp_path / "checks.json")]
+    with pytest.raises(SystemExit, match="error: ddp: "):
+        checks.main([*words, "--only", "bf16", "resumed", "ddp"])
+    found = json.loads((tmp_path / "checks.json").read_text())["checks"]
+    assert found["resumed"] == {"difference": 0.003, "limit": 0.004, "ok": True}
+    assert found["bf16"]["limit"] == checks.LIMITS["bf16"]
 
 
 def test_a_slice_is_ended_and_goes_on_later(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import threading
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from experiments import (
     glyph_texts,
     guidance,
     latents,
+    rows,
     samplers,
     stft,
     text_to_image,
@@ -75,7 +77,22 @@ def test_rows_have_processes_of_their_own(tmp_path):
     assert (tmp_path / "good.1-0-10.log").exists() and (tmp_path / "good.2-0-10.log").exists()
 
 
-def test_after_ctrl_c_no_row_begins(tmp_path):
+def test_a_row_in_this_process_gets_signals(tmp_path):
+    """Those that a training ends by with a checkpoint; only the main thread does."""
+    threads = []
+
+    def make_row(task):
+        threads.append(threading.current_thread())
+        return guess(task)
+
+    comparison = Comparison("guesses", {"a": Guess("", 1.0)}, make_row, tables, steps=10, seeds=1)
+    options = ["--output", str(tmp_path / "guesses.json"), "--runs", str(tmp_path / "runs"), "--jobs", "0"]
+    main(comparison, "", options)
+    assert threads == [threading.main_thread()]
+
+
+def test_after_ctrl_c_no_row_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "make_in_process", rows.make_here)
     begun = []
 
     def make_row(task):
@@ -86,7 +103,7 @@ def test_after_ctrl_c_no_row_begins(tmp_path):
         return guess(task)
 
     comparison = Comparison("guesses", {name: Guess("", 1.0) for name in "abc"}, make_row, tables, steps=10, seeds=1)
-    options = ["--output", str(tmp_path / "guesses.json"), "--runs", str(tmp_path / "runs"), "--jobs", "0"]
+    options = ["--output", str(tmp_path / "guesses.json"), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
     with pytest.raises(KeyboardInterrupt):
         main(comparison, "", options)
     assert "c" not in begun
