@@ -12,8 +12,8 @@ JSON file into docs/results/gpu/; the last lines are the tables of trainings and
 take about an hour together. With --minutes, a slice is ended after so long, and the same command goes on: trainings
 that are compared already are not run again, and the experiments on glyphs and photographs (of 32, 64 and 128 px, with
 20 times the steps) continue where they were. scripts/glyphs.py writes 27 MB of data and scripts/photographs.py 250 MB.
-Their models are too small to keep a GPU busy: with --jobs it trains several rows at a time, if there are as many cores; with NVIDIA's MPS (nvidia-cuda-mps-control
--d, before) they do not take turns.
+Their models are too small to keep a GPU busy: with --jobs it trains several rows at a time, if there are as many cores;
+with NVIDIA's MPS (nvidia-cuda-mps-control -d, before) they do not take turns.
 """
 
 import json
