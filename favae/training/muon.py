@@ -48,7 +48,7 @@ def _update(
     coefficients = muon.resolve_ns_coefficients(ns_coefficients, muon._COEFFICIENTS)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_lerp_(momentum_buffers, grads, 1 - momentum)
-    updates = torch._foreach_lerp(grads, momentum_buffers, momentum)
+    updates = [grad.lerp(buffer, momentum) for grad, buffer in zip(grads, momentum_buffers)]
     dtype = fast_dtype(params[0].device.type)
     for batch in _batches(params):
         matrices = [updates[i].flatten(1) for i in batch]

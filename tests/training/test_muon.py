@@ -1,8 +1,14 @@
 """Muon computes in the precision that the processor is fast in, and is timm's otherwise."""
 
+from copy import deepcopy
+
 import pytest
 import timm.optim
 import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from favae.precision import fast_dtype
 from favae.training import muon
@@ -60,6 +66,29 @@ def test_matrices_of_one_shape_are_orthogonalized_together_as_timm_does_one_by_o
     assert max(map(len, muon._batches(ours))) == (4 if batch > 500 else 1)
     for own, other in zip(ours, timms):
         torch.testing.assert_close(own, other, rtol=0, atol=0.01 * LEARNING_RATE)
+
+
+def test_sharded_matrices_are_those_of_a_whole_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(muon, "fast_dtype", lambda device: torch.float32)
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+    sharded = deepcopy(whole)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        images = torch.randn(4, 8)
+        for model in (whole, sharded):
+            weights = [layer.weight for layer in model]
+            optimizer = Muon(weights, LEARNING_RATE, nesterov=True, weight_decay=0.1)
+            for _ in range(2):
+                model(images).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for expected, found in zip(whole.parameters(), sharded.parameters()):
+            assert isinstance(found, DTensor)
+            torch.testing.assert_close(found.full_tensor(), expected, rtol=1e-4, atol=1e-5)
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
