@@ -29,8 +29,6 @@ from favae.training.tokenizer_config import TokenizerConfig
 
 # The most that a relative difference may be.
 LIMITS = {"bf16": 0.03, "compiled": 1e-3, "tiles": 0.1, "resumed": 1e-3, "ddp": 1e-3, "fsdp": 1e-3}
-
-
 TRAININGS = ("resumed", "ddp", "fsdp")
 
 
