@@ -5,7 +5,7 @@ images ADM's 5,000 each) and KID torch-fidelity. Metrics of other features have 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -253,6 +253,7 @@ def sample_pipeline(
     top_k: int | None = None,
     top_p: float | None = None,
     batch_size: int = 32,
+    check_size: Callable[[tuple[int, int]], None] = lambda size: None,
     trust_remote_code: bool = False,
 ) -> SampleSets:
     """Samples a saved pipeline into <output>/samples/, by all processes together.
@@ -269,6 +270,7 @@ def sample_pipeline(
         shift: of the scheduler, in place of the saved one. solver: likewise; see `flow_scheduler`.
         num_inference_steps: 50 by default; for CAT's flow head, its steps per token.
         temperature, top_k, top_p: of an autoregressive pipeline.
+        check_size: see `sample_to_folder`.
     Raises:
         DataError: if the pipeline cannot be sampled like this, or <output>/samples/ holds something else.
         NonFiniteError: if a sample is not finite.
@@ -316,6 +318,7 @@ def sample_pipeline(
                 prompts=prompts,
                 seed=seed,
                 batch_size=batch_size,
+                check_size=check_size,
                 **guidance,
                 **settings,
             )

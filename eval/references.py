@@ -50,8 +50,10 @@ class Reference:
     ):
         self.path, self.extractors = path, extractors
         self.loaded = self.names = self.source = None
+        self.size: tuple[int, int] | None = None  # height and width, where they are known
         if path.endswith(".safetensors"):
-            self.loaded = load_statistics(path, extractors)
+            description, self.loaded = load_statistics(path, extractors)
+            self.size = (description["resolution"],) * 2
         elif path.endswith(".npz"):
             self.names = npz_names(path)
             self._check_names()
@@ -78,27 +80,32 @@ class Reference:
         Raises:
             DataError: if it is of another size.
         """
-        height, width = size
+        self.check_size(size)
         loading = {"description": "reference", "batch_size": batch_size, "num_workers": num_workers}
         if self.loaded is not None:
-            description, statistics = self.loaded
-            self._check_size((description["resolution"],) * 2, size)
-            return statistics
+            return self.loaded
         if self.names is not None:
-            return self._from_npz(size, loading)
-        if height != width:
+            return self._from_npz(loading)
+        images = CroppedImages(ImageDataset(self.source, size[0]))
+        return image_statistics(images, self.extractors, keep=NUM_REFERENCE_FEATURES, **loading)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises `DataError` if images of this height and width cannot be compared with it."""
+        height, width = size
+        if self.source is not None and height != width:
             raise DataError(
                 f"the samples have {width} x {height} pixels, but the center crops of {self.path} are square"
             )
-        images = CroppedImages(ImageDataset(self.source, height))
-        return image_statistics(images, self.extractors, keep=NUM_REFERENCE_FEATURES, **loading)
+        if self.size is not None and self.size != tuple(size):
+            raise DataError(
+                f"{self.path} is of images of {self.size[1]} x {self.size[0]} pixels, the samples have {width} x {height}"
+            )
 
-    def _from_npz(self, size: tuple[int, int], loading: dict) -> list[ImageStatistics]:
+    def _from_npz(self, loading: dict) -> list[ImageStatistics]:
         """Statistics of images, or ADM's: Inception's, of all real images, with 10,000 of these in `arr_0`."""
         found: list[ImageStatistics | None] = [None] * len(self.extractors)
         if IMAGES_KEY in self.names:
             images = NpzImages(self.path)
-            self._check_size(images.size, size)
             found = image_statistics(images, self.extractors, keep=NUM_REFERENCE_FEATURES, **loading)
         for i, extractor in enumerate(self.extractors):
             if extractor.name == INCEPTION and "mu" in self.names:
@@ -122,18 +129,12 @@ class Reference:
 
     def _check_names(self) -> None:
         if IMAGES_KEY in self.names:
-            NpzImages(self.path)  # refuses what are no images
+            self.size = NpzImages(self.path).size  # refuses what are no images
         elif "mu" not in self.names:
             raise DataError(f"{self.path} has neither images ({IMAGES_KEY}) nor statistics (mu, sigma)")
         for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
             if mean in self.names and covariance not in self.names:
                 raise DataError(f"{self.path} has {mean} and no {covariance}")
-
-    def _check_size(self, own: tuple[int, int], samples: tuple[int, int]) -> None:
-        if tuple(own) != tuple(samples):
-            raise DataError(
-                f"{self.path} is of images of {own[1]} x {own[0]} pixels, the samples have {samples[1]} x {samples[0]}"
-            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,7 @@ def sample_to_folder(
     prompts: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    check_size: Callable[[tuple[int, int]], None] = lambda size: None,
     **settings,
 ) -> None:
     """Writes 000000.png, 000001.png, ... into a folder, by all processes together. Images that exist are kept.
@@ -49,6 +50,8 @@ def sample_to_folder(
             `output_type="np"`.
         labels: whether the classes of a class-conditional pipeline are taken in turn or at random.
         prompts: of a text-to-image pipeline; taken in turn.
+        check_size: is called with the height and width of the first images, and raises `DataError` if others should
+            not be made.
         settings: passed to the pipeline (`guidance_scale`, `num_inference_steps`, ...).
     Raises:
         FolderInUse: if another process is writing there.
@@ -77,34 +80,30 @@ def sample_to_folder(
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     pipeline.set_progress_bar_config(disable=True)
-    broken = ""
+    failure = None
     with _writing_samples(folder, json.loads(json.dumps(plan, default=str))):
         missing = [batch for batch in mine if not all(image_file(folder, i).exists() for i in batch)]
         for batch in tqdm(missing, desc="sampling", disable=not state.is_main_process):
             try:
                 images = _sample_batch(pipeline, batch, conditions, seed, settings)
-            except NonFiniteError as error:
-                broken = str(error)
-            else:
-                if not torch.isfinite(images).all():  # pipelines of others do not look
-                    broken = "its images are not finite; try float32, or check that tokenizer and generator match"
-            if broken:
-                broken = f"samples {batch.start} to {batch[-1]}: {broken}"
+                check_size(tuple(images.shape[1:3]))
+            except (NonFiniteError, DataError) as error:
+                failure = type(error)(f"samples {batch.start} to {batch[-1]}: {error}")
                 break
             for i, image in zip(batch, to_uint8(images * 2 - 1)):
                 with atomic_path(image_file(folder, i)) as temporary:
                     Image.fromarray(image.squeeze(-1).numpy()).save(temporary, format="PNG", compress_level=1)
-        all_whole = everyone(not broken)
+        all_whole = everyone(failure is None)
 
     # All processes fail together.
     if not all_whole:
-        raise NonFiniteError(broken or "another process's samples are not finite")
+        raise failure or NonFiniteError("another process's samples are not finite, or of another size")
 
 
 def _sample_batch(
     pipeline: DiffusionPipeline, batch: range, conditions: dict[str, list], seed: int, settings: dict
 ) -> Tensor:
-    """The images with these indices: (B, H, W, C) in [0, 1], on the CPU."""
+    """The images with these indices: (B, H, W, C) in [0, 1], on the CPU. Raises `NonFiniteError`."""
     condition = {name: [values[i] for i in batch] for name, values in conditions.items()}
     condition = condition or {"batch_size": len(batch)}
     generators = [image_generator(seed, i) for i in batch]
@@ -112,7 +111,10 @@ def _sample_batch(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(generators[0].initial_seed())
         images = pipeline(**condition, generator=generators, output_type="np", **settings).images
-    return torch.from_numpy(np.asarray(images))
+    images = torch.from_numpy(np.asarray(images))
+    if not torch.isfinite(images).all():  # pipelines of others do not look
+        raise NonFiniteError("its images are not finite; try float32, or check that tokenizer and generator match")
+    return images
 
 
 def image_file(folder: Path, index: int) -> Path:

@@ -310,7 +310,13 @@ def evaluate_generation(arguments: argparse.Namespace) -> None:
         if "prompts" in sampling:
             sampling["prompts"] = read_prompts(sampling["prompts"])
         settings = {SAMPLING_OPTIONS[name]: value for name, value in sampling.items()}
-        samples = sample_pipeline(arguments.pipeline, arguments.output, **settings, batch_size=arguments.batch_size)
+        samples = sample_pipeline(
+            arguments.pipeline,
+            arguments.output,
+            **settings,
+            batch_size=arguments.batch_size,
+            check_size=lambda size: [known.check_size(size) for known in (reference, validation) if known],
+        )
     else:
         for name in sampling:
             raise ConfigError(f"--{name.replace('_', '-')} is for --pipeline, not for images that exist")

@@ -327,6 +327,13 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):
     assert "--force" in command_error("compare", one / "results.json", again / "results.json")
     assert "sampler: " in capsys.readouterr().out
 
+    small = tmp_path / "small.safetensors"
+    command("reference-statistics", "--data", images, "--resolution", 8, *OFFLINE, "--output", small)
+    for words in (("--reference", small), ("--reference", images, "--validation", small)):
+        message = command_error(*common, *words, "--output", tmp_path / "none")
+        assert "small.safetensors is of images of 8 x 8 pixels, the samples have 16 x 16" in message
+        assert not list((tmp_path / "none").rglob("*.png"))  # it says so before it has made samples of any guidance
+
     nowhere = ("--samples", tmp_path / "nowhere", "--reference", images, *OFFLINE, "--output", tmp_path / "x")
     assert "nowhere" in command_error("evaluate", "generation", *nowhere)
     assert "--guidance-channels" in command_error("evaluate", "generation", *nowhere, "--guidance-channels", 3)
