@@ -141,6 +141,7 @@ def control(widths: list[int], channels: int, **settings) -> dict:
 
 STOCK = stock([16, 32, 48, 96], 16)
 ONE_TRUNK = control([16, 40, 64, 96], 16, wavelet=True)
+STOCK_SHORTCUT = control([16, 32, 48, 96], 16, shortcut=True)
 SPLIT = split([16, 40, 56, 96], [16, 24, 40], 16, 3)
 OURS = {**SPLIT, "shortcut": "overlapping"}
 BANDS = {"band": {"weight": 0.5, "weights": [0, 1, 1, 1]}}
@@ -158,9 +159,7 @@ OTHER_ALIGNMENT = {"weight": 0.5, "backbone": "efficientnet-lite2"}  # FD of pho
 VARIANTS = {
     "stock": Variant("a plain `AutoencoderKL`", STOCK),
     "stock_wide": Variant("the same, wider: 1.4 times the FLOPs", stock([24, 32, 56, 112], 16)),
-    "stock_shortcut": Variant(
-        "the same as `stock`, with a linear shortcut", control([16, 32, 48, 96], 16, shortcut=True)
-    ),
+    "stock_shortcut": Variant("the same as `stock`, with a linear shortcut", STOCK_SHORTCUT),
     "one_trunk": Variant(
         "Haar bands in one trunk, in place of the first and last octave: pixel unshuffle and shuffle in another basis",
         ONE_TRUNK,
@@ -192,6 +191,7 @@ VARIANTS = {
     "stock_half_aligned": Variant(
         "`stock` + alignment of eight of the 16 channels", STOCK, {"alignment": {**ALIGNMENT, "channels": 8}}
     ),
+    "stock_shortcut_aligned": Variant("`stock_shortcut` + alignment", STOCK_SHORTCUT, {"alignment": ALIGNMENT}),
     "split_aligned": Variant("`split` + alignment of the low channels", SPLIT, {"alignment": ALIGNMENT}),
     "stock_spectrum": Variant("`stock` + spectrum matching", STOCK, {"spectrum_matching": {"weight": 0.01}, "kl": 0.0}),
     "stock_mask": Variant("`stock` + as much weight again on errors where there is detail", STOCK, {"mask": 1.0}),
