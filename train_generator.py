@@ -261,7 +261,11 @@ def build_pipeline(
             raise ConfigError(
                 f"loss.objective=ddpm needs the latents of an AutoencoderKL, not of a {type(tokenizer).__name__}"
             )
-        pipeline = DiTPipeline(transformer, fold_latent_statistics(tokenizer), scheduler, id2label=names)
+        try:
+            tokenizer = fold_latent_statistics(tokenizer)
+        except ValueError as error:  # such as latents on a sphere
+            raise ConfigError(f"loss.objective=ddpm: {error}") from error
+        pipeline = DiTPipeline(transformer, tokenizer, scheduler, id2label=names)
         pipeline.register_to_config(id2label=names)  # DiTPipeline does not save its names otherwise
         return pipeline
     scheduler = flow_scheduler(config.sampling.solver, config.sampling.shift)

@@ -22,7 +22,7 @@ from diffusers import ModelMixin
 from torchvision.utils import save_image
 
 from favae.autoencoders import decode, encode, image_channels, load_autoencoder, spatial_compression_ratio
-from favae.bitstream import import_constriction
+from favae.bitstream import import_extra
 from favae.channels import in_color
 from favae.data.images import ImageDataset, read_in_order, skip_missing
 from favae.data.latents import MomentsDataset, open_latents
@@ -43,7 +43,7 @@ from favae.training.command_line import run_script
 from favae.training.config import to_yaml
 from favae.training.dry_run import describe_run, describe_tokenizer, without_memory
 from favae.training.latent_regularization import IMAGE_BLOCK
-from favae.training.models import build_model, enable_gradient_checkpointing
+from favae.training.models import build_model, enable_gradient_checkpointing, lay_out_channels_last
 from favae.training.optimization import (
     Ema,
     clip_gradients,
@@ -84,7 +84,7 @@ def train(config: TokenizerConfig) -> None:
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(vae)
     if settings.channels_last:
-        module.to(memory_format=torch.channels_last)
+        lay_out_channels_last(module)
     if settings.compile:
         compile_blocks(blocks)
     if settings.shard:
@@ -345,7 +345,7 @@ def open_evaluation(config: TokenizerConfig, run: Run, module: TokenizerTraining
     """Raises MissingWeights, DataError or ModelError if the images, the networks that look at them, or the coder that
     counts bits, cannot be opened."""
     if isinstance(module.vae, HyperpriorModelFA):
-        import_constriction()
+        import_extra("constriction")
     lpips = module.lpips
     if lpips is None and (config.loss.perceptual_weights or cached_vgg16()):
         lpips = LPIPS(config.loss.perceptual_weights or cached_vgg16()).to(run.device)

@@ -36,14 +36,16 @@ class LatentNormalization:
         encoding: what it applies after it encodes.
         encodes: whether it encodes at all.
         channels: the only number of channels that its mean and std are right for, None if there is none.
-        upcasts: whether it reads the parameters of `post_quant_conv` to find the dtype for float32 autoencoders.
+        upcast_parts: parts of an autoencoder, such as `post_quant_conv`, that it uses to decode in float32.
+        needs_posterior: whether it takes `latent_dist` of all that is encoded, which small autoencoders lack.
     """
 
     decoding: frozenset[str]
     encoding: frozenset[str]
     encodes: bool
     channels: int | None
-    upcasts: bool
+    upcast_parts: tuple[str, ...]
+    needs_posterior: bool
 
     @property
     def applied(self) -> frozenset[str]:
@@ -90,7 +92,8 @@ def _read(classes: tuple[type, ...]) -> LatentNormalization:
         encoding=frozenset(encoding),
         encodes=re.search(r"\bvae\.encode\(|\.encode_to_latents\(", text) is not None,
         channels=int(channels[1]) if channels else None,
-        upcasts="post_quant_conv" in text,
+        upcast_parts=tuple(part for part in ("post_quant_conv", "decoder.mid_block") if f"vae.{part}" in text),
+        needs_posterior=re.search(r"\bvae\.encode\(.*\)\.latent_dist", text) is not None,
     )
 
 

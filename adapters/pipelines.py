@@ -1,6 +1,7 @@
 """Autoencoders in the pipelines of diffusers: putting in another one, and the normalization of the latents."""
 
 import copy
+import functools
 import inspect
 import logging
 from contextlib import contextmanager
@@ -82,9 +83,18 @@ def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> Diff
     if isinstance(pipe, ModularPipeline):
         _update_components(pipe, new, old_ratio, ratio)
     else:
-        derived = _derived_attributes(pipe)
+        before, statistics = _derived_attributes(pipe), {key: new.config.get(key) for key in NO_LATENT_STATISTICS}
         pipe.register_modules(vae=new)
-        _update_derived_attributes(pipe, derived, old_ratio, ratio)
+        after = _derived_attributes(pipe)
+        set_by_pipeline = {key: new.config[key] for key, own in statistics.items() if new.config.get(key) != own}
+        if set_by_pipeline:
+            pipe.register_modules(vae=old)
+            new.register_to_config(**{key: statistics[key] for key in set_by_pipeline})
+            raise ValueError(
+                f"a {name} is for autoencoders with {set_by_pipeline}, which it writes into any other whenever it is "
+                "made"
+            )
+        _update_derived_attributes(pipe, before, after, old_ratio, ratio)
     return pipe
 
 
@@ -110,8 +120,20 @@ def _check_models(pipe: DiffusionPipeline, vae: ModelMixin, normalization: Laten
             raise ValueError(
                 f"this {name} needs an autoencoder of {key}={needed}, this one has {given}{_way_to_old_latents(old)}"
             )
-    if vae.config.get("force_upcast") and getattr(vae, "post_quant_conv", None) is None and normalization.upcasts:
-        raise ValueError(f"a {name} upcasts by post_quant_conv, which this autoencoder lacks; set force_upcast=False")
+    lacking = [part for part in normalization.upcast_parts if _part(vae, part) is None]
+    if vae.config.get("force_upcast") and lacking:
+        raise ValueError(f"a {name} upcasts by {lacking[0]}, which this autoencoder lacks; set force_upcast=False")
+    if normalization.needs_posterior and isinstance(vae, (AutoencoderTiny, AutoencoderTinyFA)):
+        logger.warning(
+            "a %s encodes images by a posterior, which an %s lacks: it can only be called without an image",
+            name,
+            type(vae).__name__,
+        )
+
+
+def _part(module: nn.Module, path: str) -> Any:
+    """A part of a module, by a path such as "decoder.mid_block"; None if there is none."""
+    return functools.reduce(lambda part, name: getattr(part, name, None), path.split("."), module)
 
 
 def _way_to_old_latents(old: ModelMixin) -> str:
@@ -275,13 +297,15 @@ def _silent():
         logging.disable(disabled)
 
 
-def _update_derived_attributes(pipe: DiffusionPipeline, before: dict[str, Any], old_ratio: int, ratio: int) -> None:
+def _update_derived_attributes(
+    pipe: DiffusionPipeline, before: dict[str, Any], after: dict[str, Any], old_ratio: int, ratio: int
+) -> None:
     """Updates a pipeline for an autoencoder of another compression ratio.
 
     Args:
-        before: `_derived_attributes` with the old autoencoder.
+        before, after: `_derived_attributes` with the old autoencoder and with the new one.
     """
-    name, after = type(pipe).__name__, _derived_attributes(pipe)
+    name = type(pipe).__name__
     proportional = {key: value for key, value in vars(pipe).items() if _counts_pixels(key, value)}
     factors = {key: _scaled(proportional[key], old_ratio, ratio) for key in FACTORS if key in proportional}
     for key, value in after.items():

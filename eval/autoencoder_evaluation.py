@@ -56,6 +56,8 @@ def evaluate_autoencoders(
         The rows of results.json, and what went wrong with other models, one line each.
     """
     check_levels(levels, images.resolution)
+    if reference is not None:
+        reference.check_size((images.resolution, images.resolution))
     loading = {"batch_size": batch_size, "num_workers": num_workers}
 
     # The models, before hours are spent on the images.

@@ -271,9 +271,11 @@ def evaluate_compression(
         The rows of results.json.
     Raises:
         ModelError: if a model cannot be opened, does not take images of this size, or writes no files and there are no
-            training images.
+            training images; or if a package is missing.
         DataError: if the resolution has not that many octaves.
     """
+    if formats:
+        bitstream.import_extra("bjontegaard")  # which would be missed at the end
     opened = [(name, path, load_autoencoder(path)) for name, path in models]
     for _, path, model in opened:
         if training_images is None:
@@ -363,8 +365,7 @@ def bd_rates(rows: list[dict], anchor: str) -> dict[str, dict[str, float]]:
     Metrics that are not measured are left out, and those in which a curve rises over fewer than four rates, or the two
     share less than half of the qualities of the shorter one.
     """
-    import bjontegaard
-
+    bjontegaard = bitstream.import_extra("bjontegaard")
     curves: dict[str, list[dict]] = {}
     for row in rows:
         curves.setdefault(row["model"], []).append(row["metrics"])

@@ -377,7 +377,7 @@ def read_prompts(file: str | Path) -> list[str]:
         DataError: if there is none, or the file is not UTF-8.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{file} is not UTF-8 text") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -142,6 +142,7 @@ def evaluate_latents(
     """Measures sets of latents; writes results.json and spectra.png.
 
     Args:
+        sets: name and latents each; a name that occurs twice stands for two seeds.
         features: hashes of the extractors of `interpolated_distances`, by their names.
     Returns:
         The rows of results.json. A meter that the set does not allow is None, and a warning says why.
@@ -153,20 +154,20 @@ def evaluate_latents(
     about["data"] = {"hash": first.images}
     rows, spectra = [], {}
     distances = dict.fromkeys(distance for _, found in sets for distance in found.distances)  # None for caches
-    for name, (_, found) in zip(number_duplicates([name for name, _ in sets]), sets):
+    for label, (name, found) in zip(number_duplicates([name for name, _ in sets]), sets):
         if (found.resolution, len(found.latents)) != (first.resolution, len(first.latents)):
             raise DataError(
-                f"{name} is of {len(found.latents)} images at {found.resolution} px, {sets[0][0]} of "
+                f"{label} is of {len(found.latents)} images at {found.resolution} px, {sets[0][0]} of "
                 f"{len(first.latents)} at {first.resolution} px; only latents of the same images can be compared"
             )
         if found.images != first.images and None not in (found.images, first.images):
-            raise DataError(f"{name} is of other images than {sets[0][0]}; only latents of the same can be compared")
-        metrics, spectra[name], missing = latent_metrics(found.latents, found.labels)
+            raise DataError(f"{label} is of other images than {sets[0][0]}; only latents of the same can be compared")
+        metrics, spectra[label], missing = latent_metrics(found.latents, found.labels)
         for reason in missing:
-            logger.warning("%s: %s", name, reason)
+            logger.warning("%s: %s", label, reason)
         shape = list(found.latents.shape[1:])
         if found.latents.shape[1:] != first.latents.shape[1:]:
-            logger.warning("%s has latents of another size than %s: compare no meters", name, sets[0][0])
+            logger.warning("%s has latents of another size than %s: compare no meters", label, sets[0][0])
         rows.append({"model": name, "latent_shape": shape, "metrics": metrics | distances | found.distances})
     protocol = {**about, "posterior": "mode", "standardized": True, "features": features}
     write_results(output, "latents", protocol, rows)

@@ -94,11 +94,11 @@ class Reference:
         height, width = size
         if self.source is not None and height != width:
             raise DataError(
-                f"the samples have {width} x {height} pixels, but the center crops of {self.path} are square"
+                f"these images have {width} x {height} pixels, but the center crops of {self.path} are square"
             )
         if self.size is not None and self.size != tuple(size):
             raise DataError(
-                f"{self.path} is of images of {self.size[1]} x {self.size[0]} pixels, the samples have {width} x {height}"
+                f"{self.path} is of images of {self.size[1]} x {self.size[0]} pixels, these have {width} x {height}"
             )
 
     def _from_npz(self, loading: dict) -> list[ImageStatistics]:

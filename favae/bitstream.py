@@ -2,7 +2,7 @@
 
 A file is 26 bytes and the coded numbers, in little-endian order:
 
-    4  b"fav" and the version of the format, 1
+    4  b"fav" and the version of the format
     8  the first bytes of the SHA-256 of the model's weights
     4  height and width of the image in pixels
     2  the largest distance of a symbol from 0
@@ -12,6 +12,7 @@ A file is 26 bytes and the coded numbers, in little-endian order:
 The first CRC tells a model that computes otherwise than the writer's; the second, a file that is damaged.
 """
 
+import importlib
 import struct
 import zlib
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 
 from favae.errors import CompressedFileError, ModelError
 
-MAGIC, VERSION = b"fav", 1
+MAGIC, VERSION = b"fav", 2  # version 1 had scales that were not rounded to float32
 FIELDS, CHECKSUM = struct.Struct("<3sB8sHHHI"), struct.Struct("<I")
 HEADER_SIZE = FIELDS.size + CHECKSUM.size
 LARGEST_SIDE = LARGEST_DISTANCE = 2**16 - 1
@@ -77,7 +78,7 @@ class Writer:
     """
 
     def __init__(self):
-        self.library = import_constriction()
+        self.library = import_extra("constriction")
         self.coder = self.library.stream.queue.RangeEncoder()
 
     def channels(self, symbols: np.ndarray, table: np.ndarray) -> None:
@@ -102,7 +103,7 @@ class Reader:
     """
 
     def __init__(self, payload: bytes):
-        self.library = import_constriction()
+        self.library = import_extra("constriction")
         words = np.frombuffer(payload, "<u4").astype(np.uint32)
         self.coder = self.library.stream.queue.RangeDecoder(words)
 
@@ -117,9 +118,9 @@ class Reader:
         return self.coder.decode(family, np.zeros_like(scales), scales)
 
 
-def import_constriction() -> Any:
+def import_extra(name: str) -> Any:
+    """A package of the extra [compression]. Raises `ModelError` if it is not installed."""
     try:
-        import constriction
+        return importlib.import_module(name)
     except ImportError as error:
         raise ModelError(f"compression needs the package {error.name}: pip install 'favae[compression]'") from error
-    return constriction

@@ -130,6 +130,8 @@ def compress(arguments: argparse.Namespace) -> None:
         height, width = image.shape[-2:]
         bits = f"{8 * len(data) / (height * width):.4f}"
         rows.append({"": str(output), "size": f"{width} x {height}", "bytes": f"{len(data):,}", "bpp": bits})
+    if not rows:
+        raise DataError("not one of the images can be read")
     print(format_table(rows))
 
 

@@ -270,6 +270,9 @@ def evaluate_latents(arguments: argparse.Namespace) -> None:
     if arguments.model:
         source = open_data(arguments)
         digest = ImageRecord.of(source).digest()
+        for name, found in sets:  # before hours are spent on the models
+            if found.images not in (None, digest):
+                raise DataError(f"{name} is of other images than --data {arguments.data}; its --split may be another")
         loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         for name, path in arguments.model:
             vae = load_autoencoder(path).to(process_state().device)

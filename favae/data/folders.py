@@ -11,7 +11,7 @@ from PIL import Image
 
 from favae.data.captions import read_caption_lines
 from favae.data.decoding import UnusableImage, image_extensions, read_image, stored_size
-from favae.data.images import ImageIdentity
+from favae.data.images import MIN_SIZE, ImageIdentity
 from favae.errors import DataError
 from favae.files import LOCK_FILE, SETTINGS_FILE
 
@@ -44,7 +44,7 @@ class FolderSource:
             if these folders are the splits of a data set.
     """
 
-    def __init__(self, path: str | Path, min_size: int = 16, *, labels: bool = True, captions: bool = True):
+    def __init__(self, path: str | Path, min_size: int = MIN_SIZE, *, labels: bool = True, captions: bool = True):
         check_name(path)
         self.path = Path(path)
         if not self.path.is_dir():

@@ -124,6 +124,9 @@ class ImageIdentity(NamedTuple):
     time: int  # of the last change of its file, in nanoseconds since 1970; 0 if unknown. Copies may have another one.
 
 
+MIN_SIZE = 16  # pixels that the shorter side of an image must have, unless something else is asked for
+
+
 class Source(Protocol):
     """Images by index, whatever they are stored in. Labels are looked at when somebody asks for classes."""
 

@@ -15,7 +15,7 @@ from favae.autoencoders import image_channels, measure_budget
 from favae.data.cached_dataset import CONTENTS, CachedDataset
 from favae.data.captions import captions_file, check_captions, summarize_captions
 from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images, is_older
-from favae.data.images import ImageDataset, read_in_order, without_high_frequencies
+from favae.data.images import MIN_SIZE, ImageDataset, read_in_order, without_high_frequencies
 from favae.data.latents import MomentsDataset, PackedMomentsDataset, TokenDataset, tokenizer_hash
 from favae.data.sharded_cache import CacheWriter, all_finite, open_shard, shard_file
 from favae.errors import CacheError
@@ -64,6 +64,7 @@ def write_latent_cache(
     captioned = images.source.has_captions  # refuses what is no text
     if not captioned and captions_file(Path(output), 0).exists():
         raise CacheError(f"{output} has captions, and the images given have none; name their --caption-column again")
+    min_size = getattr(images.source, "min_size", MIN_SIZE)  # what tables and archives leave out when they read it
     dataset_class: type[CachedDataset] = PackedMomentsDataset if compress else MomentsDataset
     stored = None if compress else dtype
     if isinstance(tokenizer, VQModelFA):
@@ -78,6 +79,7 @@ def write_latent_cache(
         "shard_size": shard_size,
         "dtype": "int6" if stored is None else str(stored).removeprefix("torch."),
         "low_pass": low_pass,
+        "min_size": None if min_size == MIN_SIZE else min_size,
     }
     writer = CacheWriter(output, plan, CONTENTS, names=["data", "images"])
     tokenizer = tokenizer.to(writer.state.device).eval()

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from favae.data.folders import FolderSource, check_name
-from favae.data.images import ImageIdentity, Source
+from favae.data.images import MIN_SIZE, ImageIdentity, Source
 from favae.data.photos import PhotoSource
 from favae.data.tables import AUTO, HUB, NONE, HuggingFaceSource, is_table
 from favae.data.tar_shards import TarSource, is_tar
@@ -29,7 +29,7 @@ def open_source(
     image_column: str = AUTO,
     label_column: str = AUTO,
     caption_column: str = AUTO,
-    min_size: int = 16,
+    min_size: int = MIN_SIZE,
 ) -> Source:
     """Opens images by one name.
 

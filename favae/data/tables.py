@@ -15,7 +15,7 @@ from PIL import Image
 from favae.data.captions import clean_captions
 from favae.data.decoding import UnusableImage, image_extensions, read_image
 from favae.data.folders import NO_LABELS, check_size, holds_only
-from favae.data.images import ImageIdentity
+from favae.data.images import MIN_SIZE, ImageIdentity
 from favae.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class HuggingFaceSource:
         image_column: str = AUTO,
         label_column: str = AUTO,
         caption_column: str = AUTO,
-        min_size: int = 16,
+        min_size: int = MIN_SIZE,
     ):
         import datasets
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from favae.data.captions import clean_captions
 from favae.data.decoding import UnusableImage, image_extensions, read_image
 from favae.data.folders import NO_LABELS, check_size, ending_of, holds_only, printable, shown, walk
-from favae.data.images import ImageIdentity
+from favae.data.images import MIN_SIZE, ImageIdentity
 from favae.data.tables import AUTO, NONE
 from favae.errors import DataError
 
@@ -62,7 +62,7 @@ class TarSource:
         image_column: str = AUTO,
         label_column: str = AUTO,
         caption_column: str = AUTO,
-        min_size: int = 16,
+        min_size: int = MIN_SIZE,
     ):
         self.path, self.min_size, self._labels_are_expected = path, min_size, label_column != NONE
         self.shards = _find_shards(path, split)

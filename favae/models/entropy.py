@@ -73,8 +73,12 @@ def scale_indices(scales: Tensor) -> Tensor:
 
 
 def scale_table() -> Tensor:
-    """(64,), float64: from 0.11 to 256, in equal ratios. Source: Balle et al. (arXiv 1802.01436)."""
-    return torch.logspace(math.log10(MIN_SCALE), math.log10(MAX_SCALE), NUM_SCALES, dtype=torch.float64)
+    """(64,), float64: from 0.11 to 256, in equal ratios. Source: Balle et al. (arXiv 1802.01436).
+
+    Rounded to what float32 holds, so that machines whose logarithms differ in the last bits have the same numbers.
+    """
+    scales = torch.logspace(math.log10(MIN_SCALE), math.log10(MAX_SCALE), NUM_SCALES, dtype=torch.float64)
+    return scales.float().double()
 
 
 class FactorizedDensity(nn.Module):

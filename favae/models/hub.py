@@ -132,11 +132,12 @@ class HubModelMixin(ModelMixin, ConfigMixin):
         create_pr: bool = False,
         subfolder: str | None = None,
     ):
-        """Called by `save_pretrained(push_to_hub=True)`, which has written the card that describes no model yet."""
+        """Called for `push_to_hub=True`, by `save_config` and by `save_pretrained`, whose card describes no model."""
         readme = Path(working_dir) / "README.md"
-        card = ModelCard.load(readme)
-        describe_model(card, self, repo_id, _read_recipe(self))
-        card.save(readme)
+        if readme.is_file():
+            card = ModelCard.load(readme)
+            describe_model(card, self, repo_id, _read_recipe(self))
+            card.save(readme)
         return super()._upload_folder(working_dir, repo_id, token, commit_message, create_pr, subfolder)
 
 

@@ -240,6 +240,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         unchecked = torch.compiler.is_compiling() or indices.numel() == 0
         if not unchecked and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_tokens:
             raise ValueError(f"indices must be in 0 ... {self.num_tokens - 1}, got {indices.min()} ... {indices.max()}")
+        indices = indices.long()  # of smaller types, torch takes some as masks, and refuses the others
         if isinstance(self.codebook, ScaleQuantizer):
             return self.codebook.lookup(indices).contiguous()
         tokens = indices.flatten(1, 2)  # (B, hw) or (B, hw, Q)

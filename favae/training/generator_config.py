@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import field
+from inspect import signature
 from typing import Annotated, Any
 
 from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
@@ -105,8 +106,11 @@ class GeneratorConfig(RunConfig):
 
     @property
     def milestones(self) -> dict[str, int]:
-        found = {"data.warmup_steps": self.data.warmup_steps, "evaluation.every": self.evaluation.every}
-        return super().milestones | found
+        stop_step = self.loss.alignment.stop_step if self.loss.alignment.weight else None
+        return super().milestones | {
+            "data.warmup_steps": self.data.warmup_steps,
+            "loss.alignment.stop_step": stop_step or 0,
+        }
 
     def builds(self, model_class: type[ModelMixin]) -> bool:
         """Whether the generator is of this class, or of one's own that is derived from it."""
@@ -212,6 +216,13 @@ class GeneratorConfig(RunConfig):
                 raise ConfigError(f"model.{key} is missing: of the latents, or one more than the classes")
         if not isinstance(self.model["sample_size"], int):
             raise ConfigError("model.sample_size must be one number: latents are square")
+        widths = self.model.get("block_out_channels") or signature(UNet2DModel).parameters["block_out_channels"].default
+        halvings = len(widths) - 1
+        if self.model["sample_size"] % 2**halvings:
+            raise ConfigError(
+                f"model.sample_size={self.model['sample_size']} cannot be halved {halvings} times, once between each "
+                "two of model.block_out_channels"
+            )
         if self.model["num_class_embeds"] < 2:
             raise ConfigError(
                 "model.num_class_embeds must be one more than the classes, of which there is at least one"

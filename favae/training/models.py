@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiTTransformer2DModel, ModelMixin
+from torch import nn
 
 from favae.errors import ConfigError, one_line
 from favae.models.class_conditional import initialize_dit
@@ -113,6 +115,14 @@ def enable_gradient_checkpointing(model: ModelMixin) -> None:
     if not model._supports_gradient_checkpointing:
         raise ConfigError(f"train.gradient_checkpointing is not there for a {type(model).__name__}")
     model.enable_gradient_checkpointing()
+
+
+def lay_out_channels_last(module: nn.Module) -> None:
+    """Lays out what has four dimensions, as the weights of convolutions of images. Those of videos, which a teacher may
+    have, cannot be laid out so."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def inherit_settings(settings: dict[str, Any]) -> dict[str, Any]:

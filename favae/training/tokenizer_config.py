@@ -120,7 +120,7 @@ class TokenizerConfig(RunConfig):
         found = {f"stages[{i}].start_step": stage.start_step for i, stage in enumerate(self.stages)}
         found |= {"loss.adversarial.start_step": self.adversarial_start or 0}
         found |= {"train.fade_shortcut_steps": self.train.fade_shortcut_steps}
-        return super().milestones | found | {"evaluation.every": self.evaluation.every}
+        return super().milestones | found
 
     @property
     def trained_parts(self) -> Literal["all", "encoder", "decoder"]:

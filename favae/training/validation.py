@@ -49,7 +49,7 @@ RANGES_OF_UNETS = {
     **RANGES_BY_NAME,
     "down_block_types": tuple[Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], ...],
     "up_block_types": tuple[Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], ...],
-    "time_embedding_type": Literal["positional", "fourier"],
+    "time_embedding_type": Literal["positional"],  # the other takes the logarithm of times, which begin with 0
     "class_embed_type": None,  # the others take numbers, and no classes
     "mid_block_type": Literal["UNetMidBlock2D"] | None,
     "mid_block_scale_factor": Positive,

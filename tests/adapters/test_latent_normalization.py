@@ -10,9 +10,9 @@ import torch
 from decoding_probe import probe_decoding, probe_encoding
 from diffusers import AutoencoderKL, DiffusionPipeline
 from test_swap_packed_and_video import flux2_autoencoder, qwen, wan
-from tiny_pipelines import stock
+from tiny_pipelines import ours, stock
 
-from favae import LightningDiTPipeline
+from favae import AutoencoderTinyFA, LightningDiTPipeline
 from favae.adapters.latent_normalization import read_normalization
 from favae.adapters.pipelines import fold_latent_statistics, swap_vae
 
@@ -142,6 +142,8 @@ def test_every_pipeline_is_swapped_or_refused():
         swapped.append(name)
         for key, value in before.items():
             assert key.endswith("temporal") or getattr(pipe, key) == 2 * value, name
+    upscaler = refused.pop("StableDiffusionUpscalePipeline")
+    assert "is for autoencoders with {'scaling_factor': 0.08333}" in upscaler and new.config.scaling_factor == 0.5
     assert refused.keys() <= SAY_NOTHING and all("nothing in its source" in line for line in refused.values())
     assert len(swapped) > 160
 
@@ -180,6 +182,37 @@ def test_conditions_without_a_scale_must_be_the_old_latents(caplog):
     assert "favae" not in str(caplog.record_tuples)
     swap_vae(pipe, fold_latent_statistics(stock()))
     assert "trained on its latents" in caplog.text
+
+
+def test_the_upscaler_takes_autoencoders_of_its_scale():
+    pipe = empty(diffusers.StableDiffusionUpscalePipeline, stock(scaling_factor=0.08333))
+    vae = stock(octaves=3, scaling_factor=0.08333)
+    assert swap_vae(pipe, vae).vae is vae and vae.config.scaling_factor == 0.08333
+    with pytest.raises(ValueError, match="whenever it is made"):
+        swap_vae(pipe, stock(scaling_factor=1.0))
+    assert pipe.vae is vae
+
+
+def test_small_autoencoders_cannot_encode_where_a_posterior_is_wanted(read, caplog):
+    tiny = AutoencoderTinyFA(
+        block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1), decoder_block_out_channels=(8, 8),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    for name, warns in (("FluxControlPipeline", True), ("FluxImg2ImgPipeline", False)):
+        caplog.clear()
+        swap_vae(empty(getattr(diffusers, name), stock()), tiny)
+        assert ("by a posterior, which an AutoencoderTinyFA lacks" in caplog.text) == warns
+        assert read[name].needs_posterior == warns
+
+
+def test_what_pipelines_upcast_by_must_be_there(read):
+    pipe = empty(diffusers.AnimateDiffSDXLPipeline, stock(force_upcast=True))
+    with pytest.raises(ValueError, match="upcasts by decoder.mid_block, which this autoencoder lacks"):
+        swap_vae(pipe, ours(force_upcast=True))
+    assert swap_vae(pipe, ours(force_upcast=False)).vae.config.force_upcast is False
+    assert {name for name, found in read.items() if "decoder.mid_block" in found.upcast_parts} == {
+        "AnimateDiffSDXLPipeline"
+    }
 
 
 def test_pipelines_of_ours_and_of_users():

@@ -122,6 +122,7 @@ def hub(monkeypatch, tmp_path):
     for module in (diffusers.models.modeling_utils, favae.models.hub):
         monkeypatch.setattr(module, "create_repo", create)
         monkeypatch.setattr(module, "load_or_create_model_card", card)
+    monkeypatch.setattr(diffusers.configuration_utils, "create_repo", create)
     monkeypatch.setattr(diffusers.utils.hub_utils, "upload_folder", upload)
     return uploaded
 
@@ -174,6 +175,10 @@ def test_cards_know_the_repository_and_the_run(hub, lightningdit, tiny_favae, tm
     assert "bpp of m, step 1" in text and "jpeg" not in text
     tiny_favae.push_to_hub("short", "what changed")  # the message comes second, as in diffusers
     assert 'from_pretrained("me/short")' in (hub / "me/short/README.md").read_text()
+    tiny_favae.save_config(
+        str(tmp_path / "config"), push_to_hub=True, repo_id="me/config"
+    )  # without a card, as diffusers'
+    assert (hub / "me/config/config.json").exists() and not (hub / "me/config/README.md").exists()
     lightningdit.transformer.push_to_hub("me/generator")
     text = (hub / "me/generator/README.md").read_text()
     assert "Latents" not in text and "model = LightningDiTTransformer2DModel" in text

@@ -188,7 +188,7 @@ def test_a_killed_run_fills_the_gaps(written, cache):
     assert (cache / "shard-00000.safetensors").stat().st_mtime_ns == untouched
 
 
-def test_another_tokenizer_or_plan_is_refused_and_nothing_written_over(written, cache):
+def test_another_tokenizer_or_plan_is_refused_and_nothing_written_over(written, cache, monkeypatch):
     tokenizer, images, _ = written
     torch.manual_seed(1)
     other = AutoencoderKLFA(**TINY_FAVAE)
@@ -199,6 +199,11 @@ def test_another_tokenizer_or_plan_is_refused_and_nothing_written_over(written, 
         write_latent_cache(other, images, cache, shard_size=5)
     with pytest.raises(CacheError, match="another shard_size"):
         write_latent_cache(tokenizer, images, cache, shard_size=6)
+    # Tables and archives leave out small images when they read them.
+    monkeypatch.setattr(images.source, "min_size", 20, raising=False)
+    with pytest.raises(CacheError, match="another min_size"):
+        write_latent_cache(tokenizer, images, cache, shard_size=5)
+    monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
     with pytest.raises(CacheError, match="not empty and not a latent cache"):
         write_latent_cache(tokenizer, images, images.source.path)

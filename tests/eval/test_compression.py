@@ -99,6 +99,9 @@ def test_what_cannot_be_read_in_a_folder_is_left_out(model, pictures, tmp_path, 
     assert names == {"a.png.fav", "b.jpg.fav"} and "a.jpg cannot be read" in caplog.text
     words = ("--model", model, "--output", tmp_path / "files")
     assert "a.jpg cannot be read" in command_error("compress", folder / "a.jpg", *words)
+    (folder / "a.png").unlink()
+    (folder / "inside/b.jpg").unlink()
+    assert "not one of the images can be read" in command_error("compress", folder, *words)
 
 
 def test_links_are_followed_and_what_is_hidden_is_not_read(model, pictures, tmp_path):

@@ -29,7 +29,7 @@ from favae.errors import DataError, NonFiniteError
 from favae.eval.extraction import ImageStatistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import feature_statistics
-from favae.eval.generation import generation_metrics, measure_samples, sample_pipeline, steps_argument
+from favae.eval.generation import generation_metrics, measure_samples, read_prompts, sample_pipeline, steps_argument
 from favae.eval.image_sets import CroppedImages, SampleFolder, open_samples
 from favae.eval.references import Reference, save_statistics
 from favae.eval.sampling import class_labels, classes_of, sample_to_folder
@@ -331,7 +331,7 @@ def test_the_command_with_two_processes_equals_one(pipeline, tmp_path, capsys):
     command("reference-statistics", "--data", images, "--resolution", 8, *OFFLINE, "--output", small)
     for words in (("--reference", small), ("--reference", images, "--validation", small)):
         message = command_error(*common, *words, "--output", tmp_path / "none")
-        assert "small.safetensors is of images of 8 x 8 pixels, the samples have 16 x 16" in message
+        assert "small.safetensors is of images of 8 x 8 pixels, these have 16 x 16" in message
         assert not list((tmp_path / "none").rglob("*.png"))  # it says so before it has made samples of any guidance
 
     nowhere = ("--samples", tmp_path / "nowhere", "--reference", images, *OFFLINE, "--output", tmp_path / "x")
@@ -396,7 +396,7 @@ def text_pipeline(tmp_path_factory):
 @pytest.mark.parametrize("options", [(), ("--temperature", 0.5, "--top-k", 5, "--guidance-scale", 1, 3)])
 def test_the_lines_of_a_file_are_prompts(tmp_path, image_folder, text_pipeline, options):
     path, pipe = text_pipeline
-    (tmp_path / "prompts.txt").write_text("a red apple\n\nthe dog\n")
+    (tmp_path / "prompts.txt").write_text("a red apple\n\nthe dog\n", encoding="utf-8-sig")
     common = ["evaluate", "generation", "--pipeline", path, "--reference", image_folder, *OFFLINE]
     common += ["--num-images", 5, "--batch-size", 2, "--output", tmp_path / "out"]
     command(*common, "--prompts", tmp_path / "prompts.txt", *options)
@@ -407,6 +407,7 @@ def test_the_lines_of_a_file_are_prompts(tmp_path, image_folder, text_pipeline, 
     third = pipe("a red apple", guidance_scale=1.0, generator=[image_generator(0, 2)], output_type="np",
                  **({"temperature": 0.5, "top_k": 5} if options else {})).images[0]  # fmt: skip
     assert np.abs(np.array(Image.open(folder / "000002.png")) / 255 - third).max() < 0.01
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red apple", "the dog"]  # without a byte order mark
 
 
 def test_prompts_that_cannot_be_used(tmp_path, image_folder, text_pipeline):

@@ -134,6 +134,10 @@ def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys
     assert result["protocol"]["num_images"] == 40 and (tmp_path / "out/spectra.png").exists()
     assert "VIV" in capsys.readouterr().out
 
+    # Seeds of a model have one name, which results.json keeps.
+    command("evaluate", "latents", *options[:2], *options[:2], "--output", tmp_path / "seeds")
+    assert [row["model"] for row in json.loads((tmp_path / "seeds/results.json").read_text())["rows"]] == ["a", "a"]
+
     # Meters that the images do not allow are left out, with the reason.
     command("evaluate", "latents", *options, "--num-images", "8", "--output", tmp_path / "few")
     assert "no VIV: VIV of latents of 6 x 4 x 4 needs 14 images of each class" in caplog.text
@@ -162,6 +166,17 @@ def test_a_cache_and_its_model_have_the_same_meters(tiny_favae, tmp_path, capsys
     assert "--features is for --model" in command_error(
         "evaluate", "latents", *options[:2], *features, "--output", tmp_path / "between"
     )
+
+
+def test_other_images_are_refused_before_a_model_encodes_them(tiny_cache, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("images were encoded")
+
+    monkeypatch.setattr(latent_evaluation, "encoded_latents", fail)
+    folder = write_images(tiny_cache / "others", size=(40, 40))
+    words = ("--latents", tiny_cache / "cache", "--model", tiny_cache / "tokenizer", "--data", folder)
+    message = command_error("evaluate", "latents", *words, "--resolution", 16, "--output", tiny_cache / "out")
+    assert "cache is of other images than --data" in message
 
 
 def test_a_cache_with_a_gap_is_of_the_images_that_a_model_is_given(tiny_favae, tmp_path):

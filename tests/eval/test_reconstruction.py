@@ -281,4 +281,7 @@ def test_models_are_opened_before_images_are_measured(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "images", classes=1, per_class=2)
     options = ("--data", folder, "--resolution", 16, "--features", "efficientnet-lite0", "--output", tmp_path / "out")
     assert "mistyped" in command_error("evaluate", "reconstruction", "--model", tmp_path / "mistyped", *options)
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    other = ("--model", tmp_path / "mistyped", "--reference", tmp_path / "small.npz")
+    assert "8 x 8 pixels, these have 16 x 16" in command_error("evaluate", "reconstruction", *other, *options)
     assert not (tmp_path / "out").exists()

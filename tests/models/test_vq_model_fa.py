@@ -36,6 +36,8 @@ def test_indices_and_latents_decode_alike(options):
         assert torch.equal(model.quantize(quantized.latents).indices, quantized.indices)
     decoded = model.decode(quantized.indices).sample
     assert decoded.shape == x.shape
+    for small in (torch.uint8, torch.int16):  # as they may be stored
+        assert torch.equal(model.decode(quantized.indices.to(small)).sample, decoded)
     assert torch.allclose(decoded, model(x).sample, atol=1e-6)
     assert torch.allclose(decoded, model.decode(quantized.latents, force_not_quantize=True).sample, atol=1e-6)
 

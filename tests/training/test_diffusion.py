@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import (
+    TINY_FAVAE,
     TINY_LIGHTNINGDIT,
     TINY_UNET,
     command,
@@ -25,7 +26,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
+from favae import AutoencoderKLFA, LightningDiTPipeline, LightningDiTTransformer2DModel
 from favae.data.images import ImageDataset, without_high_frequencies
 from favae.data.latents import load_tokenizer, open_latents
 from favae.data.sources import open_source
@@ -220,6 +221,11 @@ def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels
             build_pipeline(
                 load_config(GeneratorConfig, recipe), pipe.transformer, tiny, open_latents(tiny_cache / "cache")
             )
+        sphere = AutoencoderKLFA(**TINY_FAVAE, latent_norm="rms")
+        with pytest.raises(ConfigError, match="loss.objective=ddpm: .* on a sphere"):
+            build_pipeline(
+                load_config(GeneratorConfig, recipe), pipe.transformer, sphere, open_latents(tiny_cache / "cache")
+            )
         assert type(pipe) is diffusers.DiTPipeline and pipe.vae.config.latents_std is None
         assert pipe.get_label_ids(["class2"]) == [2]
         assert list(classes_of(pipe).values()) == ["class0", "class1", "class2"]  # of the 1,000 it could have
@@ -251,6 +257,18 @@ def test_a_unet_trains_resumes_and_is_sampled_with_guidance(tiny_cache, objectiv
     pipe.scheduler = flow_scheduler("heun") if objective == "ddpm" else DDIMScheduler()
     with pytest.raises(ValueError, match="takes no epsilon" if objective == "ddpm" else "not set to integrate a flow"):
         pipe([0], **options | {"latents": None})
+
+
+@pytest.mark.parametrize(
+    "setting, named",
+    [
+        ("model.sample_size=5", "model.sample_size=5 cannot be halved 1 times"),
+        ("model.time_embedding_type=fourier", "model.time_embedding_type must be 'positional'"),
+    ],
+)
+def test_unets_that_could_not_be_sampled_are_refused(tiny_cache, setting, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(GeneratorConfig, unet_recipe(tiny_cache), [setting])
 
 
 def test_noise_is_taken_away_by_schedulers_of_diffusion(tiny_favae):

@@ -20,7 +20,7 @@ from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.normalization import normalize_latents
 from favae.training.config import load_config
-from favae.training.models import build_model
+from favae.training.models import build_model, lay_out_channels_last
 from favae.training.sharding import blocks_of
 from favae.training.tokenizer_config import TokenizerConfig
 from favae.training.tokenizer_losses import TokenizerLossConfig
@@ -107,6 +107,7 @@ def test_any_autoencoder_may_be_the_teacher(tmp_path):
             options = [f"teacher={{autoencoder: {json.dumps(str(tmp_path / name))}, normalize: {normalize}}}"]
             config = load_config(TokenizerConfig, recipe, [*options, f"train.resolution={resolution}"])
             module = build_training_module(config, build_tokenizer(config))
+            lay_out_channels_last(module)  # of teachers of videos, what can be
             loss, logs, reconstruction, _ = module(crops, config.loss)
             assert loss.isfinite() and logs.keys() == {"latents", "reconstruction"}, name
             assert reconstruction.shape == crops.shape

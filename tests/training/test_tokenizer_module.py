@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from favae import AsymmetricAutoencoderKLFA, AutoencoderKLFA, HyperpriorModelFA, VQModelFA
 from favae.errors import ConfigError
 from favae.losses.adversarial import PatchDiscriminator
+from favae.training.models import lay_out_channels_last
 from favae.training.tokenizer_losses import (
     AdversarialConfig,
     AlignmentConfig,
@@ -237,7 +238,7 @@ def test_frozen_networks_are_in_no_checkpoint(tiny_favae):
 def test_it_is_an_autoencoder_like_any_other_to_torch():
     vae = AutoencoderKLFA(**TINY_FAVAE)
     module, losses = module_of(vae)
-    module.to(memory_format=torch.channels_last)
+    lay_out_channels_last(module)
     assert vae.encoder.low.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     loss, *_ = module(batch().contiguous(memory_format=torch.channels_last), losses)
     loss.backward()
