@@ -11,7 +11,10 @@ from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128
 ON_PHOTOGRAPHS = ("stock", "stock_aligned", "stock_mask", "one_trunk", "split", "split_aligned", "ours")
 SHOWN = {  # below each other
     "alignment": (GLYPHS, ["stock", "stock_aligned", "split", "split_aligned"]),
-    "samples": (GLYPHS, ["stock", "stock_shortcut", "stock_half_aligned", "stock_shortcut_aligned", "one_trunk", "ours"]),
+    "samples": (
+        GLYPHS,
+        ["stock", "stock_shortcut", "stock_half_aligned", "stock_shortcut_aligned", "one_trunk", "ours"],
+    ),
     "photographs": (PHOTOGRAPHS, [f"photographs_{name}" for name in ON_PHOTOGRAPHS]),
 }
 
