@@ -174,7 +174,12 @@ def open_cache(config: GeneratorConfig, tokenizer: ModelMixin | None = None) -> 
         with hint("`favae embed-captions` writes data.text_embeddings"):
             embeddings = TextEmbeddings(data.text_embeddings or Path(data.latents) / TEXT_EMBEDDINGS_FOLDER)
     with hint("`favae cache-latents` writes data.latents with data.tokenizer"):
-        return open_latents(data.latents, tokenizer, flip=data.flip, text_embeddings=embeddings)
+        dataset = open_latents(data.latents, tokenizer, flip=data.flip, text_embeddings=embeddings)
+    if data.normalization == "global":
+        if isinstance(dataset, TokenDataset):
+            raise ConfigError("data.normalization is for latents, not for tokens")
+        dataset.share_std()
+    return dataset
 
 
 def open_warmup(
@@ -242,7 +247,7 @@ def build_pipeline(
 ) -> DiffusionPipeline:
     """What samples the generator. Its autoencoder carries the statistics that the latents were normalized with."""
     if isinstance(dataset, MomentsDataset):
-        statistics = {key: dataset.manifest[key] for key in ("latents_mean", "latents_std")}
+        statistics = {"latents_mean": dataset.mean.flatten().tolist(), "latents_std": dataset.std.flatten().tolist()}
         tokenizer.register_to_config(**statistics, scaling_factor=1.0, shift_factor=0.0)
     names = dict(enumerate(dataset.classes)) if num_classes(transformer) else None
     options: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "id2label": names}

@@ -45,7 +45,7 @@ from favae.training.checkpoints import find_checkpoints
 from favae.training.generator_config import GeneratorConfig
 from favae.training.models import find_model_class
 from favae.training.tokenizer_config import TokenizerConfig
-from train_generator import build_pipeline
+from train_generator import build_pipeline, open_cache
 from train_generator import train as train_generator
 from train_tokenizer import train as train_tokenizer
 
@@ -95,6 +95,8 @@ class Variant:
         model: the `model:` section of the tokenizer's recipe. loss: what differs from the others.
         faded_share: of the tokenizer's steps in which its shortcut vanishes.
         smooth_share: of the generator's steps that learn latents of smooth images first.
+        normalization: of the latents that the generator learns.
+        tokenizer: the row that has this tokenizer as well, and from which it is taken.
         images: what it is trained on.
         length: its number of steps, in multiples of the others'.
     """
@@ -104,6 +106,8 @@ class Variant:
     loss: dict = field(default_factory=dict)
     faded_share: float = 0.0
     smooth_share: float = 0.0
+    normalization: str = "per_channel"
+    tokenizer: str | None = None
     images: TrainingSet = GLYPHS
     length: float = 1.0
 
@@ -192,6 +196,19 @@ VARIANTS = {
         "`stock` + alignment of eight of the 16 channels", STOCK, {"alignment": {**ALIGNMENT, "channels": 8}}
     ),
     "stock_shortcut_aligned": Variant("`stock_shortcut` + alignment", STOCK_SHORTCUT, {"alignment": ALIGNMENT}),
+    **{
+        f"{name}_global": Variant(
+            f"`{name}`, whose latents are all divided by one number for the generator",
+            model,
+            loss,
+            normalization="global",
+            tokenizer=name,
+        )
+        for name, model, loss in (
+            ("stock_shortcut", STOCK_SHORTCUT, {}),
+            ("stock_shortcut_aligned", STOCK_SHORTCUT, {"alignment": ALIGNMENT}),
+        )
+    },
     "split_aligned": Variant("`split` + alignment of the low channels", SPLIT, {"alignment": ALIGNMENT}),
     "stock_spectrum": Variant("`stock` + spectrum matching", STOCK, {"spectrum_matching": {"weight": 0.01}, "kl": 0.0}),
     "stock_mask": Variant("`stock` + as much weight again on errors where there is detail", STOCK, {"mask": 1.0}),
@@ -223,11 +240,20 @@ VARIANTS = {
 
 def make_row(task: Task) -> dict:
     """Trains a tokenizer and the generator of its latents with one seed, and measures both along the way."""
-    file = task.beside("-tokenizer.json")  # a row that was interrupted goes on after it
-    if not file.exists():
-        write_text(file, json.dumps(tokenizer_metrics(task)))
+    tokenizer = tokenizer_task(task)
+    file = tokenizer.beside("-tokenizer.json")  # a row that was interrupted goes on after it
+    with FileLock(tokenizer.beside("-tokenizer.lock")):
+        if not file.exists():
+            write_text(file, json.dumps(tokenizer_metrics(tokenizer)))
     AcceleratorState._reset_state()  # the generator may train in another precision
-    return json.loads(file.read_text()) | {"generator": generator_metrics(task)} | environment()
+    row = json.loads(file.read_text()) | {"model": task.name}
+    return row | {"generator": generator_metrics(task)} | environment()
+
+
+def tokenizer_task(task: Task) -> Task:
+    """The row whose tokenizer it is: the own, but for rows that differ in their generators alone."""
+    name = task.variant.tokenizer or task.name
+    return replace(task, name=name, variant=VARIANTS[name])
 
 
 def tokenizer_metrics(task: Task) -> dict:
@@ -307,7 +333,7 @@ def on_plateau(errors: list[float]) -> bool:
 
 def generator_metrics(task: Task) -> dict:
     run = task.beside("-generator")
-    tokenizer = load_tokenizer(str(task.run / "final"))
+    tokenizer = load_tokenizer(str(tokenizer_task(task).run / "final"))
     images = task.variant.images
     latents = write_cache(tokenizer, images, run.with_name(f"{run.name}-latents"))
     smooth = None
@@ -321,7 +347,7 @@ def generator_metrics(task: Task) -> dict:
     curve = []
     for step, path in points(run, task.steps):
         transformer = find_model_class(TRANSFORMER["name"]).from_pretrained(path / "ema").eval()
-        pipeline = build_pipeline(config, transformer, tokenizer, open_latents(latents)).to(device())
+        pipeline = build_pipeline(config, transformer, tokenizer, open_cache(config)).to(device())
         point, scales = {"steps": step}, dict(UNGUIDED)
         if images.num_classes > 1 and step == task.steps:
             scales |= GUIDED
@@ -361,7 +387,8 @@ def write_cache(tokenizer, images: TrainingSet, folder: Path, low_pass: float | 
 def generator_config(task: Task, run, latents, smooth) -> GeneratorConfig:
     shape = open_latents(latents).latent_shape
     images = task.variant.images
-    data = {"latents": str(latents), "tokenizer": str(task.run / "final"), "flip": False}
+    data = {"latents": str(latents), "tokenizer": str(tokenizer_task(task).run / "final"), "flip": False}
+    data["normalization"] = task.variant.normalization
     if smooth is not None:
         data |= {"warmup_latents": str(smooth), "warmup_steps": round(task.variant.smooth_share * task.steps)}
     own = {"num_classes": images.num_classes, "in_channels": shape[0], "sample_size": shape[1]}

@@ -164,8 +164,15 @@ class MomentsDataset(CachedDataset):
         std = std.masked_fill(constant, 1.0)
         return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
+    def share_std(self) -> None:
+        """Normalizes all channels by one number, the root mean square of their stds, as a `scaling_factor` does.
+
+        Channels that vary less then weigh less in what a generator learns, and are drowned by less noise.
+        """
+        self.std = self.std.square().mean().sqrt().expand_as(self.std)
+
     def sample(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Samples of a batch's posteriors, normalized to mean 0 and std 1: (B, C, h, w) float32 on its device."""
+        """Samples of a batch's posteriors, normalized by `mean` and `std`: (B, C, h, w) float32 on its device."""
         mean, logvar = batch["mean"].float(), batch["logvar"].float()
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         latents = mean + (0.5 * logvar).exp() * noise

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import field
 from inspect import signature
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
 from pydantic import Field
@@ -29,6 +29,7 @@ class LatentDataConfig:
     warmup_latents: Text | None = None  # of the same images, written with --low-pass: learned first (FreqWarm)
     warmup_steps: Step = 0  # how long
     flip: bool = True
+    normalization: Literal["per_channel", "global"] = "per_channel"  # std 1 of each channel; of all channels together
     text_embeddings: Text | None = None  # written by `favae embed-captions`; None: the folder in that of the latents
     text_encoder: Text | None = None  # where the encoder of these embeddings is now; None: where it was
     images: Text | None = None  # what the cache was made of, for loss.alignment
