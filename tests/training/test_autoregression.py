@@ -161,6 +161,7 @@ def test_two_processes_train_together(kind, request, tmp_path):
         ("model.text_dim=5", "text embeddings of 8 numbers, the generator is built for 5"),
         ("model={name: CATTransformerModel, head: flow, latent_channels: 6}", "model.head = categorical"),
         ("data.text_encoder=no/such/folder", "no/such/folder"),
+        ("data.normalization=global", "data.normalization"),
     ],
 )
 def test_what_does_not_fit_is_one_line(codes, tmp_path, override, named):

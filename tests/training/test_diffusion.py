@@ -33,6 +33,7 @@ from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.eval.sampling import classes_of, sample_to_folder
 from favae.models.class_conditional import initialize_dit
+from favae.normalization import denormalize_latents
 from favae.pipelines.solvers import flow_scheduler
 from favae.training.config import load_config
 from favae.training.diffusion import DIFFUSION_SCHEDULE, DiffusionModule, GeneratorLossConfig
@@ -330,6 +331,26 @@ def test_muon_takes_the_matrices_and_compiled_blocks_train(tiny_cache):
         DiffusionPipeline.from_pretrained(tiny_cache / "run/final").transformer.blocks[0].modulation.weight.abs().sum()
         > 0
     )
+
+
+def test_all_channels_may_be_normalized_by_one_std(tiny_cache, monkeypatch):
+    seen = []
+    plain = DiffusionModule.forward
+    monkeypatch.setattr(DiffusionModule, "forward", lambda self, z, b: seen.append((z, b)) or plain(self, z, b))
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    train("train_generator", recipe, "data.normalization=global", f"output={tiny_cache / 'run'}")
+    vae = DiffusionPipeline.from_pretrained(tiny_cache / "run/final").vae
+    manifest = open_latents(tiny_cache / "cache").manifest
+    stds = torch.tensor(manifest["latents_std"])
+    assert stds.max() > 1.01 * stds.min()
+    expected = stds.square().mean().sqrt().item()
+    assert vae.config.latents_std == pytest.approx([expected] * 6) and vae.config.scaling_factor == 1
+    assert vae.config.latents_mean == pytest.approx(manifest["latents_mean"])
+    noise = [  # what is learned is what the pipeline takes for normalized latents
+        (denormalize_latents(vae, latents) - batch["mean"].float()) / (0.5 * batch["logvar"].float()).exp()
+        for latents, batch in seen
+    ]
+    assert torch.cat(noise).std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_latents_of_smooth_images_are_learned_first(tiny_cache, monkeypatch):
