@@ -45,7 +45,7 @@ NEIGHBORS = 3  # of precision and recall
 KERNEL_SUBSET_SIZE = 1000
 SAMPLING_PROTOCOL_KEYS = (
     "labels", "prompts", "sampler", "scheduler", "shift", "guidance_interval", "guidance_channels",
-    "num_inference_steps", "temperature", "top_k", "top_p",
+    "num_inference_steps", "temperature", "top_k", "top_p", "dtype",
 )  # fmt: skip
 LABELS_BY_KEY = {"guidance_scale": "guidance", "seed": "seed"}
 
@@ -253,6 +253,7 @@ def sample_pipeline(
     top_k: int | None = None,
     top_p: float | None = None,
     batch_size: int = 32,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     check_size: Callable[[tuple[int, int]], None] = lambda size: None,
     trust_remote_code: bool = False,
 ) -> SampleSets:
@@ -270,6 +271,7 @@ def sample_pipeline(
         shift: of the scheduler, in place of the saved one. solver: likewise; see `flow_scheduler`.
         num_inference_steps: 50 by default; for CAT's flow head, its steps per token.
         temperature, top_k, top_p: of an autoregressive pipeline.
+        dtype: of the pipeline's weights.
         check_size: see `sample_to_folder`.
     Raises:
         DataError: if the pipeline cannot be sampled like this, or <output>/samples/ holds something else.
@@ -279,7 +281,7 @@ def sample_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (AttributeError, ImportError, KeyError, TypeError) as error:  # of a class that is not installed
         raise ModelError(f"{path}: no pipeline could be opened here ({one_line(error)})") from error
-    pipeline = pipeline.to(process_state().device)
+    pipeline = pipeline.to(process_state().device, getattr(torch, dtype))
     classes = classes_of(pipeline)
     conditional = bool(classes or prompts)
     if not conditional and list(guidance_scales) != [1.0]:
@@ -328,7 +330,7 @@ def sample_pipeline(
             sets.append((key, samples))
 
     condition = {"labels": labels if classes else None, "prompts": hash_prompts(prompts) if prompts else None}
-    protocol = sampling_protocol(pipeline, settings, **condition)
+    protocol = sampling_protocol(pipeline, settings, **condition) | {"dtype": dtype}
     vae = getattr(pipeline, "vae", None)
     names = list(classes.values()) if classes and labels == "balanced" else None
     return SampleSets(path, sets, protocol, names, None if vae is None else patch_size_of(vae))

@@ -74,7 +74,8 @@ their latents and neighbors."""
 # Options of a pipeline, and what `sample_pipeline` calls them.
 SAMPLING_OPTIONS = {
     **{name: name for name in ("num_images", "labels", "prompts", "guidance_interval", "guidance_channels", "shift")},
-    **{name: name for name in ("solver", "num_inference_steps", "temperature", "top_k", "top_p", "trust_remote_code")},
+    **{name: name for name in ("solver", "num_inference_steps", "temperature", "top_k", "top_p", "dtype")},
+    "trust_remote_code": "trust_remote_code",
     "guidance_scale": "guidance_scales",
     "seed": "seeds",
 }
@@ -192,6 +193,7 @@ def _add_generation(tasks) -> None:
     add_option("--temperature", type=in_range(Weight), help="of autoregressive pipelines, as the next two")
     add_option("--top-k", type=in_range(Count))
     add_option("--top-p", type=in_range(Share))
+    add_option("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: float32)")
     add_option("--trust-remote-code", action="store_true", help="run the code in the pipeline's hub repository")
     add_data_options(parser, "--reference", split="train")
     add_feature_options(parser)

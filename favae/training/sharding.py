@@ -51,7 +51,7 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 def shard(module: nn.Module, blocks: Iterable[nn.Module]) -> None:
     """Divides the parameters of a training module among the processes, in place, before an optimizer is made of them.
 
-    A single process keeps it whole.
+    A process that no launcher started keeps it whole.
 
     Args:
         module: the training module, the same on every process; frozen networks in it stay whole.
@@ -59,7 +59,7 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module]) -> None:
             precision, beside its share, the half-precision weights that autocast keeps for the backward pass.
     """
     state = process_state()
-    if state.num_processes == 1:
+    if not torch.distributed.is_initialized():
         return
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
     module.to(state.device)

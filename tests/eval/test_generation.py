@@ -378,6 +378,20 @@ def test_another_solver_can_be_asked_for_and_is_in_the_protocol(pipeline, tmp_pa
     assert not np.array_equal(*pictures)
 
 
+def test_samples_in_bfloat16_are_nearly_the_same_and_say_so(pipeline, tmp_path):
+    images = write_images(tmp_path / "images")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    common = ["evaluate", "generation", "--pipeline", tmp_path / "pipeline", "--reference", images, *OFFLINE]
+    common += ["--num-images", 4, "--num-inference-steps", 4, "--output"]
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        command(*common, tmp_path / dtype, "--dtype", dtype)
+        assert json.loads((tmp_path / dtype / "results.json").read_text())["protocol"]["dtype"] == dtype
+        found.append(np.stack(pixels(tmp_path / dtype / "samples/guidance_scale-1.0-seed-0")).astype(float))
+    assert 0 < np.abs(found[0] - found[1]).mean() < 4
+    assert "hold" in command_error(*common, tmp_path / "float32", "--dtype", "bfloat16")  # other samples
+
+
 @pytest.fixture(scope="module")
 def text_pipeline(tmp_path_factory):
     """A saved text-to-image pipeline, and the same one in memory."""

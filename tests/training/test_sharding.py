@@ -5,10 +5,17 @@ import safetensors.torch
 import torch
 from conftest import kill_when, tiny_generator_recipe, tiny_tokenizer_recipe, train_in_processes
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import distributed, nn
 
 import favae  # noqa: F401  (makes its pipelines known to diffusers)
-from favae.training.sharding import gather_full_model, load_full_state, local_shards, save_full_state, shard
+from favae.training.sharding import (
+    gather_full_model,
+    is_sharded,
+    load_full_state,
+    local_shards,
+    save_full_state,
+    shard,
+)
 
 
 def assert_close_weights(first, second) -> None:
@@ -70,7 +77,13 @@ def test_weights_of_another_module_are_refused(tmp_path):
             load_full_state(nn.Linear(4, 2), tmp_path / name)
 
 
-def test_one_process_keeps_its_model():
+def test_one_process_keeps_its_model_unless_a_launcher_started_it(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2))
     shard(model, [model[0]])
     assert gather_full_model(model) is model and local_shards(model) == list(model.parameters())
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        shard(model, [model[0]])
+        assert is_sharded(model)
+    finally:
+        distributed.destroy_process_group()
