@@ -37,7 +37,7 @@ from favae.losses.adversarial import PatchDiscriminator, hinge_discriminator_los
 from favae.losses.perceptual import LPIPS, cached_vgg16
 from favae.models import HyperpriorModelFA
 from favae.models.hyperprior_model_fa import SMALLEST_SIDE
-from favae.models.linear_shortcut import fade_shortcut
+from favae.models.linear_shortcut import share_left, shortcut_weights
 from favae.normalization import NO_LATENT_STATISTICS, normalize_latents
 from favae.training.command_line import run_script
 from favae.training.config import to_yaml
@@ -134,7 +134,7 @@ def train(config: TokenizerConfig) -> None:
                 # 4. Optimizer step. A shortcut that fades is a little smaller after it.
                 optimizer_step(accelerator, optimizers, schedules, finite)
                 if settings.fade_shortcut_steps:
-                    fade_shortcut(vae, run.step, settings.fade_shortcut_steps)
+                    ema.multiply(shortcut_weights(vae), share_left(run.step, settings.fade_shortcut_steps))
 
                 # 5. Moving average of the weights.
                 if finite:
@@ -326,14 +326,13 @@ def open_teacher_latents(
 def freeze_parts(vae: ModelMixin, trained: str) -> None:
     """Keeps what is not trained as it is: "encoder" or "decoder" is, or "all".
 
-    What quantizes latents, and the models of their entropy, belong to the encoder: tokens stay the same. So do
-    compressed images, but for the hash of all weights in their files.
+    All but the decoder and `post_quant_conv` belongs to the encoder, such as what quantizes latents, and the models of
+    their entropy: tokens stay the same. So do compressed images, but for the hash of all weights in their files.
     """
-    encoder = ["encoder", "quant_conv", "codebook", "hyper_encoder", "hyper_means", "hyper_scales", "density"]
-    rest = {"all": [], "decoder": encoder, "encoder": ["decoder", "post_quant_conv"]}
-    for name in rest[trained]:
-        if getattr(vae, name, None) is not None:
-            getattr(vae, name).requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        part = "decoder" if name.split(".")[0] in ("decoder", "post_quant_conv") else "encoder"
+        if trained not in ("all", part):
+            parameter.requires_grad_(False)
 
 
 def build_discriminator(config: TokenizerConfig) -> PatchDiscriminator:

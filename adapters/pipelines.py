@@ -78,6 +78,9 @@ def swap_vae(pipe: DiffusionPipeline | ModularPipeline, vae: ModelMixin) -> Diff
             _way_to_old_latents(old),
         )
     new = _with_interface(vae, old, settings, same, ratio)
+    widths = "encoder_block_out_channels"
+    if widths in old.config and widths not in new.config:  # Sana and DreamLite count them for the compression ratio
+        new.register_to_config(**{widths: (1,) * ratio.bit_length()})
 
     # 3. The autoencoder itself, and everything that the pipeline has derived from the old one.
     if isinstance(pipe, ModularPipeline):
@@ -277,7 +280,7 @@ def _derived_attributes(pipe: DiffusionPipeline) -> dict[str, Any]:
     try:
         with _silent():
             again = type(pipe)(**{name: known[name] for name in parameters if name in known})
-    except Exception:  # what constructors raise is theirs: Sana's looks for a setting of its own autoencoder
+    except Exception:  # what constructors raise is theirs
         return {}
     return {
         name: value

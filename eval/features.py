@@ -32,7 +32,8 @@ class FeatureExtractor:
 
     Args:
         name: "inception" (the network of FID, in torch-fidelity's port), "dinov2" (ViT-L/14), "clip" (the image
-            embeddings of CLIP ViT-L/14 at 336 px), "efficientnet-lite0" (needs no network), or any timm model.
+            embeddings of CLIP ViT-L/14 at 336 px), "efficientnet-lite0" (needs no network), or any timm
+            model that takes images of 224 px.
         weights: a local file; None downloads them.
 
     Attributes:
@@ -47,9 +48,9 @@ class FeatureExtractor:
         if name == INCEPTION:
             self.model = _inception(weights)
         elif name == CLIP:
-            self.model = FoundationModel(CLIP_MODEL, weights, keep_head=True)
+            self.model = FoundationModel(CLIP_MODEL, weights, keep_head=True, size=CLIP_SIZE)
         else:
-            self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights)
+            self.model = FoundationModel(DINOV2_MODEL if name == DINOV2 else name, weights, size=FEATURE_SIZE)
         self.model.to(process_state().device)
         self.hash = hash_model(self.model)
 

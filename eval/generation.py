@@ -281,6 +281,9 @@ def sample_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (AttributeError, ImportError, KeyError, TypeError) as error:  # of a class that is not installed
         raise ModelError(f"{path}: no pipeline could be opened here ({one_line(error)})") from error
+    saved = pipeline.load_config(path)  # DiTPipeline keeps only one of two classes of one name
+    if saved.get("id2label"):
+        pipeline.register_to_config(id2label=saved["id2label"])
     pipeline = pipeline.to(process_state().device, getattr(torch, dtype))
     classes = classes_of(pipeline)
     conditional = bool(classes or prompts)

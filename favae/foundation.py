@@ -43,7 +43,7 @@ class FoundationModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, weights: str | None = None, *, keep_head: bool = False):
+    def __init__(self, name: str, weights: str | None = None, *, keep_head: bool = False, size: int | None = None):
         super().__init__()
         self.name = name
         if name in OFFLINE_BACKBONES:
@@ -64,9 +64,13 @@ class FoundationModel(nn.Module):
         super().train(False)
         # Some models are built for one image size; they show it on the first image of another size.
         try:
-            self(torch.zeros(1, 3, 32, 32), (2, 3))
+            if size is None:
+                self(torch.zeros(1, 3, 32, 32), (2, 3))
+            else:
+                self.pooled(torch.zeros(1, 3, size, size), size)
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise MissingWeights(f"'{name}' gives no grid of features for images of any size") from error
+            wanted = "no grid of features for images of any size" if size is None else f"no features for {size} px"
+            raise MissingWeights(f"'{name}' gives {wanted}") from error
 
     def train(self, mode: bool = True):
         """Does nothing: dropout and batch statistics of a frozen model stay off."""

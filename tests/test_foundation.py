@@ -73,6 +73,10 @@ def test_mistakes(tmp_path):
     torch.save(deit.state_dict(), tmp_path / "deit.pth")
     with pytest.raises(MissingWeights, match="no grid of features for images of any size"):
         FoundationModel("deit_tiny_patch16_224", str(tmp_path / "deit.pth"))
+    with pytest.raises(MissingWeights, match="no features for 96 px"):
+        FoundationModel("deit_tiny_patch16_224", str(tmp_path / "deit.pth"), size=96)
+    images = torch.zeros(1, 3, 64, 64)
+    assert FoundationModel("deit_tiny_patch16_224", str(tmp_path / "deit.pth"), size=224).pooled(images, 224)[0].any()
 
 
 def test_without_a_hub_the_error_names_the_model(monkeypatch):

@@ -19,9 +19,9 @@ class PhotoSource:
 
     The class is the photograph, the caption its description. The split "train" takes crops from the left three quarters
     of each photograph, "validation" from the right quarter, "heldout" from two photographs that the other splits never
-    touch, and "test" from three more, looked at for one setting only (docs/results_short_trainings.md). Crop i is a function of i
-    alone: its photograph is i modulo their number, its side is log-uniform between 64 pixels and the region's shorter
-    side.
+    touch, and "test" from three more, looked at for one setting only (docs/results_short_trainings.md). Crop i is a
+    function of i alone: its photograph is i modulo their number, its side is log-uniform between 64 pixels and the
+    region's shorter side.
 
     Args:
         split: one of `NUM_CROPS_BY_SPLIT`.

@@ -127,7 +127,7 @@ class SpectrumLoss(nn.Module):
             raise ValueError(f"kernel_size must be an odd number of at least 3, or None, got {kernel_size}")
         self.kernel_size = kernel_size
         self.normalize = normalize
-        self.register_buffer("start", torch.full((levels,), float(sigma)))
+        self.register_buffer("start", torch.full((levels,), float(sigma)), persistent=False)
 
     @property
     def sigma(self) -> Tensor:

@@ -173,14 +173,16 @@ def start_linear(quant_convs: Sequence[nn.Conv2d], encoders: Sequence[Encoder], 
         nn.init.zeros_(convolution.get_parameter("bias"))
 
 
-@torch.no_grad()
-def fade_shortcut(model: nn.Module, step: int, steps: int) -> None:
-    """Makes shortcuts smaller after a training step, so that they are linearly less and, after `steps`, nothing.
+def shortcut_weights(model: nn.Module) -> list[Tensor]:
+    """The weights of the shortcuts that are trained."""
+    shortcuts = [module for module in model.modules() if isinstance(module, (PatchesToLatents, LatentsToPatches))]
+    return [shortcut.weight for shortcut in shortcuts if shortcut.weight.requires_grad]
+
+
+def share_left(step: int, steps: int) -> float:
+    """By what to multiply weights after a training step, so that they are linearly less and, after `steps`, nothing.
 
     Args:
         step: how many steps were done before this one.
     """
-    left = max(0.0, (steps - step - 1) / (steps - step)) if step < steps else 0.0
-    for module in model.modules():
-        if isinstance(module, (PatchesToLatents, LatentsToPatches)) and module.weight.requires_grad:
-            module.weight.mul_(left)
+    return max(0.0, (steps - step - 1) / (steps - step)) if step < steps else 0.0

@@ -65,7 +65,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         num_quantizers: codebooks in a row, of "residual"; two or more.
         scales: of "next_scale" and "next_band", cells along each side, of the latents at last: images of only one size
             are encoded.
-        fsq_levels: grid points per dimension, of "fsq".
+        fsq_levels: grid points per dimension, of "fsq", three or more.
         codebook_decay: of the moving averages. The published code has 0.8.
         dead_code_threshold: entries used less often than this, in uses per step by a moving average, are replaced by
             latents of the batch; 0 replaces none, as published. A new entry counts as used once. The one codebook of
@@ -101,7 +101,7 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         codebook_dim: PositiveInt | None = None,
         num_quantizers: PositiveInt = 4,
         scales: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16),
-        fsq_levels: tuple[PositiveInt, ...] = (8, 8, 8, 6, 5),
+        fsq_levels: tuple[Annotated[int, Field(ge=3)], ...] = (8, 8, 8, 6, 5),
         codebook_decay: Annotated[float, Field(ge=0, le=1)] = 0.99,
         dead_code_threshold: NonNegativeFloat = 0.02,
         frequency_complement: Literal["conv", "res", "attn"] | None = "conv",
@@ -285,6 +285,16 @@ class VQModelFA(HubModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.decode(self.encode(sample).latents, return_dict=return_dict)
 
 
+_MOVING_AVERAGES = ("vq", "residual", "next_scale", "next_band")
+QUANTIZERS_WITH = {  # arguments of `VQModelFA` that only some quantizers read
+    "num_quantizers": ("residual",),
+    "scales": ("next_scale", "next_band"),
+    "fsq_levels": ("fsq",),
+    "codebook_decay": _MOVING_AVERAGES,
+    "dead_code_threshold": _MOVING_AVERAGES,
+}
+
+
 def make_quantizer(
     latent_channels: int,
     *,
@@ -299,6 +309,8 @@ def make_quantizer(
 ) -> Any:
     """The codebook of a `VQModelFA`, a module; see there for the arguments and what is raised."""
     if quantizer == "fsq":
+        if min(fsq_levels) < 3:
+            raise ValueError(f"fsq_levels must be 3 or more, got {tuple(fsq_levels)}")
         if codebook_dim is not None or codebook_size not in (None, prod(fsq_levels)):
             raise ValueError(
                 f"quantizer='fsq' has one dimension per entry of fsq_levels and {prod(fsq_levels)} entries, their "

@@ -36,9 +36,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": for matrices (see docs/methods.md), AdamW for the rest
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: Weight = 0.0
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = "constant_with_warmup"
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"] = (
+        "constant_with_warmup"
+    )
     lr_warmup_steps: Step = 0
     lr_num_cycles: Count = 1  # of cosine_with_restarts
     max_grad_norm: Positive | None = None

@@ -5,19 +5,20 @@ import inspect
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiTTransformer2DModel, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, DiTTransformer2DModel, ModelMixin
 from torch import nn
 
 from favae.errors import ConfigError, one_line
 from favae.models.class_conditional import initialize_dit
 from favae.models.hub import find_class
+from favae.models.vq_model_fa import QUANTIZERS_WITH, VQModelFA
 from favae.ranges import Text
 from favae.training.validation import signature_schema, validate
 
@@ -115,6 +116,8 @@ def enable_gradient_checkpointing(model: ModelMixin) -> None:
     if not model._supports_gradient_checkpointing:
         raise ConfigError(f"train.gradient_checkpointing is not there for a {type(model).__name__}")
     model.enable_gradient_checkpointing()
+    if isinstance(model, AutoencoderTiny):
+        model.encoder.gradient_checkpointing = False  # diffusers takes images in another range then
 
 
 def lay_out_channels_last(module: nn.Module) -> None:
@@ -202,6 +205,10 @@ def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dic
         checked = validate(signature_schema(model_class.__init__), given, "model")
         if not begins:  # or what is not given is as in that model
             _check_sizes(vars(checked))
+            if issubclass(model_class, AutoencoderTiny):
+                _check_tiny(checked)
+            if issubclass(model_class, VQModelFA):
+                _check_quantizer(checked, given)
         return model_class, {key: getattr(checked, key) for key in given}
 
     source = PretrainedSource.parse(settings[FROM_AUTOENCODER_KL], FROM_AUTOENCODER_KL)
@@ -235,6 +242,28 @@ def _check_sizes(arguments: dict[str, Any]) -> None:
         if values is not None and length is not None and len(values) != length:
             of = "block_out_channels" if key.endswith("types") else "latent_channels"
             raise ConfigError(f"model.{key} must have as many entries as model.{of}, {length}, got {len(values)}")
+
+
+def _check_tiny(arguments: Any) -> None:
+    """Raises ConfigError for sizes that diffusers' `AutoencoderTiny` finds in the first step, or never."""
+    widths = [list(arguments.encoder_block_out_channels), list(arguments.decoder_block_out_channels)]
+    if len(widths[0]) != len(widths[1]) or any(len(set(each)) > 1 for each in widths):
+        raise ConfigError(
+            "model.encoder_block_out_channels and model.decoder_block_out_channels of an AutoencoderTiny must have one "
+            f"length, and one width each, got {widths[0]} and {widths[1]}"
+        )
+    factor = arguments.upsampling_scaling_factor
+    if factor != 2:
+        raise ConfigError(f"model.upsampling_scaling_factor must be 2, as images are halved, got {factor}")
+
+
+def _check_quantizer(arguments: Any, given: Iterable[str]) -> None:
+    """Raises ConfigError for a setting of another quantizer, which would have no effect."""
+    for key in given:
+        quantizers = QUANTIZERS_WITH.get(key)
+        if quantizers is not None and arguments.quantizer not in quantizers:
+            wanted = " or ".join(quantizers)
+            raise ConfigError(f"model.{key} is for model.quantizer={wanted}, not {arguments.quantizer}")
 
 
 def _open_autoencoder_kl(source: PretrainedSource) -> AutoencoderKL | AutoencoderKLFlux2:

@@ -1,7 +1,7 @@
 """Optimizers, learning rate schedules, gradient clipping and the moving average of the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -131,6 +131,17 @@ class Ema:
     def step(self) -> None:
         if self.average is not None:
             self.average.step(local_shards(self.model))
+
+    @torch.no_grad()
+    def multiply(self, weights: Sequence[Tensor], factor: float) -> None:
+        """Multiplies weights of the model, and their averages."""
+        for weight in weights:
+            weight.mul_(factor)
+        if self.average is not None:
+            chosen = set(weights)
+            for parameter, shadow in zip(self.model.parameters(), self.average.shadow_params):
+                if parameter in chosen:
+                    shadow.mul_(factor)
 
     def __enter__(self) -> nn.Module:
         if self.average is not None:

@@ -158,7 +158,7 @@ class TokenizerTrainingModule(nn.Module):
         return groups
 
     def trained_parts(self) -> dict[str, nn.Module]:
-        """The modules that a checkpoint holds, by name: all but the frozen networks."""
+        """The modules that a checkpoint holds, by name: all that have a state, but for the frozen networks."""
         parts = {
             "tokenizer": self.vae,
             "projector": self.projector,
@@ -166,7 +166,7 @@ class TokenizerTrainingModule(nn.Module):
             "spectrum": self.spectrum,
             "codebook_statistics": self.codebook_statistics,
         }
-        return {name: part for name, part in parts.items() if part is not None}
+        return {name: part for name, part in parts.items() if part is not None and part.state_dict()}
 
     def forward(
         self,

@@ -195,6 +195,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     [
         ({"quantizer": "lfq"}, "quantizer .*'lfq'"),
         ({"quantizer": "fsq", "fsq_levels": (5, 4)}, "fsq_levels .* codebook_size .* 32"),
+        ({"quantizer": "fsq", "fsq_levels": (2,) * 10, "codebook_size": None}, "fsq_levels must be 3 or more"),
         ({"quantizer": "fsq", "codebook_size": None, "codebook_dim": 4}, "quantizer='fsq'.*codebook_dim"),
         ({"quantizer": "residual", "num_quantizers": 1}, "two or more codebooks"),
         ({"frequency_complement": "fft"}, "frequency_complement"),

@@ -247,6 +247,14 @@ def test_bugs_keep_their_traceback(start, recipe, tmp_path, monkeypatch):
         ("{name: VQModelFA, block_out_channels: [8, 8, 16]}", "loss.high_dropout=0.1", "loss.high_dropout"),
         ("{name: VQModelFA, block_out_channels: [8, 8, 16]}", "loss.latent_noise=0.1", "loss.latent_noise"),
         (
+            "{name: VQModelFA, num_quantizers: 8}",
+            "seed=1",
+            "num_quantizers is for model.quantizer=residual, not vq",
+        ),
+        ("{name: VQModelFA, quantizer: fsq, scales: [1, 2]}", "seed=1", "model.scales .*next_scale or next_band"),
+        ("{name: AutoencoderTiny, encoder_block_out_channels: [8, 16]}", "seed=1", "one width each"),
+        ("{name: AutoencoderTiny, upsampling_scaling_factor: 4}", "seed=1", "upsampling_scaling_factor must be 2"),
+        (
             "{name: AsymmetricAutoencoderKLFA, from_autoencoder_kl: somewhere}",
             "loss.alignment.weight=0.1",
             "loss.alignment.weight.*model.from_autoencoder_kl",

@@ -14,9 +14,10 @@ from favae.data.images import ImageDataset
 from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.losses.alignment import PrincipalComponents
-from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, fade_shortcut
+from favae.models.linear_shortcut import LatentsToPatches, PatchesToLatents, share_left, shortcut_weights
 from favae.training import latent_regularization
 from favae.training.latent_regularization import regularize
+from favae.training.optimization import Ema
 from favae.training.tokenizer_losses import (
     AlignmentConfig,
     FrequencyMaskingConfig,
@@ -192,20 +193,23 @@ def test_a_shortcut_in_the_decoder_alone():
 def test_a_shortcut_fades_linearly_and_stays_away():
     vae = AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": "overlapping"})
     before = vae.encoder.shortcut.weight.clone()
+    ema = Ema(vae, 0.9, warmup=False)
     for step in range(6):
-        fade_shortcut(vae, step, 4)
+        ema.multiply(shortcut_weights(vae), share_left(step, 4))
         left = max(0, 3 - step) / 4
+        with ema:  # the average fades as the weights do
+            assert torch.allclose(vae.encoder.shortcut.weight, left * before, atol=1e-6)
         assert torch.allclose(vae.encoder.shortcut.weight, left * before, atol=1e-6)
     assert not vae.decoder.shortcut.weight.any()
     frozen = AutoencoderKLFA(**{**TINY_FAVAE, "shortcut": "overlapping"})
     frozen.encoder.requires_grad_(False)
-    fade_shortcut(frozen, 9, 4)
-    assert frozen.encoder.shortcut.weight.any() and not frozen.decoder.shortcut.weight.any()
+    assert shortcut_weights(frozen) == [frozen.decoder.shortcut.weight]
 
 
-def test_training_fades_the_shortcut(tmp_path):
+@pytest.mark.parametrize("average", ["train.ema_decay=0", "train={ema_decay: 0.99, ema_warmup: false}"])
+def test_training_fades_the_shortcut(average, tmp_path):
     recipe = tiny_tokenizer_recipe(tmp_path, write_images(tmp_path / "images"))
-    more = ["model.shortcut=overlapping", "train.fade_shortcut_steps=6", "train.ema_decay=0", "loss.equivariance=0.5"]
+    more = ["model.shortcut=overlapping", "train.fade_shortcut_steps=6", average, "loss.equivariance=0.5"]
     more += ["loss.adversarial.weight=0"]
     train("train_tokenizer", recipe, *more, f"output={tmp_path / 'run'}")
     weights = load_file(next((tmp_path / "run/final").glob("*.safetensors")))
