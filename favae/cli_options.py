@@ -40,7 +40,13 @@ def add_output_option(
 
 
 def add_data_options(
-    parser: argparse.ArgumentParser, name: str, *, split: str, required: bool = True, captions: bool = False
+    parser: argparse.ArgumentParser,
+    name: str,
+    *,
+    split: str,
+    required: bool = True,
+    captions: bool = False,
+    also: str = "",
 ) -> None:
     """Adds the options that name a set of images.
 
@@ -49,13 +55,14 @@ def add_data_options(
         split: the default of `--split`.
         required: whether it must be given.
         captions: whether captions are read.
+        also: what else than images may be named, for the help.
     """
     group = parser.add_argument_group("images")
     group.add_argument(
         name,
         dest="data",
         required=required,
-        help="photos[:SPLIT], a folder, a .parquet or .tar file, or hf:NAME[:SPLIT]",
+        help="photos[:SPLIT], a folder, a .parquet or .tar file, or hf:NAME[:SPLIT]" + also,
     )
     group.add_argument("--split", default=split, help=f"of data sets that have several (default: {split})")
     group.add_argument(
@@ -115,12 +122,25 @@ def add_model_option(parser: argparse.ArgumentParser, *, required: bool = True) 
     """Adds `--model`, a list of (name, path)."""
     parser.add_argument(
         "--model",
-        action="append",
+        action=AppendNamed,
         required=required,
-        type=named_model,
         metavar="[NAME=]PATH",
         help="a saved autoencoder: a folder or a hub name; may be repeated",
     )
+
+
+class AppendNamed(argparse.Action):
+    """A list of (name, path), of [NAME=]PATH. One name may be given to two, as seeds; two paths may not end in it."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        others = getattr(namespace, self.dest) or []
+        try:
+            name, path = named_model(value)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        if path == value and any(name == other and path != its_path for other, its_path in others):
+            raise argparse.ArgumentError(self, f"two are called {name!r}; give each a name: NAME={path}")
+        setattr(namespace, self.dest, [*others, (name, path)])
 
 
 def named_model(given: str) -> tuple[str, str]:

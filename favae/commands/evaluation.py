@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 from favae.cli_options import (
+    AppendNamed,
     add_data_options,
     add_feature_options,
     add_loading_options,
@@ -15,7 +16,6 @@ from favae.cli_options import (
     add_output_option,
     add_resolution_option,
     data_name,
-    named_model,
     open_data,
     open_extractors,
     open_lpips,
@@ -125,7 +125,7 @@ def _add_latents(tasks) -> None:
         description=LATENTS,
     )
     cache = "a cache written by favae cache-latents; may be repeated"
-    parser.add_argument("--latents", action="append", default=[], type=named_model, metavar="[NAME=]CACHE", help=cache)
+    parser.add_argument("--latents", action=AppendNamed, default=[], metavar="[NAME=]CACHE", help=cache)
     add_model_option(parser, required=False)
     parser.add_argument("--resolution", type=in_range(Pixels), help="with --model: height and width of center crops")
     parser.add_argument(
@@ -195,7 +195,7 @@ def _add_generation(tasks) -> None:
     add_option("--top-p", type=in_range(Share))
     add_option("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: float32)")
     add_option("--trust-remote-code", action="store_true", help="run the code in the pipeline's hub repository")
-    add_data_options(parser, "--reference", split="train")
+    add_data_options(parser, "--reference", split="train", also="; or statistics (.safetensors, ADM's .npz)")
     add_feature_options(parser)
     add_loading_options(parser)
 

@@ -52,6 +52,17 @@ def test_a_swapped_autoencoder_decodes_the_same_latents(build, octaves):
     assert np.allclose(images, image.clamp(0, 1).permute(0, 2, 3, 1).numpy(), atol=1e-5) and images.std() > 1e-3
 
 
+@pytest.mark.parametrize("octaves", [2, 3])
+def test_a_swapped_sana_is_loaded_again(octaves, tmp_path, caplog):
+    """Whose constructor reads the ratio from a setting of its own autoencoder."""
+    pipe, _ = sana(stock())
+    with caplog.at_level(logging.WARNING):
+        swap_vae(pipe, ours(octaves=octaves)).save_pretrained(tmp_path / "pipe")
+    assert "swap again" not in caplog.text
+    again = diffusers.SanaPipeline.from_pretrained(tmp_path / "pipe", tokenizer=None, text_encoder=None)
+    assert again.vae_scale_factor == pipe.vae_scale_factor == 2 ** (octaves - 1)
+
+
 def test_the_decoder_of_the_same_latents_needs_no_warning(caplog):
     pipe, _ = stable_diffusion(stock())
     new = AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae)

@@ -153,6 +153,14 @@ def test_a_stock_dit_pipeline_is_sampled_too(tiny_kl, tmp_path):
     with pytest.raises(DataError, match="below 1 have no effect in a DiTPipeline"):
         sample_pipeline(str(tmp_path / "dit"), tmp_path / "out", num_images=2, guidance_scales=[0.5])
 
+    # Of two classes of one name, a loaded DiTPipeline knows only the later one: two cranes are in ImageNet.
+    names = {0: "crane", 1: "ship", 2: "crane, machine"}
+    pipeline = DiTPipeline(TINY_DIT(), tiny_kl, DDPMScheduler(), id2label=names)
+    pipeline.register_to_config(id2label=names)
+    pipeline.save_pretrained(tmp_path / "cranes")
+    options = {"num_images": 3, "num_inference_steps": 1}
+    assert sample_pipeline(str(tmp_path / "cranes"), tmp_path / "out", **options).class_names == list(names.values())
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 

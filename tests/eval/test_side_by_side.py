@@ -1,5 +1,6 @@
 """Images beside their reconstructions."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import command, command_error, write_images
 from PIL import Image
 
 from favae.autoencoders import reconstruct
-from favae.cli_options import named_model
+from favae.cli_options import add_model_option, named_model
 from favae.eval.results import number_duplicates
 from favae.eval.side_by_side import Comparison, compare_on_images, find_images, open_image, save_side_by_side
 
@@ -93,5 +94,11 @@ def test_names_of_models(tmp_path, monkeypatch):
     assert named_model("final") == ("favae", "final")
     Path("lr=0.1").mkdir()
     assert named_model("lr=0.1") == ("lr=0.1", "lr=0.1") and named_model("a=lr=0.1") == ("a", "lr=0.1")
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_model_option(parser)
+    seeds = ["--model", "ours=runs/a/final", "--model", "ours=runs/b/final", "--model", "runs/c"]
+    assert [name for name, _ in parser.parse_args(seeds).model] == ["ours", "ours", "c"]
+    with pytest.raises(argparse.ArgumentError, match="two are called 'ft'"):
+        parser.parse_args(["--model", "one/ft", "--model", "other/ft"])
     assert number_duplicates(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
     assert number_duplicates(["a", "a", "a (2)"]) == ["a", "a (2)", "a (2) (2)"]

@@ -20,7 +20,7 @@ from favae.data.sources import open_source
 from favae.errors import ConfigError
 from favae.normalization import normalize_latents
 from favae.training.config import load_config
-from favae.training.models import build_model, lay_out_channels_last
+from favae.training.models import build_model, enable_gradient_checkpointing, lay_out_channels_last
 from favae.training.sharding import blocks_of
 from favae.training.tokenizer_config import TokenizerConfig
 from favae.training.tokenizer_losses import TokenizerLossConfig
@@ -310,6 +310,15 @@ def test_a_part_that_is_kept_drops_nothing(existing):
     vae.post_quant_conv.requires_grad_(False)
     module = TokenizerTrainingModule(vae, [TokenizerLossConfig()]).train()
     assert module.training and vae.encoder.training and not vae.decoder.training
+
+
+def test_a_tiny_encoder_sees_the_same_images_with_checkpointing():
+    """That of diffusers forgets to scale them to [0, 1]."""
+    vae = build_model(STOCK_TINY)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    expected = vae.encode(images).latents
+    enable_gradient_checkpointing(vae)
+    torch.testing.assert_close(vae.encode(images).latents, expected)
 
 
 def test_a_teacher_without_a_posterior_leaves_that_of_the_student_alone(tmp_path):

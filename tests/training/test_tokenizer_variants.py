@@ -1,5 +1,6 @@
 """The other kinds of tokenizer through the scripts, as a user would train and measure them."""
 
+import copy
 import json
 import math
 from functools import partial
@@ -288,3 +289,11 @@ def test_a_decoder_trained_alone_leaves_tokens_and_files_as_they_are(name, chang
     freeze_parts(model, "decoder")
     learned = {parameter.split(".")[0] for parameter, tensor in model.named_parameters() if tensor.requires_grad}
     assert "decoder" in learned and learned <= {"decoder", "post_quant_conv"}
+
+
+def test_what_is_neither_encoder_nor_decoder_belongs_to_the_encoder(tiny_kl):
+    for trained, learns in (("decoder", False), ("encoder", True)):
+        model = copy.deepcopy(tiny_kl)
+        model.bottleneck = torch.nn.Conv2d(4, 4, 1)
+        freeze_parts(model, trained)
+        assert model.bottleneck.weight.requires_grad is learns is not model.decoder.conv_in.weight.requires_grad
