@@ -30,7 +30,7 @@ from torchvision.utils import save_image
 from benchmarks.timing import device, environment
 from experiments.controls import ControlAutoencoder
 from experiments.image_sets import InMemoryImages, read_images, seams_of
-from experiments.latents_report import figures, tables
+from experiments.latents_report import GLOBAL, figures, tables
 from experiments.precision import fastest_precision
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import load_trained, mean_errors, reconstruct_all
@@ -197,7 +197,7 @@ VARIANTS = {
     ),
     "stock_shortcut_aligned": Variant("`stock_shortcut` + alignment", STOCK_SHORTCUT, {"alignment": ALIGNMENT}),
     **{
-        f"{name}_global": Variant(
+        f"{name}{GLOBAL}": Variant(
             f"`{name}`, whose latents are all divided by one number for the generator",
             model,
             loss,

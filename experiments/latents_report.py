@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 from experiments.report import format_table, rows_by_model, save_samples, with_std
 from experiments.training_sets import GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128
 
+GLOBAL = "_global"  # ends the names of rows that have the autoencoder of another row
 ON_PHOTOGRAPHS = ("stock", "stock_aligned", "stock_mask", "one_trunk", "split", "split_aligned", "ours")
 SHOWN = {  # below each other
     "alignment": (GLYPHS, ["stock", "stock_aligned", "split", "split_aligned"]),
@@ -59,7 +60,8 @@ def tables(report: dict, names: list[str]) -> str:
         rows = rows_by_model({"rows": [row for row in report["rows"] if row["data"] == data]})
         own = {name: rows[name] for name in names if name in rows}
         if own:
-            parts += [f"## {data}", table(own, "autoencoder", AUTOENCODERS), table(own, "latents of", GENERATORS)]
+            different = {name: rows for name, rows in own.items() if not name.endswith(GLOBAL)}
+            parts += [f"## {data}", table(different, "autoencoder", AUTOENCODERS), table(own, "latents of", GENERATORS)]
         real = report.get("real", {}).get(data)
         if real is not None:
             classes = f", IS {real['is']:.1f} and an accuracy of {real['accuracy']:.2f}" if "accuracy" in real else ""
@@ -96,9 +98,12 @@ def _values(rows: list[dict], place: str) -> list:
 
 
 def correlations(report: dict) -> str:
-    """Spearman's rank correlation of each meter with the FD of samples, over means of autoencoders of glyphs at f8."""
+    """Spearman's rank correlation of each meter with the FD of samples, over means of autoencoders of glyphs at f8.
+
+    Latents are normalized per channel, as those are that the meters see.
+    """
     rows = [row for row in report["rows"] if row["f"] == 8 and row["data"] == str(GLYPHS)]
-    models = rows_by_model({"rows": rows})
+    models = rows_by_model({"rows": [row for row in rows if not row["model"].endswith(GLOBAL)]})
     if len(models) < 4:
         return ""
     meters = {name: f"latents.{name}" for name in ("VIV", "rho", "phi", "SEC 1/4", "SEC 1/2", "LNC")}
