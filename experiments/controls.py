@@ -51,6 +51,7 @@ class ControlAutoencoder(AutoencoderKL):
         latent_channels: channels of the latents.
         wavelet: give the four Haar bands of the image to one network, in place of its first level.
         shortcut: add the linear map between patches and latents, which starts as an optimal linear codec.
+        overlapping: of the shortcut, see `LatentsToPatches`.
     """
 
     @register_to_config
@@ -61,6 +62,7 @@ class ControlAutoencoder(AutoencoderKL):
         latent_channels: int = 16,
         wavelet: bool = False,
         shortcut: bool = False,
+        overlapping: bool = False,
     ):
         ModelMixin.__init__(self)
         # The wavelet transform halves the image itself, so the first level goes.
@@ -90,9 +92,7 @@ class ControlAutoencoder(AutoencoderKL):
                 **common,
             ),
             bands=bands,
-            shortcut=LatentsToPatches(latent_channels, in_channels, patch_size, overlapping=False)
-            if shortcut
-            else None,
+            shortcut=LatentsToPatches(latent_channels, in_channels, patch_size, overlapping) if shortcut else None,
         )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)

@@ -146,6 +146,7 @@ def control(widths: list[int], channels: int, **settings) -> dict:
 STOCK = stock([16, 32, 48, 96], 16)
 ONE_TRUNK = control([16, 40, 64, 96], 16, wavelet=True)
 STOCK_SHORTCUT = control([16, 32, 48, 96], 16, shortcut=True)
+STOCK_OVERLAPPING = {**STOCK_SHORTCUT, "overlapping": True}
 SPLIT = split([16, 40, 56, 96], [16, 24, 40], 16, 3)
 OURS = {**SPLIT, "shortcut": "overlapping"}
 BANDS = {"band": {"weight": 0.5, "weights": [0, 1, 1, 1]}}
@@ -164,6 +165,7 @@ VARIANTS = {
     "stock": Variant("a plain `AutoencoderKL`", STOCK),
     "stock_wide": Variant("the same, wider: 1.4 times the FLOPs", stock([24, 32, 56, 112], 16)),
     "stock_shortcut": Variant("the same as `stock`, with a linear shortcut", STOCK_SHORTCUT),
+    "stock_overlapping": Variant("`stock_shortcut`, whose patches overlap", STOCK_OVERLAPPING),
     "one_trunk": Variant(
         "Haar bands in one trunk, in place of the first and last octave: pixel unshuffle and shuffle in another basis",
         ONE_TRUNK,
@@ -206,6 +208,7 @@ VARIANTS = {
         )
         for name, model, loss in (
             ("stock_shortcut", STOCK_SHORTCUT, {}),
+            ("stock_overlapping", STOCK_OVERLAPPING, {}),
             ("stock_shortcut_aligned", STOCK_SHORTCUT, {"alignment": ALIGNMENT}),
         )
     },
