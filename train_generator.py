@@ -38,6 +38,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
+    DiTTransformer2DModel,
     ModelMixin,
     UNet2DModel,
 )
@@ -102,8 +103,8 @@ def train(config: GeneratorConfig) -> None:
         enable_gradient_checkpointing(transformer)
     if settings.compile:
         compile_blocks(blocks)
-    if settings.shard:
-        shard(module, blocks)
+    if settings.shard:  # a DiT asks its first block for the embedding of the time once more at its end
+        shard(module, blocks[1:] if config.builds(DiTTransformer2DModel) else blocks)
 
     # The optimizer: AdamW, and Muon for the matrices of the blocks if it is asked for.
     matrices = matrices_of(blocks) if settings.optimizer == "muon" else []
@@ -115,7 +116,10 @@ def train(config: GeneratorConfig) -> None:
     evaluate = None
     if config.evaluation.every:
         size = transformer.config.sample_size * spatial_compression_ratio(tokenizer)
-        evaluate = GeneratorEvaluation(config.evaluation, run.folder, (size, size))
+        with hint(
+            "evaluation.weights=FILE takes a local file, evaluation.features=efficientnet-lite0 needs no network"
+        ):
+            evaluate = GeneratorEvaluation(config.evaluation, run.folder, (size, size))
     about = dataset.about if warmup is None else {**dataset.about, "warmup": warmup.about}
     run.start(module.trained_parts(), ema, optimizers, schedules, about)
 
@@ -259,7 +263,7 @@ def build_pipeline(
         except ValueError as error:  # such as other scales with as many tokens
             raise ConfigError(f"model: {error}") from error
     if config.loss.objective == "ddpm":
-        scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False)
+        scheduler = DDIMScheduler(**DIFFUSION_SCHEDULE, clip_sample=False, timestep_spacing="trailing")
         if config.builds(UNet2DModel):
             return LightningDiTPipeline(transformer, tokenizer, scheduler, **options, prediction_type="epsilon")
         if not isinstance(tokenizer, AutoencoderKL):  # statistics are folded into its convolutions

@@ -69,8 +69,9 @@ def read_normalization(pipe: DiffusionPipeline | type[DiffusionPipeline] | Modul
     Returns:
         What was found. `decoding` is empty if there is nothing, or if there is no source.
     """
-    classes = dict.fromkeys(_leaves(pipe.blocks)) if isinstance(pipe, ModularPipeline) else [_class_of(pipe)]
-    return _read(tuple(classes))
+    if isinstance(pipe, ModularPipeline):
+        return _read(tuple(dict.fromkeys(_leaves(pipe.blocks))))
+    return _read((pipe if isinstance(pipe, type) else type(pipe),))
 
 
 @cache
@@ -115,10 +116,6 @@ def _functions(classes: tuple[type, ...]) -> Iterator[Callable]:
             value = function.__globals__[called]
             if isinstance(value, FunctionType) and (value.__module__ or "").startswith(package):
                 waiting.append(inspect.unwrap(value))
-
-
-def _class_of(pipe: DiffusionPipeline | type[DiffusionPipeline]) -> type:
-    return pipe if isinstance(pipe, type) else type(pipe)
 
 
 def _leaves(block) -> Iterator[type]:

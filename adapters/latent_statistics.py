@@ -39,7 +39,9 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
     given = {name: value for name, value in both.items() if name in vae.config}  # ours always has the two
     if not given and vae.quant_conv is None:
         raise ValueError(f"a saved {type(vae).__name__} has no convolutions that could hold latent statistics")
-    first = normalized_moments(vae)
+    first = _identity(2 * len(mean)) if vae.quant_conv is None else copy.deepcopy(vae.quant_conv).float().cpu()
+    # what it gives is [mean | logvar] along the channels
+    _scale_output(first, torch.cat([1 / std, torch.ones_like(std)]), torch.cat([-mean / std, -2 * std.log()]))
     last = vae.post_quant_conv or _identity(vae.config.latent_channels)
     _scale_input(last, std, mean)
     like = next(vae.decoder.parameters())
@@ -62,16 +64,6 @@ def latent_statistics(vae: ModelMixin) -> tuple[Tensor, Tensor]:
         raise ValueError(f"latents_mean and latents_std must both be {channels} numbers, the latter positive")
     mean, std = latent_mean_and_std(vae)
     return mean.flatten().expand(channels), std.flatten().expand(channels)
-
-
-@torch.no_grad()
-def normalized_moments(vae: AutoencoderKL) -> nn.Conv2d:
-    """A copy of `quant_conv`, or an identity, that gives the moments of the normalized latents; float32, on the CPU."""
-    mean, std = latent_statistics(vae)
-    convolution = _identity(2 * len(mean)) if vae.quant_conv is None else copy.deepcopy(vae.quant_conv).float().cpu()
-    # the moments are [mean | logvar] along the channels
-    _scale_output(convolution, torch.cat([1 / std, torch.ones_like(std)]), torch.cat([-mean / std, -2 * std.log()]))
-    return convolution
 
 
 def _identity(channels: int) -> nn.Conv2d:

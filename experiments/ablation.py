@@ -108,6 +108,7 @@ COMPARISON = Comparison(
     seeds=2,
     finish=finish,
     pictures=False,
+    other_sizes=True,
 )
 
 if __name__ == "__main__":

@@ -139,7 +139,6 @@ COMPARISON = Comparison(
     seeds=2,
     resolution=GLYPHS.size,
     batch_size=32,
-    other_sizes=False,
     pictures=False,
 )
 

@@ -291,7 +291,6 @@ COMPARISON = Comparison(
     figures=figures,
     resolution=PHOTOGRAPHS_128.size,
     batch_size=TRAIN["batch_size"],
-    other_sizes=False,
 )
 
 if __name__ == "__main__":

@@ -146,7 +146,6 @@ COMPARISON = Comparison(
     seeds=2,
     finish=finish,
     figures=figures,
-    other_sizes=False,
 )
 
 if __name__ == "__main__":

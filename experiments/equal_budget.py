@@ -144,6 +144,7 @@ COMPARISON = Comparison(
     seeds=3,
     finish=finish,
     figures=figures,
+    other_sizes=True,
 )
 
 if __name__ == "__main__":

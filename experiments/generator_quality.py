@@ -251,6 +251,7 @@ COMPARISON = Comparison(
     steps=1_000,
     seeds=3,
     figures=figures,
+    other_sizes=True,
 )
 
 if __name__ == "__main__":

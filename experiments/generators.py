@@ -192,7 +192,6 @@ COMPARISON = Comparison(
     seeds=1,
     resolution=GLYPHS.size,
     batch_size=glyph_texts.TRAIN["batch_size"],
-    other_sizes=False,
 )
 
 if __name__ == "__main__":

@@ -212,7 +212,6 @@ COMPARISON = Comparison(
     seeds=2,
     resolution=GLYPHS.size,
     batch_size=64,
-    other_sizes=False,
 )
 
 if __name__ == "__main__":

@@ -439,7 +439,6 @@ COMPARISON = Comparison(
     figures=figures,
     resolution=GLYPHS.size,
     batch_size=GLYPHS.batch_sizes[0],
-    other_sizes=False,
 )
 
 if __name__ == "__main__":

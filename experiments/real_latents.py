@@ -31,14 +31,13 @@ from experiments.precision import fastest_precision
 from experiments.report import format_table, rows_by_model, save_strip, save_strips, with_std
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import named_means
-from experiments.training_sets import PHOTOGRAPHS
+from experiments.training_sets import PHOTOGRAPHS, PHOTOGRAPHS_128, lite
 from favae import AutoencoderTinyFA
 from favae.adapters.convert import convert_to_folder
 from favae.autoencoders import decode, encode
-from favae.data.images import ImageDataset, skip_missing, to_uint8
+from favae.data.images import skip_missing, to_uint8
 from favae.data.sources import open_source
 from favae.eval.extraction import image_statistics
-from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import frechet_distance
 from favae.eval.reconstruction import image_errors
 from favae.files import read_json_lines
@@ -47,9 +46,7 @@ from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
 STEPS = 6_000
-SIZE = 128  # of the crops that are compared
 VALIDATION_CROPS = 96
-FEATURES = "efficientnet-lite0"
 PATCH_SIZE = 8  # pixels per latent
 PICTURES = (0, 90, 170, 250, 330, 420)  # held-out crops that are shown
 TRAIN = {
@@ -262,8 +259,8 @@ def cost(model: ModelMixin) -> dict:
 
 
 def crops(split: str, count: int | None = None) -> Tensor:
-    """Crops of a split, (N, 3, SIZE, SIZE) in [-1, 1]: all, or some at even distances."""
-    dataset = ImageDataset(open_source(str(PHOTOGRAPHS.file(split)), label_column="none"), SIZE)
+    """Crops of a split, (N, 3, 128, 128) in [-1, 1]: all, or some at even distances."""
+    dataset = PHOTOGRAPHS_128.dataset(split)
     chosen = np.linspace(0, len(dataset) - 1, count or len(dataset)).astype(int)
     return skip_missing([dataset[i] for i in chosen])["image"]
 
@@ -281,9 +278,8 @@ def errors(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
 
 def perception(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
     """The Fréchet distance to the images, and seams at the borders of latents, relative to the images' own."""
-    extractor = FeatureExtractor(FEATURES)
     both = [to_uint8(images), to_uint8(reconstructions)]
-    real, found = (image_statistics(InMemoryImages(each), [extractor])[0] for each in both)
+    real, found = (image_statistics(InMemoryImages(each), [lite()])[0] for each in both)
     distance = frechet_distance(real.mean, real.covariance, found.mean, found.covariance)
     return {"fd": distance, "seams": seams_of(both[1], PATCH_SIZE) / seams_of(both[0], PATCH_SIZE)}
 
@@ -353,9 +349,7 @@ COMPARISON = Comparison(
     seeds=2,
     finish=finish,
     figures=figures,
-    resolution=64,
     batch_size=8,
-    other_sizes=False,
 )
 
 if __name__ == "__main__":

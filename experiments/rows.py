@@ -100,7 +100,7 @@ class Comparison:
     figures: Callable[[dict, Path], None] | None = None
     resolution: int = 64
     batch_size: int = 4
-    other_sizes: bool = True
+    other_sizes: bool = False
     pictures: bool = True
 
     def steps_of(self, name: str, steps: int) -> int:

@@ -70,7 +70,6 @@ COMPARISON = Comparison(
     seeds=1,
     resolution=GLYPHS.size,
     batch_size=GLYPHS.batch_sizes[0],
-    other_sizes=False,
     pictures=False,
 )
 

@@ -131,7 +131,6 @@ COMPARISON = Comparison(
     figures=lambda report, stem: save_strips(stem, list(VARIANTS), stem.with_name(f"{stem.name}_pictures.png")),
     resolution=GLYPHS.size,
     batch_size=32,
-    other_sizes=False,
 )
 
 if __name__ == "__main__":

@@ -222,7 +222,6 @@ COMPARISON = Comparison(
     steps=2_000,
     seeds=1,
     figures=figures,
-    other_sizes=False,
 )
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import datasets
 from PIL import Image
 
 from favae.data.decoding import to_channels
-from favae.errors import FavaeError
+from favae.errors import DataError, FavaeError
 
 PACKAGE = "emoji-datasource-google@16"
 MIN_PICTURES = 1800  # of the whole package
@@ -54,23 +54,19 @@ HELD_OUT_COMBINATIONS = {  # by the emoji's name: the words that no caption in t
 }
 
 
-class EmojiError(FavaeError):
-    """Raised when the package cannot be fetched or differs from what this script expects."""
-
-
 def fetch_archive(folder: Path) -> Path:
     """Downloads the package's archive into a folder.
 
     Raises:
-        EmojiError: if npm is missing or fails.
+        DataError: if npm is missing or fails.
     """
     try:
         subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, capture_output=True)
     except FileNotFoundError:
-        raise EmojiError(f"npm is not installed; fetch {PACKAGE} elsewhere and pass it with --archive") from None
+        raise DataError(f"npm is not installed; fetch {PACKAGE} elsewhere and pass it with --archive") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.decode().strip().splitlines() or ["no reason given"])[-1]
-        raise EmojiError(f"npm pack {PACKAGE} failed ({reason}); --archive takes a local file") from error
+        raise DataError(f"npm pack {PACKAGE} failed ({reason}); --archive takes a local file") from error
     return next(folder.glob("*.tgz"))
 
 
@@ -80,7 +76,7 @@ def read_archive(archive: Path) -> list[dict]:
     A picture that stands for several names has all of them. (The flags of some territories are their countries'.)
 
     Raises:
-        EmojiError: if the file is not the package.
+        DataError: if the file is not the package.
     """
     try:
         with tarfile.open(archive) as package:
@@ -91,7 +87,7 @@ def read_archive(archive: Path) -> list[dict]:
                 if member.name.startswith("package/img/google/64/") and member.isfile()
             }
     except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-        raise EmojiError(f"{archive} is not the npm package {PACKAGE} ({error})") from error
+        raise DataError(f"{archive} is not the npm package {PACKAGE} ({error})") from error
     rows: dict[bytes, dict] = {}
     for entry in entries:
         if entry["image"] not in files:
@@ -119,23 +115,23 @@ def split_rows(rows: list[dict], held_out: dict[str, str]) -> tuple[list[dict], 
     Args:
         held_out: for each name that is held out, the words that no caption in training may have together.
     Raises:
-        EmojiError: if a held-out name does not exist, if one of its words is in no name in training, or if a caption
+        DataError: if a held-out name does not exist, if one of its words is in no name in training, or if a caption
             in training has its combination.
     """
     train = [row for row in rows if not set(row["names"]) & set(held_out)]
     rest = [row for row in rows if set(row["names"]) & set(held_out)]
     absent = set(held_out) - {name for row in rest for name in row["names"]}
     if absent:
-        raise EmojiError(f"no emoji is called '{min(absent)}'")
+        raise DataError(f"no emoji is called '{min(absent)}'")
     known = set().union(*(words(name) for row in train for name in row["names"]))
     for name in (name for row in rest for name in row["names"]):
         if words(name) - known:
-            raise EmojiError(f"'{name}' cannot be held out: no name in training has '{min(words(name) - known)}'")
+            raise DataError(f"'{name}' cannot be held out: no name in training has '{min(words(name) - known)}'")
     captions = [caption for row in train for caption in row["captions"]]
     for name, combination in held_out.items():
         seen = [caption for caption in captions if words(combination) <= words(caption)]
         if seen:
-            raise EmojiError(f"'{name}' cannot be held out: '{seen[0]}' is in training")
+            raise DataError(f"'{name}' cannot be held out: '{seen[0]}' is in training")
     return train, rest
 
 
@@ -166,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows = read_archive(arguments.archive or fetch_archive(Path(folder)))
         if len(rows) < MIN_PICTURES:
-            raise EmojiError(f"{len(rows)} different pictures where {PACKAGE} has at least {MIN_PICTURES}")
+            raise DataError(f"{len(rows)} different pictures where {PACKAGE} has at least {MIN_PICTURES}")
         train, heldout = split_rows(rows, HELD_OUT_COMBINATIONS)
     except FavaeError as error:
         sys.exit(f"error: {error}")

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from favae.errors import FavaeError
+from favae.errors import DataError, FavaeError
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"
 SIZE = 32
@@ -51,10 +51,6 @@ TEMPLATE_SIZE = 16
 MIN_LIKENESS = 0.35  # mean correlation of a font's characters with the median font's, below which it is no text font
 
 
-class GlyphsError(FavaeError):
-    """Raised when fonts cannot be fetched or differ from what this script expects."""
-
-
 @dataclass(frozen=True)
 class Font:
     """A font file of one weight and slant."""
@@ -69,7 +65,7 @@ def fetch_archives(folder: Path) -> list[Path]:
     """Downloads the font packages of the distribution into a folder.
 
     Raises:
-        GlyphsError: if apt is missing or fails.
+        DataError: if apt is missing or fails.
     """
     try:
         found = subprocess.run(["apt-cache", "search", "--names-only", "^fonts-"], check=True, capture_output=True)
@@ -79,19 +75,19 @@ def fetch_archives(folder: Path) -> list[Path]:
         small = [name for name, size in sizes if int(size) <= LARGEST_PACKAGE]
         subprocess.run(["apt-get", "download", *small], cwd=folder, check=True, capture_output=True)
     except FileNotFoundError:
-        raise GlyphsError("apt is not installed; fetch fonts-*.deb elsewhere and use --archives") from None
+        raise DataError("apt is not installed; fetch fonts-*.deb elsewhere and use --archives") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.decode().strip().splitlines() or ["no reason given"])[-1]
-        raise GlyphsError(f"{' '.join(error.cmd[:2])} failed ({reason}); --archives takes local files") from error
+        raise DataError(f"{' '.join(error.cmd[:2])} failed ({reason}); --archives takes local files") from error
     return sorted(folder.glob("*.deb"))
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Raises `GlyphsError` if the file is no Debian package."""
+    """Raises `DataError` if the file is no Debian package."""
     try:
         subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True, capture_output=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise GlyphsError(f"{archive} cannot be unpacked by dpkg-deb ({error})") from error
+        raise DataError(f"{archive} cannot be unpacked by dpkg-deb ({error})") from error
 
 
 def find_fonts(folder: Path) -> list[Font]:
@@ -244,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
             fonts = text_fonts(find_fonts(folder / "unpacked"))
             families = {font.family for font in fonts}
             if len(families) < MIN_FAMILIES:
-                raise GlyphsError(f"{len(families)} font families, where at least {MIN_FAMILIES} are needed")
+                raise DataError(f"{len(families)} font families, where at least {MIN_FAMILIES} are needed")
             for font in tqdm(fonts, desc="fonts"):
                 for split, row in pictures_of(font, split_of(font.family)):
                     rows[split].append(row)

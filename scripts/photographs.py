@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from favae.data.decoding import read_image
 from favae.data.images import shorter_side_to
-from favae.errors import FavaeError
+from favae.errors import DataError, FavaeError
 
 PACKAGES = (
     "plasma-workspace-wallpapers", "mate-backgrounds", "tuxpaint-stamps-default", "lomiri-wallpapers-16.04",
@@ -48,32 +48,28 @@ SPLITS = {"validation": range(10, 20), "heldout": range(20, 35)}  # of 100 numbe
 MIN_PICTURES = 300
 
 
-class PhotographsError(FavaeError):
-    """Raised when the packages cannot be fetched or differ from what this script expects."""
-
-
 def fetch_archives(folder: Path) -> list[Path]:
     """Downloads the packages into a folder.
 
     Raises:
-        PhotographsError: if apt-get is missing or fails.
+        DataError: if apt-get is missing or fails.
     """
     try:
         subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, check=True, capture_output=True)
     except FileNotFoundError:
-        raise PhotographsError("apt-get is not installed; fetch the packages elsewhere and use --archives") from None
+        raise DataError("apt-get is not installed; fetch the packages elsewhere and use --archives") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.decode().strip().splitlines() or ["no reason given"])[-1]
-        raise PhotographsError(f"apt-get download failed ({reason}); --archives takes local files") from error
+        raise DataError(f"apt-get download failed ({reason}); --archives takes local files") from error
     return sorted(folder.glob("*.deb"))
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Raises `PhotographsError` if the file is no Debian package."""
+    """Raises `DataError` if the file is no Debian package."""
     try:
         subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True, capture_output=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise PhotographsError(f"{archive} cannot be unpacked by dpkg-deb ({error})") from error
+        raise DataError(f"{archive} cannot be unpacked by dpkg-deb ({error})") from error
 
 
 def find_pictures(folder: Path) -> dict[str, Path]:
@@ -148,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
                 unpack(archive, Path(folder) / "unpacked")
             pictures = find_pictures(Path(folder) / "unpacked")
             if len(pictures) < MIN_PICTURES:
-                raise PhotographsError(f"{len(pictures)} pictures where the packages have at least {MIN_PICTURES}")
+                raise DataError(f"{len(pictures)} pictures where the packages have at least {MIN_PICTURES}")
             for name, file in tqdm(pictures.items(), desc="pictures"):
                 rows[split_of(name)] += [(name, encode(crop)) for crop in crops_of(name, read_image(file))]
     except FavaeError as error:

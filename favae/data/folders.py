@@ -56,7 +56,9 @@ class FolderSource:
         self.sizes: list[tuple[int, int]] = []
         for file in scan.images:
             try:
-                self.sizes.append(_usable_size(file, min_size))
+                size = stored_size(file)
+                check_size(size, min_size)
+                self.sizes.append(size)
                 self.files.append(file)
             except UnusableImage as error:
                 logger.warning("skipped %s: %s", printable(str(file)), error)
@@ -145,12 +147,6 @@ def check_name(path: str | Path) -> None:
         raise DataError("the name of the images is empty; '.' is the current folder")
 
 
-def _usable_size(file: Path, min_size: int) -> tuple[int, int]:
-    size = stored_size(file)
-    check_size(size, min_size)
-    return size
-
-
 def check_size(size: tuple[int, int], min_size: int) -> None:
     """Raises `UnusableImage` if an image is smaller than `min_size` pixels."""
     if min(size) < min_size:
@@ -193,7 +189,7 @@ class FolderScan:
         stat = folder.stat()
         above = (*above, (stat.st_dev, stat.st_ino))
         stems, texts = set(), []
-        for entry in _sorted_entries(folder):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             name = "/".join((*parts, entry.name))
             if entry.name in (LOCK_FILE, SETTINGS_FILE):
                 continue  # of a folder of samples
@@ -209,7 +205,9 @@ class FolderScan:
             elif not os.path.isfile(entry.path):
                 self._ignored["links that lead nowhere" if entry.is_symlink() else "special files"].append(name)
             elif (ending := ending_of(entry.name)) in image_extensions():
-                self._add_image(Path(entry.path), parts)
+                self.images.append(Path(entry.path))
+                if parts:
+                    self.depths[parts[0]].add(len(parts))
                 stems.add(os.path.splitext(entry.name)[0])
             elif ending == ".txt":
                 texts.append(entry.name)
@@ -220,11 +218,6 @@ class FolderScan:
         lonely = ["/".join((*parts, text)) for text in texts if text.removesuffix(".txt") not in stems]
         if lonely:
             self._ignored["texts without an image of their name"] += lonely
-
-    def _add_image(self, file: Path, parts: Sequence[str]) -> None:
-        self.images.append(file)
-        if parts:
-            self.depths[parts[0]].add(len(parts))
 
 
 def walk(path: str | Path) -> Iterator[tuple[str, list[str]]]:
@@ -259,11 +252,6 @@ def holds_only(folder: str | Path, ending: str, others: Set[str]) -> bool:
 
 def _is_folder(entry: os.DirEntry) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
-
-
-def _sorted_entries(folder: Path) -> Iterator[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        yield from sorted(entries, key=lambda entry: entry.name)
 
 
 def printable(name: str) -> str:

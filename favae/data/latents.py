@@ -167,9 +167,12 @@ class MomentsDataset(CachedDataset):
     def share_std(self) -> None:
         """Normalizes all channels by one number, the root mean square of their stds, as a `scaling_factor` does.
 
-        Channels that vary less then weigh less in what a generator learns, and are drowned by less noise.
+        Channels that vary less then weigh less in what a generator learns, and are drowned by less noise. The std of 1
+        that constant channels have does not count.
         """
-        self.std = self.std.square().mean().sqrt().expand_as(self.std)
+        varies = self.std != 1
+        chosen = self.std[varies] if varies.any() else self.std
+        self.std = chosen.square().mean().sqrt().expand_as(self.std)
 
     def sample(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Samples of a batch's posteriors, normalized by `mean` and `std`: (B, C, h, w) float32 on its device."""

@@ -243,6 +243,9 @@ class GeneratorConfig(RunConfig):
         if self.builds(LightningDiTTransformer2DModel):
             self._refuse(["loss.class_dropout_prob"], "is model.class_dropout_prob here")
         is_dit = self.builds(DiTTransformer2DModel)
+        for section in (self.sampling, self.evaluation):
+            if self.loss.objective == "ddpm" and (section.num_inference_steps or 0) > 1000:
+                raise ConfigError("num_inference_steps must be at most 1000 for loss.objective=ddpm")
         if self.loss.objective == "ddpm" and not (is_dit or self.builds(UNet2DModel)):
             raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel or UNet2DModel")
         if self.loss.objective == "ddpm" and is_dit and model.get("num_embeds_ada_norm", 1000) != 1000:
@@ -254,7 +257,9 @@ class GeneratorConfig(RunConfig):
             self._check_unet()
         channels = self._in_channels
         allowed = [channels, 2 * channels] if self.loss.objective == "ddpm" else [channels]
-        if is_dit and model.get("out_channels", channels) not in allowed:
+        if is_dit and model.get("out_channels") is None:
+            model["out_channels"] = channels  # as diffusers' DiT has it, but DiTPipeline reads the config
+        if is_dit and model["out_channels"] not in allowed:
             raise ConfigError(
                 f"model.out_channels must be {' or '.join(map(str, allowed))} for loss.objective="
                 f"{self.loss.objective} and model.in_channels={channels}, got {model['out_channels']}"

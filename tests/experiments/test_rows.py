@@ -45,7 +45,7 @@ EXPERIMENTS = (
 
 def test_rows_that_are_missing_are_made_and_the_others_kept(tmp_path):
     variants = {"b": Guess("first", 1.0), "a": Guess("second", 2.0, length=3)}
-    comparison = Comparison("guesses", variants, guess, tables, steps=10, seeds=1)
+    comparison = Comparison("guesses", variants, guess, tables, steps=10, seeds=1, other_sizes=True)
     output = tmp_path / "guesses.json"
     options = ["--output", str(output), "--runs", str(tmp_path / "runs"), "--jobs", "0"]
 

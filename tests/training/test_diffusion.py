@@ -234,6 +234,17 @@ def test_a_dit_trains_and_its_pipeline_opens(tiny_cache, objective, out_channels
         assert type(pipe).__name__ == "LightningDiTPipeline" and pipe.vae.config.latents_std is not None
 
 
+def test_a_dit_has_the_channels_that_its_pipeline_looks_for(tiny_cache):
+    """diffusers' model takes `None` for those of the input, and its pipeline does not."""
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    model = {"name": "DiTTransformer2DModel", **TINY_DIT, "num_embeds_ada_norm": 1000}
+    for given in ({}, {"out_channels": None}):
+        recipe.write_text(yaml.safe_dump({"model": {**model, **given}, "loss": {"objective": "ddpm"}}))
+        assert load_config(GeneratorConfig, recipe).model["out_channels"] == 6
+    with pytest.raises(ConfigError, match="at most 1000 for loss.objective=ddpm"):
+        load_config(GeneratorConfig, recipe, ["sampling.num_inference_steps=1001"])
+
+
 def unet_recipe(tiny_cache):
     recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
     recipe.write_text(
@@ -344,6 +355,10 @@ def test_all_channels_may_be_normalized_by_one_std(tiny_cache, monkeypatch):
     stds = torch.tensor(manifest["latents_std"])
     assert stds.max() > 1.01 * stds.min()
     expected = stds.square().mean().sqrt().item()
+    dataset = open_latents(tiny_cache / "cache")
+    dataset.std[0] = 1.0  # what a constant channel has
+    dataset.share_std()
+    assert dataset.std.flatten().tolist() == pytest.approx([stds[1:].square().mean().sqrt().item()] * 6)
     assert vae.config.latents_std == pytest.approx([expected] * 6) and vae.config.scaling_factor == 1
     assert vae.config.latents_mean == pytest.approx(manifest["latents_mean"])
     noise = [  # what is learned is what the pipeline takes for normalized latents

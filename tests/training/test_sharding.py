@@ -4,11 +4,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import kill_when, tiny_generator_recipe, tiny_tokenizer_recipe, train_in_processes
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from torch import distributed, nn
 
 import favae  # noqa: F401  (makes its pipelines known to diffusers)
 from favae.training.sharding import (
+    blocks_of,
     gather_full_model,
     is_sharded,
     load_full_state,
@@ -85,5 +86,13 @@ def test_one_process_keeps_its_model_unless_a_launcher_started_it(tmp_path):
     try:
         shard(model, [model[0]])
         assert is_sharded(model)
+        # A DiT reads its first block again after all blocks: train_generator.py shards that with the rest.
+        dit = DiTTransformer2DModel(
+            2, 4, in_channels=2, num_layers=2, patch_size=1, sample_size=2, num_embeds_ada_norm=3
+        )
+        inputs = torch.rand(1, 2, 2, 2), torch.ones(1), torch.ones(1, dtype=torch.long)
+        expected = dit.eval()(*inputs).sample
+        shard(dit, blocks_of(dit)[1:])
+        torch.testing.assert_close(dit(*inputs).sample, expected)
     finally:
         distributed.destroy_process_group()
