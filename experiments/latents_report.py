@@ -14,7 +14,15 @@ SHOWN = {  # below each other
     "alignment": (GLYPHS, ["stock", "stock_aligned", "split", "split_aligned"]),
     "samples": (
         GLYPHS,
-        ["stock", "stock_shortcut", "stock_half_aligned", "stock_shortcut_aligned", "one_trunk", "ours"],
+        [
+            "stock",
+            "stock_shortcut",
+            "stock_shortcut_global",
+            "stock_half_aligned",
+            "stock_shortcut_aligned",
+            "one_trunk",
+            "ours",
+        ],
     ),
     "photographs": (PHOTOGRAPHS, [f"photographs_{name}" for name in ON_PHOTOGRAPHS]),
 }
