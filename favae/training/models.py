@@ -5,7 +5,7 @@ import inspect
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,10 +205,10 @@ def _arguments(settings: dict[str, Any]) -> tuple[Callable[..., ModelMixin], dic
         checked = validate(signature_schema(model_class.__init__), given, "model")
         if not begins:  # or what is not given is as in that model
             _check_sizes(vars(checked))
-            if issubclass(model_class, AutoencoderTiny):
+            if model_class is AutoencoderTiny:
                 _check_tiny(checked)
-            if issubclass(model_class, VQModelFA):
-                _check_quantizer(checked, given)
+            if model_class is VQModelFA:
+                _check_quantizer(checked)
         return model_class, {key: getattr(checked, key) for key in given}
 
     source = PretrainedSource.parse(settings[FROM_AUTOENCODER_KL], FROM_AUTOENCODER_KL)
@@ -257,11 +257,11 @@ def _check_tiny(arguments: Any) -> None:
         raise ConfigError(f"model.upsampling_scaling_factor must be 2, as images are halved, got {factor}")
 
 
-def _check_quantizer(arguments: Any, given: Iterable[str]) -> None:
-    """Raises ConfigError for a setting of another quantizer, which would have no effect."""
-    for key in given:
-        quantizers = QUANTIZERS_WITH.get(key)
-        if quantizers is not None and arguments.quantizer not in quantizers:
+def _check_quantizer(arguments: Any) -> None:
+    """Raises ConfigError for a setting of another quantizer, without effect; saved configs have the defaults."""
+    defaults = inspect.signature(VQModelFA.__init__).parameters
+    for key, quantizers in QUANTIZERS_WITH.items():
+        if arguments.quantizer not in quantizers and getattr(arguments, key) != defaults[key].default:
             wanted = " or ".join(quantizers)
             raise ConfigError(f"model.{key} is for model.quantizer={wanted}, not {arguments.quantizer}")
 
