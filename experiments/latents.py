@@ -96,7 +96,6 @@ class Variant:
         faded_share: of the tokenizer's steps in which its shortcut vanishes.
         smooth_share: of the generator's steps that learn latents of smooth images first.
         normalization: of the latents that the generator learns.
-        tokenizer: the row that has this tokenizer as well, and from which it is taken.
         images: what it is trained on.
         length: its number of steps, in multiples of the others'.
     """
@@ -107,7 +106,6 @@ class Variant:
     faded_share: float = 0.0
     smooth_share: float = 0.0
     normalization: str = "per_channel"
-    tokenizer: str | None = None
     images: TrainingSet = GLYPHS
     length: float = 1.0
 
@@ -204,7 +202,6 @@ VARIANTS = {
             model,
             loss,
             normalization="global",
-            tokenizer=name,
         )
         for name, model, loss in (
             ("stock_shortcut", STOCK_SHORTCUT, {}),
@@ -254,8 +251,8 @@ def make_row(task: Task) -> dict:
 
 
 def tokenizer_task(task: Task) -> Task:
-    """The row whose tokenizer it is: the own, but for rows that differ in their generators alone."""
-    name = task.variant.tokenizer or task.name
+    """The row whose tokenizer it is: the own, but for those of `GLOBAL`, which differ in their generators alone."""
+    name = task.name.removesuffix(GLOBAL)
     return replace(task, name=name, variant=VARIANTS[name])
 
 

@@ -243,9 +243,10 @@ class GeneratorConfig(RunConfig):
         if self.builds(LightningDiTTransformer2DModel):
             self._refuse(["loss.class_dropout_prob"], "is model.class_dropout_prob here")
         is_dit = self.builds(DiTTransformer2DModel)
-        for section in (self.sampling, self.evaluation):
-            if self.loss.objective == "ddpm" and (section.num_inference_steps or 0) > 1000:
-                raise ConfigError("num_inference_steps must be at most 1000 for loss.objective=ddpm")
+        counts = {"sampling": self.sampling.num_inference_steps, "evaluation": self.evaluation.num_inference_steps}
+        for section, count in counts.items():
+            if self.loss.objective == "ddpm" and (count or 0) > 1000:
+                raise ConfigError(f"{section}.num_inference_steps must be at most 1000 for loss.objective=ddpm")
         if self.loss.objective == "ddpm" and not (is_dit or self.builds(UNet2DModel)):
             raise ConfigError("loss.objective=ddpm needs model.name=DiTTransformer2DModel or UNet2DModel")
         if self.loss.objective == "ddpm" and is_dit and model.get("num_embeds_ada_norm", 1000) != 1000:

@@ -241,7 +241,7 @@ def test_a_dit_has_the_channels_that_its_pipeline_looks_for(tiny_cache):
     for given in ({}, {"out_channels": None}):
         recipe.write_text(yaml.safe_dump({"model": {**model, **given}, "loss": {"objective": "ddpm"}}))
         assert load_config(GeneratorConfig, recipe).model["out_channels"] == 6
-    with pytest.raises(ConfigError, match="at most 1000 for loss.objective=ddpm"):
+    with pytest.raises(ConfigError, match="sampling.num_inference_steps must be at most 1000 for loss.objective=ddpm"):
         load_config(GeneratorConfig, recipe, ["sampling.num_inference_steps=1001"])
 
 
