@@ -158,6 +158,7 @@ def ours(note: str, model: dict | None = None, *, faded: float = 0.0, smooth: fl
 
 
 ALIGNMENT = {"weight": 0.5, "backbone": "efficientnet-lite0"}
+WEAK_ALIGNMENT = {**ALIGNMENT, "weight": 0.2}
 OTHER_ALIGNMENT = {"weight": 0.5, "backbone": "efficientnet-lite2"}  # FD of photographs compares lite0's features
 VARIANTS = {
     "stock": Variant("a plain `AutoencoderKL`", STOCK),
@@ -196,6 +197,9 @@ VARIANTS = {
         "`stock` + alignment of eight of the 16 channels", STOCK, {"alignment": {**ALIGNMENT, "channels": 8}}
     ),
     "stock_shortcut_aligned": Variant("`stock_shortcut` + alignment", STOCK_SHORTCUT, {"alignment": ALIGNMENT}),
+    "stock_overlapping_aligned": Variant(
+        "`stock_overlapping` + alignment of less than half the weight", STOCK_OVERLAPPING, {"alignment": WEAK_ALIGNMENT}
+    ),
     **{
         f"{name}{GLOBAL}": Variant(
             f"`{name}`, whose latents are all divided by one number for the generator",
@@ -207,6 +211,7 @@ VARIANTS = {
             ("stock_shortcut", STOCK_SHORTCUT, {}),
             ("stock_overlapping", STOCK_OVERLAPPING, {}),
             ("stock_shortcut_aligned", STOCK_SHORTCUT, {"alignment": ALIGNMENT}),
+            ("stock_overlapping_aligned", STOCK_OVERLAPPING, {"alignment": WEAK_ALIGNMENT}),
         )
     },
     "split_aligned": Variant("`split` + alignment of the low channels", SPLIT, {"alignment": ALIGNMENT}),
