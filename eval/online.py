@@ -18,12 +18,13 @@ from favae.errors import ModelError, NonFiniteError
 from favae.eval.compression import bits_per_pixel
 from favae.eval.extraction import image_statistics
 from favae.eval.features import FeatureExtractor
-from favae.eval.generation import measure_samples, protocol_of, sampling_protocol, steps_argument
+from favae.eval.generation import measure_samples, protocol_of
 from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.latent_evaluation import labels_of, latent_metrics
 from favae.eval.reconstruction import Encode, evaluate_reconstruction, mode
 from favae.eval.references import Reference
 from favae.eval.results import finite
+from favae.eval.sample_sets import sampling_protocol, steps_argument
 from favae.eval.sampling import sample_to_folder
 from favae.eval.seams import patch_size_of
 from favae.files import read_json_lines, write_text

@@ -295,9 +295,10 @@ def evaluate_latents(arguments: argparse.Namespace) -> None:
 
 def evaluate_generation(arguments: argparse.Namespace) -> None:
     from favae.distributed import process_state
-    from favae.eval.generation import evaluate_samples, given_samples, read_prompts, row_label, sample_pipeline
+    from favae.eval.generation import evaluate_samples, row_label
     from favae.eval.references import Reference
     from favae.eval.results import format_table, shown_metrics
+    from favae.eval.sample_sets import given_samples, read_prompts, sample_pipeline
 
     sampling = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS if name in arguments}
     interval = sampling.get("guidance_interval")

@@ -29,9 +29,10 @@ from favae.errors import DataError, NonFiniteError
 from favae.eval.extraction import ImageStatistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.frechet import feature_statistics
-from favae.eval.generation import generation_metrics, measure_samples, read_prompts, sample_pipeline, steps_argument
+from favae.eval.generation import generation_metrics, measure_samples
 from favae.eval.image_sets import CroppedImages, SampleFolder, open_samples
 from favae.eval.references import Reference, save_statistics
+from favae.eval.sample_sets import read_prompts, sample_pipeline, steps_argument
 from favae.eval.sampling import class_labels, classes_of, sample_to_folder
 from favae.pipelines.solvers import flow_scheduler
 from favae.text_encoder import TextEncoder
