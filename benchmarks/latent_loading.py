@@ -8,7 +8,6 @@ sample and its mirror image in float32; ours stores mean and log-variance of bot
 (which is not timed: there it costs nothing). f16d32 latents, files in memory. Writes docs/results/latent_loading.json.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,9 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import environment, make_parser, parse_arguments, speedup, time_paired, with_range, write_result
+from favae.data.cached_dataset import CONTENTS
 from favae.data.latents import open_latents
+from favae.data.sharded_cache import CacheWriter, shard_file
 from favae.data.stream import TrainingStream
 
 LATENT_SHAPE = (32, 16, 16)
@@ -27,25 +28,29 @@ NUM_CLASSES = 1000
 
 
 def write_caches(folder: Path, images: int, shard_size: int) -> None:
-    """The same number of random latents in our format and in the published one."""
+    """The same number of random latents in the published format and, in a folder of its own, "cache", in ours."""
     counts = [min(shard_size, images - first) for first in range(0, images, shard_size)]
+    labels = [torch.randint(NUM_CLASSES, (count,)) for count in counts]
     for number, count in enumerate(counts):
-        labels = torch.randint(NUM_CLASSES, (count,))
-        ours = {name: torch.randn(count, 2, *LATENT_SHAPE).bfloat16() for name in ("mean", "logvar")}
-        ours |= {"labels": labels, "indices": torch.arange(count)}
-        save_file(ours, folder / f"shard-{number:05}.safetensors")
         published = {name: torch.randn(count, *LATENT_SHAPE) for name in ("latents", "latents_flip")}
-        save_file(published | {"labels": labels}, folder / f"latents_rank00_shard{number:03}.safetensors")
-    manifest = {
+        save_file(published | {"labels": labels[number]}, folder / f"latents_rank00_shard{number:03}.safetensors")
+
+    def write_shard(number: int, path: Path) -> None:
+        count = counts[number]
+        ours = {name: torch.randn(count, 2, *LATENT_SHAPE).bfloat16() for name in ("mean", "logvar")}
+        save_file(ours | {"labels": labels[number], "indices": torch.arange(count)}, path)
+
+    summary = {
         "stores": "moments",
         "counts": counts,
         "latent_shape": LATENT_SHAPE,
         "classes": [str(i) for i in range(NUM_CLASSES)],
         "latents_mean": [0.0] * LATENT_SHAPE[0],
         "latents_std": [1.0] * LATENT_SHAPE[0],
-        "tokenizer": "",
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    writer = CacheWriter(folder / "cache", {"tokenizer": ""}, CONTENTS)
+    writer.write_missing([shard_file(writer.folder, i) for i in range(len(counts))], write_shard, "latents")
+    writer.finish(lambda: summary)
 
 
 class OpenedForEveryItem(Dataset):
@@ -83,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     num_batches = arguments.images // arguments.batch_size
     with tempfile.TemporaryDirectory() as folder:
         write_caches(Path(folder), arguments.images, arguments.shard_size)
-        stream = TrainingStream(open_latents(folder), seed=0)
+        stream = TrainingStream(open_latents(Path(folder) / "cache"), seed=0)
         published = DataLoader(OpenedForEveryItem(Path(folder)), arguments.batch_size, shuffle=True)
         calls = {
             "ours": lambda: read_batches(stream.batches(arguments.batch_size, 0), num_batches),

@@ -37,7 +37,7 @@ class LatentSet:
     Attributes:
         latents: (N, C, h, w), means of posteriors. labels: (N,), all equal if there are no classes.
         data: what the images are. resolution: of their center crops.
-        images: the digest of their `ImageRecord`; None of a cache that is older than records.
+        images: the digest of their `ImageRecord`; None of a cache that has lost it.
         distances: what `interpolated_distances` has found, if there is a model.
     """
 
@@ -61,7 +61,7 @@ def cached_latents(folder: str, num_images: int) -> LatentSet:
         raise DataError(f"{folder} holds tokens; these meters are of continuous latents")
     if dataset.manifest.get("low_pass"):
         raise DataError(f"{folder} was written with --low-pass, of blurred images")
-    total = dataset.manifest.get("images", len(dataset))
+    total = dataset.manifest["images"]
     indices = np.linspace(0, total - 1, min(num_images, total)).astype(int)
     if len(dataset) < total:
         indices = np.flatnonzero(np.isin(dataset.image_indices(np.arange(len(dataset))), indices))

@@ -130,7 +130,7 @@ def first_captions(folder: Path, manifest: Mapping[str, Any], limit: int) -> dic
     found: dict[int, str] = {}
     first = 0
     for number, count in enumerate(manifest["counts"]):
-        captions = read_captions(folder, number, count, manifest.get("checksums", {}))
+        captions = read_captions(folder, number, count, manifest["checksums"])
         found |= {index: texts[0] for index, texts in enumerate(captions, first) if texts}
         first += count
         if len(found) >= limit:

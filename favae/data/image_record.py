@@ -122,13 +122,10 @@ def check_images(
         source: the images.
         read_all: compares the bytes of every image, and not only of some whose time differs.
     Raises:
-        CacheError: if they are other images, or the record is damaged, or all should be read and the cache is older
-            than checksums.
+        CacheError: if they are other images, or the record is damaged.
     """
     record = ImageRecord.read(folder)
     if record is None:
-        if read_all and is_older(shards):
-            raise CacheError(f"{folder} has no record of its images, because it is older than records")
         difference = None if len(source) == count else f"there were {count} images and are {len(source)}"
         has_changed = np.ones(len(source), bool)  # as far as is known
     else:
@@ -161,23 +158,11 @@ def _checksum(source: Source, index: int) -> int | None:
         return None
 
 
-def is_older(shards: Iterable[Path]) -> bool:
-    """Whether one of the shards is older than checksums of images, and with it than records."""
-    for path in shards:
-        if path.exists():
-            with open_shard(path) as shard:
-                names = set(shard.keys())
-            if names and "checksums" not in names:
-                return True
-    return False
-
-
 def stored_checksums(shards: Iterable[Path]) -> dict[int, int]:
     """The checksum of each image that was encoded, by its index in the set."""
     found: dict[int, int] = {}
     for path in shards:
         if path.exists():
             with open_shard(path) as shard:
-                if "checksums" in shard.keys():  # noqa: SIM118
-                    found |= zip(shard.get_tensor("indices").tolist(), shard.get_tensor("checksums").tolist())
+                found |= zip(shard.get_tensor("indices").tolist(), shard.get_tensor("checksums").tolist())
     return found

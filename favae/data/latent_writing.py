@@ -1,7 +1,6 @@
 """Writes a latent cache: all images through a tokenizer, once (`favae.data.latents` has what is in it)."""
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,14 +13,12 @@ from torch.utils.data import Subset
 from favae.autoencoders import image_channels, measure_budget
 from favae.data.cached_dataset import CONTENTS, CachedDataset
 from favae.data.captions import captions_file, check_captions, summarize_captions
-from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images, is_older
+from favae.data.image_record import RECORD_FILE, ImageRecord, RecordedImages, check_images
 from favae.data.images import MIN_SIZE, ImageDataset, read_in_order, without_high_frequencies
 from favae.data.latents import MomentsDataset, PackedMomentsDataset, TokenDataset, tokenizer_hash
 from favae.data.sharded_cache import CacheWriter, all_finite, open_shard, shard_file
 from favae.errors import CacheError
 from favae.models import VQModelFA
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -86,15 +83,10 @@ def write_latent_cache(
     ranges = [range(first, min(first + shard_size, len(images))) for first in range(0, len(images), shard_size)]
     files = [shard_file(writer.folder, number) for number in range(len(ranges))]
 
-    # The record of the images. One that was lost is written again if all bytes of the images are the same; a cache that
-    # is older than records cannot get one: nobody knows what it was made of.
-    record, older = writer.folder / RECORD_FILE, is_older(files)
-    is_lost = not (record.exists() or older)
-    check_images(writer.folder, files, writer.begun.get("images"), images.source, read_all=is_lost)
-    if not older or record.exists():
-        writer.write_missing([record], lambda _, path: ImageRecord.of(images.source).write(path), "images")
-    elif writer.state.is_main_process:
-        logger.warning("%s has no record of its images; the images given are taken for the same", writer.folder)
+    # The record of the images. One that was lost is written again if all bytes of the images are the same.
+    record = writer.folder / RECORD_FILE
+    check_images(writer.folder, files, writer.begun.get("images"), images.source, read_all=not record.exists())
+    writer.write_missing([record], lambda _, path: ImageRecord.of(images.source).write(path), "images")
 
     # Latents.
     def write_shard(number: int, path: Path) -> None:

@@ -76,11 +76,11 @@ def all_finite(values: Tensor) -> bool:
 
 
 class Manifest(BaseModel):
-    """What the manifest of any sharded cache must have. Caches that are older than checksums have none."""
+    """What the manifest of any sharded cache must have."""
 
     counts: list[NonNegativeInt]
-    checksums: dict[str, int | None] = {}  # None: the file was missing, and perhaps is, or is written again
-    quick_checksums: list[int] | None = None
+    checksums: dict[str, int | None]  # None: the file was missing, and perhaps is, or is written again
+    quick_checksums: list[int]
 
 
 ManifestSchema = TypeVar("ManifestSchema", bound=Manifest)
@@ -92,7 +92,7 @@ def read_manifest(folder: str | Path, contents: str) -> dict:
     if not file.is_file():
         raise CacheError(f"{folder} holds no finished {contents}")
     manifest = _read_json(file)
-    if "manifest_checksum" in manifest and manifest.pop("manifest_checksum") != _checksum_of(manifest):
+    if manifest.pop("manifest_checksum", None) != _checksum_of(manifest):
         raise CacheError(f"{file} is not as it was written; delete it and {KEEP_THE_REST}")
     return manifest
 
@@ -109,7 +109,8 @@ def check_manifest(folder: Path, manifest: dict, schema: type[ManifestSchema]) -
         raise CacheError(f"{folder / MANIFEST_FILE}: {key}: {first['msg']}; delete it and {KEEP_THE_REST}") from error
 
 
-def _write_manifest(folder: Path, manifest: dict) -> None:
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Writes manifest.json with the checksum of its content."""
     write_text(folder / MANIFEST_FILE, json.dumps({**manifest, "manifest_checksum": _checksum_of(manifest)}, indent=1))
 
 
@@ -197,10 +198,10 @@ class CacheWriter:
         known = check_manifest(self.folder, manifest, Manifest)
         checksums = {k: v if (self.folder / k).exists() else None for k, v in known.checksums.items()}
         self._checksums = {name: value for name, value in checksums.items() if value is not None}
-        quick = {shard_file(self.folder, number).name: v for number, v in enumerate(known.quick_checksums or [])}
+        quick = {shard_file(self.folder, number).name: v for number, v in enumerate(known.quick_checksums)}
         self._quick_checksums = {name: value for name, value in quick.items() if name in self._checksums}
         if checksums != known.checksums:
-            _write_manifest(self.folder, {**manifest, "checksums": checksums})
+            write_manifest(self.folder, {**manifest, "checksums": checksums})
 
     def _compare_plans(self, names: Collection[str]) -> None:
         self.begun = _read_json(self.folder / PLAN_FILE)
@@ -252,7 +253,7 @@ class CacheWriter:
                         self._quick_checksums[file.name] = quick_checksum(shard)
             manifest["checksums"] = {file.name: self._checksums[file.name] for file in self._files}
             manifest["quick_checksums"] = [self._quick_checksums[file.name] for file in shards]
-            _write_manifest(self.folder, manifest)
+            write_manifest(self.folder, manifest)
         if self._lock is not None:
             self._lock.close()
         self.state.wait_for_everyone()
@@ -266,30 +267,18 @@ class CacheWriter:
 def find_damage(folder: Path, contents: str) -> Iterator[str]:
     """Reads all bytes of a finished cache, and gives a few words for each file that is not as it was written.
 
-    In caches that are older than checksums, it finds shards that cannot be read or have numbers that are not finite.
-
     Raises:
         CacheError: if the folder is not finished, or its manifest is damaged.
     """
     manifest = check_manifest(folder, read_manifest(folder, contents), Manifest)
-    names = list(manifest.checksums) or [shard_file(folder, number).name for number in range(len(manifest.counts))]
-    for name in tqdm(names, desc=str(folder), unit="file"):
+    for name, as_written in tqdm(manifest.checksums.items(), desc=str(folder), unit="file"):
         path = folder / name
         if not path.is_file():
             yield f"{path} is missing"
-        elif manifest.checksums and manifest.checksums[name] is None:
+        elif as_written is None:
             yield f"{path} was written again, by a command that did not finish"
-        elif manifest.checksums:
-            if checksum(path) != manifest.checksums[name]:
-                yield f"{path} is not as it was written"
-        else:
-            try:
-                with open_shard(path) as shard:
-                    finite = all(all_finite(shard.get_tensor(key)) for key in shard.keys())  # noqa: SIM118
-                if not finite:
-                    yield f"{path} has numbers that are not finite"
-            except CacheError:
-                yield f"{path} is damaged"
+        elif checksum(path) != as_written:
+            yield f"{path} is not as it was written"
 
 
 class ShardedCache(ABC):
@@ -318,7 +307,7 @@ class ShardedCache(ABC):
         for number, (path, count) in enumerate(zip(self.files, self.manifest["counts"])):
             with open_shard(path) as shard:
                 found = self.count(shard, path)
-                as_written = quick_checksums is None or quick_checksums[number] == quick_checksum(shard)
+                as_written = quick_checksums[number] == quick_checksum(shard)
             if not as_written:
                 raise CacheError(f"{path} is not as it was written, or of another cache; delete it and {FILL_THE_GAP}")
             if found != count:

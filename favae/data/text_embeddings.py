@@ -89,7 +89,7 @@ def write_text_embeddings(
     files = [shard_file(output, number) for number in range(len(cache["counts"]))]
 
     def write_shard(number: int, path: Path) -> None:
-        captions = read_captions(latents, number, cache["counts"][number], cache.get("checksums", {}))
+        captions = read_captions(latents, number, cache["counts"][number], cache["checksums"])
         save_file(_encode(encoder, captions, batch_size, dtype), path)
 
     writer.write_missing(files, write_shard, "text embeddings")

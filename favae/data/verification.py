@@ -33,8 +33,7 @@ def verify_cache(folder: Path, source: Source | None = None) -> str:
         if source is not None:
             check_images(folder, latents.files, manifest.get("images"), source, read_all=True)
         images, inside = len(latents), ", with text embeddings" if texts else ""
-    how = "as it was written" if "checksums" in manifest else "readable and finite (it is older than checksums)"
-    return f"{folder} is {how}: {images:,} images{inside}"
+    return f"{folder} is as it was written: {images:,} images{inside}"
 
 
 def _find_damage(*folders: Path) -> None:
