@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor, nn
 
-from favae.normalization import NO_LATENT_STATISTICS, latent_mean_and_std
+from favae.normalization import NO_LATENT_STATISTICS, has_batch_norm, latent_mean_and_std
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def fold_latent_statistics(vae: AutoencoderKL) -> AutoencoderKL:
             of FLUX.2's autoencoder differ between the 2 x 2 latents that its pipelines pack into one, and latents on a
             sphere are normalized after the convolution.
     """
-    if not isinstance(vae, AutoencoderKL) or hasattr(vae, "bn"):
+    if not isinstance(vae, AutoencoderKL) or has_batch_norm(vae):
         raise ValueError(
             f"the latent statistics of a {type(vae).__name__} cannot be folded: it is no AutoencoderKL with one mean "
             "and std per channel; swap_vae keeps the statistics that a pipeline's autoencoder has"

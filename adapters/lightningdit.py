@@ -124,7 +124,7 @@ def _position_buffers(config: Mapping) -> dict[str, Tensor]:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     grid = config["sample_size"] // config["patch_size"]
     positions = get_2d_sincos_pos_embed(width, grid, base_size=grid, output_type="pt").float()[None]
-    cos, sin = axial_rotary_embedding(grid, grid, config["attention_head_dim"])
+    cos, sin = axial_rotary_embedding(grid, config["attention_head_dim"])
     return dict(zip(POSITION_BUFFERS, (positions, cos.float(), sin.float())))
 
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from favae.adapters.latent_normalization import LatentNormalization, read_normalization
 from favae.adapters.latent_statistics import count_channels, fold_latent_statistics, is_video, latent_statistics
-from favae.autoencoders import encode
+from favae.autoencoders import encode, takes_frames
 from favae.models import AutoencoderTinyFA
 from favae.models.pipeline_autoencoders import PackedNormAutoencoder, SingleFrameAutoencoder
-from favae.normalization import NO_LATENT_STATISTICS, normalize_latents
+from favae.normalization import NO_LATENT_STATISTICS, has_batch_norm, normalize_latents
 
 __all__ = ["fold_latent_statistics", "swap_vae"]
 
@@ -113,7 +113,7 @@ def _check_models(pipe: DiffusionPipeline, vae: ModelMixin, normalization: Laten
         )
     if _is_offloaded(pipe):
         raise ValueError(f"this {name} is offloaded, cast or spread over devices; swap its autoencoder before that")
-    if "latent_channels" not in old.config and not is_video(old) or _is_video_only(old):
+    if not is_video(old) and ("latent_channels" not in old.config or takes_frames(old)):
         raise ValueError(f"the autoencoder of a {name} is for videos or sounds, not for single images")
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderTinyFA, type(old))):
         raise ValueError(f"a {name} takes an AutoencoderKL or a subclass, not a {type(vae).__name__}")
@@ -143,11 +143,6 @@ def _way_to_old_latents(old: ModelMixin) -> str:
     if type(old) is not AutoencoderKL:
         return ""
     return "; AsymmetricAutoencoderKLFA.from_autoencoder_kl(pipe.vae) has the old latents"
-
-
-def _is_video_only(vae: ModelMixin) -> bool:
-    """Whether an autoencoder has another interface than those of Qwen-Image and Wan, and cannot do with one frame."""
-    return not is_video(vae) and any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
 def _is_offloaded(pipe: DiffusionPipeline) -> bool:
@@ -189,7 +184,7 @@ def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin
     Raises:
         ValueError: if the pipeline cannot normalize them.
     """
-    if hasattr(vae, "bn"):
+    if has_batch_norm(vae):
         return {}
     if is_video(vae):
         return {key: list(vae.config[key]) for key in ("latents_mean", "latents_std")}
@@ -235,7 +230,7 @@ def _with_interface(vae: ModelMixin, old: ModelMixin, settings: dict[str, Any], 
     """Writes the normalization into an autoencoder, inside an adapter if it needs one to look as the old one does."""
     if hasattr(old, "bn"):
         new = vae
-        if not hasattr(vae, "bn"):
+        if not has_batch_norm(vae):
             widths = (1,) * ratio.bit_length()
             channels, eps = old.config.latent_channels, old.config.batch_norm_eps
             new = PackedNormAutoencoder.around(

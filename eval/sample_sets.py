@@ -9,7 +9,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
-import favae  # noqa: F401  makes our pipelines known to DiffusionPipeline
 from favae.distributed import process_state
 from favae.errors import DataError, ModelError, one_line
 from favae.eval.image_sets import SampleFolder, open_samples

@@ -70,7 +70,7 @@ class ControlAutoencoder(AutoencoderKL):
         widths = block_out_channels[1:] if wavelet else block_out_channels
         patch_size = compression_ratio(len(block_out_channels))
         common = {"layers_per_block": 1, "norm_num_groups": 8}
-        bands = WaveletBands("haar", 1, 2.0, 0.5) if wavelet else None
+        bands = WaveletBands() if wavelet else None
 
         self.encoder = ControlEncoder(
             network=Encoder(

@@ -22,7 +22,6 @@ from filelock import FileLock
 from torch import Tensor
 from torchvision.utils import save_image
 
-import favae  # noqa: F401  (makes its pipelines known to diffusers)
 from benchmarks.timing import ROOT
 from experiments import tokenizers
 from experiments.equal_budget import HIGH_BAND_LOSS, PLAIN

@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 
 from favae import bitstream
 from favae.errors import CompressedFileError, ModelError
@@ -335,7 +336,7 @@ class HiFiCGenerator(nn.Module):
         super().__init__()
         deepest = widths[-1]
         self.conv_in = nn.Sequential(
-            ChannelNorm(latent_channels), _mirrored(latent_channels, deepest, 3), ChannelNorm(deepest)
+            _channel_norm(latent_channels), _mirrored(latent_channels, deepest, 3), _channel_norm(deepest)
         )
         self.residual_blocks = nn.Sequential(*(ResidualBlock(deepest) for _ in range(num_residual_blocks)))
         steps = [(widths[i], widths[i - 1]) for i in range(len(widths) - 1, 0, -1)]
@@ -362,24 +363,11 @@ class HiFiCGenerator(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        layers = (_mirrored(width, width, 3), ChannelNorm(width), nn.ReLU(), _mirrored(width, width, 3))
-        self.branch = nn.Sequential(*layers, ChannelNorm(width))
+        layers = (_mirrored(width, width, 3), _channel_norm(width), nn.ReLU(), _mirrored(width, width, 3))
+        self.branch = nn.Sequential(*layers, _channel_norm(width))
 
     def forward(self, sample: Tensor) -> Tensor:
         return sample + self.branch(sample)
-
-
-class ChannelNorm(nn.Module):
-    """Normalizes the channels of each pixel, (B, C, H, W): unlike means over the image, these do not depend on its
-    size."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, sample: Tensor) -> Tensor:
-        channels_last = sample.movedim(1, -1)
-        return F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, eps=1e-3).movedim(-1, 1)
 
 
 def _mirrored(before: int, after: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -387,8 +375,13 @@ def _mirrored(before: int, after: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(before, after, size, stride=stride, padding=size // 2, padding_mode="reflect")
 
 
+def _channel_norm(channels: int) -> LayerNorm2d:
+    """Of the channels of each pixel: unlike means over the image, these do not depend on its size."""
+    return LayerNorm2d(channels, eps=1e-3)
+
+
 def _normalized(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
-    return nn.Sequential(convolution, ChannelNorm(convolution.out_channels), nn.ReLU())
+    return nn.Sequential(convolution, _channel_norm(convolution.out_channels), nn.ReLU())
 
 
 def make_hyper_decoder(hyper_channels: int, latent_channels: int) -> nn.Sequential:

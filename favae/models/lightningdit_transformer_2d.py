@@ -27,22 +27,18 @@ from favae.models.text_conditioning import mean_of_text, prepare_text
 from favae.precision import no_autocast
 
 
-def axial_rotary_embedding(height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
+def axial_rotary_embedding(size: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding of a grid: half of each head turns with the row, half with the column.
 
     Args:
-        height, width: of the token grid.
+        size: tokens along each side of the grid.
         head_dim: a multiple of 4.
     Returns:
-        Two tensors (height * width, head_dim), row by row; the channels 2n and 2n + 1 share an angle.
+        Two tensors (size * size, head_dim), row by row; the channels 2n and 2n + 1 share an angle.
     Source: Su et al., 2021, in the axial form of EVA-02.
     """
-    rows = get_1d_rotary_pos_embed(head_dim // 2, torch.arange(height), use_real=True)  # cos, sin: (height, D/2)
-    columns = get_1d_rotary_pos_embed(head_dim // 2, torch.arange(width), use_real=True)
-    cos, sin = (
-        torch.cat([row.repeat_interleave(width, dim=0), column.repeat(height, 1)], dim=1)
-        for row, column in zip(rows, columns)
-    )
+    line = get_1d_rotary_pos_embed(head_dim // 2, torch.arange(size), use_real=True)  # cos, sin: (size, D/2)
+    cos, sin = (torch.cat([part.repeat_interleave(size, dim=0), part.repeat(size, 1)], dim=1) for part in line)
     return cos, sin
 
 
@@ -235,7 +231,7 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
         grid = sample_size // patch_size
-        cos, sin = axial_rotary_embedding(grid, grid, attention_head_dim)
+        cos, sin = axial_rotary_embedding(grid, attention_head_dim)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
         self.gradient_checkpointing = False

@@ -79,7 +79,7 @@ def test_time_class_and_place_matter():
 
 
 def test_rotary_embedding_depends_on_the_offset_only():
-    cos, sin = axial_rotary_embedding(4, 4, 8)
+    cos, sin = axial_rotary_embedding(4, 8)
     query, key = torch.randn(8), torch.randn(8)
 
     def turn(x, place):

@@ -7,7 +7,6 @@ from conftest import kill_when, tiny_generator_recipe, tiny_tokenizer_recipe, tr
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from torch import distributed, nn
 
-import favae  # noqa: F401  (makes its pipelines known to diffusers)
 from favae.training.sharding import (
     blocks_of,
     gather_full_model,
