@@ -3,12 +3,18 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off on this device, if it has such a thing (the meta device, which only counts, has not)."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's parameters that are floating point: quantized weights are integers, biases are not."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
 def fast_dtype(device: str) -> torch.dtype:

@@ -49,9 +49,12 @@ class _FilterBank(nn.Module):
         return self.filters if dtype == torch.float32 else self._make_filters(self.filters.device, dtype)
 
     def _apply(self, fn, recurse: bool = True) -> "_FilterBank":
-        """Follows moves to other devices. Casts would round the filters, `to_empty` lose them: they are made anew."""
+        """Follows moves to other devices. Casts would round the filters, and `to_empty` lose them: on the same device,
+        they stay the same tensor, which hooks of offloading know."""
+        filters = self.filters
         super()._apply(fn, recurse)
-        self.filters = self._make_filters(self.filters.device)
+        moved = self.filters.device
+        self.filters = filters if filters.device == moved else self._make_filters(moved)
         return self
 
     def _check_size(self, height: int, width: int) -> None:

@@ -100,7 +100,6 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _supports_group_offloading = False  # its hooks are those of `forward`, which `generate` does not call
-    _no_split_modules = ["CATBlock"]
     _repeated_blocks = ["CATBlock"]
     _skip_layerwise_casting_patterns = ["token_head", "relative_position", "norm"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from favae.models.token_heads import TorchGenerators, guide, repeat_for_guidance
-from favae.precision import no_autocast
+from favae.precision import no_autocast, parameter_dtype
 
 DEFAULT_STEPS = 25  # Euler steps per token
 
@@ -69,7 +69,7 @@ class VelocityMLP(nn.Module):
         Returns:
             (..., C), the velocity.
         """
-        dtype = self.proj_in.weight.dtype
+        dtype = parameter_dtype(self.proj_in)
         with no_autocast(x.device):  # half precision could not tell neighboring times apart
             time = self.time_embedding(self.time_proj(times.flatten().float()).to(dtype))
         condition = F.silu(condition + time.view(*times.shape[:-1], -1))
@@ -125,12 +125,12 @@ class FlowHead(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, D)."""
-        return self.proj_in(tokens.to(self.proj_in.weight.dtype))
+        return self.proj_in(tokens.to(parameter_dtype(self.proj_in)))
 
     def _condition(self, index: int, hidden: Tensor, low: Tensor | None) -> Tensor:
         """What the network of a part is given: the hidden state, and for the second part the low channels as well."""
         if low is not None and self.proj_low is not None:
-            hidden = hidden + self.proj_low(low.to(self.proj_low.weight.dtype))
+            hidden = hidden + self.proj_low(low.to(parameter_dtype(self.proj_low)))
         velocity = self.velocities[index]
         assert isinstance(velocity, VelocityMLP)
         return velocity.proj_condition(hidden)

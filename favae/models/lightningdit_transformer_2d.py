@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from favae.models.cat_block import CATAttention
 from favae.models.hub import HubModelMixin
 from favae.models.text_conditioning import mean_of_text, prepare_text
-from favae.precision import no_autocast
+from favae.precision import no_autocast, parameter_dtype
 
 
 def axial_rotary_embedding(size: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -303,8 +303,8 @@ class LightningDiTTransformer2DModel(HubModelMixin, ModelMixin, ConfigMixin):
         # 1. Condition and patches
         dtype = hidden_states.dtype
         with no_autocast(hidden_states.device):  # half precision could not tell neighboring times apart
-            weight = self.time_embedding.linear_1.weight
-            time = self.time_embedding(self.time_proj(timestep.float()).to(weight.dtype)).to(dtype)
+            frequencies = self.time_proj(timestep.float()).to(parameter_dtype(self.time_embedding))
+            time = self.time_embedding(frequencies).to(dtype)
         condition, text, text_mask = time, None, None  # (B, D)
         # Guidance leads away from neither class nor text, so that one number decides which of them a sample lacks.
         has_both = self.class_embedding is not None and self.text_embedding is not None

@@ -19,6 +19,15 @@ class FullTilesAutoencoderKL(HubModelMixin, AutoencoderKL):
     like their neighbors. Subclasses set the networks.
     """
 
+    # Their branches meet outside of any module's forward: all of them are on one device.
+    _no_split_modules = [
+        *AutoencoderKL._no_split_modules,
+        "WaveletEncoder",
+        "WaveletDecoder",
+        "TwoBranchEncoder",
+        "TwoBranchDecoder",
+    ]
+
     @property
     def spatial_compression_ratio(self) -> int:
         """Image pixels per latent along each side, f."""

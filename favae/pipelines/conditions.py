@@ -24,7 +24,8 @@ class ConditionalPipeline(DiffusionPipeline):
         """
         names = signature(cls.__init__).parameters
         parts = {name: part for name, part in pipeline.components.items() if name in names}
-        return super().from_pipe(pipeline, **{**parts, **kwargs})
+        missing = dict.fromkeys(name for name in cls._optional_components if name in names)
+        return super().from_pipe(pipeline, **{**missing, **parts, **kwargs})
 
     @property
     def labels(self) -> dict[str, int]:

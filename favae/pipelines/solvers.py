@@ -46,11 +46,13 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             self._init_step_index(timestep)
         noise_level, following = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
         length = noise_level - following
-        previous = sample - length * model_output
+        sample, velocity = sample.float(), model_output.float()  # half precision would round within the step
+        previous = sample - length * velocity
         if following > 0:
-            noise = sample + (1 - noise_level) * model_output
+            noise = sample + (1 - noise_level) * velocity
             fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             previous = previous - length / 2 * noise + (noise_level * length).sqrt() * fresh
+        previous = previous.to(model_output.dtype)
         self._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 

@@ -86,8 +86,10 @@ def gather_full_model(model: ModelMixin) -> ModelMixin:
     """
     if not is_sharded(model):
         return model
+    # `from_config` would drop what was a default when the model was made and has been registered since.
+    config = {key: value for key, value in model.config.items() if key != "_use_default_values"}
     with torch.random.fork_rng(devices=[]):  # the copy's initialization must not change what training draws next
-        copy = type(model).from_config(model.config)
+        copy = type(model).from_config(config)
     copy.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     return copy.eval()
 

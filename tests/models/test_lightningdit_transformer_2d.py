@@ -1,8 +1,11 @@
 import pytest
 import torch
 from conftest import TINY_LIGHTNINGDIT, checkpointed_blocks
+from torch import nn
+from torch.nn import functional as F
 
 from favae import LightningDiTTransformer2DModel
+from favae.models.flow_head import VelocityMLP
 from favae.models.lightningdit_transformer_2d import axial_rotary_embedding
 
 
@@ -23,6 +26,38 @@ def test_forward_save_load(patch_size, wo_shift, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = LightningDiTTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(latents, times, labels).sample, output)
+
+
+class QuantizedLinear(nn.Linear):
+    """As those of libraries: integers, which a scale makes the weights of, and a bias in the dtype of the inputs."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, sample):
+        return F.linear(sample, self.weight.to(sample.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("part", ["time_embedding", "flow_head"])
+def test_quantized_weights_do_not_make_times_integers(part):
+    torch.manual_seed(0)
+    if part == "time_embedding":
+        model, inputs = tiny(), (torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 3]))
+    else:
+        model, inputs = VelocityMLP(4, dim=8, width=16, num_layers=1), (torch.randn(2, 4), torch.rand(2, 1))
+        inputs = (*inputs, torch.randn(2, 16))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    expected = model(*inputs)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, QuantizedLinear(module))
+    found = model(*inputs)
+    expected, found = (output if isinstance(output, torch.Tensor) else output.sample for output in (expected, found))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -80,6 +81,8 @@ def test_a_pipeline_is_made_of_another_one(pipeline):
     other = LightningDiTPipeline.from_pipe(pipeline)
     assert other.components == pipeline.components and other.config.id2label == pipeline.config.id2label
     assert LightningDiTPipeline.from_pipe(pipeline, vae=None).vae is None
+    published = DiTPipeline(pipeline.transformer, pipeline.vae, pipeline.scheduler)  # knows no texts
+    assert LightningDiTPipeline.from_pipe(published).components == pipeline.components
 
 
 def test_a_generator_of_means_and_variances_is_refused(pipeline):
@@ -336,6 +339,19 @@ def test_many_steps_with_a_large_shift(pipeline, solver):
     """Whose first timesteps may be rounded to the same number."""
     pipeline.scheduler = flow_scheduler(solver, 6.0)
     assert torch.isfinite(pipeline([1], num_inference_steps=250, output_type="latent").images).all()
+
+
+def test_steps_in_half_precision_are_those_of_float32(pipeline):
+    """Rounded once at the end of a step, and not in its middle."""
+    torch.manual_seed(0)
+    velocity, sample = (torch.randn(1, 4, 32, 32, dtype=torch.bfloat16) for _ in range(2))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        scheduler = flow_scheduler("sde")
+        scheduler.set_timesteps(10)
+        arguments = velocity.to(dtype), scheduler.timesteps[3], sample.to(dtype)
+        found.append(scheduler.step(*arguments, generator=torch.Generator().manual_seed(0)).prev_sample)
+    assert found[1].dtype == torch.bfloat16 and torch.equal(found[0].bfloat16(), found[1])
 
 
 def test_a_pipeline_with_a_solver_of_ours_opens_in_another_process(pipeline, tmp_path):

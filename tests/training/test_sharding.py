@@ -3,7 +3,7 @@
 import pytest
 import safetensors.torch
 import torch
-from conftest import kill_when, tiny_generator_recipe, tiny_tokenizer_recipe, train_in_processes
+from conftest import kill_when, make_tiny_kl, tiny_generator_recipe, tiny_tokenizer_recipe, train_in_processes
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from torch import distributed, nn
 
@@ -93,5 +93,11 @@ def test_one_process_keeps_its_model_unless_a_launcher_started_it(tmp_path):
         expected = dit.eval()(*inputs).sample
         shard(dit, blocks_of(dit)[1:])
         torch.testing.assert_close(dit(*inputs).sample, expected)
+        # Statistics of latents are registered after the model is made.
+        vae = make_tiny_kl()
+        vae.register_to_config(latents_mean=[1.0] * 6, latents_std=[2.0] * 6)
+        shard(vae, [])
+        whole = gather_full_model(vae)
+        assert whole.config.latents_mean == [1.0] * 6 and whole.config.latents_std == [2.0] * 6
     finally:
         distributed.destroy_process_group()
