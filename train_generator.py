@@ -9,9 +9,10 @@ CAT token by token or from coarse to fine. They are told classes or (LightningDi
     2 CPU processes   torchrun --nproc_per_node 2 train_generator.py CONFIG.yaml
     4 x 8 GPUs        torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
                           train_generator.py CONFIG.yaml                      (on each of the four; HOST is one of them)
-    with SLURM        srun --nodes 4 --ntasks-per-node 1 bash -c 'torchrun --nnodes 4 --nproc_per_node 8 \\
-                          --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint $(scontrol show hostnames \\
-                          $SLURM_JOB_NODELIST | head -n 1):29500 train_generator.py CONFIG.yaml'
+    with SLURM        srun --kill-on-bad-exit=1 --nodes 4 --ntasks-per-node 1 bash -c 'torchrun --nnodes 4 \\
+                          --nproc_per_node 8 --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint \\
+                          $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 \\
+                          train_generator.py CONFIG.yaml'
     what would run    python train_generator.py CONFIG.yaml --dry-run
 
 Settings are `section.key=value`; the schema with its defaults is favae/training/generator_config.py. The same command
@@ -154,6 +155,8 @@ def train(config: GeneratorConfig) -> None:
         run.collect(logs)
         if accelerator.sync_gradients:
             run.end_step(finite)
+            if run.checkpoint_due():  # before what takes long
+                run.save_checkpoint()
             if run.due(settings.sample_every):
                 with ema_pipeline(run, pipeline, ema):
                     save_samples(run, pipeline, **sampling_options(config, dataset), **config.sampling.guidance)
@@ -161,10 +164,8 @@ def train(config: GeneratorConfig) -> None:
                 with ema_pipeline(run, pipeline, ema):
                     metrics = evaluate(pipeline, run.step, run.epoch(dataset))
                 accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
-            if run.checkpoint_due():
-                run.save_checkpoint()
 
-    with ema_pipeline(run, pipeline, ema):
+    with ema_pipeline(run, pipeline, ema, to_be_saved=True):
         run.finish(pipeline.save_pretrained)
 
 
@@ -285,12 +286,14 @@ def build_pipeline(
 
 
 @contextmanager
-def ema_pipeline(run: Run, pipeline: DiffusionPipeline, ema: Ema) -> Iterator[None]:
-    """The pipeline with the EMA weights, in one piece and in eval mode. All processes enter it."""
+def ema_pipeline(run: Run, pipeline: DiffusionPipeline, ema: Ema, to_be_saved: bool = False) -> Iterator[None]:
+    """The pipeline with the EMA weights, in one piece and in eval mode; to be saved, they may stay on the CPU. All
+    processes enter it."""
     transformer = ema.model
     transformer.eval()
     with ema:
-        pipeline.register_modules(transformer=gather_full_model(transformer).to(run.device))
+        whole = gather_full_model(transformer)
+        pipeline.register_modules(transformer=whole if to_be_saved else whole.to(run.device))
         yield
         pipeline.register_modules(transformer=transformer)
 

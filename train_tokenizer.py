@@ -154,6 +154,8 @@ def train(config: TokenizerConfig) -> None:
         run.collect(logs)
         if accelerator.sync_gradients:
             run.end_step(finite)
+            if run.checkpoint_due():  # before what takes long
+                run.save_checkpoint()
             if run.due(settings.sample_every) and preview is not None:
                 with ema:
                     save_preview(run, gather_full_model(vae), module, preview["image"])
@@ -161,8 +163,6 @@ def train(config: TokenizerConfig) -> None:
                 with ema:
                     metrics = evaluate(gather_full_model(vae), run.step, run.epoch(training_data))
                 accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
-            if run.checkpoint_due():
-                run.save_checkpoint()
 
     with ema:
         run.finish(gather_full_model(vae).save_pretrained)

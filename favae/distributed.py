@@ -15,8 +15,8 @@ from torch import Tensor
 from favae.errors import DataError, FavaeError
 
 # Without, a process that waits for the others gives up after 30 minutes (10 on GPUs) and takes them with it. A process
-# that dies is noticed by the launcher, which ends the others.
-LONGEST_WAIT = timedelta(days=30)
+# that dies is noticed by the launcher of its machine, which ends the others there; those of other machines wait.
+LONGEST_WAIT = timedelta(hours=12)
 
 
 def on_cpu() -> bool:

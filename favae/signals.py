@@ -1,6 +1,7 @@
 """How a process is told to stop: by Ctrl-C, by SIGTERM, or by the end of the launcher that started it."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -75,11 +76,24 @@ def exception_of(number: int) -> type[KeyboardInterrupt]:
 def end_quietly_on_signals(worker: int = 0) -> None:
     """For worker processes, which the process that started them ends.
 
-    Ctrl-C reaches the whole group of processes, and that one still needs its workers. SIGTERM ends them as if they were
-    done: multiprocessing uses it, too, and waits for them.
+    Ctrl-C reaches the whole group of processes, and so does a launcher's SIGTERM: that one still needs its workers.
+    Its own SIGTERM, which multiprocessing sends, ends them as if they were done. Where the sender is not known (macOS),
+    any does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parents_signal, daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+
+
+def _end_with_parents_signal() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
 
 
 def end_with_launcher() -> None:

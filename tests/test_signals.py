@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import time
 from datetime import timedelta
 
@@ -52,6 +53,30 @@ def test_a_training_ends_after_its_step_and_goes_on_as_if_nothing_had_happened(
     assert weights(output / "final") == weights(tiny_cache / "whole/final")
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_launchers_signal_to_all_leaves_workers_until_the_step_is_done(tiny_cache, monkeypatch):
+    recipe = tiny_generator_recipe(tiny_cache, tiny_cache / "cache", tiny_cache / "tokenizer")
+    more = ["train.num_workers=1", "train.gradient_accumulation_steps=8"]  # more than a worker reads ahead
+    collect = Run.collect
+
+    def signal_all(run, logs):
+        if run.step == 2 and not run._collected:
+            for worker in multiprocessing.active_children():
+                subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+            time.sleep(0.5)
+            signal.raise_signal(signal.SIGTERM)
+        collect(run, logs)
+
+    monkeypatch.setattr(Run, "collect", signal_all)
+    with pytest.raises(SystemExit) as ended:
+        train("train_generator", recipe, f"output={tiny_cache / 'run'}", "train.steps=4", *more)
+    assert ended.value.code == 143 and (tiny_cache / "run/checkpoints/step-3").is_dir()
+    workers = multiprocessing.active_children()  # the exception keeps their loader; at its end, python does this:
+    for worker in workers:
+        worker.terminate()
+        worker.join(30)
+    assert workers and all(worker.exitcode == 0 for worker in workers)
 
 
 @pytest.mark.parametrize(("step", "signals"), [(1, 1), (2, 2)], ids=["the first in the first step", "a second"])

@@ -10,6 +10,7 @@ cache. For the n images of the shard, which have m captions together, it holds
 and the manifest names the encoder, the hash of its weights, the maximal length, the dtype and the counts.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 FOLDER = "text_embeddings"
 CONTENTS = "folder of text embeddings"
+LENGTH_STEP = 16  # of batches: lengths are multiples of it
 DTYPES = {"embeddings": FLOATS, "lengths": ["I64"], "offsets": ["I64"]}
 
 
@@ -213,15 +215,17 @@ class TextEmbeddings(ShardedCache):
             indices: (B,), of images.
             choices: (B,), numbers from 0 on; a number modulo the captions of its image chooses one of them.
         Returns:
-            Embeddings (B, L, D) float32 and mask (B, L) bool, L >= 1 for the longest caption of the batch; on the CPU.
-            The mask of an image without captions is False everywhere.
+            Embeddings (B, L, D) float32 and mask (B, L) bool, with L the length of the batch's longest caption, rounded
+            up so that compiled models see few lengths; on the CPU. The mask of an image without captions is False
+            everywhere.
         Raises:
             IndexError: if there is no image with such an index.
             CacheError: if embeddings are not finite.
         """
         places = zip(self.locate(indices), np.asarray(choices).tolist())
         found = [self._choose(shard, row, choice) for (shard, row), choice in places]
-        embeddings = torch.zeros(len(found), max([1, *map(len, found)]), self.dim)
+        length = math.ceil(max([1, *map(len, found)]) / LENGTH_STEP) * LENGTH_STEP
+        embeddings = torch.zeros(len(found), length, self.dim)
         mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool)
         for k, caption in enumerate(found):
             embeddings[k, : len(caption)] = caption

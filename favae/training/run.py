@@ -15,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
@@ -46,6 +47,7 @@ from favae.training.validation import validate
 logger = logging.getLogger(__name__)
 
 # A run may be continued with other values of these.
+OTHER_WAYS_TO_SHARD = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 SECTIONS_FREE_TO_CHANGE = {"resume", "output", "evaluation", "sampling"}
 KEYS_FREE_TO_CHANGE = {
     "train.steps",
@@ -80,6 +82,8 @@ def find_checkpoint_to_resume(config: RunConfig) -> Path | None:
                     f", or continue from its last checkpoint elsewhere with resume={checkpoints[-1][1]} output=..."
                 )
             raise ConfigError(f"{folder} holds a run with other settings ({', '.join(changed)}); {advice}")
+        if holds_run and not checkpoints:
+            raise ConfigError(f"{folder} holds a finished run without checkpoints; choose another output")
         return newest_whole_checkpoint([path for _, path in checkpoints])
     if holds_run:
         raise ConfigError(f"{folder} holds a run already; resume=auto continues it, and another output begins anew")
@@ -186,6 +190,11 @@ class Run:
                 InitProcessGroupKwargs(timeout=LONGEST_WAIT),
             ],
         )
+        if self.accelerator.distributed_type in OTHER_WAYS_TO_SHARD:
+            raise ConfigError(
+                f"Accelerate is set to {self.accelerator.distributed_type.value}, which this training does not use; "
+                "train.shard=true divides a model that one device does not hold"
+            )
         if train.mixed_precision == "fp16" and self.device.type == "cpu":
             raise ConfigError("train.mixed_precision=fp16 needs a GPU; bf16 does not")
         if train.mixed_precision == "bf16" and fast_dtype(self.device.type) != torch.bfloat16 and self.is_main:

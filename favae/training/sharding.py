@@ -13,7 +13,7 @@ import torch
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock, Decoder, Encoder
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -84,13 +84,28 @@ def gather_full_model(model: ModelMixin) -> ModelMixin:
 
     All processes must call it.
     """
-    if not is_sharded(model):
-        return model
+    return _copy_of(model, _whole_tensors(model)) if is_sharded(model) else model
+
+
+def _whole_tensors(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """The state of a module, which may be sharded, on the CPU: one tensor at a time is whole on the accelerator.
+
+    All processes must call it; those that do not keep it get {}.
+    """
+    state = {}
+    for name, value in module.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            state[name] = whole.detach().cpu()
+    return state
+
+
+def _copy_of(model: ModelMixin, state: dict[str, Tensor]) -> ModelMixin:
     # `from_config` would drop what was a default when the model was made and has been registered since.
     config = {key: value for key, value in model.config.items() if key != "_use_default_values"}
     with torch.random.fork_rng(devices=[]):  # the copy's initialization must not change what training draws next
         copy = type(model).from_config(config)
-    copy.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    copy.load_state_dict(state)
     return copy.eval()
 
 
@@ -99,14 +114,15 @@ def save_full_state(module: nn.Module, path: Path, write: bool = True) -> None:
 
     All processes call it, in case the module is sharded; those with `write` do the writing.
     """
-    if isinstance(module, ModelMixin):
-        whole = gather_full_model(module)
+    if isinstance(module, ModelMixin) and not is_sharded(module):
         if write:
-            whole.save_pretrained(path)
+            module.save_pretrained(path)
         return
-    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if write:
-        tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    state = _whole_tensors(module, keep=write)
+    if write and isinstance(module, ModelMixin):
+        _copy_of(module, state).save_pretrained(path)
+    elif write:
+        tensors = {name: value.contiguous() for name, value in state.items()}
         safetensors.torch.save_file(tensors, f"{path}.safetensors")
 
 

@@ -2,12 +2,15 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import TINY_CAT, tiny_tokenizer_recipe
 from torch import nn
 
@@ -196,9 +199,16 @@ def test_a_finished_run_without_checkpoints_is_not_replaced_by_another(tmp_path)
     for overrides, message in (
         (["seed=1"], "other settings .seed.; choose another output$"),
         (["resume=never"], "holds"),
+        ([], "a finished run without checkpoints"),
     ):
         with pytest.raises(ConfigError, match=message):
             Run(load_config(TokenizerConfig, recipe, [f"output={tmp_path / 'run'}", *overrides]))
+
+
+def test_ways_to_shard_that_trainings_do_not_know_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(ConfigError, match="Accelerate is set to FSDP.*train.shard=true"):
+        training_of(tmp_path)
 
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
@@ -301,3 +311,4 @@ def test_a_folder_that_another_process_writes_is_refused(training, tmp_path):
         message = messages.get()
         assert message == "" if released else f"process {os.getpid()} on {socket.gethostname()}" in message
         training.run.finish(lambda folder: folder.mkdir())
+        shutil.rmtree(training.run.folder / "final")  # without a checkpoint, such a run is not begun again
