@@ -15,7 +15,7 @@ from favae.eval.results import (
     read_results,
 )
 
-# Not compared: the hashes say whether what has another name is the same, and latents of another size are no obstacle.
+# Not compared: the hashes say whether what has another name is the same, and other autoencoders may have other patches.
 FREE_IN_PROTOCOL = ("data_name", "reference_name", "patch_size")
 GROUPED_BY = ("model", "guidance_scale")
 
@@ -37,6 +37,9 @@ def load_results(text: str) -> dict:
         raise DataError(f"{text}: {error.strerror}; expected FILE or FILE:MODEL with a results.json") from error
     found = {key: result[key] for key in ("task", "protocol")}
     found["rows"] = [row for row in result["rows"] if model in (None, row["model"])]
+    shapes = [row["latent_shape"] for row in found["rows"] if "latent_shape" in row]
+    if shapes:  # of the chosen rows, which meters of latents depend on
+        found["protocol"] = found["protocol"] | {"latent_shape": shapes[0]}
     if not found["rows"]:
         names = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
         raise DataError(f"{path} has no model '{model}', only {names or 'none'}")

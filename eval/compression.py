@@ -38,6 +38,7 @@ SAVING: dict[str, dict[str, Any]] = {"jpeg": {"optimize": True}, "webp": {"metho
 PILLOW_FEATURES = ("webp", "avif")
 QUALITIES = (5, 10, 20, 35, 50, 70, 85, 95)  # of the curves
 HIGHEST_QUALITY = 100
+SEARCHED_PIXELS = 2**22  # of the images that a quality is sought on, or 24 images
 LEVELS = 2  # of the bands
 MARGIN = 1.5  # how much further latents may be from zero than those that frequencies are counted on
 COUNTED = 10_000  # training images that frequencies are counted on, at most
@@ -230,7 +231,8 @@ def bits_per_pixel(model: HyperpriorModelFA, images: ImageDataset) -> float | No
 
 def matching_quality(format: Literal["jpeg", "webp", "avif"], images: ImageDataset, bpp: float) -> int:
     """The quality at which a format's files of a few of the images are nearest to so many bits per pixel."""
-    chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(len(images), 24)).astype(int)]
+    count = min(len(images), max(24, SEARCHED_PIXELS // images.resolution**2))
+    chosen = [images[i] for i in np.linspace(0, len(images) - 1, count).astype(int)]
     batch = skip_missing(chosen)
     if batch is None:
         raise DataError("not one of the images can be read")

@@ -49,7 +49,7 @@ def generation_metrics(
     Args:
         samples: of the generated images, with all features and, for IS, logits.
         reference: of the real images.
-        validation: of other real images, for FDr: the distance of the samples by that of these images.
+        validation: of other real images, as many as samples, for FDr: the distance of the samples by that of these.
     Returns:
         By the names that `metric_name` allows. None where there are too few images, or where the reference lacks what
         a metric needs, which is logged.
@@ -69,11 +69,15 @@ def generation_metrics(
         order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(0)).numpy()
         metrics["IS"], metrics["IS_std"] = inception_score(samples.logits[order], splits=inception_splits(len(fake)))
 
-    # How much further the samples are from the reference than other real images are.
+    # How much further the samples are from the reference than as many other real images are.
     if validation is not None:
         floor = _frechet(reference.mean, reference.covariance, validation.mean, validation.covariance)
         is_apart = floor is not None and floor > 1e-6 * np.trace(reference.covariance)  # not the same images
-        metrics["FDr"] = metrics["FID"] / floor if is_apart and metrics["FID"] is not None else None
+        metrics["FDr"] = None
+        if validation.count != samples.count:
+            logger.warning("no FDr: there are %d samples and %d validation images", samples.count, validation.count)
+        elif is_apart and metrics["FID"] is not None:
+            metrics["FDr"] = metrics["FID"] / floor
 
     # Metrics that compare single images.
     smaller = 0 if real is None else min(len(real), len(fake))
@@ -84,6 +88,8 @@ def generation_metrics(
     if smaller >= 2:
         size = min(KERNEL_SUBSET_SIZE, smaller)
         metrics["KID"], metrics["KID_std"] = kernel_distance(real, fake, subset_size=size)
+        if size == len(real) == len(fake):  # all subsets are the whole sets
+            metrics["KID_std"] = None
     if smaller >= 4:
         metrics["MIND"], metrics["MIND_floor"] = _projected_distances(real, fake)
 
@@ -189,7 +195,7 @@ def evaluate_samples(
         reference: opened with the same extractors.
         output: a folder.
         reference_name: what results call the reference.
-        validation: other real images, for FDr.
+        validation: other real images, as many as samples, for FDr.
         archives: whether each set is written for ADM's evaluator too.
     Returns:
         The rows of results.json; on other processes than the main one without metrics.

@@ -62,7 +62,8 @@ def velocity_variance(latents: Tensor, labels: Tensor) -> VelocityVariance:
     For a class whose covariance has the d eigenvalues l_i, VIV = pi / (2 d) sum_i sqrt(l_i); the mean over classes is
     returned. The covariance is a product of one over channels and one over positions, found in five rounds of a
     flip-flop, whose trace is the class's variance. Channels whose spectra differ are no such product, and their VIV may
-    be too low or too high: half of them smooth and half of them white noise have half of their true one.
+    be too low or too high: half of them smooth and half of them white noise have half of their true one. As in the
+    source, the variance of n images of a class is divided by n: compare sets with as many of each class.
 
     Args:
         latents: (N, C, h, w). labels: (N,), the class of each.

@@ -11,6 +11,7 @@ scripts/photographs.py got more after the first ones. The controls: the same net
 the inverse wavelet transform, and TAEF2's architecture, narrower, at the same FLOPs.
 """
 
+import json
 import os
 import statistics
 from dataclasses import dataclass, field, replace
@@ -34,14 +35,14 @@ from experiments.tokenizers import named_means
 from experiments.training_sets import PHOTOGRAPHS, PHOTOGRAPHS_128, lite
 from favae import AutoencoderTinyFA
 from favae.adapters.convert import convert_to_folder
-from favae.autoencoders import decode, encode
+from favae.autoencoders import decode, encode, load_autoencoder
 from favae.data.images import skip_missing, to_uint8
 from favae.data.sources import open_source
 from favae.eval.extraction import image_statistics
 from favae.eval.frechet import frechet_distance
 from favae.eval.reconstruction import image_errors
-from favae.files import read_json_lines
-from favae.training.models import build_model, find_model_class
+from favae.files import read_json_lines, write_text
+from favae.training.models import build_model
 from favae.training.tokenizer_config import TokenizerConfig
 from train_tokenizer import train
 
@@ -210,18 +211,13 @@ def teacher_folder() -> Path:
 def make_row(task: Task) -> dict:
     """Trains one decoder with one seed, and measures it on pictures that were in no training."""
     teacher = AutoencoderTinyFA.from_pretrained(teacher_folder()).eval()
-    model, training = teacher, {}
+    model, training = teacher, {"training_crops": 0}
     if task.steps:
-        config = train_once(task)
+        training = train_once(task)
         log = read_json_lines(task.run / "metrics.jsonl")
-        training = {
-            "mixed_precision": config.train.mixed_precision,
-            "seconds": log[-1]["seconds"],
-            "curve": [[r["step"], r.get("reconstruction")] for r in log],
-        }
-        model = find_model_class(config.model["name"]).from_pretrained(task.run / "final").eval()
+        training |= {"seconds": log[-1]["seconds"], "curve": [[r["step"], r.get("reconstruction")] for r in log]}
+        model = load_autoencoder(str(task.run / "final")).eval()
     row = {"model": task.name, "seed": task.seed, "steps": task.steps, **cost(model)}
-    row["training_crops"] = len(open_source(str(PHOTOGRAPHS.file("train")))) if task.steps else 0
     validation = crops("validation", VALIDATION_CROPS)
     row["validation_psnr"] = errors(validation, decoded(model, teacher, validation))["psnr"]
     images = crops("heldout")
@@ -232,15 +228,19 @@ def make_row(task: Task) -> dict:
     return row | training | environment()
 
 
-def train_once(task: Task) -> TokenizerConfig:
-    """Trains a row, and before it the one that it goes on from, unless another process has done so."""
+def train_once(task: Task) -> dict:
+    """Trains a row, and before it the one that it goes on from, unless that was done before; gives how it was done."""
     if task.variant.after is not None:
         train_once(predecessor(task, task.variant.after))
+    training = task.beside("-training.json")
     with FileLock(task.beside(".lock")):
-        config = load_recipe(TokenizerConfig, task, task.variant.recipe(task))
         if not (task.run / "final").exists():
+            config = load_recipe(TokenizerConfig, task, task.variant.recipe(task))
             train(config)
-    return config
+            crops = len(open_source(str(PHOTOGRAPHS.file("train"))))
+            how = {"mixed_precision": config.train.mixed_precision, "training_crops": crops}
+            write_text(training, json.dumps(how))
+    return json.loads(training.read_text())
 
 
 def predecessor(task: Task, name: str) -> Task:

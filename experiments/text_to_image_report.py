@@ -42,17 +42,20 @@ def tokenizer_table(tokenizers: dict[str, dict]) -> str:
 
 
 def samples_table(rows: dict, tokenizers: dict, title: str, split: str, galleries: dict[str, str]) -> str:
+    # 20 images are too few for recall, and with 16 copies of each, as their reconstructions are measured, it is 0.
+    shares = ("precision",) if split == "heldout" else ("precision", "recall")
     lines = []
     for name, own in rows.items():
         points = [at_scale(row, TABLE_SCALE) if split == "heldout" else row[split] for row in own]
         size = [len(own), f"{own[0]['params'] / 1e6:.1f} M"]
-        lines.append([f"`{name}`", *size, *_quality(points), *(_rates(points, gallery) for gallery in galleries)])
+        rates = [_rates(points, gallery) for gallery in galleries]
+        lines.append([f"`{name}`", *size, *_quality(points, shares), *rates])
     real = next(iter(tokenizers.values()))["real"]
     controls = {f"reconstructions, `{tokens}`": found[split] for tokens, found in tokenizers.items()}
     for name, point in {**controls, "the real images": real[split]}.items():
-        lines.append([name, "", "", *_quality([point]), *(_rates([point], gallery) for gallery in galleries)])
+        lines.append([name, "", "", *_quality([point], shares), *(_rates([point], gallery) for gallery in galleries)])
     lines.append(["chance", *[""] * 5, *(_rates([real[split]["chance"]], gallery) for gallery in galleries)])
-    return format_table([title, "seeds", "parameters", "FD", "IS", "precision, recall", *galleries.values()], lines)
+    return format_table([title, "seeds", "parameters", "FD", "IS", ", ".join(shares), *galleries.values()], lines)
 
 
 def at_scale(row: dict, scale: float) -> dict:
@@ -66,10 +69,9 @@ def _rates(points: list[dict], gallery: str) -> str:
     return ", ".join(with_std([100 * point[gallery][f"top{k}"] for point in points], 0) for k in TOP)
 
 
-def _quality(points: list[dict]) -> list[str]:
-    values = {key: [point[key] for point in points] for key in ("fid", "is", "precision", "recall")}
-    shares = ", ".join(with_std(values[key], 2) for key in ("precision", "recall"))
-    return [with_std(values["fid"], 0), with_std(values["is"], 2), shares]
+def _quality(points: list[dict], shares: tuple[str, ...]) -> list[str]:
+    cells = [with_std([point[key] for point in points], digits) for key, digits in (("fid", 0), ("is", 2))]
+    return [*cells, ", ".join(with_std([point[key] for point in points], 2) for key in shares)]
 
 
 def figures(report: dict, stem: Path) -> None:

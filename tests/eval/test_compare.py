@@ -58,6 +58,13 @@ def test_other_protocols_are_refused_unless_forced(tmp_path, capsys):
     assert "different protocols" in printed and "B (one seed)" in printed
 
 
+def test_meters_of_latents_of_two_shapes_are_not_compared(tmp_path, capsys):
+    rows = [row("a", 0.1, 20.0, latent_shape=[16, 8, 8]), row("b", 0.2, 21.0, latent_shape=[32, 4, 4])]
+    file = result(tmp_path, "a", rows)
+    command_error("compare", f"{file}:a", f"{file}:b")
+    assert "latent_shape: [16, 8, 8] and [32, 4, 4]" in capsys.readouterr().out
+
+
 def test_guidance_scales_are_matched(tmp_path):
     a = load_results(result(tmp_path, "a", [row("x", 1.0, 1.0, guidance_scale=s) for s in (1.0, 1.5)]))
     b = load_results(result(tmp_path, "b", [row("y", 2.0, 1.0, guidance_scale=1.5)]))

@@ -275,6 +275,10 @@ def test_real_images_set_the_scale(tmp_path):
     samples = open_samples(tmp_path / "fake.npz")
     itself = measure_samples(samples, references, extractors, validation=references)[0]  # their distance is rounding
     assert itself["FDr"] is None
+    np.savez(tmp_path / "few.npz", arr_0=images[2, :20])  # fewer images are further from anything
+    few = measure_samples(open_samples(tmp_path / "few.npz"), references, extractors, validation=validation)[0]
+    assert few["FDr"] is None and few["FID"] > 0
+    assert same["KID_std"] is None and few["KID_std"] > 0  # a spread of subsets, of which there is one
 
 
 def test_given_samples_have_seams_and_a_scale_of_real_images(tmp_path):

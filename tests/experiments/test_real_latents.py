@@ -78,7 +78,7 @@ def test_a_row_that_goes_on_from_another_trains_that_first(files, monkeypatch):
     trained = []
 
     def train(config):
-        trained.append((Path(config.output).name, config.train.steps))
+        trained.append((Path(config.output).name, config.train.steps, config.model.get("from_pretrained")))
         build_model({key: value for key, value in config.model.items() if key != "from_pretrained"}).save_pretrained(
             f"{config.output}/final"
         )
@@ -86,10 +86,10 @@ def test_a_row_that_goes_on_from_another_trains_that_first(files, monkeypatch):
     monkeypatch.setattr(real_latents, "train", train)
     common = {"seed": 0, "runs": files, "resolution": 64, "batch_size": 2}
     after = Task(name="wavelet_2_longer", variant=VARIANTS["wavelet_2_longer"], steps=4, **common)
-    config = real_latents.train_once(after)
-    assert config.model["from_pretrained"] == str(files / "wavelet_2_long-0-10/final")
-    assert trained == [("wavelet_2_long-0-10", 10), ("wavelet_2_longer-0-4", 4)]
-    real_latents.train_once(after)
+    how = real_latents.train_once(after)
+    before = str(files / "wavelet_2_long-0-10/final")
+    assert trained == [("wavelet_2_long-0-10", 10, trained[0][2]), ("wavelet_2_longer-0-4", 4, before)]
+    assert real_latents.train_once(after) == how and how["training_crops"] > 0
     assert len(trained) == 2  # by whichever process
 
 
