@@ -17,7 +17,7 @@ from benchmarks.timing import environment
 from experiments.image_sets import InMemoryImages
 from experiments.latents import BOTH, TOKENIZER, error_curve, on_plateau, steps_of
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, with_std
+from experiments.report import format_table, means, rows_by_model
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import load_trained, reconstruct_all
 from experiments.training_sets import GLYPHS, load_images
@@ -118,13 +118,11 @@ def recipe(task: Task) -> TokenizerConfig:
 
 
 def tables(report: dict) -> str:
-    rows, lines = rows_by_model(report), []
+    lines = []
     digits = {"recon": 5, "low": 4, "high": 5, "psnr": 2, "ssim": 3, "fd": 1, "accuracy": 3, "codebook_perplexity": 0}
-    for name in (name for name in VARIANTS if name in rows):
-        own = rows[name]
-        cells = [with_std([row[key] for row in own], count) for key, count in digits.items()]
+    for name, own in rows_by_model(report).items():
         plateaus = sum(row["plateau"] for row in own)
-        lines.append([f"`{name}`", len(own), f"{own[0]['gflop']:.2f}", *cells, plateaus])
+        lines.append([f"`{name}`", len(own), f"{own[0]['gflop']:.2f}", *means(own, digits), plateaus])
     columns = ["row", "seeds", "GFLOP", "Recon", "Low", "High", "PSNR", "SSIM", "FD", "accuracy", "codes", "plateaus"]
     return format_table(columns, lines)
 

@@ -28,7 +28,7 @@ from benchmarks.timing import environment
 from experiments import codebooks
 from experiments.latents import SPLIT
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, save_kept_power, save_strip, save_strips, with_std
+from experiments.report import format_table, means, rows_by_model, save_kept_power, save_strip, save_strips
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import load_trained
 from experiments.training_sets import PHOTOGRAPHS_128, lite
@@ -227,8 +227,8 @@ COLUMNS = {"bpp": 3, "PSNR": 2, "SSIM": 4, "Recon": 5, "High": 5, "power kept": 
 def tables(report: dict) -> str:
     rows, lines = rows_by_model(report), []
     for rate in RATES:
-        for name in (name for name in VARIANTS if name in rows and VARIANTS[name].rate == rate):
-            cells = [with_std([row["heldout"][key] for row in rows[name]], digits) for key, digits in COLUMNS.items()]
+        for name in (name for name in rows if VARIANTS[name].rate == rate):
+            cells = means([row["heldout"] for row in rows[name]], COLUMNS)
             lines.append([f"`{name}`", len(rows[name]), *cells, at_equal_bits(rows, name)])
         for entry in (entry for entry in report.get("formats", []) if entry["rate"] == rate):
             cells = [f"{entry[key]:.{digits}f}" for key, digits in COLUMNS.items()]

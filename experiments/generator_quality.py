@@ -30,7 +30,7 @@ from torchvision.utils import save_image
 from benchmarks.timing import ROOT, environment
 from experiments import equal_budget
 from experiments.image_sets import InMemoryImages, read_images, seams_of
-from experiments.report import format_table, rows_by_model, with_std
+from experiments.report import format_table, means, rows_by_model
 from experiments.rows import Comparison, Task, main
 from favae.autoencoders import reconstruct
 from favae.data.images import ImageDataset, to_uint8
@@ -180,26 +180,13 @@ def save_pictures(task: Task) -> None:
 
 
 def tables(report: dict) -> str:
-    rows = rows_by_model(report)
     lines = []
-    for name, own in ((name, rows[name]) for name in VARIANTS if name in rows):
-        guided = {
-            key: with_std([row["guided"][key] for row in own], digits)
-            for key, digits in {"fid": 0, "is": 2, "precision": 2, "recall": 2, "seams": 2}.items()
-        }
-        lines.append(
-            [
-                f"`{name}`",
-                len(own),
-                with_std([row["velocity"] for row in own], 3),
-                with_std([row["unguided"]["fid"] for row in own], 0),
-                guided["fid"],
-                guided["is"],
-                f"{guided['precision']}, {guided['recall']}",
-                guided["seams"],
-                with_std([row["reconstructions"]["fid"] for row in own], 0),
-            ]
-        )
+    for name, own in rows_by_model(report).items():
+        cells = means(own, {"velocity": 3}) + means([row["unguided"] for row in own], {"fid": 0})
+        guided = [row["guided"] for row in own]
+        cells += means(guided, {"fid": 0, "is": 2})
+        cells += [", ".join(means(guided, {"precision": 2, "recall": 2})), *means(guided, {"seams": 2})]
+        lines.append([f"`{name}`", len(own), *cells, *means([row["reconstructions"] for row in own], {"fid": 0})])
     columns = ["latents of", "seeds", "velocity loss", "FD, unguided", "FD, guided", "IS, guided"]
     columns += ["precision, recall, guided", "seams", "FD, reconstructions"]
     (real,) = {(round(row["other_crops"]["fid"]), round(row["other_crops"]["seams"], 2)) for row in report["rows"]}

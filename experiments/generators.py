@@ -22,7 +22,7 @@ from experiments import glyph_texts, latents
 from experiments.glyph_texts import fastest_on_cpu, few_steps, seconds_per_image
 from experiments.image_sets import read_images, seams_of
 from experiments.latents import save_pictures
-from experiments.report import format_table, rows_by_model, save_samples, with_std
+from experiments.report import format_table, means, rows_by_model, save_samples
 from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS, TrainingSet, load_images
 from favae.autoencoders import spatial_compression_ratio
@@ -167,9 +167,8 @@ COLUMNS = {"fd": 1, "accuracy": 3, "is": 1, "precision": 2, "recall": 2, "seams"
 def tables(report: dict) -> str:
     rows, lines = rows_by_model(report), []
     for number, scale in enumerate(GUIDANCE_SCALES):
-        for name in (name for name in VARIANTS if name in rows):
-            own = rows[name]
-            cells = [with_std([row["samples"][number][key] for row in own], count) for key, count in COLUMNS.items()]
+        for name, own in rows.items():
+            cells = means([row["samples"][number] for row in own], COLUMNS)
             times = [fastest_on_cpu(own, 4) if scale == GUIDANCE_SCALES[-1] else ""]
             lines.append([f"`{name}`", len(own), f"{own[0]['params'] / 1e6:.1f} M", scale, *cells, *times])
     columns = ["FD", "accuracy", "IS", "precision", "recall", "seams", "s/image"]

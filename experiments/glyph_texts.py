@@ -31,7 +31,7 @@ from experiments import codebooks, latents
 from experiments.glyphs import ATTRIBUTES, accuracies, load_glyphs, trained_classifier
 from experiments.image_sets import read_images
 from experiments.latents import BOTH
-from experiments.report import format_table, rows_by_model, with_std
+from experiments.report import format_table, means, rows_by_model
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.training_sets import GLYPHS
 from favae.data.latent_writing import write_latent_cache
@@ -193,11 +193,11 @@ def tables(report: dict) -> str:
     rows, lines = rows_by_model(report), []
     for split, note in SPLITS.items():
         for number, scale in enumerate(GUIDANCE_SCALES):
-            for name in (name for name in VARIANTS if name in rows):
-                own = [row[split][number] for row in rows[name]]
-                cells = [with_std([entry["attributes"][key] for entry in own], 3) for key in ATTRIBUTES]
-                seconds = fastest_on_cpu(rows[name], 3) if scale == GUIDANCE_SCALES[-1] else ""
-                cells += [with_std([entry["fd"] for entry in own], 1), seconds]
+            for name, own_rows in rows.items():
+                own = [row[split][number] for row in own_rows]
+                cells = means([entry["attributes"] for entry in own], dict.fromkeys(ATTRIBUTES, 3))
+                seconds = fastest_on_cpu(own_rows, 3) if scale == GUIDANCE_SCALES[-1] else ""
+                cells += [*means(own, {"fd": 1}), seconds]
                 lines.append([f"`{name}`", len(own), note, scale, *cells])
     return format_table(["row", "seeds", "texts", "guidance", *ATTRIBUTES, "FD", "s/image"], lines)
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from benchmarks.timing import device, environment
 from experiments import latents
-from experiments.report import format_table, rows_by_model, with_std
+from experiments.report import format_table, means, rows_by_model
 from experiments.rows import Comparison, Task, main
 from experiments.training_sets import GLYPHS
 
@@ -49,11 +49,10 @@ COLUMNS = {"fd": 1, "accuracy": 2, "is": 1, "precision": 2, "recall": 2}
 
 
 def tables(report: dict) -> str:
-    rows, lines = rows_by_model(report), []
-    for name in (name for name in VARIANTS if name in rows):
-        for own in zip(*(row["scales"] for row in rows[name])):
-            cells = [with_std([entry[key] for entry in own], digits) for key, digits in COLUMNS.items()]
-            lines.append([f"`{name}`", len(own), own[0]["guidance_scale"], *cells])
+    lines = []
+    for name, rows in rows_by_model(report).items():
+        for own in zip(*(row["scales"] for row in rows)):
+            lines.append([f"`{name}`", len(own), own[0]["guidance_scale"], *means(own, COLUMNS)])
     return format_table(["latents of", "seeds", "scale", "FD", "accuracy", "IS", "precision", "recall"], lines)
 
 

@@ -61,12 +61,11 @@ GENERATORS: Columns = {
 }
 
 
-def tables(report: dict, names: list[str]) -> str:
+def tables(report: dict) -> str:
     """For each set, its autoencoders and their generators, and what real pictures reach; what the meters predict."""
     parts = []
     for data in map(str, (GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128)):
-        rows = rows_by_model({"rows": [row for row in report["rows"] if row["data"] == data]})
-        own = {name: rows[name] for name in names if name in rows}
+        own = rows_by_model({"rows": [row for row in report["rows"] if row["data"] == data]})
         if own:
             different = {name: rows for name, rows in own.items() if not name.endswith(GLOBAL)}
             parts += [f"## {data}", table(different, "autoencoder", AUTOENCODERS), table(own, "latents of", GENERATORS)]

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.timing import environment, speedup, time_paired
 from experiments.image_sets import InMemoryImages, seams_of
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, save_strip, save_strips, with_std
+from experiments.report import format_table, means, rows_by_model, save_strip, save_strips
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import named_means
 from experiments.training_sets import PHOTOGRAPHS, PHOTOGRAPHS_128, lite
@@ -306,14 +306,12 @@ def finish(report: dict, stem: Path) -> None:
 
 
 def tables(report: dict) -> str:
-    rows, lines = rows_by_model(report), []
-    for name in (name for name in VARIANTS if name in rows):
-        own = rows[name]
+    lines = []
+    for name, own in rows_by_model(report).items():
         cells = [f"`{name}`", len(own), f"{own[0]['steps']:,}", f"{own[0]['training_crops']:,}"]
         cells += [f"{own[0]['params'] / 1e6:.2f} M", f"{own[0]['gflop']:.1f}"]
         cells.append(f"{own[0]['speedup']:.1f}" if own[0].get("speedup") else "")
-        digits = {"psnr": 2, "recon": 5, "low": 4, "high": 5, "ssim": 4, "fd": 1, "seams": 3}
-        cells += [with_std([row[key] for row in own], count) for key, count in digits.items()]
+        cells += means(own, {"psnr": 2, "recon": 5, "low": 4, "high": 5, "ssim": 4, "fd": 1, "seams": 3})
         lines.append(cells)
     columns = [
         "decoder",

@@ -37,6 +37,11 @@ def with_std(values: list[float], digits: int) -> str:
     return text if len(set(values)) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
+def means(rows: list[dict], digits: dict[str, int]) -> list[str]:
+    """`with_std` of each of these values."""
+    return [with_std([row[key] for row in rows], count) for key, count in digits.items()]
+
+
 def mean_ratio(own: list[dict], reference: list[dict], *keys: str) -> float:
     """The mean of a value over rows, relative to that of the reference's rows."""
     means = []

@@ -53,10 +53,10 @@ def make_row(task: Task) -> dict:
 
 
 def tables(report: dict) -> str:
-    rows, lines = rows_by_model(report), []
-    for name in (name for name in VARIANTS if name in rows):
-        points = zip(*(row["curve"] for row in rows[name]))
-        lines.append([f"`{name}`", len(rows[name]), *(with_std([point["fd"] for point in own], 1) for own in points)])
+    lines = []
+    for name, rows in rows_by_model(report).items():
+        points = zip(*(row["curve"] for row in rows))
+        lines.append([f"`{name}`", len(rows), *(with_std([point["fd"] for point in own], 1) for own in points)])
     return format_table(["solver", "seeds", *(f"FD, {count} evaluations" for count in EVALUATIONS)], lines)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.timing import environment
 from experiments.latents import BOTH, TOKENIZER, error_curve, on_plateau, steps_of
 from experiments.precision import fastest_precision
-from experiments.report import format_table, rows_by_model, save_strip, save_strips, with_std
+from experiments.report import format_table, means, rows_by_model, save_strip, save_strips
 from experiments.rows import Comparison, Task, load_recipe, main
 from experiments.tokenizers import load_trained, reconstruct_all
 from experiments.training_sets import GLYPHS
@@ -111,11 +111,10 @@ def save_pictures(images: Tensor, reconstructions: Tensor, task: Task) -> None:
 
 
 def tables(report: dict) -> str:
-    rows, lines = rows_by_model(report), []
+    lines = []
     digits = {"psnr": 2, "ssim": 4, "recon": 5, "low": 5, "high": 5, "high_power": 3}
-    for name in (name for name in VARIANTS if name in rows):
-        cells = [with_std([row[key] for row in rows[name]], count) for key, count in digits.items()]
-        lines.append([f"`{name}`", len(rows[name]), *cells, sum(row["plateau"] for row in rows[name])])
+    for name, own in rows_by_model(report).items():
+        lines.append([f"`{name}`", len(own), *means(own, digits), sum(row["plateau"] for row in own)])
     columns = ["loss", "seeds", "PSNR", "SSIM", "Recon", "Low", "High", "power above a half", "plateaus"]
     return format_table(columns, lines)
 
