@@ -3,16 +3,12 @@
 IS, KID, precision and recall are torch-fidelity's; this module calls it with arrays, in float64 where that matters.
 """
 
-import math
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
-from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 PROJECTIONS = 1000  # of MIND
 CLIP_BANDWIDTH = 10.0  # of CMMD's kernel
@@ -104,24 +100,3 @@ def clip_distance(real: np.ndarray, fake: np.ndarray) -> float:
         return float(sum(rows)) / (len(one) * len(two))
 
     return 1000 * (mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake))
-
-
-def retrieval(
-    samples: np.ndarray, gallery: np.ndarray, relevant: np.ndarray, top: Sequence[int] = (1, 5)
-) -> tuple[dict[int, float], dict[int, float]]:
-    """How often one of a sample's k nearest images, by the angle between features, is what its prompt asked for.
-
-    Args:
-        samples, gallery: features (M, D) of generated and (N, D) of real images.
-        relevant: (M, N), whether an image of the gallery is what the prompt of a sample asked for.
-        top: values of k, each in 1 ... N.
-    Returns:
-        The share of samples for each k, and what k random images would give.
-    """
-    relevant = np.asarray(relevant, dtype=bool)
-    samples, gallery = (F.normalize(torch.as_tensor(np.asarray(x, np.float64)), dim=1) for x in (samples, gallery))
-    queries = list(zip(samples @ gallery.T, torch.from_numpy(relevant), strict=True))
-    rates = {k: float(np.mean([retrieval_hit_rate(*query, top_k=k) for query in queries])) for k in top}
-    irrelevant = len(gallery) - relevant.sum(axis=1)
-    missed = {k: [math.comb(int(n), k) / math.comb(len(gallery), k) for n in irrelevant] for k in top}
-    return rates, {k: float(1 - np.mean(values)) for k, values in missed.items()}

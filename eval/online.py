@@ -23,7 +23,7 @@ from favae.eval.image_sets import CroppedImages, SampleFolder
 from favae.eval.latent_evaluation import labels_of, latent_metrics
 from favae.eval.reconstruction import Encode, evaluate_reconstruction, mode
 from favae.eval.references import Reference
-from favae.eval.results import finite
+from favae.eval.results import without_non_finite
 from favae.eval.sample_sets import sampling_protocol, steps_argument
 from favae.eval.sampling import sample_to_folder
 from favae.eval.seams import patch_size_of
@@ -128,7 +128,7 @@ class TokenizerEvaluation:
                 self._warned = True
             if isinstance(vae, HyperpriorModelFA):
                 metrics["bpp"] = bits_per_pixel(vae, self.images)
-            self.log.add(finite({"step": step, "epoch": epoch, **metrics, "protocol": self.protocol}))
+            self.log.add(without_non_finite({"step": step, "epoch": epoch, **metrics, "protocol": self.protocol}))
         process_state().wait_for_everyone()
         return metrics
 
@@ -191,7 +191,7 @@ class GeneratorEvaluation:
         self, step: int, epoch: float, metrics: dict[str, float | None], protocol: dict[str, Any]
     ) -> dict[str, float | None]:
         """Adds a line to the log, and returns the epochs that were needed to reach each target."""
-        record = finite({"step": step, "epoch": epoch, **metrics, "protocol": protocol})
+        record = without_non_finite({"step": step, "epoch": epoch, **metrics, "protocol": protocol})
         comparable = [other for other in self.log.before(step) if other.get("protocol") == record["protocol"]]
         reached = epochs_to_reach([*comparable, record], self.metric, TARGETS)
         self.log.add(record | reached)

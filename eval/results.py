@@ -45,7 +45,7 @@ def write_results(folder: Path, task: Task, protocol: dict, rows: list[dict]) ->
         "protocol": protocol,
         "rows": rows,
     }
-    write_text(folder / "results.json", json.dumps(finite(result), indent=1, allow_nan=False))
+    write_text(folder / "results.json", json.dumps(without_non_finite(result), indent=1, allow_nan=False))
 
 
 class Row(BaseModel):
@@ -78,12 +78,12 @@ def read_results(file: Path) -> dict[str, Any]:
     return found
 
 
-def finite(value):
+def without_non_finite(value):
     """The same with None for numbers that JSON does not know: NaN and infinities."""
     if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
+        return {key: without_non_finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
+        return [without_non_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,6 +1,7 @@
 """The emoji with their names, and how images that were generated for some of the names are compared with them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
+from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 from experiments.image_sets import InMemoryImages, read_images
 from favae.autoencoders import measure_budget
@@ -18,7 +21,6 @@ from favae.eval.extraction import ImageStatistics, image_statistics
 from favae.eval.features import FeatureExtractor
 from favae.eval.generation import generation_metrics
 from favae.eval.image_sets import CroppedImages
-from favae.eval.metrics import retrieval
 
 FEATURES = "efficientnet-lite0"
 NUM_IMAGES = 320  # 16 for each held-out name, and as many for names of training
@@ -88,6 +90,27 @@ def retrieval_rates(features: np.ndarray, prompted: list[int], emoji: Emoji, gal
         found[name] = {f"top{k}": value for k, value in rates.items()}
         found["chance"][name] = {f"top{k}": value for k, value in chance.items()}
     return found
+
+
+def retrieval(
+    samples: np.ndarray, gallery: np.ndarray, relevant: np.ndarray, top: Sequence[int] = (1, 5)
+) -> tuple[dict[int, float], dict[int, float]]:
+    """How often one of a sample's k nearest images, by the angle between features, is what its prompt asked for.
+
+    Args:
+        samples, gallery: features (M, D) of generated and (N, D) of real images.
+        relevant: (M, N), whether an image of the gallery is what the prompt of a sample asked for.
+        top: values of k, each in 1 ... N.
+    Returns:
+        The share of samples for each k, and what k random images would give.
+    """
+    relevant = np.asarray(relevant, dtype=bool)
+    samples, gallery = (F.normalize(torch.as_tensor(np.asarray(x, np.float64)), dim=1) for x in (samples, gallery))
+    queries = list(zip(samples @ gallery.T, torch.from_numpy(relevant), strict=True))
+    rates = {k: float(np.mean([retrieval_hit_rate(*query, top_k=k) for query in queries])) for k in top}
+    irrelevant = len(gallery) - relevant.sum(axis=1)
+    missed = {k: [math.comb(int(n), k) / math.comb(len(gallery), k) for n in irrelevant] for k in top}
+    return rates, {k: float(1 - np.mean(values)) for k, values in missed.items()}
 
 
 class EmojiMetrics:

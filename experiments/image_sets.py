@@ -1,4 +1,4 @@
-"""Sets of images that the generators' experiments measure."""
+"""Folders that scripts wrote, and sets of images in memory, as experiments read and measure them."""
 
 import math
 import os

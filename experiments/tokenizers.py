@@ -1,4 +1,4 @@
-"""Tokenizers trained on the built-in photographs and measured: the rows of equal_budget, ablation and decoder_only.
+"""Tokenizers as experiments train and measure them; on the built-in photographs, the rows of three of them.
 
 Every row is trained by `train` of train_tokenizer.py, with an EMA of the weights and a constant learning rate, so that
 each point of its curve is what a training of that many steps gives.

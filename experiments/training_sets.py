@@ -1,4 +1,4 @@
-"""The two sets that tokenizers and their generators are compared on: glyphs and photographs."""
+"""The sets that tokenizers and their generators are compared on: glyphs, and photographs of two sizes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -11,7 +11,6 @@ from favae.eval.metrics import (
     kernel_distance,
     precision_recall,
     projected_distance,
-    retrieval,
 )
 
 
@@ -110,28 +109,3 @@ def test_inception_score_extremes():
     sure = 50 * np.eye(10)[np.arange(100) % 10]
     assert inception_score(sure, splits=1)[0] == pytest.approx(10, rel=1e-3)
     assert inception_score(np.zeros((100, 10)), splits=1)[0] == pytest.approx(1)
-
-
-def test_retrieval_counts_what_is_near_and_what_chance_gives():
-    angles = np.deg2rad([0, 10, 20, 90, 100])
-    gallery = np.stack([np.cos(angles), np.sin(angles)], axis=1) * [[1], [5], [0.1], [2], [1]]  # lengths do not count
-    samples = np.deg2rad([1, 91])
-    samples = np.stack([np.cos(samples), np.sin(samples)], axis=1)
-    relevant = np.zeros((2, 5), bool)
-    relevant[0, 0] = relevant[1, [2, 4]] = True  # the nearest; the second nearest
-    rates, chance = retrieval(samples, gallery, relevant, top=(1, 2, 5))
-    assert rates == {1: 0.5, 2: 1.0, 5: 1.0}
-    assert chance == pytest.approx({1: (1 / 5 + 2 / 5) / 2, 2: (2 / 5 + (1 - 3 / 10)) / 2, 5: 1.0})
-    nothing, without = retrieval(samples, gallery, np.zeros((2, 5), bool))
-    assert nothing == without == {1: 0.0, 5: 0.0}
-    with pytest.raises(ValueError):
-        retrieval(samples, gallery, relevant.T)
-
-
-def test_retrieval_at_random_is_chance():
-    rng = np.random.default_rng(0)
-    samples, gallery = rng.normal(size=(2000, 8)), rng.normal(size=(40, 8))
-    rates, chance = retrieval(samples, gallery, rng.random((2000, 40)) < 0.1)
-    assert all(rates[k] == pytest.approx(chance[k], abs=0.03) for k in (1, 5)) and chance[1] == pytest.approx(
-        0.1, abs=0.01
-    )

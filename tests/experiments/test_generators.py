@@ -6,7 +6,7 @@ import torch
 
 from experiments import emoji as emoji_module
 from experiments import generator_quality, text_to_image
-from experiments.emoji import Emoji, retrieval_rates
+from experiments.emoji import Emoji, retrieval, retrieval_rates
 from experiments.glyph_texts import fastest_on_cpu
 from experiments.image_sets import InMemoryImages, read_images
 from experiments.rows import Task
@@ -66,3 +66,28 @@ def test_images_are_retrieved_by_name_and_category(monkeypatch):
     of_training = retrieval_rates(real[:1], [0], emoji, real)
     assert of_training["chance"]["name"]["top1"] == pytest.approx(0.4)  # two emoji have the name
     assert "among_heldout" not in of_training
+
+
+def test_retrieval_counts_what_is_near_and_what_chance_gives():
+    angles = np.deg2rad([0, 10, 20, 90, 100])
+    gallery = np.stack([np.cos(angles), np.sin(angles)], axis=1) * [[1], [5], [0.1], [2], [1]]  # lengths do not count
+    samples = np.deg2rad([1, 91])
+    samples = np.stack([np.cos(samples), np.sin(samples)], axis=1)
+    relevant = np.zeros((2, 5), bool)
+    relevant[0, 0] = relevant[1, [2, 4]] = True  # the nearest; the second nearest
+    rates, chance = retrieval(samples, gallery, relevant, top=(1, 2, 5))
+    assert rates == {1: 0.5, 2: 1.0, 5: 1.0}
+    assert chance == pytest.approx({1: (1 / 5 + 2 / 5) / 2, 2: (2 / 5 + (1 - 3 / 10)) / 2, 5: 1.0})
+    nothing, without = retrieval(samples, gallery, np.zeros((2, 5), bool))
+    assert nothing == without == {1: 0.0, 5: 0.0}
+    with pytest.raises(ValueError):
+        retrieval(samples, gallery, relevant.T)
+
+
+def test_retrieval_at_random_is_chance():
+    rng = np.random.default_rng(0)
+    samples, gallery = rng.normal(size=(2000, 8)), rng.normal(size=(40, 8))
+    rates, chance = retrieval(samples, gallery, rng.random((2000, 40)) < 0.1)
+    assert all(rates[k] == pytest.approx(chance[k], abs=0.03) for k in (1, 5)) and chance[1] == pytest.approx(
+        0.1, abs=0.01
+    )
