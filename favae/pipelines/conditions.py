@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from favae.models.class_conditional import num_classes
 from favae.models.token_heads import has_values_outside
+from favae.pipelines.decoding import device_of
 from favae.text_encoder import encode_texts, text_limit, warn_of_cut
 
 
@@ -75,7 +76,8 @@ class ConditionalPipeline(DiffusionPipeline):
             raise ValueError("a pipeline without a text encoder needs prompt_embeds and prompt_attention_mask")
         prompts = list(prompts)
         limit = self.config.max_length or text_limit(self.text_encoder, self.tokenizer)
-        embeddings, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit, self._execution_device)
+        device = device_of(self.text_encoder, self._execution_device)
+        embeddings, mask = encode_texts(self.text_encoder, self.tokenizer, prompts, limit, device)
         warn_of_cut(self.tokenizer, prompts, mask, limit)
         empty = torch.tensor([not text.strip() for text in prompts], device=mask.device)
         return embeddings, mask & ~empty.unsqueeze(1)

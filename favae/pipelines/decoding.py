@@ -5,10 +5,23 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from favae.errors import NonFiniteError
 from favae.normalization import has_batch_norm
+
+
+def device_of(component: nn.Module, otherwise: torch.device) -> torch.device:
+    """Where a part of a pipeline wants its inputs: parts may be on devices of their own, offloaded or not.
+
+    Args:
+        otherwise: the answer with versions of diffusers before 0.42, whose pipelines have one device.
+    """
+    try:
+        from diffusers.utils.torch_utils import get_module_execution_device
+    except ImportError:
+        return otherwise
+    return get_module_execution_device(component)
 
 
 def check_autoencoder(vae: ModelMixin, channels: int) -> None:
@@ -58,8 +71,8 @@ def decode_finite(vae: ModelMixin, latents: Tensor) -> Tensor:
     if not torch.isfinite(latents).all():
         raise NonFiniteError("the generator's latents are not finite; run it in float32 or bfloat16")
     with _upcast(vae):
-        dtype = vae.dtype
-        images = vae.decode(latents.to(dtype) if latents.is_floating_point() else latents).sample
+        dtype, device = vae.dtype, device_of(vae, latents.device)
+        images = vae.decode(latents.to(device, dtype if latents.is_floating_point() else latents.dtype)).sample
     if not torch.isfinite(images).all():
         remedy = "it may not belong to this generator, or its weights are damaged"
         if dtype == torch.float16:

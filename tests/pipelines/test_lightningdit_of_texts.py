@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY_LIGHTNINGDIT
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import torch_utils
 from tiny_text import save_bert
 
 from favae import LightningDiTPipeline, LightningDiTTransformer2DModel
@@ -39,6 +40,14 @@ def test_prompts_with_all_parts_offloaded(of_texts):
     for part in (of_texts.text_encoder, of_texts.transformer, of_texts.vae):
         accelerate.cpu_offload(part, torch.device("cpu"))  # as enable_sequential_cpu_offload does
     assert torch.equal(of_texts(prompt="a red apple", **options).images, expected)
+
+
+def test_a_text_encoder_may_stay_on_a_device_of_its_own(of_texts, monkeypatch):
+    if not hasattr(torch_utils, "get_module_execution_device"):
+        pytest.skip("before diffusers 0.42 a pipeline has one device")
+    expected, _ = of_texts.encode_prompt("a red apple")
+    monkeypatch.setattr(LightningDiTPipeline, "_execution_device", torch.device("meta"))
+    assert torch.equal(of_texts.encode_prompt("a red apple")[0], expected)
 
 
 def test_prompts_become_images(of_texts, tmp_path):
