@@ -103,7 +103,7 @@ def card(model: AutoencoderTinyFA, result: dict, recipe: str) -> str:
     numbers["stock"] = read_json(COSTS)["results"]["flux2 stock"]["gflop"]
     numbers["taef2"] = cost(AutoencoderTinyFA.from_pretrained(real_latents.teacher_folder()))["gflop"]
     written = ModelCard(CARD.format(name=NAME, params=result["params"] / 1e6, table=table, **numbers))
-    describe_model(written, model, NAME, recipe)
+    describe_model(written, model, f"zoo/{NAME}", recipe)
     return str(written)
 
 

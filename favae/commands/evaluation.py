@@ -154,7 +154,7 @@ def _add_generation(tasks) -> None:
     parser.add_argument(
         "--validation",
         metavar="IMAGES",
-        help="other real images, or their statistics: adds FDr, the Fréchet distance by that of these images",
+        help="as many other real images, or their statistics: adds FDr, the Fréchet distance by that of these images",
     )
     parser.add_argument(
         "--patch-size",

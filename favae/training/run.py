@@ -46,8 +46,8 @@ from favae.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
-# A run may be continued with other values of these.
 OTHER_WAYS_TO_SHARD = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# A run may be continued with other values of these.
 SECTIONS_FREE_TO_CHANGE = {"resume", "output", "evaluation", "sampling"}
 KEYS_FREE_TO_CHANGE = {
     "train.steps",
@@ -83,7 +83,7 @@ def find_checkpoint_to_resume(config: RunConfig) -> Path | None:
                 )
             raise ConfigError(f"{folder} holds a run with other settings ({', '.join(changed)}); {advice}")
         if holds_run and not checkpoints:
-            raise ConfigError(f"{folder} holds a finished run without checkpoints; choose another output")
+            raise ConfigError(f"{folder} holds a finished run without checkpoints; delete it, or choose another output")
         return newest_whole_checkpoint([path for _, path in checkpoints])
     if holds_run:
         raise ConfigError(f"{folder} holds a run already; resume=auto continues it, and another output begins anew")
@@ -335,7 +335,7 @@ class Run:
         except RuntimeError:
             if self._signals.received is None:
                 raise
-            # The workers that read have been told to end as well. One process alone can still write its last step.
+            # On macOS, the signal has ended the workers as well. One process alone can still write its last step.
             if self.accelerator.num_processes == 1 and not self._collected:
                 self._end_if_interrupted()
             raise exception_of(self._signals.received) from None
