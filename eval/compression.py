@@ -20,7 +20,7 @@ from favae.autoencoders import decode, encode, image_channels, load_autoencoder,
 from favae.data.image_record import ImageRecord
 from favae.data.images import ImageDataset, read_in_order, skip_missing, to_tensor, to_uint8
 from favae.distributed import process_state
-from favae.errors import DataError, ModelError
+from favae.errors import ConfigError, DataError, ModelError
 from favae.eval.autoencoder_evaluation import check_same_channels
 from favae.eval.extraction import PairedDistances
 from favae.eval.features import FeatureExtractor
@@ -40,7 +40,7 @@ QUALITIES = (5, 10, 20, 35, 50, 70, 85, 95)  # of the curves
 HIGHEST_QUALITY = 100
 SEARCHED_PIXELS = 2**22  # of the images that a quality is sought on, or 24 images
 LEVELS = 2  # of the bands
-MARGIN = 1.5  # how much further latents may be from zero than those that frequencies are counted on
+MARGIN = 1.5  # how much further latents may be from their mean than those that frequencies are counted on
 COUNTED = 10_000  # training images that frequencies are counted on, at most
 CURVED = ("PSNR", "MS-SSIM", "SSIM", "LPIPS")  # metrics that BD-rates are computed of, where there are enough rates
 SMALLEST_CURVE = 4  # rates
@@ -50,7 +50,7 @@ Codec = Callable[[Tensor], tuple[Tensor, list[int]]]  # (B, C, H, W) in [-1, 1] 
 
 @dataclass(frozen=True)
 class PillowCodec:
-    """A format of Pillow's at one quality, 0 to 100, JPEG and WebP with the options that make files smallest."""
+    """A format of Pillow's at one quality, 0 to 100, JPEG with optimized tables and WebP with its slowest method."""
 
     format: Literal["jpeg", "webp", "avif"]
     quality: int
@@ -92,11 +92,12 @@ class TokenizerCodec:
 
     def __init__(self, vae: ModelMixin, values: Tensor, step: float = 1.0):
         self.vae, self.is_codebook = vae, isinstance(vae, VQModelFA)
-        self.step = torch.ones(len(values), 1, 1)
+        self.mean, self.step = torch.zeros(len(values), 1, 1), torch.ones(len(values), 1, 1)
         if not self.is_codebook:
-            std = values.std(dim=1).view(-1, 1, 1)
-            self.step = step * std.masked_fill(std == 0, 1.0)  # of a channel that never changes
-        self.largest = math.ceil(MARGIN * (values.unsqueeze(-1) / self.step).abs().max())  # of the rounded numbers
+            std, mean = (found.view(-1, 1, 1) for found in torch.std_mean(values, dim=1))
+            self.mean, self.step = mean, step * std.masked_fill(std == 0, 1.0)  # of a channel that never changes
+        distances = (values.unsqueeze(-1) - self.mean) / self.step
+        self.largest = math.ceil(MARGIN * distances.abs().max())  # of the rounded numbers
         self.size = vae.num_tokens if isinstance(vae, VQModelFA) else 2 * self.largest + 1
         symbols = self._symbols(values.unsqueeze(-1)).squeeze(-1)
         self.tables = [self._table(part) for part in self._parts(symbols)]
@@ -117,7 +118,7 @@ class TokenizerCodec:
         """(C', h, w) -> integers from 0 on."""
         if self.is_codebook:
             return values.long()
-        return (values / self.step).round().clamp(-self.largest, self.largest).long() + self.largest
+        return ((values - self.mean) / self.step).round().clamp(-self.largest, self.largest).long() + self.largest
 
     def __call__(self, images: Tensor) -> tuple[Tensor, list[int]]:
         read, sizes = [], []
@@ -135,7 +136,7 @@ class TokenizerCodec:
             indices = symbols.long().movedim(1, -1)
             latents = indices if self.vae.config.quantizer == "residual" else indices[..., 0]
         else:
-            latents = ((symbols - self.largest) * self.step).to(self.vae.dtype)
+            latents = ((symbols - self.largest) * self.step + self.mean).to(self.vae.dtype)
         return decode(self.vae, latents.to(self.vae.device)).to(images.device), sizes
 
 
@@ -192,6 +193,8 @@ def measure_codec(
     for batch in read_in_order(images, batch_size, num_workers, description=description):
         originals = batch["image"].to(device)
         decoded, counts = codec(originals)
+        if not decoded.isfinite().all():
+            raise ModelError(f"the images of {description} are not finite")
         decoded = decoded.clamp(-1, 1)
         sizes += counts
         rows.append(image_errors(originals, decoded, lpips))
@@ -276,6 +279,8 @@ def evaluate_compression(
             training images; or if a package is missing.
         DataError: if the resolution has not that many octaves.
     """
+    if clashes := {name for name, _ in models} & FORMATS.keys():
+        raise ConfigError(f"a model cannot be called {min(clashes)}, as a format is; name it otherwise")
     if formats:
         bitstream.import_extra("bjontegaard")  # which would be missed at the end
     opened = [(name, path, load_autoencoder(path)) for name, path in models]

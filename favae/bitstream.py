@@ -6,7 +6,7 @@ A file is 26 bytes and the coded numbers, in little-endian order:
     8  the first bytes of the SHA-256 of the model's weights
     4  height and width of the image in pixels
     2  the largest distance of a symbol from 0
-    4  CRC-32 of what the scales of all symbols are
+    4  CRC-32 of the scales of all symbols, and of the symbols
     4  CRC-32 of all of the file but these 4 bytes
 
 The first CRC tells a model that computes otherwise than the writer's; the second, a file that is damaged.
@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from favae.errors import CompressedFileError, ModelError
 
-MAGIC, VERSION = b"fav", 2  # version 1 had scales that were not rounded to float32
+MAGIC, VERSION = b"fav", 3  # 1: scales not rounded to float32; 2: no checksum of symbols
 FIELDS, CHECKSUM = struct.Struct("<3sB8sHHHI"), struct.Struct("<I")
 HEADER_SIZE = FIELDS.size + CHECKSUM.size
 LARGEST_SIDE = LARGEST_DISTANCE = 2**16 - 1
@@ -30,19 +31,19 @@ LARGEST_SIDE = LARGEST_DISTANCE = 2**16 - 1
 
 @dataclass(frozen=True)
 class Header:
-    """What the reader of a file is told. `scales_checksum` is of the indices of the scales, int16, in their order."""
+    """What the reader of a file is told. `symbols_checksum`: see the function of this name."""
 
     model: bytes
     height: int
     width: int
     largest: int
-    scales_checksum: int
+    symbols_checksum: int
 
 
 def write(header: Header, payload: bytes) -> bytes:
     """The content of a file."""
     about = FIELDS.pack(
-        MAGIC, VERSION, header.model, header.height, header.width, header.largest, header.scales_checksum
+        MAGIC, VERSION, header.model, header.height, header.width, header.largest, header.symbols_checksum
     )
     return about + CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(about))) + payload
 
@@ -62,12 +63,20 @@ def read(data: bytes) -> tuple[Header, bytes]:
     (checksum,) = CHECKSUM.unpack_from(data, FIELDS.size)
     if zlib.crc32(payload, zlib.crc32(about)) != checksum:
         raise CompressedFileError("the file is damaged")
-    return Header(*fields), payload
+    header = Header(*fields)
+    if min(header.height, header.width, header.largest) < 1 or len(payload) % 4:
+        raise CompressedFileError("the file is damaged")
+    # Anybody can write a small file of a huge image. Pillow refuses images of twice its limit.
+    if Image.MAX_IMAGE_PIXELS is not None and header.height * header.width > 2 * Image.MAX_IMAGE_PIXELS:
+        raise CompressedFileError(
+            f"its image would have {header.width} x {header.height} pixels, which PIL.Image.MAX_IMAGE_PIXELS forbids"
+        )
+    return header, payload
 
 
-def scales_checksum(indices: np.ndarray) -> int:
-    """CRC-32 of the indices of scales, of any integer type."""
-    return zlib.crc32(indices.astype("<i2").tobytes())
+def symbols_checksum(indices: np.ndarray, symbols: np.ndarray) -> int:
+    """CRC-32 of the indices of scales and of the symbols that have them, of any integer types."""
+    return zlib.crc32(symbols.astype("<i4").tobytes(), zlib.crc32(indices.astype("<i2").tobytes()))
 
 
 class Writer:
@@ -100,6 +109,7 @@ class Reader:
 
     Raises:
         ModelError: if the package constriction is not installed.
+        AssertionError: of that package, if it finds that the probabilities are not those of the writer.
     """
 
     def __init__(self, payload: bytes):

@@ -199,6 +199,8 @@ def replace(temporary: Path, final: Path) -> None:
     """Renames a complete file or folder; what stood at `final` is removed only after that."""
     old = final.with_name(f"{REPLACED}{os.getpid()}-{socket.gethostname()},{final.name}")
     is_there = final.is_dir()
+    if is_there and not temporary.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "there is a folder of this name", str(final))
     if is_there:  # a folder cannot be renamed onto another one
         final.replace(old)
     try:

@@ -59,6 +59,13 @@ def test_a_file_replaces_the_older_one_and_what_a_killed_process_left(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"text"} | others
 
 
+def test_a_file_does_not_replace_a_folder(tmp_path):
+    (tmp_path / "name/inside").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="there is a folder of this name"):
+        write_text(tmp_path / "name", "text")
+    assert (tmp_path / "name/inside").is_dir() and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("is_locked", [False, True])
 def test_a_kill_between_two_names_loses_no_folder(tmp_path, is_locked):
     script = """

@@ -104,6 +104,8 @@ def compress(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from favae.autoencoders import image_channels
+    from favae.bitstream import LARGEST_SIDE
+    from favae.data.folders import printable
     from favae.eval.compression import open_compression_model
     from favae.eval.results import format_table
     from favae.eval.side_by_side import open_image
@@ -116,6 +118,8 @@ def compress(arguments: argparse.Namespace) -> None:
     for file, place in tqdm(images, desc="compress"):
         try:
             image, _ = open_image(file, 1, None, image_channels(model))
+            if max(image.shape[-2:]) > LARGEST_SIDE:
+                raise DataError(f"{file} has a side of more than {LARGEST_SIDE:,} pixels")
         except DataError as error:
             if file in map(Path, arguments.files):
                 raise
@@ -129,7 +133,7 @@ def compress(arguments: argparse.Namespace) -> None:
             temporary.write_bytes(data)
         height, width = image.shape[-2:]
         bits = f"{8 * len(data) / (height * width):.4f}"
-        rows.append({"": str(output), "size": f"{width} x {height}", "bytes": f"{len(data):,}", "bpp": bits})
+        rows.append({"": printable(str(output)), "size": f"{width} x {height}", "bytes": f"{len(data):,}", "bpp": bits})
     if not rows:
         raise DataError("not one of the images can be read")
     print(format_table(rows))
@@ -139,11 +143,13 @@ def decompress(arguments: argparse.Namespace) -> None:
     from torchvision.transforms.functional import to_pil_image
     from tqdm import tqdm
 
+    from favae.data.decoding import set_largest_image
     from favae.data.images import to_uint8
     from favae.eval.compression import open_compression_model
     from favae.files import atomic_path
     from favae.models.hyperprior_model_fa import LatentCoder
 
+    set_largest_image()
     coder = LatentCoder(open_compression_model(arguments.model))
     for file, place in tqdm(_compressed(arguments.files), desc="decompress"):
         with hint(str(file)):

@@ -69,14 +69,19 @@ def upright_size(file: str | Path) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
-@contextmanager
-def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
-    """Whatever Pillow raises inside the block is an `UnusableImage`: its decoders of damaged files raise OSError,
-    SyntaxError, TypeError, struct.error and a dozen others."""
+def set_largest_image() -> None:
+    """Tells Pillow how many pixels an image may have, if the environment says so."""
     if limit := os.environ.get(MAX_PIXELS_VARIABLE):
         if not limit.isdecimal():
             raise ConfigError(f"{MAX_PIXELS_VARIABLE}={limit}: expected a number of pixels")
         Image.MAX_IMAGE_PIXELS = int(limit) // 2  # beyond which Pillow warns; it refuses twice as many
+
+
+@contextmanager
+def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Whatever Pillow raises inside the block is an `UnusableImage`: its decoders of damaged files raise OSError,
+    SyntaxError, TypeError, struct.error and a dozen others."""
+    set_largest_image()
     try:
         with Image.open(file, formats=image_formats()) as image:
             yield image

@@ -172,7 +172,7 @@ def test_qualities_match_a_rate():
     images = ImageDataset(open_source("photos", "heldout"), 64)
     quality = matching_quality("jpeg", images, 3.0)
     rates = []
-    batch = torch.stack([images[i]["image"] for i in np.linspace(0, len(images) - 1, 24).astype(int)])
+    batch = torch.stack([images[i]["image"] for i in range(len(images))])
     for value in (quality - 1, quality, quality + 1):
         rates.append(8 * float(np.mean(PillowCodec("jpeg", value)(batch)[1])) / 64**2)
     assert rates[0] <= rates[1] <= rates[2] and rates[0] < 3.0 < rates[2]
@@ -243,6 +243,20 @@ def test_a_channel_that_never_changes_is_coded(tiny_favae):
     batch = torch.stack([images[i]["image"] for i in range(2)])
     decoded, _ = TokenizerCodec(tiny_favae, training_values(tiny_favae, images), 0.05)(batch)
     torch.testing.assert_close(decoded, reconstruct(tiny_favae, batch), rtol=0, atol=0.05)
+
+
+def test_latents_are_rounded_around_their_means(tiny_favae):
+    """Others would cost more, and be as far from what they were."""
+    images = ImageDataset(open_source("photos", "heldout"), 32)
+    batch = torch.stack([images[i]["image"] for i in range(3)])
+    found = []
+    for offset in (0.0, 100.0):
+        tiny_favae.quant_conv.bias.data[:6] += offset
+        tiny_favae.post_quant_conv.bias.data -= tiny_favae.post_quant_conv.weight.sum(dim=(1, 2, 3)) * offset
+        decoded, sizes = TokenizerCodec(tiny_favae, training_values(tiny_favae, images), 4.0)(batch)
+        found.append((decoded, sizes))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-2)
 
 
 def test_finer_steps_cost_more_and_are_nearer(tiny_favae):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import ROOT, TINY_HYPERPRIOR
 
 from favae import HyperpriorModelFA, bitstream
 from favae.errors import CompressedFileError, ModelError
+from favae.hashing import hash_model
 from favae.models.entropy import (
     FactorizedDensity,
     bits,
@@ -220,10 +222,34 @@ def test_damaged_and_foreign_files_are_refused(model, images):
             model.decompress([wrong])
 
 
+@pytest.mark.parametrize("change", [{"height": 0}, {"largest": 0}, {"height": 65_535, "width": 65_535}])
+def test_impossible_headers_are_refused_before_anything_is_computed(change, model, images):
+    """Checksums are no secret: anybody can write them."""
+    header, payload = bitstream.read(model.compress(images[:1])[0])
+    with pytest.raises(CompressedFileError, match="damaged|65535 x 65535 pixels, which"):
+        model.decompress([bitstream.write(replace(header, **change), b"")])
+    with pytest.raises(CompressedFileError, match="damaged"):
+        model.decompress([bitstream.write(header, payload + b"x")])
+
+
+def test_images_that_are_not_finite_are_refused(images):
+    model = HyperpriorModelFA(**TINY_HYPERPRIOR).eval()
+    model.update_table()
+    for part, call in ((model.decoder.conv_out, model.decompress), (model.hyper_scales[-1], model.compress)):
+        files = model.compress(images[:1])
+        kept = part.bias.data.clone()
+        part.bias.data.fill_(torch.nan)
+        header, payload = bitstream.read(files[0])
+        own = replace(header, model=bytes.fromhex(hash_model(model))[:8])  # as if its weights had been so
+        with pytest.raises(ModelError, match="not finite"):
+            call([bitstream.write(own, payload)] if call == model.decompress else images[:1])
+        part.bias.data = kept
+
+
 def test_other_scales_are_noticed(model, images, monkeypatch):
     (data,) = model.compress(images[:1])
     monkeypatch.setattr("favae.models.hyperprior_model_fa.scale_indices", lambda scales: scale_indices(scales * 1.5))
-    with pytest.raises(CompressedFileError, match="scales"):
+    with pytest.raises(CompressedFileError, match="computes otherwise"):
         model.decompress([data])
 
 
