@@ -362,7 +362,7 @@ class CATTransformerModel(HubModelMixin, ModelMixin, ConfigMixin):
             encoder_hidden_states, encoder_attention_mask, class_labels: as in `forward`.
             guidance_scale: classifier-free guidance, null + scale (text - null), of the logits or of the flow head's
                 velocities. 1 switches it off; anything else doubles the batch. From coarse to fine, it grows linearly
-                from 1 at the first stage to this scale at the last, as VAR's.
+                from 1 at the first stage to this scale at the last, as VAR's, whose "cfg" is this number less 1.
             temperature: divides the logits (0 takes the likeliest token), or scales the flow head's noise.
             top_k, top_p: of the categorical head: only the k likeliest tokens can be sampled, or only the likeliest
                 that together have this probability.

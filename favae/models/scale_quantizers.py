@@ -110,17 +110,28 @@ class WaveletQuantizer(ScaleQuantizer):
     Args:
         dim: channels of the latents, C.
         scales: cells along each side, each twice the one before; those of the latents are the last.
-        codebook_size: entries of each codebook. settings: of `VectorQuantize`.
+        codebook_size: entries of each codebook.
+        threshold_ema_dead_code: below how many uses per call an entry of the last stage is replaced; those of stages of
+            fewer tokens, below as many times fewer.
+        settings: of `VectorQuantize`.
 
     Source: the order from coarse to fine bands, Esteves et al. (Spectral Image Tokenizer, arXiv 2412.09607), who
     transform the image.
     """
 
-    def __init__(self, dim: int, scales: tuple[int, ...], codebook_size: int, **settings: Any):
+    def __init__(
+        self, dim: int, scales: tuple[int, ...], codebook_size: int, threshold_ema_dead_code: float, **settings: Any
+    ):
         super().__init__("next_band", scales, codebook_size)
         self.bands = WaveletBands("haar", low_scale=2.0, high_scale=1.0)
         self.codebooks: Any = nn.ModuleList(
-            VectorQuantize(dim=dim, codebook_size=codebook_size, **settings) for _ in self.stages
+            VectorQuantize(
+                dim=dim,
+                codebook_size=codebook_size,
+                threshold_ema_dead_code=threshold_ema_dead_code * stage.tokens / self.stages[-1].tokens,
+                **settings,
+            )
+            for stage in self.stages
         )
 
     def forward(self, latents: Tensor, freeze_codebook: bool) -> tuple[Tensor, Tensor, Tensor]:

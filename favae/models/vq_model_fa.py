@@ -1,6 +1,7 @@
 """`VQModelFA`: the VQGAN autoencoder with frequency complement modules and a codebook whose entries stay in use."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -335,6 +336,8 @@ def make_quantizer(
         if num_quantizers == 1:
             raise ValueError("quantizer='residual' needs two or more codebooks; one is quantizer='vq'")
         codebook = ResidualVQ(num_quantizers=num_quantizers, **settings)
+        # Each of its codebooks hands on the whole gradient, and it adds them up.
+        codebook.project_out.register_forward_pre_hook(partial(_divide_gradient, num_quantizers))
     elif quantizer in ("next_scale", "next_band"):
         if codebook_dim is not None:
             raise ValueError(f"quantizer={quantizer!r} has no projections: codebook_dim must be None")
@@ -347,7 +350,7 @@ def make_quantizer(
     for module in codebook.modules():
         # A new entry would start with a count at the threshold and be replaced again before it can be found.
         if hasattr(module, "reset_cluster_size"):
-            module.reset_cluster_size = max(1.0, dead_code_threshold)
+            module.reset_cluster_size = dead_code_threshold + 1.0
         # The initialization by k-means, which is off, branches on a tensor: nothing could compile or export.
         if hasattr(module, "init_embed_"):
             module.init_embed_ = _do_nothing
@@ -356,3 +359,10 @@ def make_quantizer(
 
 def _do_nothing(*arguments, **options) -> None:
     pass
+
+
+def _divide_gradient(number: int, module: nn.Module, arguments: tuple[Tensor]) -> None:
+    """A hook of a module: its input is what it is, and the input's gradient is divided by a number."""
+    (value,) = arguments
+    if value.requires_grad:
+        value.register_hook(lambda gradient: gradient / number)
