@@ -20,6 +20,7 @@ SHOWN = {  # below each other
             "stock_shortcut_global",
             "stock_half_aligned",
             "stock_shortcut_aligned",
+            "stock_overlapping_aligned_global",
             "one_trunk",
             "ours",
         ],
@@ -67,8 +68,11 @@ def tables(report: dict) -> str:
     for data in map(str, (GLYPHS, PHOTOGRAPHS, PHOTOGRAPHS_128)):
         own = rows_by_model({"rows": [row for row in report["rows"] if row["data"] == data]})
         if own:
-            different = {name: rows for name, rows in own.items() if not name.endswith(GLOBAL)}
-            parts += [f"## {data}", table(different, "autoencoder", AUTOENCODERS), table(own, "latents of", GENERATORS)]
+            autoencoders: dict[str, list[dict]] = {}
+            for name, rows in own.items():
+                autoencoders.setdefault(name.removesuffix(GLOBAL), rows)
+            parts += [f"## {data}", table(autoencoders, "autoencoder", AUTOENCODERS)]
+            parts.append(table(own, "latents of", GENERATORS))
         real = report.get("real", {}).get(data)
         if real is not None:
             classes = f", IS {real['is']:.1f} and an accuracy of {real['accuracy']:.2f}" if "accuracy" in real else ""
