@@ -57,7 +57,7 @@ class PublishedBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        cos, sin = axial_rotary_embedding(grid, grid, width // heads)
+        cos, sin = axial_rotary_embedding(grid, width // heads)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
 
