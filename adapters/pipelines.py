@@ -228,7 +228,7 @@ def _settings_for(name: str, normalization: LatentNormalization, vae: ModelMixin
 
 def _with_interface(vae: ModelMixin, old: ModelMixin, settings: dict[str, Any], same: bool, ratio: int) -> ModelMixin:
     """Writes the normalization into an autoencoder, inside an adapter if it needs one to look as the old one does."""
-    if hasattr(old, "bn"):
+    if has_batch_norm(old):
         new = vae
         if not has_batch_norm(vae):
             widths = (1,) * ratio.bit_length()

@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments.emoji import FEATURES, TOP
-from experiments.report import format_table, rows_by_model, with_std
+from experiments.report import format_table, means, rows_by_model, with_std
 
 TABLE_SCALE = 3.0  # the guidance scale of the tables and the pictures
 SPLITS = {
@@ -70,8 +70,7 @@ def _rates(points: list[dict], gallery: str) -> str:
 
 
 def _quality(points: list[dict], shares: tuple[str, ...]) -> list[str]:
-    cells = [with_std([point[key] for point in points], digits) for key, digits in (("fid", 0), ("is", 2))]
-    return [*cells, ", ".join(with_std([point[key] for point in points], 2) for key in shares)]
+    return [*means(points, {"fid": 0, "is": 2}), ", ".join(means(points, dict.fromkeys(shares, 2)))]
 
 
 def figures(report: dict, stem: Path) -> None:
